@@ -1,0 +1,126 @@
+"""Causal attention: the mask and the arithmetic as pure functions, and the layer that owns the four projections.
+
+Shapes: B batch, T query length, S key length, D width, N query heads, K key-value heads, G = N / K, H head width.
+"""
+
+import keras
+from keras import ops
+
+from keras_vaultgemma import cache as kv
+from keras_vaultgemma.layers import projection, rotate, soft_cap
+
+
+def causal_mask(query_positions, key_positions, window=None):
+    """Which key each query sees: those not after it, not empty, and less than `window` positions back.
+
+    Args:
+        query_positions: int [B, T].
+        key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
+        window: number of positions seen, the query's own included; None for all.
+
+    Returns:
+        bool [B, T, S].
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv.EMPTY)
+    return seen if window is None else ops.logical_and(seen, distance < window)
+
+
+def positions_of(padding_mask):
+    """Positions of the tokens in padded rows: int32 [B, T], counted from 0 in each row, `cache.EMPTY` at padding.
+
+    Args:
+        padding_mask: int or bool [B, T], true at tokens; padding may stand on either side.
+    """
+    padding_mask = ops.cast(padding_mask, "int32")
+    counted = ops.cast(ops.cumsum(padding_mask, axis=1), "int32") - 1
+    return ops.where(padding_mask > 0, counted, kv.EMPTY)
+
+
+def attend(query, key, value, mask, scale, cap=None):
+    """Grouped-query attention with an optional soft cap on the scores, softmax in float32.
+
+    Args:
+        query: [B, T, N, H]; query head n reads key-value head n // G.
+        key, value: [B, S, K, H].
+        mask: bool [B, T, S].
+        scale: factor on the scores.
+        cap: soft cap on the scaled scores, or None.
+
+    Returns:
+        [B, T, N, H]. A query that sees no key gets the mean of all values: finite, and masked wherever it matters.
+    """
+    batch, length, num_query_heads, head_dim = ops.shape(query)
+    groups = num_query_heads // key.shape[2]
+    query = ops.reshape(query, (batch, length, key.shape[2], groups, head_dim))
+    scores = ops.einsum("btkgh,bskh->bkgts", query, key)
+    scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
+    # Finite, so that a row without any key does not turn into NaN.
+    scores = ops.where(mask[:, None, None], scores, -1e30)
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    output = ops.einsum("bkgts,bskh->btkgh", weights, value)
+    return ops.reshape(output, (batch, length, num_query_heads, head_dim))
+
+
+class VaultGemmaAttention(keras.layers.Layer):
+    """The query, key, value and output projections around `attend`.
+
+    Args:
+        num_query_heads, num_key_value_heads, head_dim: N, K, H.
+        query_pre_attn_scalar: the scores are divided by its square root.
+        logit_soft_cap: soft cap on the scores, or None.
+        initializer_range: standard deviation of the initial projections.
+    """
+
+    def __init__(
+        self,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        query_pre_attn_scalar,
+        logit_soft_cap,
+        initializer_range,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.query_pre_attn_scalar = query_pre_attn_scalar
+        self.logit_soft_cap = logit_soft_cap
+        self.initializer_range = initializer_range
+
+    def build(self, input_shape):
+        width, options = input_shape[-1], (self.initializer_range, self.dtype_policy)
+        self.query = projection(self.num_query_heads * self.head_dim, "query", *options)
+        self.key = projection(self.num_key_value_heads * self.head_dim, "key", *options)
+        self.value = projection(self.num_key_value_heads * self.head_dim, "value", *options)
+        # `output` is a property of every Keras layer.
+        self.attention_output = projection(width, "attention_output", *options)
+        for layer in (self.query, self.key, self.value):
+            layer.build(input_shape)
+        self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
+
+    def call(self, x, angles, attention_mask, cache=None, start=None):
+        """Attend from `x` to itself, or to a cache that `x` is first written into.
+
+        Args:
+            x: [B, T, D].
+            angles: (cos, sin) of the queries' positions, from `layers.RotaryAngles`.
+            attention_mask: bool [B, T, S]; S = T without a cache.
+            cache: (keys, values) of this layer, [B, S, K, H] each, or None; consumed.
+            start: int32 scalar, the first slot to write.
+
+        Returns:
+            [B, T, D]; with a cache, a pair of that and the new (keys, values).
+        """
+        batch, length, _ = ops.shape(x)
+        query = ops.reshape(self.query(x), (batch, length, self.num_query_heads, self.head_dim))
+        key = ops.reshape(self.key(x), (batch, length, self.num_key_value_heads, self.head_dim))
+        value = ops.reshape(self.value(x), (batch, length, self.num_key_value_heads, self.head_dim))
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        if cache is not None:
+            key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
+        output = attend(query, key, value, attention_mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
+        output = self.attention_output(ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim)))
+        return output if cache is None else (output, (key, value))

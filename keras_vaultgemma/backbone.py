@@ -1,0 +1,255 @@
+"""The VaultGemma backbone: token ids to hidden states, in ONE walk over the layers.
+
+What differs from Gemma 2 (keras-hub's `GemmaBackbone`, transformers' `Gemma2Model`):
+- no norm after attention and none after the MLP;
+- every layer of the 1B release attends to the whole context; sliding layers are there for `layer_types` that ask;
+- the soft caps on attention scores and on logits are options, and the 1B release has neither;
+- 1,024 positions; as many key-value heads as query heads (4); attention is 1,024 wide in a 1,152 wide model.
+The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm with 1 + scale, rotary positions, GeGLU.
+"""
+
+import math
+import warnings
+
+import keras
+import keras_hub
+
+from keras_vaultgemma import backend, checkpoint, presets
+from keras_vaultgemma import cache as kv
+from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
+from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
+from keras_vaultgemma.layers import RMSNorm, RotaryAngles
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
+class VaultGemmaBackbone(keras_hub.models.Backbone):
+    """VaultGemma without its head: `{"token_ids", "padding_mask"}`, int32 [B, T] each, to hidden states [B, T, D].
+
+    Padding may stand on either side of the tokens. Hidden states at padding are finite and mean nothing.
+
+    Args:
+        vocabulary_size: V.
+        num_layers: L.
+        num_query_heads: N.
+        num_key_value_heads: K, a divisor of N.
+        hidden_dim: D.
+        intermediate_dim: F, the width of ONE branch of the gated MLP (keras-hub's Gemma counts both together).
+        head_dim: H, even; independent of D.
+        query_pre_attn_scalar: attention scores are divided by its square root. Defaults to `head_dim`.
+        attention_logit_soft_cap: cap on attention scores, or None.
+        final_logit_soft_cap: cap on the logits, or None. The backbone keeps it; the task's head applies it.
+        layer_types: "full_attention" or "sliding_attention", one for each layer. Defaults to full attention everywhere.
+        sliding_window_size: how many positions a sliding layer sees, the query's own included.
+        rope_theta: base of the rotary wavelengths.
+        layer_norm_epsilon: of every RMSNorm.
+        max_sequence_length: positions that the model was trained on. Longer input warns once; it does not fail.
+        initializer_range: standard deviation of initial projections and embeddings.
+        dtype: of compute and weights: a policy name or `keras.DTypePolicy`.
+
+    Raises:
+        ValueError: for an argument out of its range, or two that contradict each other.
+
+    References:
+        VaultGemma: https://arxiv.org/abs/2510.15001. Gemma 2: https://arxiv.org/abs/2408.00118.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        num_key_value_heads,
+        hidden_dim,
+        intermediate_dim,
+        head_dim,
+        query_pre_attn_scalar=None,
+        attention_logit_soft_cap=None,
+        final_logit_soft_cap=None,
+        layer_types=None,
+        sliding_window_size=None,
+        rope_theta=10_000.0,
+        layer_norm_epsilon=1e-6,
+        max_sequence_length=1024,
+        initializer_range=0.02,
+        dtype=None,
+        **kwargs,
+    ):
+        hyperparameters = dict(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_query_heads=num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            head_dim=head_dim,
+            query_pre_attn_scalar=head_dim if query_pre_attn_scalar is None else query_pre_attn_scalar,
+            attention_logit_soft_cap=attention_logit_soft_cap,
+            final_logit_soft_cap=final_logit_soft_cap,
+            layer_types=["full_attention"] * num_layers if layer_types is None else list(layer_types),
+            sliding_window_size=sliding_window_size,
+            rope_theta=rope_theta,
+            layer_norm_epsilon=layer_norm_epsilon,
+            max_sequence_length=max_sequence_length,
+            initializer_range=initializer_range,
+        )
+        _check(hyperparameters)
+        self._hyperparameters = tuple(hyperparameters)
+        for name, value in hyperparameters.items():
+            setattr(self, name, value)
+        self._warned_about_length = False
+
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        # It rounds the scale to the compute dtype like every Gemma: 33.94 is 34 in bfloat16.
+        self.embedding_scale = keras.layers.Rescaling(math.sqrt(hidden_dim), dtype=dtype, name="embedding_scale")
+        self.rotary_angles = RotaryAngles(head_dim, rope_theta, dtype="float32", name="rotary_angles")
+        self.transformer_layers = [
+            VaultGemmaDecoderBlock(
+                VaultGemmaAttention(
+                    num_query_heads,
+                    num_key_value_heads,
+                    head_dim,
+                    self.query_pre_attn_scalar,
+                    attention_logit_soft_cap,
+                    initializer_range,
+                    dtype=dtype,
+                    name="attention",
+                ),
+                intermediate_dim,
+                layer_type,
+                layer_norm_epsilon,
+                initializer_range,
+                dtype=dtype,
+                name=f"decoder_block_{i}",
+            )
+            for i, layer_type in enumerate(self.layer_types)
+        ]
+        self.final_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.walk(token_ids, positions_of(padding_mask)),
+            dtype=dtype,
+            **kwargs,
+        )
+
+    def walk(self, token_ids, positions, cache=None, start=None):
+        """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
+
+        Args:
+            token_ids: int32 [B, T].
+            positions: int32 [B, T], of each token in its row; `cache.EMPTY` at padding.
+            cache: `KVCache` of S slots that the tokens are written into and attend to, or None to attend to
+                each other only. It is consumed: use the returned one.
+            start: int32 scalar, the slot of the first token. Only with a cache.
+
+        Returns:
+            Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
+        """
+        key_positions = positions if cache is None else kv.write(cache.positions, positions, start)
+        masks = {
+            layer_type: causal_mask(
+                positions, key_positions, self.sliding_window_size if layer_type == "sliding_attention" else None
+            )
+            for layer_type in set(self.layer_types)
+        }
+        angles = self.rotary_angles(positions)
+        x = self.embedding_scale(self.token_embedding(token_ids))
+        keys, values = [], []
+        for i, block in enumerate(self.transformer_layers):
+            mask = masks[block.layer_type]
+            if cache is None:
+                x = block(x, angles=angles, attention_mask=mask)
+            else:
+                layer_cache = (cache.keys[i], cache.values[i])
+                x, (key, value) = block(x, angles=angles, attention_mask=mask, cache=layer_cache, start=start)
+                keys.append(key)
+                values.append(value)
+        x = self.final_norm(x)
+        return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    def empty_cache(self, batch, slots):
+        """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""
+        return kv.empty(self.num_layers, batch, slots, self.num_key_value_heads, self.head_dim, self.compute_dtype)
+
+    def call(self, inputs, training=None, mask=None):
+        self.warn_if_long(inputs["token_ids"].shape[1])
+        return super().call(inputs, training=training, mask=mask)
+
+    def warn_if_long(self, length):
+        """Warn, once for this backbone, where `length` positions are more than it was trained on."""
+        if length and length > self.max_sequence_length and not self._warned_about_length:
+            self._warned_about_length = True
+            warnings.warn(
+                f"The sequence has {length} positions and the model was trained on {self.max_sequence_length}; "
+                "expect worse output beyond them.",
+                stacklevel=3,
+            )
+
+    def get_config(self):
+        hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
+        return {**super().get_config(), **hyperparameters, "layer_types": list(self.layer_types)}
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Load a backbone from a bundled preset's name, a folder (Keras or Hugging Face format), `hf://` or `kaggle://`.
+
+        Args:
+            preset: string or path.
+            load_weights: False builds the architecture with random weights.
+            **kwargs: constructor arguments that replace the preset's, such as `dtype`.
+
+        Raises:
+            ValueError: for an unknown preset, a config this model cannot represent, or weights that do not fit.
+            FileNotFoundError: where a preset has no weights to load; it says how to get them.
+        """
+        folder = presets.find(preset, "weights" if load_weights else "config")
+        if presets.is_keras(folder):
+            with backend.without_tensorflow():
+                backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
+        else:
+            backbone = cls(**{**checkpoint.read_config(folder), **kwargs})
+            if load_weights:
+                checkpoint.load(backbone, folder)
+        if load_weights:
+            checkpoint.warn_if_not_finite(backbone)
+        return backbone
+
+
+def _check(hyperparameters):
+    """Raise ValueError for the first hyperparameter out of its range."""
+
+    def require(name, legal, fine):
+        if not fine:
+            raise ValueError(f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}")
+
+    def is_count(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    h = hyperparameters
+    for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim"):
+        require(name, "a positive integer", is_count(h[name]))
+    for name in ("intermediate_dim", "head_dim", "max_sequence_length"):
+        require(name, "a positive integer", is_count(h[name]))
+    for name in ("query_pre_attn_scalar", "rope_theta", "layer_norm_epsilon", "initializer_range"):
+        require(name, "a number above 0", h[name] > 0)
+    for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
+        require(name, "None or a number above 0", h[name] is None or h[name] > 0)
+    heads = h["num_key_value_heads"]
+    require("num_query_heads", f"a multiple of num_key_value_heads={heads}", h["num_query_heads"] % heads == 0)
+    require("head_dim", "even, for rotary positions turn pairs of channels", h["head_dim"] % 2 == 0)
+    count = h["num_layers"]
+    fine = len(h["layer_types"]) == count and set(h["layer_types"]) <= set(LAYER_TYPES)
+    require("layer_types", f"{count} (num_layers) of {' or '.join(map(repr, LAYER_TYPES))}", fine)
+    slides = "sliding_attention" in h["layer_types"]
+    fine = is_count(h["sliding_window_size"]) or (h["sliding_window_size"] is None and not slides)
+    require("sliding_window_size", "a positive integer" + ("" if slides else " or None"), fine)

@@ -1,0 +1,141 @@
+"""The one file that asks which Keras backend runs.
+
+Importing it also imports keras-hub for the rest of the package, without letting it pull in TensorFlow on JAX and
+PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs seconds and a gigabyte, and needs it for
+nothing that this package uses.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+BACKENDS = ("jax", "torch", "tensorflow")
+
+
+def _choose_backend():
+    """Settle Keras's backend before Keras is imported, or say why it cannot be.
+
+    Keras's own choice stands (`KERAS_BACKEND`, then its `keras.json`, then TensorFlow); only where that would be
+    TensorFlow by default and TensorFlow is not installed, the first backend that is installed is taken instead.
+    """
+    if "keras" in sys.modules:
+        return
+    named = os.environ.get("KERAS_BACKEND")
+    if named and named not in BACKENDS:
+        raise ValueError(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: KERAS_BACKEND={named!r}")
+    home = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+    if named or (home / "keras.json").exists() or importlib.util.find_spec("tensorflow"):
+        return
+    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
+    if not installed:
+        raise ImportError(
+            "Keras needs a backend and none is installed. Install one with `pip install keras-vaultgemma[jax]`, "
+            "`[torch]` or `[tensorflow]`."
+        )
+    os.environ["KERAS_BACKEND"] = installed[0]
+
+
+@contextlib.contextmanager
+def without_tensorflow():
+    """Inside, on JAX and PyTorch, TensorFlow looks as if it were not installed; keras-hub copes with that.
+
+    A TensorFlow that somebody has imported already stays visible: it costs nothing any more.
+    """
+    import keras
+
+    hidden = keras.config.backend() != "tensorflow" and "tensorflow" not in sys.modules
+    if hidden:
+        sys.modules["tensorflow"] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["tensorflow"]
+
+
+_choose_backend()
+
+import keras  # noqa: E402
+
+if keras.config.backend() not in BACKENDS:
+    raise ValueError(
+        f"keras_vaultgemma runs on the Keras backends {', '.join(BACKENDS)}. Received: {keras.config.backend()!r}"
+    )
+with without_tensorflow():
+    import keras_hub  # noqa: E402, F401
+
+NAME = keras.config.backend()
+
+
+def write_slice(buffer, update, start):
+    """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
+
+    The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
+    and layer), XLA reuses the memory of a loop variable or a donated argument.
+    """
+    if NAME == "torch":
+        start = int(start)
+        buffer[:, start : start + update.shape[1]] = update
+        return buffer
+    return keras.ops.slice_update(buffer, [0, start] + [0] * (len(buffer.shape) - 2), update)
+
+
+def compile_function(function, variables, donate=()):
+    """Compile `function(*args)`, which reads Keras `variables` and changes none, for repeated calls.
+
+    Args:
+        function: takes and returns nested tensors; every tensor it depends on is an argument or one of `variables`.
+        variables: list of `keras.Variable`, read anew at each call.
+        donate: positions of arguments whose memory the result may reuse (JAX); the caller must not use them again.
+
+    Returns:
+        A function with the same arguments. It compiles once for each combination of argument shapes and dtypes.
+    """
+    if NAME == "jax":
+        import jax
+
+        def stateless(values, *args):
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                return function(*args)
+
+        program = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate))
+        return lambda *args: program([v.value for v in variables], *args)
+
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+
+    import torch
+
+    return torch.no_grad()(function)
+
+
+def is_tensorflow(x):
+    """Whether `x` is a TensorFlow tensor, ragged tensor or dataset; asks without importing TensorFlow."""
+    return any(base.__module__.partition(".")[0] == "tensorflow" for base in type(x).__mro__)
+
+
+def is_symbolic_tensorflow(x):
+    """Whether `x` is a tensor inside a `tf.function` or a `tf.data` map, which has no value yet."""
+    return is_tensorflow(x) and hasattr(x, "graph") and not hasattr(x, "numpy")
+
+
+def in_tensorflow_graph(function, inputs, shapes, dtypes):
+    """Call `function` on the NumPy values of `inputs` from inside a TensorFlow graph (a `tf.data` map).
+
+    Args:
+        function: takes as many NumPy arrays as `inputs` has tensors, returns a list of NumPy arrays.
+        inputs: list of symbolic TensorFlow tensors.
+        shapes, dtypes: of the outputs, one entry each.
+
+    Returns:
+        List of TensorFlow tensors.
+    """
+    import tensorflow as tf
+
+    outputs = tf.numpy_function(lambda *args: function(*args), inputs, [tf.as_dtype(d) for d in dtypes])
+    return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]

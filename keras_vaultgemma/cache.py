@@ -1,0 +1,43 @@
+"""The key-value cache: a plain record, passed in and returned, owned by whoever decodes.
+
+A slot is a place in the cache, a position is a place in a row's text. They differ where rows of a batch have prompts of
+different lengths: all rows write the same slot, each at its own position. The cache therefore remembers the position in
+every slot, and the attention mask follows from positions alone.
+"""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_vaultgemma import backend
+
+EMPTY = -1
+"""The position of a slot that holds nothing to attend to: unwritten, or padding."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of S slots.
+
+    Attributes:
+        keys, values: one [B, S, K, H] tensor for each layer, in the compute dtype. Keys are rotated already.
+        positions: int32 [B, S], `EMPTY` where a slot holds nothing.
+    """
+
+    keys: tuple
+    values: tuple
+    positions: object
+
+
+def empty(num_layers, batch, slots, num_key_value_heads, head_dim, dtype):
+    """A cache of `slots` empty slots; 2 * L * B * S * K * H values."""
+    shape = (batch, slots, num_key_value_heads, head_dim)
+    return KVCache(
+        keys=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
+        values=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
+        positions=ops.full((batch, slots), EMPTY, dtype="int32"),
+    )
+
+
+def write(buffer, update, start):
+    """Write `update` [B, T, ...] into slots `start` to `start + T` of `buffer` [B, S, ...], which is consumed."""
+    return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start)

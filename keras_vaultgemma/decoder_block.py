@@ -1,0 +1,59 @@
+"""One transformer block: normalise, attend, add; normalise, GeGLU, add.
+
+Gemma 2 also normalises what attention and the MLP return. VaultGemma does not: those two norms are what it left out.
+"""
+
+import keras
+
+from keras_vaultgemma.layers import RMSNorm, projection
+
+
+class VaultGemmaDecoderBlock(keras.layers.Layer):
+    """Pre-norm block of attention and a gated MLP with `gelu(gate) * up` (GeGLU, Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        attention: the block's `VaultGemmaAttention`.
+        intermediate_dim: width F of one branch of the MLP.
+        layer_type: "full_attention" or "sliding_attention": which of the walk's masks this block is given.
+        layer_norm_epsilon: of both norms.
+        initializer_range: standard deviation of the initial projections.
+    """
+
+    def __init__(
+        self,
+        attention,
+        intermediate_dim,
+        layer_type,
+        layer_norm_epsilon,
+        initializer_range,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.intermediate_dim = intermediate_dim
+        self.layer_type = layer_type
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.initializer_range = initializer_range
+        self.attention_norm = RMSNorm(layer_norm_epsilon, dtype=self.dtype_policy, name="attention_norm")
+        self.attention = attention
+        self.mlp_norm = RMSNorm(layer_norm_epsilon, dtype=self.dtype_policy, name="mlp_norm")
+
+    def build(self, input_shape):
+        options = (self.initializer_range, self.dtype_policy)
+        self.gate = projection(self.intermediate_dim, "gate", *options)
+        self.up = projection(self.intermediate_dim, "up", *options)
+        self.down = projection(input_shape[-1], "down", *options)
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.gate, self.up):
+            layer.build(input_shape)
+        self.down.build((*input_shape[:-1], self.intermediate_dim))
+
+    def call(self, x, angles, attention_mask, cache=None, start=None):
+        """As `VaultGemmaAttention.call`: [B, T, D] in and out, with a cache a pair of that and the new cache."""
+        attended = self.attention(
+            self.attention_norm(x), angles=angles, attention_mask=attention_mask, cache=cache, start=start
+        )
+        if cache is not None:
+            attended, cache = attended
+        x = x + attended
+        normed = self.mlp_norm(x)
+        x = x + self.down(keras.activations.gelu(self.gate(normed), approximate=True) * self.up(normed))
+        return x if cache is None else (x, cache)

@@ -1,0 +1,70 @@
+"""Rotary positions, the soft cap, RMS normalisation and the one kind of projection."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class RotaryAngles(keras.layers.Layer):
+    """Positions to the angles of the rotary embedding (Su et al., 2021, arXiv:2104.09864; half-split as in GPT-NeoX).
+
+    A layer, though it owns no weight: Keras marks the product of a symbolic tensor and a constant as sparse.
+
+    Args:
+        head_dim: H, even.
+        theta: channel pair i turns by position * theta^(-2i/H).
+    """
+
+    def __init__(self, head_dim, theta, **kwargs):
+        super().__init__(**kwargs)
+        # Constants from NumPy, so that every backend turns by the same angles.
+        self.frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype("float32")
+
+    def call(self, positions):
+        """(cos, sin), [B, T, 1, H/2] each, for int positions [B, T]: float32, since bfloat16 ends at position 256."""
+        angles = ops.cast(positions, "float32")[:, :, None, None] * self.frequencies
+        return ops.cos(angles), ops.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Rotate channel pairs (i, i + H/2) of `x` [B, T, heads, H] by `RotaryAngles`; same shape and dtype."""
+    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return ops.cast(rotated, x.dtype)
+
+
+def soft_cap(x, cap):
+    """`cap * tanh(x / cap)`, which keeps x within (-cap, cap) (Gemma 2 report, section 2); x itself if cap is None."""
+    return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def projection(units, name, initializer_range, dtype):
+    """A matrix [in, units] without bias; all projections are such, so that LoRA and int8 meet plain matrices."""
+    # A new initializer each time: one instance would give two matrices of a shape the same values.
+    initializer = keras.initializers.RandomNormal(stddev=initializer_range)
+    return keras.layers.Dense(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
+
+
+class RMSNorm(keras.layers.Layer):
+    """Root-mean-square normalisation as Gemma scales it: `x / rms(x) * (1 + scale)`, in float32, cast back at the end.
+
+    `keras.layers.RMSNormalization` multiplies by `scale` alone, so a Gemma checkpoint would load and be wrong.
+
+    Args:
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="scale")
+
+    def call(self, x):
+        x = ops.cast(x, "float32")
+        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
