@@ -39,7 +39,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         head_dim: H, even; independent of D.
         query_pre_attn_scalar: attention scores are divided by its square root. Defaults to `head_dim`.
         attention_logit_soft_cap: cap on attention scores, or None.
-        final_logit_soft_cap: cap on the logits, or None. The backbone keeps it; the task's head applies it.
+        final_logit_soft_cap: cap on the logits, or None; applied by the embedding called in reverse.
         layer_types: "full_attention" or "sliding_attention", one for each layer. Defaults to full attention everywhere.
         sliding_window_size: how many positions a sliding layer sees, the query's own included.
         rope_theta: base of the rotary wavelengths.
@@ -104,6 +104,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             vocabulary_size,
             hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+            logit_soft_cap=final_logit_soft_cap,
             dtype=dtype,
             name="token_embedding",
         )

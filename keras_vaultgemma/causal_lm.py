@@ -1,0 +1,233 @@
+"""The task: a head on the backbone, and what users do with it: generate, fit, evaluate, predict, score."""
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_vaultgemma import backend, checkpoint, ids, presets, prompts, training_data
+from keras_vaultgemma.backbone import VaultGemmaBackbone
+from keras_vaultgemma.generation import Generator
+from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
+
+
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
+class VaultGemmaCausalLM(keras_hub.models.CausalLM):
+    """VaultGemma with its language-model head, which is the embedding in reverse.
+
+    ```python
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model.generate("Once upon a time", max_new_tokens=40)
+    model.fit(["a text", "another text"])
+    ```
+
+    Args:
+        backbone: `VaultGemmaBackbone`.
+        preprocessor: `VaultGemmaCausalLMPreprocessor`, or None to work on ids.
+        **kwargs: as for `keras_hub.models.CausalLM`.
+    """
+
+    backbone_cls = VaultGemmaBackbone
+    preprocessor_cls = VaultGemmaCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self._generator = None
+        super().__init__(inputs=backbone.input, outputs=self.logits(backbone(backbone.input)), **kwargs)
+
+    def logits(self, hidden_states):
+        """Hidden states [B, T, D] to logits [B, T, V], float32, soft-capped where the backbone says so."""
+        return ops.cast(self.backbone.token_embedding(hidden_states, reverse=True), "float32")
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Load a model from a bundled preset's name, a folder (Keras or Hugging Face format), `hf://` or `kaggle://`.
+
+        Args:
+            preset: string or path.
+            load_weights: False builds the architecture with random weights.
+            **kwargs: `dtype` for the backbone; `preprocessor=None` to do without vocabulary.
+
+        Raises:
+            ValueError: for an unknown preset, a config this model cannot represent, or weights that do not fit.
+            FileNotFoundError: where weights or vocabulary are missing; it says how to get them.
+        """
+        wants_text = "preprocessor" not in kwargs
+        folder = presets.find(preset, "weights" if load_weights else "vocabulary" if wants_text else "config")
+        if wants_text and not presets.file(folder, "vocabulary"):
+            files = ", ".join(presets.FILES["vocabulary"])
+            raise FileNotFoundError(f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids")
+        if presets.is_keras(folder):
+            with backend.without_tensorflow():
+                model = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
+            if load_weights:
+                checkpoint.warn_if_not_finite(model.backbone)
+            return model
+        backbone_kwargs = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
+        if "backbone" not in kwargs:
+            kwargs["backbone"] = VaultGemmaBackbone.from_preset(folder, load_weights, **backbone_kwargs)
+        if wants_text:
+            kwargs["preprocessor"] = VaultGemmaCausalLMPreprocessor.from_preset(folder)
+        return cls(**kwargs)
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
+        """As `keras_hub.models.CausalLM.compile`, with two other defaults.
+
+        Args:
+            loss: "auto" is cross-entropy averaged over the tokens that count, in nats. (Keras's own default divides by
+                padding too, so that the same text has another loss in a longer row.)
+            sampler: "greedy" unless given.
+        """
+        if isinstance(loss, str) and loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        self._generator = None
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
+        if self.preprocessor is None or isinstance(x, dict):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return self.preprocessor(x)
+
+    def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
+        """Train on next-token prediction; see `keras.Model.fit` for the arguments that are not explained here.
+
+        Args:
+            x: strings, a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of strings, or
+                `{"token_ids", "padding_mask"}` with labels `y`.
+            validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
+
+        Raises:
+            ValueError: for empty data, items that are not strings, or ids outside the vocabulary.
+        """
+        x, y, sample_weight = self._training_data(x, y, sample_weight)
+        if isinstance(validation_data, tuple):
+            validation_data = self._training_data(*validation_data)
+        elif validation_data is not None:
+            x_val, y_val, weight_val = self._training_data(validation_data)
+            validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
+        # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
+        return keras.Model.fit(
+            self,
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+        """Loss and metrics on data as for `fit`."""
+        x, y, sample_weight = self._training_data(x, y, sample_weight)
+        return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x, batch_size=None, **kwargs):
+        """Logits, float32 [B, T, V], for data as for `fit`."""
+        x, _, _ = self._training_data(x, None, None)
+        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+
+    def _training_data(self, x, y=None, sample_weight=None):
+        preprocess = None if self.preprocessor is None else self.preprocess_samples
+        return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+
+    def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
+        """How well the model predicts each token.
+
+        Args:
+            token_ids: strings, or int [B, T].
+            padding_mask: [B, T], true at tokens; all true if None.
+            scoring_mode: "loss" or "logits".
+            target_ids: int [B, T], what to predict at each place. Defaults to the next token, and then nothing is
+                predicted at a row's last token.
+
+        Returns:
+            NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
+
+        Raises:
+            ValueError: for another mode or ids outside the vocabulary.
+        """
+        if scoring_mode not in ("loss", "logits"):
+            raise ValueError(f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}")
+        if self.preprocessor is not None and not hasattr(token_ids, "dtype"):
+            texts, _ = as_texts(token_ids)
+            rows = self.preprocessor.tokenize_prompts(texts)
+            token_ids, padding_mask = ids.pad(rows, max(map(len, rows)))
+        token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
+        ids.check_range(token_ids, self.backbone.vocabulary_size)
+        mask = np.ones_like(token_ids) if padding_mask is None else np.asarray(ops.convert_to_numpy(padding_mask))
+        logits = keras.Model.predict(self, {"token_ids": token_ids, "padding_mask": mask.astype("int32")}, verbose=0)
+        if scoring_mode == "logits":
+            return logits
+        if target_ids is None:
+            target_ids, weights = np.roll(token_ids, -1, axis=1), np.roll(mask, -1, axis=1) * mask
+            weights[:, -1] = 0
+        else:
+            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask
+        losses = keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+        return ops.convert_to_numpy(losses) * weights.astype("float32")
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=None, *, max_new_tokens=None):
+        """Continue prompts with the sampler given to `compile`.
+
+        Args:
+            inputs: one of
+                - a string, or a list or array of strings: each gets `<bos>` and comes back as a string;
+                - a chat, a list of `{"role", "content"}` (or a list of chats): comes back as the model's reply;
+                - `{"token_ids", "padding_mask"}`, int [B, T], padded on either side: comes back as such a dict;
+                - a `tf.data.Dataset` of batches of any of these.
+            max_length: tokens of a row at most, prompt included. Defaults to the preprocessor's `sequence_length`; for
+                ids to T.
+            stop_token_ids: ids that end a row; None for none; "auto" for `<eos>`, in chats also `<end_of_turn>`.
+            strip_prompt: return what was generated without the prompt. Defaults to True for chats, else to False.
+            max_new_tokens: tokens to generate at most, instead of `max_length`.
+
+        Returns:
+            As `inputs`: a string, a list of strings, or a dict of NumPy arrays.
+
+        Raises:
+            ValueError: for no prompts, a prompt longer than `max_length`, items that are not strings, ids outside the
+                vocabulary, or both lengths.
+        """
+        if max_length is not None and max_new_tokens is not None:
+            raise ValueError(
+                f"Give one of `max_length` and `max_new_tokens`. Received: {max_length} and {max_new_tokens}"
+            )
+        for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more. Received: {value}")
+        if backend.is_tensorflow(inputs) and hasattr(inputs, "as_numpy_iterator"):
+            options = (max_length, stop_token_ids, strip_prompt)
+            batches = [self.generate(x, *options, max_new_tokens=max_new_tokens) for x in inputs.as_numpy_iterator()]
+            return prompts.concatenate(batches)
+
+        asked = prompts.read(inputs, self.preprocessor, self.backbone.vocabulary_size)
+        if max_new_tokens is not None:
+            limits = [max_new_tokens] * len(asked.rows)
+        else:
+            if max_length is None:
+                max_length = asked.width or getattr(self.preprocessor, "sequence_length", None)
+            max_length = max_length or self.backbone.max_sequence_length
+            ids.check_lengths(asked.rows, max_length)
+            limits = [max_length - len(row) for row in asked.rows]
+        generated = self._ready_generator().generate(asked.rows, limits, self._stop_ids(stop_token_ids, asked.form))
+        return prompts.answer(asked, generated, strip_prompt, self.preprocessor)
+
+    def _stop_ids(self, stop_token_ids, form):
+        if not isinstance(stop_token_ids, str):
+            return tuple(stop_token_ids or ())
+        if stop_token_ids != "auto":
+            raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}")
+        if self.preprocessor is None:
+            raise ValueError("`stop_token_ids='auto'` needs a preprocessor; pass None or a list of ids")
+        tokenizer = self.preprocessor.tokenizer
+        turn_ends = form == "chat" and tokenizer.end_of_turn_id is not None
+        return (tokenizer.end_token_id, *([tokenizer.end_of_turn_id] if turn_ends else []))
+
+    def _ready_generator(self):
+        """The compiled generator, made anew where variables were added or replaced (LoRA, quantisation)."""
+        generator = self._generator
+        if generator is None or [id(v) for v in generator.variables] != [id(v) for v in self.variables]:
+            self._generator = generator = Generator(self, self.sampler, self.run_eagerly)
+        return generator
