@@ -6,7 +6,6 @@ nothing that this package uses.
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import sys
@@ -65,7 +64,7 @@ if keras.config.backend() not in BACKENDS:
         f"keras_vaultgemma runs on the Keras backends {', '.join(BACKENDS)}. Received: {keras.config.backend()!r}"
     )
 with without_tensorflow():
-    import keras_hub  # noqa: E402, F401
+    import keras_hub  # noqa: F401
 
 NAME = keras.config.backend()
 

@@ -1,9 +1,9 @@
 """Ids in, ids out: prefill, step, decode. Knows no text, no tokenizer and no preset.
 
-A batch of prompts of different lengths fills slots 0 … P of a cache, padded to the right. From there on every row writes
-the same slot at the same time, each at its own position (cache.py says why that is exact), so a batch takes as many steps
-as its longest answer. Prompts are fed in chunks of a few fixed lengths and caches come in a few sizes: few programs are
-compiled, whatever lengths are asked for.
+A batch of prompts of different lengths fills slots 0 to P of a cache, padded on the right. From there on every row writes
+the same slot at the same time, each at its own position (cache.py says why that is exact), so a batch takes as many
+steps as its longest answer. Prompts are fed in chunks of a few fixed lengths and caches come in a few sizes: few
+programs are compiled, whatever lengths are asked for.
 """
 
 from typing import NamedTuple
@@ -90,9 +90,7 @@ class Generator:
         chooses_by_itself = type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
         generate = self._generate if chooses_by_itself else self._search
         tokens = generate(rows, limits, tuple(sorted(stop_token_ids)))
-        return [
-            cut_after_stop(row[:limit], stop_token_ids) for row, limit in zip(tokens, limits, strict=True)
-        ]
+        return [cut_after_stop(row[:limit], stop_token_ids) for row, limit in zip(tokens, limits, strict=True)]
 
     def _generate(self, rows, limits, stop_token_ids):
         lengths = np.array([len(row) for row in rows], "int32")
@@ -107,7 +105,9 @@ class Generator:
         start = 0
         for length in chunks:
             part = slice(start, start + length)
-            hidden, cache = self._read_chunk(_int(token_ids[:, part]), _int(positions[:, part]), hidden, cache, _int(start))
+            hidden, cache = self._read_chunk(
+                _int(token_ids[:, part]), _int(positions[:, part]), hidden, cache, _int(start)
+            )
             start += length
 
         stops = np.full(-(-max(len(stop_token_ids), 1) // STOP_IDS) * STOP_IDS, -1, "int32")

@@ -30,7 +30,7 @@ def unpad(ids, mask):
 def check_range(ids, vocabulary_size):
     """Raise ValueError where ids are outside [0, vocabulary_size): a lookup would clamp or wrap them in silence."""
     ids = np.asarray(ids)
-    if ids.size and not (0 <= ids.min() and ids.max() < vocabulary_size):
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
         wrong = ids[(ids < 0) | (ids >= vocabulary_size)].flat[0]
         raise ValueError(f"Token ids must be from 0 to {vocabulary_size - 1}. Received: {wrong}")
 

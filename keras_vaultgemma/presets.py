@@ -105,15 +105,16 @@ def _fetch(name, need):
             return find(handle, need)
         except (ValueError, OSError, ImportError) as error:
             reasons.append(f"{handle}: {str(error).strip().splitlines()[0]}")
-    hugging_face, kaggle = HUBS[name]
+    repository = HUBS[name][0].removeprefix("hf://")
     raise FileNotFoundError(
         f"The {need} of {name}: not on this machine, and neither hub gave it. The model is gated: accept its terms "
         "once at the hub, then use one of three ways.\n"
-        f"1. Hugging Face: open https://huggingface.co/{hugging_face[5:]} and accept; `hf auth login`; try again.\n"
+        f"1. Hugging Face: open https://huggingface.co/{repository} and accept; `hf auth login`; try again.\n"
         f"2. Kaggle: open https://www.kaggle.com/models/keras/vaultgemma and accept; `pip install kagglehub`; put your "
         "API token into ~/.kaggle/kaggle.json; try again.\n"
-        f"3. A folder: `hf download {hugging_face[5:]} --local-dir {home / name}` on a machine that can, copy the folder "
-        "here, and name its parent in KERAS_VAULTGEMMA_HOME.\n" + "\n".join(f"Tried {reason}" for reason in reasons)
+        f"3. A folder: `hf download {repository} --local-dir {home / name}` on a machine that can, copy the folder "
+        "to this one, and name its parent in KERAS_VAULTGEMMA_HOME.\n"
+        + "\n".join(f"Tried {reason}" for reason in reasons)
     )
 
 

@@ -77,7 +77,7 @@ def rows_of(paragraphs, encode, length):
     rows, row = [], [BOS]
     for paragraph in paragraphs:
         ends = paragraph.endswith("\n\n\n")
-        row += encode(paragraph.rstrip("\n")) + [EOS] if ends else encode(paragraph)
+        row += [*encode(paragraph.rstrip("\n")), EOS] if ends else encode(paragraph)
         while len(row) > length + 1 or (ends and len(row) > 1):
             rows.append(row[: length + 1])
             row = [BOS, *row[length + 1 :]]

@@ -1,0 +1,31 @@
+# Each command sets up what it needs from Python and pip alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BACKENDS := jax torch tensorflow
+READY := $(VENV)/.ready
+export TF_CPP_MIN_LOG_LEVEL = 3
+export TF_ENABLE_ONEDNN_OPTS = 0
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python tools/demo.py $(VENV)/demo || exit 1; done
+
+test: lint
+	@for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q $(PYTEST) || exit 1; done
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# PyTorch first and alone: its version decides whether a small CPU build or a CUDA build is taken.
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[jax,torch,tensorflow,dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,27 @@
+"""Small models that several tests build."""
+
+import keras
+import numpy as np
+
+from keras_vaultgemma import VaultGemmaBackbone
+
+RELEASE_LIKE = dict(
+    vocabulary_size=128,
+    num_layers=3,
+    num_query_heads=4,
+    num_key_value_heads=4,
+    hidden_dim=48,
+    intermediate_dim=96,
+    head_dim=16,
+    max_sequence_length=64,
+    initializer_range=0.15,
+)
+
+
+def random_backbone(**changes):
+    """A small backbone with weights large enough to make every part of it matter."""
+    return VaultGemmaBackbone(**{**RELEASE_LIKE, **changes})
+
+
+def to_numpy(x):
+    return np.asarray(keras.ops.convert_to_numpy(x))

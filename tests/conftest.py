@@ -1,0 +1,27 @@
+"""Fixtures that several tests share."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+from common import random_backbone
+
+from keras_vaultgemma import VaultGemmaCausalLM
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def model():
+    return VaultGemmaCausalLM(random_backbone())
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The bundled preset; a test that changes a model loads its own."""
+    return VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
