@@ -82,7 +82,8 @@ class VaultGemmaAttention(keras.layers.Layer):
         initializer_range,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Keras would cast the angles to a 16-bit compute dtype on the way in.
+        super().__init__(autocast=False, **kwargs)
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim

@@ -9,6 +9,7 @@ The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm 
 """
 
 import math
+import numbers
 import warnings
 
 import keras
@@ -76,6 +77,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         dtype=None,
         **kwargs,
     ):
+        if unknown := set(kwargs) - {"name", "trainable"}:
+            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
+        if layer_types is None and _is_count(num_layers):
+            layer_types = ["full_attention"] * num_layers
         hyperparameters = dict(
             vocabulary_size=vocabulary_size,
             num_layers=num_layers,
@@ -87,7 +92,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             query_pre_attn_scalar=head_dim if query_pre_attn_scalar is None else query_pre_attn_scalar,
             attention_logit_soft_cap=attention_logit_soft_cap,
             final_logit_soft_cap=final_logit_soft_cap,
-            layer_types=["full_attention"] * num_layers if layer_types is None else list(layer_types),
+            layer_types=layer_types,
             sliding_window_size=sliding_window_size,
             rope_theta=rope_theta,
             layer_norm_epsilon=layer_norm_epsilon,
@@ -233,24 +238,29 @@ def _check(hyperparameters):
         if not fine:
             raise ValueError(f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}")
 
-    def is_count(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    def is_positive(value):
+        return isinstance(value, numbers.Real) and value > 0
 
     h = hyperparameters
     for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim"):
-        require(name, "a positive integer", is_count(h[name]))
+        require(name, "a positive integer", _is_count(h[name]))
     for name in ("intermediate_dim", "head_dim", "max_sequence_length"):
-        require(name, "a positive integer", is_count(h[name]))
+        require(name, "a positive integer", _is_count(h[name]))
     for name in ("query_pre_attn_scalar", "rope_theta", "layer_norm_epsilon", "initializer_range"):
-        require(name, "a number above 0", h[name] > 0)
+        require(name, "a number above 0", is_positive(h[name]))
     for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
-        require(name, "None or a number above 0", h[name] is None or h[name] > 0)
+        require(name, "None or a number above 0", h[name] is None or is_positive(h[name]))
     heads = h["num_key_value_heads"]
     require("num_query_heads", f"a multiple of num_key_value_heads={heads}", h["num_query_heads"] % heads == 0)
     require("head_dim", "even, for rotary positions turn pairs of channels", h["head_dim"] % 2 == 0)
     count = h["num_layers"]
-    fine = len(h["layer_types"]) == count and set(h["layer_types"]) <= set(LAYER_TYPES)
+    fine = isinstance(h["layer_types"], (list, tuple)) and len(h["layer_types"]) == count
+    fine = fine and all(layer_type in LAYER_TYPES for layer_type in h["layer_types"])
     require("layer_types", f"{count} (num_layers) of {' or '.join(map(repr, LAYER_TYPES))}", fine)
     slides = "sliding_attention" in h["layer_types"]
-    fine = is_count(h["sliding_window_size"]) or (h["sliding_window_size"] is None and not slides)
+    fine = _is_count(h["sliding_window_size"]) or (h["sliding_window_size"] is None and not slides)
     require("sliding_window_size", "a positive integer" + ("" if slides else " or None"), fine)
+
+
+def _is_count(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0

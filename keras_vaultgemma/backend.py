@@ -76,7 +76,8 @@ def write_slice(buffer, update, start):
     and layer), XLA reuses the memory of a loop variable or a donated argument.
     """
     if NAME == "torch":
-        start = int(start)
+        # What comes out of `repeat` may have rows that share memory.
+        start, buffer = int(start), buffer.contiguous()
         buffer[:, start : start + update.shape[1]] = update
         return buffer
     return keras.ops.slice_update(buffer, [0, start] + [0] * (len(buffer.shape) - 2), update)

@@ -28,7 +28,8 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         initializer_range,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Keras would cast the angles to a 16-bit compute dtype on the way in.
+        super().__init__(autocast=False, **kwargs)
         self.intermediate_dim = intermediate_dim
         self.layer_type = layer_type
         self.layer_norm_epsilon = layer_norm_epsilon

@@ -1,6 +1,6 @@
 """Ids in, ids out: prefill, step, decode. Knows no text, no tokenizer and no preset.
 
-A batch of prompts of different lengths fills slots 0 to P of a cache, padded on the right. From there on every row writes
+A batch of prompts of different lengths fills slots 0 to P of a cache, padded on the right. From there on all rows write
 the same slot at the same time, each at its own position (cache.py says why that is exact), so a batch takes as many
 steps as its longest answer. Prompts are fed in chunks of a few fixed lengths and caches come in a few sizes: few
 programs are compiled, whatever lengths are asked for.

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from keras_vaultgemma import ids
+
+
+def test_pad_and_cut():
+    token_ids, mask = ids.pad([[5, 6], [7, 8, 9, 10], []], 3, pad_id=1)
+    assert token_ids.tolist() == [[5, 6, 1], [7, 8, 9], [1, 1, 1]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
+    assert token_ids.dtype == mask.dtype == np.int32
+
+
+def test_unpad_takes_padding_on_either_side():
+    assert ids.unpad([[5, 6, 0], [0, 7, 8]], [[1, 1, 0], [0, 1, 1]]) == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4)])
+def test_unpad_refuses_shapes(shape):
+    with pytest.raises(ValueError, match=r"must both be \[batch, length\]. Received: \(2, 3\)"):
+        ids.unpad(np.zeros((2, 3)), np.zeros(shape))
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_range(wrong):
+    ids.check_range([0, 9], 10)
+    with pytest.raises(ValueError, match=f"from 0 to 9. Received: {wrong}"):
+        ids.check_range([[0, wrong]], 10)
+
+
+def test_lengths():
+    ids.check_lengths([[1, 2], [3]], 2)
+    with pytest.raises(ValueError, match="max_length=2 tokens.*Received: 3 tokens in prompt 1"):
+        ids.check_lengths([[1, 2], [3, 4, 5]], 2)

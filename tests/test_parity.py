@@ -1,0 +1,129 @@
+"""Equal to transformers' VaultGemma on checkpoints it wrote, and to itself on every backend."""
+
+import numpy as np
+import pytest
+import reference
+import transformers
+from common import to_numpy
+
+from keras_vaultgemma import VaultGemmaCausalLM
+
+BASE = dict(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    query_pre_attn_scalar=32,
+    max_position_embeddings=128,
+    layer_types=["full_attention"] * 4,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
+CONFIGURATIONS = {
+    "release-like": {},
+    "class defaults scaled down": dict(
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        layer_types=None,
+        sliding_window=8,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    "one key-value head": dict(num_key_value_heads=1),
+    # A small scalar makes scores large, and with larger weights float32 itself is off by more than 1e-4.
+    "query scalar unlike head_dim": dict(query_pre_attn_scalar=7, initializer_range=0.15),
+    "attention cap alone": dict(attn_logit_softcapping=2.0),
+    "final cap alone": dict(final_logit_softcapping=3.0),
+    "caps and short window in all layers": dict(
+        layer_types=["sliding_attention"] * 4,
+        sliding_window=3,
+        num_key_value_heads=2,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+    ),
+    "other theta and epsilon": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3),
+}
+PROMPTS = [[2, 17, 5, 99, 250, 31, 8], [2, 4], [2, *range(40, 75)], [9]]
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def pair(request, tmp_path_factory):
+    """(transformers' model, this package's model) of one checkpoint."""
+    import torch
+
+    torch.manual_seed(0)
+    # Large enough that attention is far from uniform, both caps bite and logits differ by whole units.
+    config = transformers.VaultGemmaConfig(**{**BASE, "initializer_range": 0.25, **CONFIGURATIONS[request.param]})
+    theirs = transformers.VaultGemmaForCausalLM(config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:  # written as zeros
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    theirs.save_pretrained(folder)
+    return theirs, VaultGemmaCausalLM.from_preset(folder, preprocessor=None)
+
+
+def their_logits(theirs, row):
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.tensor([row])).logits[0].numpy()
+
+
+def our_logits(ours, row):
+    return to_numpy(ours({"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}))[0]
+
+
+def test_logits_equal_transformers(pair):
+    theirs, ours = pair
+    for row in PROMPTS:
+        expected = their_logits(theirs, row)
+        assert np.abs(our_logits(ours, row) - expected).max() <= 1e-4
+    assert expected.std() > 0.5
+
+
+def test_caps_and_windows_matter_in_these_configurations(pair):
+    """A parity test of a cap that never bites would prove nothing."""
+    _, ours = pair
+    backbone = ours.backbone
+    row = PROMPTS[2]
+    before = reference.logits(backbone, row)
+    for name, value in (("attention_logit_soft_cap", None), ("final_logit_soft_cap", None), ("sliding_window_size", 99)):
+        old = getattr(backbone, name)
+        matters = old is not None and (name != "sliding_window_size" or "sliding_attention" in backbone.layer_types)
+        if matters:
+            setattr(backbone, name, value)
+            assert np.abs(reference.logits(backbone, row) - before).max() > 1e-2, name
+            setattr(backbone, name, old)
+
+
+def test_greedy_ids_equal_transformers(pair):
+    import torch
+
+    theirs, ours = pair
+    expected = []
+    for row in PROMPTS:
+        ids = theirs.generate(
+            torch.tensor([row]), max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        expected.append(ids[0, len(row) :].tolist())
+    together = ours.generate(PROMPTS, max_new_tokens=48, stop_token_ids=None, strip_prompt=True)
+    assert together == expected
+    assert ours.generate(PROMPTS[0], max_new_tokens=48, stop_token_ids=None, strip_prompt=True) == expected[0]
+
+
+def test_logits_equal_the_reference(pair):
+    _, ours = pair
+    for row in PROMPTS:
+        assert np.abs(our_logits(ours, row) - reference.logits(ours.backbone, row)).max() <= 1e-4
+
+
+def test_backends_agree_on_the_tiny_preset(tiny):
+    """Each is within half of 1e-5 of float64, so each two are within 1e-5 of each other."""
+    row = tiny.preprocessor.tokenize_prompts(["Once upon a time there was a king who had a little daughter."])[0]
+    assert np.abs(our_logits(tiny, row) - reference.logits(tiny.backbone, row)).max() <= 5e-6

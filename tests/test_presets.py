@@ -1,0 +1,601 @@
+"""A preset's name or handle to a folder: bundled, local, from stand-ins for the hubs; and saving whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from common import random_backbone, to_numpy
+from hub_stub import TOKEN, HubStub
+from safetensors.numpy import save_file
+
+from keras_vaultgemma import VaultGemmaBackbone, checkpoint, presets
+
+TOKEN_IDS = [[2, 5, 9, 17, 31]]
+
+# Without the package around it, so that no test has to wait for a Keras backend in a new process.
+FIND = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("presets", sys.argv[1])
+presets = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(presets)
+try:
+    print(json.dumps({"folder": str(presets.find(sys.argv[2], sys.argv[3]))}))
+except (ValueError, OSError, ImportError) as error:
+    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+"""
+
+LOAD = """
+import json, sys
+import numpy as np
+from keras import ops
+from keras_vaultgemma import VaultGemmaBackbone
+
+ids = np.array(json.loads(sys.argv[2]))
+hidden = VaultGemmaBackbone.from_preset(sys.argv[1])({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+print(json.dumps(ops.convert_to_numpy(hidden).tolist()))
+"""
+
+
+def run(script, *arguments, env):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def find(handle, need="weights", *, env):
+    return run(FIND, presets.__file__, handle, need, env=env)
+
+
+def write_checkpoint(folder, seed):
+    """A Hugging Face checkpoint of random float32 weights."""
+    folder.mkdir(parents=True)
+    vocabulary, width, mlp, heads, head_dim = 64, 24, 40, 2, 16
+    config = dict(
+        model_type="vaultgemma",
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim,
+        layer_types=["full_attention"],
+        max_position_embeddings=32,
+    )
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        f"{layer}.input_layernorm.weight": (width,),
+        f"{layer}.self_attn.q_proj.weight": (heads * head_dim, width),
+        f"{layer}.self_attn.k_proj.weight": (heads * head_dim, width),
+        f"{layer}.self_attn.v_proj.weight": (heads * head_dim, width),
+        f"{layer}.self_attn.o_proj.weight": (width, heads * head_dim),
+        f"{layer}.pre_feedforward_layernorm.weight": (width,),
+        f"{layer}.mlp.gate_proj.weight": (mlp, width),
+        f"{layer}.mlp.up_proj.weight": (mlp, width),
+        f"{layer}.mlp.down_proj.weight": (width, mlp),
+        "model.norm.weight": (width,),
+    }
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(0, 0.2, shape).astype("float32") for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def content(folder):
+    """{path: bytes} of every file in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def hidden_states(backbone):
+    ids = np.array(TOKEN_IDS)
+    return to_numpy(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    (write_checkpoint(root / "main", 1) / "training.bin").write_bytes(b"not for inference")
+    write_checkpoint(root / "v2", 2)
+    return {"main": root / "main", "v2": root / "v2"}
+
+
+@pytest.fixture
+def hub(checkpoints):
+    gated = {"test/gated": {"resolve"}, "test/closed": {"revision", "tree", "resolve"}}
+    repositories = dict.fromkeys(("test/open", *gated, "google/vaultgemma-1b"), checkpoints)
+    gated["google/vaultgemma-1b"] = {"resolve"}
+    with HubStub(repositories, gated) as hub:
+        yield hub
+
+
+# vaultgemma_1b
+
+
+def test_release_is_described_by_the_bundled_preset():
+    config = presets.read_json(presets.find("vaultgemma_1b", "config") / "config.json")
+    assert config["registered_name"] == "keras_vaultgemma>VaultGemmaBackbone"
+    assert config["config"]["dtype"]["config"]["name"] == "bfloat16"
+    c = config["config"]
+    attention = 4 * c["hidden_dim"] * c["num_query_heads"] * c["head_dim"]
+    block = attention + 3 * c["hidden_dim"] * c["intermediate_dim"] + 2 * c["hidden_dim"]
+    count = c["vocabulary_size"] * c["hidden_dim"] + c["num_layers"] * block + c["hidden_dim"]
+    metadata = presets.read_json(presets.find("vaultgemma_1b", "config") / "metadata.json")
+    assert count == metadata["parameter_count"] == 1_038_741_120
+    privacy = metadata["privacy"]
+    assert (privacy["epsilon"], privacy["delta"], privacy["noise_multiplier"]) == (2.0, 1.1e-10, 0.614)
+    assert privacy["unit"] == "one sequence of 1024 consecutive tokens"
+
+
+def test_bundled_config_is_what_the_release_would_be_read_as(tmp_path):
+    release = dict(
+        model_type="vaultgemma",
+        vocab_size=256000,
+        hidden_size=1152,
+        num_hidden_layers=26,
+        intermediate_size=6912,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=["full_attention"] * 26,
+        sliding_window=512,
+        max_position_embeddings=1024,
+        rope_theta=10000,
+        rms_norm_eps=1e-6,
+        hidden_activation="gelu_pytorch_tanh",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(release))
+    config = presets.read_json(presets.find("vaultgemma_1b", "config") / "config.json")["config"]
+    read = checkpoint.read_config(tmp_path)
+    assert read == {name: config[name] for name in read}
+
+
+def test_bundled_config_has_every_argument_that_saving_writes(tmp_path):
+    random_backbone(name="vaultgemma_1b").save_to_preset(tmp_path)
+    saved = presets.read_json(tmp_path / "config.json")
+    bundled = presets.read_json(presets.find("vaultgemma_1b", "config") / "config.json")
+    assert list(saved) == list(bundled)
+    assert list(saved["config"]) == list(bundled["config"])
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="only PyTorch has a device without memory")
+def test_vaultgemma_1b_builds_without_weights():
+    with keras.device("meta"):
+        backbone = VaultGemmaBackbone.from_preset("vaultgemma_1b", load_weights=False, dtype="bfloat16")
+    assert backbone.count_params() == 1_038_741_120
+    assert backbone.name == "vaultgemma_1b"
+    assert {v.dtype for v in backbone.weights} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("place", ["vaultgemma_1b", "."])
+def test_weights_in_the_users_folder_are_found(checkpoints, tmp_path, monkeypatch, place):
+    home = tmp_path if place == "vaultgemma_1b" else tmp_path / "vaultgemma_1b"
+    (tmp_path / "vaultgemma_1b").symlink_to(checkpoints["v2"])
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(home))
+    np.testing.assert_array_equal(
+        hidden_states(VaultGemmaBackbone.from_preset("vaultgemma_1b")),
+        hidden_states(VaultGemmaBackbone.from_preset(checkpoints["v2"])),
+    )
+
+
+def test_users_folder_is_in_the_cache_unless_named(monkeypatch):
+    monkeypatch.delenv("KERAS_VAULTGEMMA_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert presets.cache_home() == Path("/caches/keras_vaultgemma")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert presets.cache_home() == Path("/home/somebody/.cache/keras_vaultgemma")
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", "~/models")
+    assert presets.cache_home() == Path("/home/somebody/models")
+
+
+def test_weights_come_from_hugging_face_once_the_terms_are_accepted(hub, tmp_path):
+    answer = find("vaultgemma_1b", env=hub.environment(tmp_path, HF_TOKEN=TOKEN))
+    assert content(answer["folder"]).keys() == {"config.json", "model.safetensors"}
+    assert hub.commit("google/vaultgemma-1b") in answer["folder"]
+
+
+@pytest.mark.parametrize("reason", ["gated", "no network", "HF_HUB_OFFLINE"])
+def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, reason):
+    changes = {"gated": {}, "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_HUB_OFFLINE": {reason: "1"}}
+    start = time.monotonic()
+    answer = find("vaultgemma_1b", env=hub.environment(tmp_path, **changes[reason]))
+    assert time.monotonic() - start < presets.PATIENCE
+    assert answer["error"] == "FileNotFoundError"
+    message = answer["message"]
+    assert "gated" in message
+    assert "https://huggingface.co/google/vaultgemma-1b" in message and "hf auth login" in message
+    assert "https://www.kaggle.com/models/keras/vaultgemma" in message and "KAGGLE_API_TOKEN" in message
+    folder = tmp_path / ".cache/keras_vaultgemma/vaultgemma_1b"
+    assert "hf download google/vaultgemma-1b --local-dir" in message and f"copy that folder to {folder}" in message
+    tried = message.partition("What was tried:")[2].strip().splitlines()
+    starts = [str(folder), "hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2"]
+    assert len(tried) == 3
+    assert all(line.startswith(f"- {start} ") for line, start in zip(tried, starts, strict=True))
+    expected = {"gated": "is gated", "no network": "cannot be asked", "HF_HUB_OFFLINE": "offline mode is enabled"}
+    assert expected[reason] in tried[1]
+    assert not (tmp_path / ".cache/keras_vaultgemma").exists()
+
+
+# hf://
+
+
+def test_backbone_from_hugging_face_is_the_one_in_the_repository(hub, checkpoints, tmp_path):
+    env = hub.environment(tmp_path, PYTHONPATH=str(Path(presets.__file__).parent.parent))
+    loaded = run(LOAD, "hf://test/open@v2", json.dumps(TOKEN_IDS), env=env)
+    expected = hidden_states(VaultGemmaBackbone.from_preset(checkpoints["v2"]))
+    np.testing.assert_allclose(loaded, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - hidden_states(VaultGemmaBackbone.from_preset(checkpoints["main"]))).max() > 0.1
+
+
+def test_revision_is_a_branch_tag_or_commit(hub, checkpoints, tmp_path):
+    env = hub.environment(tmp_path)
+    commit = hub.commit("test/open", "v2")
+    folder = find("hf://test/open@v2", env=env)["folder"]
+    assert Path(folder).name == commit
+    assert content(folder) == content(checkpoints["v2"])
+    assert find(f"hf://test/open@{commit}", env=env)["folder"] == folder
+    assert Path(find("hf://test/open", env=env)["folder"]).name == hub.commit("test/open", "main") != commit
+
+
+def test_no_more_is_downloaded_than_asked_for(hub, tmp_path):
+    env = hub.environment(tmp_path)
+    assert content(find("hf://test/open", "config", env=env)["folder"]).keys() == {"config.json"}
+    assert content(find("hf://test/open", "weights", env=env)["folder"]).keys() == {"config.json", "model.safetensors"}
+    assert not any("training.bin" in request for request in hub.requests)
+
+
+def test_cache_serves_without_network(hub, tmp_path):
+    env = hub.environment(tmp_path)
+    commit = hub.commit("test/open")
+    folder = find("hf://test/open", env=env)["folder"]
+    seen = len(hub.requests)
+    for changes in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        for handle in ("hf://test/open", f"hf://test/open@{commit}"):
+            assert find(handle, env={**env, **changes}) == {"folder": folder}
+    assert len(hub.requests) == seen
+
+
+def test_part_of_a_repository_in_the_cache_is_not_enough(hub, tmp_path):
+    env = hub.environment(tmp_path)
+    find("hf://test/open", "config", env=env)
+    answer = find("hf://test/open", "weights", env={**env, "HF_HUB_OFFLINE": "1"})
+    assert answer["error"] == "FileNotFoundError"
+    assert answer["message"].startswith("hf://test/open is not in the local cache")
+
+
+@pytest.mark.parametrize("handle", ["hf://test/gated", "hf://test/closed"])
+def test_gated_repository_needs_a_token_that_is_accepted(hub, tmp_path, handle):
+    name = handle.removeprefix("hf://")
+    for changes in ({}, {"HF_TOKEN": "hf_somebody"}):
+        answer = find(handle, env=hub.environment(tmp_path, **changes))
+        assert answer["error"] == "FileNotFoundError"
+        assert answer["message"] == (
+            f"{handle} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login`"
+        )
+    assert "folder" in find(handle, env=hub.environment(tmp_path, HF_TOKEN=TOKEN))
+
+
+@pytest.mark.parametrize(
+    "handle, message",
+    [
+        ("hf://test/none", "hf://test/none does not exist, or is private and needs `hf auth login`"),
+        ("hf://test/open@v3", "hf://test/open@v3 has no revision 'v3'"),
+        ("hf://test/open/more", "`preset` must be hf://org/name[@revision]. Received: 'hf://test/open/more'"),
+        ("hf://", "`preset` must be hf://org/name[@revision]. Received: 'hf://'"),
+    ],
+)
+def test_wrong_hugging_face_handle(hub, tmp_path, handle, message):
+    assert find(handle, env=hub.environment(tmp_path)) == {"error": "ValueError", "message": message}
+
+
+def test_commit_that_cannot_be_asked_for_fails_at_once(hub, tmp_path):
+    handle = f"hf://test/open@{'a' * 40}"
+    start = time.monotonic()
+    answer = find(handle, env=hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
+    assert time.monotonic() - start < presets.PATIENCE
+    assert answer["error"] == "FileNotFoundError"
+    assert answer["message"].startswith(
+        f"{handle} is not in the local cache, and the hub cannot be asked: ConnectError"
+    )
+
+
+def test_download_that_breaks_off_leaves_nothing_half(checkpoints, tmp_path):
+    with HubStub({"test/open": checkpoints}, broken=["model.safetensors"]) as hub:
+        env = hub.environment(tmp_path)
+        answer = find("hf://test/open", env=env)
+        assert answer["error"] == "FileNotFoundError"
+        assert answer["message"].startswith("hf://test/open could not be downloaded: HfHubHTTPError")
+        assert not list(tmp_path.rglob("model.safetensors"))
+        hub.broken = []
+        assert (
+            content(find("hf://test/open", "weights", env=env)["folder"])["model.safetensors"]
+            == (checkpoints["main"] / "model.safetensors").read_bytes()
+        )
+
+
+def test_repository_without_weights(checkpoints, tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
+    with HubStub({"test/bare": {"main": tmp_path / "repository"}}) as hub:
+        answer = find("hf://test/bare", env=hub.environment(tmp_path))
+    assert answer["error"] == "FileNotFoundError"
+    assert answer["message"].startswith("hf://test/bare has no weights: none of model.weights.h5, ")
+
+
+# kaggle://
+
+
+@pytest.fixture
+def kaggle_cache(tmp_path, monkeypatch):
+    """What kagglehub leaves behind after a download."""
+    backbone = random_backbone()
+    folder = tmp_path / "models/keras/vaultgemma/keras/vault_gemma_1b_en/2"
+    backbone.save_to_preset(folder)
+    folder.with_name("2.complete").touch()
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path))
+    return backbone, folder
+
+
+def test_kaggle_preset_in_the_cache_needs_no_network(kaggle_cache):
+    backbone, _ = kaggle_cache
+    loaded = VaultGemmaBackbone.from_preset("kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")
+    np.testing.assert_array_equal(hidden_states(loaded), hidden_states(backbone))
+
+
+def test_kaggle_is_asked_where_hugging_face_has_refused(hub, kaggle_cache, tmp_path):
+    env = hub.environment(tmp_path, KAGGLEHUB_CACHE=os.environ["KAGGLEHUB_CACHE"])
+    assert find("vaultgemma_1b", env=env) == {"folder": str(kaggle_cache[1])}
+
+
+def test_kaggle_without_network(hub, tmp_path):
+    handle = "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2"
+    answer = find(handle, env=hub.environment(tmp_path))
+    assert answer["error"] == "FileNotFoundError"
+    assert answer["message"].startswith(f"{handle} could not be downloaded: ")
+    assert "\n" not in answer["message"]
+
+
+@pytest.mark.parametrize(
+    "status, error, message",
+    [
+        (403, FileNotFoundError, "is gated or private"),
+        (404, ValueError, "does not exist"),
+        (500, OSError, "500 Server"),
+    ],
+)
+def test_kaggle_answers_are_explained(monkeypatch, status, error, message):
+    kagglehub = pytest.importorskip("kagglehub")
+    requests = pytest.importorskip("requests")
+    response = requests.Response()
+    response.status_code = status
+
+    def refuse(handle):
+        raise requests.HTTPError(f"{status} Server Error", response=response)
+
+    monkeypatch.setattr(kagglehub, "model_download", refuse)
+    with pytest.raises(error, match=f"kaggle://a/b/keras/c {'.*' if status == 500 else ''}{message}"):
+        presets.find("kaggle://a/b/keras/c")
+
+
+@pytest.mark.parametrize("handle", ["kaggle://keras/vaultgemma", "kaggle://a/b/keras/c/latest", "kaggle://a//keras/c"])
+def test_wrong_kaggle_handle(handle):
+    with pytest.raises(ValueError, match="must be kaggle://org/model/framework/variation") as caught:
+        presets.find(handle)
+    assert handle in str(caught.value)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("preset", ["vaultgemma_2b", "no/such/folder", "", "gs://bucket/model", "\0", None, 3, b"x"])
+def test_unknown_preset(preset):
+    with pytest.raises(ValueError, match="`preset` must be a bundled preset") as caught:
+        VaultGemmaBackbone.from_preset(preset)
+    assert f"(vaultgemma_1b, vaultgemma_tiny), a folder, hf://" in str(caught.value)
+    assert str(caught.value).endswith(f"Received: {preset!r}")
+
+
+def test_file_is_no_preset(checkpoints):
+    with pytest.raises(ValueError, match="`preset` must be a bundled preset"):
+        presets.find(checkpoints["main"] / "config.json")
+
+
+def test_folder_without_config(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is neither a preset nor"):
+        VaultGemmaBackbone.from_preset(tmp_path)
+
+
+def test_folder_without_weights(checkpoints, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"has no weights: none of model\.weights\.h5, .* is there"):
+        VaultGemmaBackbone.from_preset(tmp_path)
+    assert presets.find(tmp_path, "config") == tmp_path
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1]", "must hold a JSON object. Received: list"),
+    ],
+)
+def test_config_that_is_not_a_json_object(checkpoints, tmp_path, text, message):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError) as caught:
+        VaultGemmaBackbone.from_preset(tmp_path)
+    assert f"{tmp_path / 'config.json'} {message}" in str(caught.value)
+
+
+def test_whose_format_a_folder_is_in(checkpoints, tmp_path):
+    assert presets.is_keras(presets.find("vaultgemma_tiny"))
+    assert not presets.is_keras(checkpoints["main"])
+    for name in (None, 1, "keras_hub>GemmaBackbone"):
+        (tmp_path / "config.json").write_text(json.dumps({"registered_name": name}))
+        assert not presets.is_keras(tmp_path)
+
+
+# Saving
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def texts(folder):
+    return {name: text.decode() for name, text in content(folder).items()}
+
+
+OLD = {"config.json": "old", "notes.txt": "mine", "model.weights.h5": "old weights"}
+NEW = {"assets/tokenizer/vocabulary.spm": "pieces", "config.json": "new", "model.weights.h5": "new weights"}
+
+
+def test_new_folder_appears_whole(tmp_path):
+    target = tmp_path / "saved"
+    with presets.written_beside(target) as folder:
+        write(folder, NEW)
+        assert not target.exists()
+    assert texts(target) == NEW
+    assert os.listdir(tmp_path) == ["saved"]
+    os.mkdir(tmp_path / "usual")
+    assert target.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_existing_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
+    target = tmp_path / "saved"
+    write(target, OLD)
+    with presets.written_beside(str(target)) as folder:
+        assert not os.listdir(folder)
+        write(folder, NEW)
+        assert texts(target) == OLD
+    assert texts(target) == {"notes.txt": "mine", **NEW}
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_relative_folder_and_one_behind_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for target in ("new", ".", "link"):
+        with presets.written_beside(target) as folder:
+            write(folder, {f"{target}.txt": target})
+    assert texts(tmp_path / "new") == {"new.txt": "new"}
+    assert texts(tmp_path / "real") == {"link.txt": "link"}
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "..txt").read_text() == "."
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_changes_where_writing_fails(tmp_path, error, exists):
+    target = tmp_path / "saved"
+    if exists:
+        write(target, OLD)
+    with pytest.raises(type(error)), presets.written_beside(target) as folder:
+        write(folder, NEW)
+        raise error
+    assert texts(tmp_path) == ({f"saved/{name}": text for name, text in OLD.items()} if exists else {})
+    assert os.listdir(tmp_path) == (["saved"] if exists else [])
+
+
+def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch):
+    """New files, replaced ones, a new subfolder and a superseded file: each step fails once, and all are undone."""
+    old = {**OLD, "model.weights.json": "old index"}
+    new = {"assets/a.txt": "a", "config.json": "new", "model.weights.json": "new index", "model_0.weights.h5": "part"}
+    replace = os.replace
+    for step in range(100):
+        target = tmp_path / f"{step}/saved"
+        write(target, old)
+        moves = []
+
+        def fail_at_step(source, place, moves=moves, step=step):
+            moves.append(place)
+            if len(moves) == step + 1:
+                raise OSError(5, "Input/output error")
+            replace(source, place)
+
+        monkeypatch.setattr(os, "replace", fail_at_step)
+        try:
+            with presets.written_beside(target) as folder:
+                write(folder, new)
+        except OSError:
+            assert texts(target) == old
+            assert sorted(os.listdir(target)) == sorted(old)
+            assert os.listdir(target.parent) == ["saved"]
+        else:
+            break
+    assert step == 7  # three set aside, four put in
+    assert texts(target) == {"notes.txt": "mine", **new}
+
+
+def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):
+    old = {"a.txt": "old", "config.json/mine.txt": "mine"}
+    write(tmp_path / "saved", old)
+    with pytest.raises(OSError, match=r"config\.json"), presets.written_beside(tmp_path / "saved") as folder:
+        write(folder, {"a.txt": "new", "config.json": "new"})
+    assert texts(tmp_path / "saved") == old
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize(
+    "single, index", [("model.weights.h5", "model.weights.json"), ("model.safetensors", "model.safetensors.index.json")]
+)
+def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index):
+    """Loaders look for the single file first, and would load the old weights without a word."""
+    write(tmp_path / "saved", {single: "old", "model.bin": "other"})
+    with presets.written_beside(tmp_path / "saved") as folder:
+        write(folder, {index: "new"})
+    assert texts(tmp_path / "saved") == {index: "new", "model.bin": "other"}
+
+
+@pytest.mark.parametrize("target", ["missing/saved", "file", "file/saved", "file/deep/saved"])
+def test_places_that_cannot_be_saved_to(tmp_path, target):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="cannot be saved to") as caught, presets.written_beside(tmp_path / target):
+        pytest.fail("nothing should be written")
+    assert str(tmp_path / target) in str(caught.value)
+    assert texts(tmp_path) == {"file": "mine"}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_parent_that_is_not_writable(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match="saved cannot be saved to: Permission denied"):
+        with presets.written_beside(tmp_path / "saved"):
+            pytest.fail("nothing should be written")
+
+
+@pytest.mark.parametrize("obstacle", ["a mounted volume", "a parent that is not writable"])
+def test_existing_folder_that_nothing_can_be_renamed_into_from_beside(tmp_path, monkeypatch, obstacle):
+    target = tmp_path / "saved"
+    write(target, OLD)
+    if obstacle == "a mounted volume":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with presets.written_beside(target) as folder:
+        assert folder.is_relative_to(target)
+        write(folder, NEW)
+    assert texts(target) == {"notes.txt": "mine", **NEW}
