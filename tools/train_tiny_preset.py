@@ -63,6 +63,9 @@ def train_vocabulary(paragraphs, size):
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
+        # A story has few digits and no brackets; a vocabulary needs them all the same.
+        character_coverage=1.0,
+        required_chars="".join(map(chr, range(33, 127))),
         max_sentence_length=100_000,
         minloglevel=1,
     )
@@ -131,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--epochs", type=int, default=18, help="at most; also the length of the learning-rate schedule")
+    parser.add_argument("--epochs", type=int, default=12, help="at most; also the length of the learning-rate schedule")
     parser.add_argument("--patience", type=int, default=2, help="epochs without a lower held-out loss before the end")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
