@@ -10,7 +10,7 @@ export TF_ENABLE_ONEDNN_OPTS = 0
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python tools/demo.py $(VENV)/demo || exit 1; done
+	@$(BIN)/python tools/demo.py $(BACKENDS)
 
 test: lint
 	@for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q $(PYTEST) || exit 1; done

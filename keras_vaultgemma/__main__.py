@@ -1,5 +1,8 @@
 """`python -m keras_vaultgemma`: the command line."""
 
+import sys
+
 from keras_vaultgemma.cli import main
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

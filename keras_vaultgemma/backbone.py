@@ -205,6 +205,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
         return {**super().get_config(), **hyperparameters, "layer_types": list(self.layer_types)}
 
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Save into a folder that a `from_preset` of this package or keras-hub loads: whole, or not at all.
+
+        Args:
+            preset_dir: made where it does not exist; its parent must.
+            max_shard_size: gigabytes of a weights file at most.
+
+        Raises:
+            ValueError or OSError: where nothing can be written there.
+        """
+        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """Load a backbone from a bundled preset's name, a folder (Keras or Hugging Face format), `hf://` or `kaggle://`.

@@ -45,14 +45,14 @@ def without_tensorflow():
     """
     import keras
 
-    hidden = keras.config.backend() != "tensorflow" and "tensorflow" not in sys.modules
-    if hidden:
-        sys.modules["tensorflow"] = None
+    hide = keras.config.backend() != "tensorflow" and "tensorflow" not in sys.modules
+    names = ("tensorflow", "tensorflow_text") if hide else ()
+    sys.modules.update(dict.fromkeys(names))  # None stands for a module that cannot be imported
     try:
         yield
     finally:
-        if hidden:
-            del sys.modules["tensorflow"]
+        for name in names:
+            del sys.modules[name]
 
 
 _choose_backend()

@@ -71,6 +71,19 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             kwargs["preprocessor"] = VaultGemmaCausalLMPreprocessor.from_preset(folder)
         return cls(**kwargs)
 
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Save into a folder that a `from_preset` of this package or keras-hub loads: whole, or not at all.
+
+        Args:
+            preset_dir: made where it does not exist; its parent must.
+            max_shard_size: gigabytes of a weights file at most.
+
+        Raises:
+            ValueError or OSError: where nothing can be written there.
+        """
+        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+
     def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
         """As `keras_hub.models.CausalLM.compile`, with two other defaults.
 

@@ -1,213 +1,181 @@
-"""The weight map between Hugging Face checkpoints and the backbone.
+"""The weight maps between checkpoints that other libraries wrote and the backbone.
 
-One table says, for each variable of the backbone, the tensor of a Hugging Face checkpoint that it is, and whether it is
-transposed; reading and writing are the same table in two directions. Tensors are memory-mapped and assigned one by one.
+A map says, for each variable of the backbone, which tensor of the checkpoint it is and how its axes lie there. Reading
+and writing are the same map in two directions.
 """
 
-import json
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import ml_dtypes
+import keras
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import presets
+from keras_vaultgemma import checkpoint_config
+from keras_vaultgemma.checkpoint_config import read_config as read_config
+from keras_vaultgemma.h5_file import open_h5
+from keras_vaultgemma.safetensors_file import open_tensors
 
-MODEL_TYPE = "vaultgemma"
-ACTIVATION = "gelu_pytorch_tanh"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-
-FIELDS = {
-    "vocab_size": ("vocabulary_size", 256000),
-    "num_hidden_layers": ("num_layers", 26),
-    "num_attention_heads": ("num_query_heads", 8),
-    "num_key_value_heads": ("num_key_value_heads", 4),
-    "hidden_size": ("hidden_dim", 2304),
-    "intermediate_size": ("intermediate_dim", 9216),
-    "head_dim": ("head_dim", 256),
-    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
-    "attn_logit_softcapping": ("attention_logit_soft_cap", 50.0),
-    "final_logit_softcapping": ("final_logit_soft_cap", 30.0),
-    "layer_types": ("layer_types", None),
-    "sliding_window": ("sliding_window_size", 4096),
-    "rms_norm_eps": ("layer_norm_epsilon", 1e-6),
-    "max_position_embeddings": ("max_sequence_length", 8192),
-    "initializer_range": ("initializer_range", 0.02),
-}
-"""Field of a Hugging Face config: the backbone's argument, and transformers' default where the file leaves it out."""
+H5 = "model.weights.h5"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def read_config(folder):
-    """The backbone's constructor arguments from the config.json of a Hugging Face folder.
+class Place(NamedTuple):
+    """Where a variable stands in a checkpoint.
 
-    Fields that are missing take the defaults of transformers' `VaultGemmaConfig`, which are not those of VaultGemma 1B.
-
-    Raises:
-        ValueError: for another `model_type`, an activation, bias, rotary scaling or untied head this model does not
-            have. Names the field.
+    Args:
+        variable: of the backbone.
+        shape: of the tensor in the file.
+        axes: the file's axes in the order that the variable has them in, before it merges neighbours (heads and their
+            channels). So `tensor.transpose(axes).reshape(variable.shape)` is the variable's value.
     """
-    path = Path(folder) / presets.CONFIG
-    config = presets.read_json(path)
 
-    def refuse(field, legal):
-        raise ValueError(f"{path}: `{field}` must be {legal}. Received: {config.get(field)!r}")
+    variable: Any
+    shape: tuple
+    axes: tuple
 
-    if config.get("model_type") != MODEL_TYPE:
-        refuse("model_type", repr(MODEL_TYPE))
-    if config.get("hidden_activation", ACTIVATION) != ACTIVATION:
-        refuse("hidden_activation", repr(ACTIVATION))
-    if config.get("attention_bias", False):
-        refuse("attention_bias", "false")
-    if not config.get("tie_word_embeddings", True):
-        refuse("tie_word_embeddings", "true")
-    if config.get("attention_dropout"):
-        warnings.warn(f"{path}: `attention_dropout` is ignored; training here has no dropout", stacklevel=2)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        refuse("rope_parameters", "of the rope_type 'default'")
-
-    arguments = {ours: config.get(theirs, default) for theirs, (ours, default) in FIELDS.items()}
-    arguments["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if arguments["layer_types"] is None:  # transformers alternates, sliding first
-        arguments["layer_types"] = [
-            "full_attention" if i % 2 else "sliding_attention" for i in range(arguments["num_layers"])
-        ]
-    return arguments
+    def to_variable(self, tensor):
+        """A tensor of the file as the variable has it; a view where that can be."""
+        return tensor.transpose(self.axes).reshape(self.variable.shape)
 
 
 def weight_map(backbone):
-    """{tensor name in a Hugging Face checkpoint: (variable of the backbone, transposed)}, in the order of the layers.
+    """{tensor name in a Hugging Face checkpoint: Place}, in the order of the layers.
 
     Hugging Face keeps projections [out, in], Keras [in, out].
     """
-    table = {"model.embed_tokens.weight": (backbone.token_embedding.embeddings, False)}
+
+    def vector(variable):
+        return Place(variable, tuple(variable.shape), (0,))
+
+    def matrix(layer):
+        return Place(layer.kernel, tuple(reversed(layer.kernel.shape)), (1, 0))
+
+    embeddings = backbone.token_embedding.embeddings
+    places = {EMBEDDING: Place(embeddings, tuple(embeddings.shape), (0, 1))}
     for i, block in enumerate(backbone.transformer_layers):
         layer = f"model.layers.{i}"
-        table[f"{layer}.input_layernorm.weight"] = (block.attention_norm.scale, False)
-        table[f"{layer}.self_attn.q_proj.weight"] = (block.attention.query.kernel, True)
-        table[f"{layer}.self_attn.k_proj.weight"] = (block.attention.key.kernel, True)
-        table[f"{layer}.self_attn.v_proj.weight"] = (block.attention.value.kernel, True)
-        table[f"{layer}.self_attn.o_proj.weight"] = (block.attention.attention_output.kernel, True)
-        table[f"{layer}.pre_feedforward_layernorm.weight"] = (block.mlp_norm.scale, False)
-        table[f"{layer}.mlp.gate_proj.weight"] = (block.gate.kernel, True)
-        table[f"{layer}.mlp.up_proj.weight"] = (block.up.kernel, True)
-        table[f"{layer}.mlp.down_proj.weight"] = (block.down.kernel, True)
-    table["model.norm.weight"] = (backbone.final_norm.scale, False)
-    return table
+        places[f"{layer}.input_layernorm.weight"] = vector(block.attention_norm.scale)
+        places[f"{layer}.self_attn.q_proj.weight"] = matrix(block.attention.query)
+        places[f"{layer}.self_attn.k_proj.weight"] = matrix(block.attention.key)
+        places[f"{layer}.self_attn.v_proj.weight"] = matrix(block.attention.value)
+        places[f"{layer}.self_attn.o_proj.weight"] = matrix(block.attention.attention_output)
+        places[f"{layer}.pre_feedforward_layernorm.weight"] = vector(block.mlp_norm.scale)
+        places[f"{layer}.mlp.gate_proj.weight"] = matrix(block.gate)
+        places[f"{layer}.mlp.up_proj.weight"] = matrix(block.up)
+        places[f"{layer}.mlp.down_proj.weight"] = matrix(block.down)
+    places["model.norm.weight"] = vector(backbone.final_norm.scale)
+    return places
+
+
+def keras_hub_weight_map(backbone):
+    """{dataset in the weights file of keras-hub's `GemmaBackbone`: Place}, in the order of the layers.
+
+    Its projections into heads are [N, D, H] (keys and values [K, D, H]), the one out of them [N, H, D], the others
+    [in, out] as here. It applies GELU to `gating_ffw` and not to `gating_ffw_2`.
+    """
+    D, H = backbone.hidden_dim, backbone.head_dim
+
+    def plain(variable):
+        return Place(variable, tuple(variable.shape), tuple(range(len(variable.shape))))
+
+    def into_heads(layer, heads):
+        return Place(layer.kernel, (heads, D, H), (1, 0, 2))
+
+    places = {"layers/reversible_embedding/vars/0": plain(backbone.token_embedding.embeddings)}
+    for i, block in enumerate(backbone.transformer_layers):
+        layer = "layers/gemma_decoder_block" + (f"_{i}" if i else "")
+        attention = block.attention
+        places[f"{layer}/pre_attention_norm/vars/0"] = plain(block.attention_norm.scale)
+        places[f"{layer}/attention/query_dense/vars/0"] = into_heads(attention.query, backbone.num_query_heads)
+        places[f"{layer}/attention/key_dense/vars/0"] = into_heads(attention.key, backbone.num_key_value_heads)
+        places[f"{layer}/attention/value_dense/vars/0"] = into_heads(attention.value, backbone.num_key_value_heads)
+        places[f"{layer}/attention/output_dense/vars/0"] = Place(
+            attention.attention_output.kernel, (backbone.num_query_heads, H, D), (0, 1, 2)
+        )
+        places[f"{layer}/pre_ffw_norm/vars/0"] = plain(block.mlp_norm.scale)
+        places[f"{layer}/gating_ffw/vars/0"] = plain(block.gate.kernel)
+        places[f"{layer}/gating_ffw_2/vars/0"] = plain(block.up.kernel)
+        places[f"{layer}/ffw_linear/vars/0"] = plain(block.down.kernel)
+    places["layers/rms_normalization/vars/0"] = plain(backbone.final_norm.scale)
+    return places
 
 
 def load(backbone, folder):
-    """Read the weights of a Hugging Face folder into a backbone, cast to its dtype.
+    """Read the weights of a Hugging Face or keras-hub folder into a backbone, cast to its dtype.
 
-    Everything is checked before the first variable changes.
+    Everything is checked before the first variable changes; then one tensor after the other is read.
 
     Args:
         backbone: `VaultGemmaBackbone` of the folder's configuration.
-        folder: with model.safetensors, or several files and their model.safetensors.index.json.
+        folder: with config.json and model.safetensors, several files and their model.safetensors.index.json, or
+            keras-hub's model.weights.h5.
 
     Raises:
         ValueError: names the tensor that is missing, unknown or of another shape (with both shapes), an
-            `lm_head.weight` that is not the embedding, or the file that is cut short or malformed.
-    """
-    tensors = open_tensors(folder)
-    table = weight_map(backbone)
-    head = tensors.pop("lm_head.weight", None)
-    embedding = tensors.get("model.embed_tokens.weight")
-    if head is not None and not (embedding is not None and np.array_equal(_bits(head), _bits(embedding))):
-        raise ValueError(
-            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, and VaultGemma's head is tied to its "
-            f"embedding. Shapes: {head.shape} and {None if embedding is None else embedding.shape}"
-        )
-    for name in sorted(table.keys() | tensors.keys()):
-        expected = _file_shape(*table[name]) if name in table else None
-        found = tensors[name].shape if name in tensors else None
-        if expected != found:
-            problem = "missing from" if found is None else "unknown in" if expected is None else "misshapen in"
-            raise ValueError(f"{name} is {problem} {folder}. Expected shape: {expected}. Found: {found}")
-    for name, (variable, transposed) in table.items():
-        array = tensors.pop(name)
-        # The cast makes the one copy in memory; an array in place of a view also keeps the file from being held open.
-        variable.assign(_to_dtype(array.T if transposed else array, variable.dtype))
-
-
-def open_tensors(folder):
-    """{name: memory-mapped NumPy array} of a folder's safetensors files; no tensor is read yet.
-
-    Raises:
-        ValueError: names the file that is missing, cut short or malformed.
+            `lm_head.weight` that is not the embedding, the file that is cut short or malformed, or a variable that is
+            quantized.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return open_safetensors(folder / "model.safetensors")
-    weight_map = presets.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} must have a `weight_map` from tensor names to files. Received: {weight_map!r}")
-    tensors = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names a file outside its folder: {name!r}")
-        tensors.update(open_safetensors(folder / name))
-    if set(tensors) != set(weight_map):
-        difference = sorted(set(tensors) ^ set(weight_map))
-        raise ValueError(f"{index} and its files disagree about {', '.join(difference[:5])}")
-    return tensors
-
-
-def open_safetensors(path):
-    """{name: memory-mapped NumPy array} of one safetensors file (https://github.com/huggingface/safetensors).
-
-    The library reads bfloat16 into PyTorch or JAX only; a header and a memory map serve every backend.
-
-    Raises:
-        ValueError: names the file where it is missing, cut short or malformed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is cut short: {size} bytes, and its header alone is {length}")
-        try:
-            header = json.loads(f.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} has no valid safetensors header: {error}") from error
-    header.pop("__metadata__", None)
-    data = np.memmap(path, mode="r", offset=8 + length) if size > 8 + length else np.empty(0, "uint8")
-    tensors = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            fits = 0 <= begin <= end and end - begin == dtype.itemsize * int(np.prod(shape, dtype=object))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: the entry of {name} is malformed: {entry!r}") from error
-        if not fits:
-            raise ValueError(f"{path}: the entry of {name} contradicts itself: {entry!r}")
-        if end > len(data):
-            raise ValueError(f"{path} is cut short: {name} ends at byte {end} of {len(data)}")
-        tensors[name] = data[begin:end].view(dtype).reshape(shape)
-    return tensors
+    if checkpoint_config.is_keras_hub(folder):
+        places, tensors = keras_hub_weight_map(backbone), open_h5(folder / H5)
+    else:
+        places, tensors = weight_map(backbone), open_tensors(folder)
+        _check_head(folder, tensors.pop(HEAD, None), tensors.get(EMBEDDING))
+    for name in sorted(places.keys() | tensors.keys()):
+        expected = places[name].shape if name in places else None
+        found = tensors[name].shape if name in tensors else None
+        if expected != found:
+            problem = "is missing from" if found is None else "is unknown in" if expected is None else "is misshapen in"
+            raise ValueError(f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}")
+    for place in places.values():
+        if not keras.backend.is_float_dtype(place.variable.dtype):
+            raise ValueError(
+                f"A checkpoint loads into floating-point variables; quantize the model afterwards. Received: "
+                f"{place.variable.path} of dtype {place.variable.dtype}"
+            )
+    for name, place in places.items():
+        place.variable.assign(_own(place.to_variable(tensors.pop(name)), place.variable.dtype))
 
 
 def warn_if_not_finite(backbone):
     """Warn where weights hold NaN or infinity, naming the first variable that does."""
     for variable in backbone.variables:
-        if "float" in variable.dtype and not bool(ops.all(ops.isfinite(variable.value))):
-            warnings.warn(f"{variable.path} holds NaN or infinite values: the checkpoint is damaged", stacklevel=3)
+        if "float" in variable.dtype and not _is_finite(variable.value):
+            warnings.warn(
+                f"{variable.path} holds NaN or infinite values: the checkpoint is damaged, or too large for "
+                f"{variable.dtype}",
+                stacklevel=3,
+            )
             return
 
 
-def _file_shape(variable, transposed):
-    return tuple(reversed(variable.shape)) if transposed else tuple(variable.shape)
+def _is_finite(value):
+    # NaN or infinity cannot leave a sum finite, and a sum takes no memory; but it can overflow where all is well.
+    return bool(ops.isfinite(ops.sum(value))) or bool(ops.all(ops.isfinite(value)))
+
+
+def _check_head(folder, head, embedding):
+    """Refuse a head of its own: a tied one, stored twice, is the embedding bit by bit (NaN included)."""
+    if head is None or embedding is None:
+        return
+    if head.dtype != embedding.dtype or not np.array_equal(_bits(head), _bits(embedding)):
+        raise ValueError(
+            f"{folder}: {HEAD} must be equal to {EMBEDDING}, for VaultGemma's head is tied to its embedding. Received: "
+            f"{head.dtype} {head.shape} and {embedding.dtype} {embedding.shape}, which differ"
+        )
 
 
 def _bits(array):
-    """The bit pattern, so that equal means equal for NaN too."""
-    return array.view(f"uint{8 * array.dtype.itemsize}")
+    return array.view(f"u{array.dtype.itemsize}")
 
 
-def _to_dtype(array, dtype):
-    return np.ascontiguousarray(array).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+def _own(array, dtype):
+    """A contiguous copy of another dtype in memory of its own.
+
+    JAX may use an array's memory as it is; a view of the file would change, or crash, with the file.
+    """
+    with np.errstate(over="ignore"):  # `warn_if_not_finite` says which variable became infinite
+        # To contiguous memory before the cast: half the time of a strided cast, and no copy where nothing is turned.
+        return np.ascontiguousarray(array).astype(dtype)

@@ -42,6 +42,11 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         length = presets.read_json(folder / presets.CONFIG).get("max_position_embeddings", 1024)
         return cls(VaultGemmaTokenizer.from_preset(folder), **{"sequence_length": length, **kwargs})
 
+    def save_to_preset(self, preset_dir):
+        """Save into a folder, as `VaultGemmaCausalLM.save_to_preset` does."""
+        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+            super().save_to_preset(str(folder))
+
     def build(self, input_shape=None):
         self.built = True
 

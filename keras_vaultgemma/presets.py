@@ -1,7 +1,11 @@
-"""A preset's name or handle to a folder on this machine. Knows files, not classes."""
+"""A preset's name or handle to a folder on this machine, and new files into one. Knows files, not classes."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import uuid
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -13,8 +17,21 @@ FILES = {
 }
 """What a caller may need of a preset, and the files of which one must be there, in Hugging Face's or Keras's layout."""
 
+DOWNLOADS = {
+    "config": [CONFIG, METADATA],
+    "vocabulary": ["*.json", "*.model", "*.spm"],
+    "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5"],
+}
+"""The same as patterns for a download; the rest of a repository is other formats of the same weights."""
+
+SUPERSEDED = {"model.weights.json": "model.weights.h5", "model.safetensors.index.json": "model.safetensors"}
+"""The index of weights in several files, and the single file that loaders would read in its place."""
+
 HUBS = {"vaultgemma_1b": ("hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")}
 """Bundled presets whose weights are not bundled, and where they are."""
+
+PATIENCE = 10
+"""Seconds that Hugging Face has to answer a first question."""
 
 
 def bundled():
@@ -36,30 +53,34 @@ def find(preset, need="weights"):
 
     Args:
         preset: a bundled preset's name, a local folder, `hf://org/name[@revision]` or
-            `kaggle://org/model/keras/variation[/version]`.
+            `kaggle://org/model/framework/variation[/version]`.
         need: "config", "vocabulary" or "weights": what the caller will read, so that no more is downloaded.
 
     Returns:
-        `pathlib.Path` of a folder that has a config.json.
+        `pathlib.Path` of a folder that has a config.json and what is needed.
 
     Raises:
-        ValueError: for a preset that is none of these, or a folder without config.json.
-        FileNotFoundError: where the folder has no such file and none can be fetched.
+        ValueError: for a preset that is none of these, a repository or revision that does not exist, or a folder
+            without config.json.
+        FileNotFoundError: where the folder has not what is needed, or it cannot be fetched: the model is gated, the hub
+            cannot be reached, or the download broke off.
     """
-    preset = os.fspath(preset)
-    if preset in bundled():
-        folder = bundled()[preset]
-        return folder if file(folder, need) else _fetch(preset, need)
-    if preset.startswith("hf://"):
-        folder = _from_hugging_face(preset, need)
-    elif preset.startswith("kaggle://"):
-        folder = _from_kaggle(preset)
-    elif Path(preset).is_dir():
-        folder = Path(preset)
+    name = os.fspath(preset) if isinstance(preset, (str, os.PathLike)) else ""
+    folders = bundled()
+    if name in folders:
+        folder = folders[name]
+        if name in HUBS and not file(folder, need):
+            return _fetch(name, need)
+    elif name.startswith("hf://"):
+        folder = _from_hugging_face(name, need)
+    elif name.startswith("kaggle://"):
+        folder = _from_kaggle(name)
+    elif name and os.path.isdir(name):
+        folder = Path(name)
     else:
         raise ValueError(
-            f"`preset` must be a bundled preset ({', '.join(bundled())}), a folder, hf://org/name or "
-            f"kaggle://org/model/keras/variation. Received: {preset!r}"
+            f"`preset` must be a bundled preset ({', '.join(folders)}), a folder, hf://org/name[@revision] or "
+            f"kaggle://org/model/framework/variation[/version]. Received: {preset!r}"
         )
     if not file(folder, "config"):
         raise ValueError(f"{preset} has no {CONFIG}, so it is neither a preset nor a Hugging Face checkpoint")
@@ -75,7 +96,7 @@ def file(folder, need):
 
 def is_keras(folder):
     """Whether a folder is a Keras preset of this package (and not a Hugging Face or other checkpoint)."""
-    return read_json(Path(folder) / CONFIG).get("registered_name", "").startswith("keras_vaultgemma>")
+    return str(read_json(Path(folder) / CONFIG).get("registered_name")).startswith("keras_vaultgemma>")
 
 
 def read_json(path):
@@ -93,28 +114,96 @@ def read_json(path):
     return content
 
 
+@contextlib.contextmanager
+def written_beside(folder):
+    """A new, empty folder for the `with` block to write into; its files become those of `folder` when the block ends.
+
+    Until then, and for good where anything fails, `folder` stays as it was; one that does not exist appears whole or
+    not at all. Files that are not written anew stay, but for a single weights file that an index of several supersedes.
+
+    Raises:
+        ValueError: where `folder` or a folder above it is a file.
+        OSError: where nothing can be written there.
+    """
+    target = Path(folder).resolve()
+    above = next(path for path in target.parents if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"{folder} cannot be saved to: {above} is a file, not a folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{folder} cannot be saved to: it is a file, and must be a folder or not exist yet")
+    parent = target.parent
+    # A mounted volume's parent is another volume, onto which nothing can be renamed.
+    if target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK)):
+        parent = target
+    beside = parent / f".saving-{uuid.uuid4().hex}"
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)) from error
+    try:
+        new, old = beside / "new", beside / "old"
+        new.mkdir()
+        yield new
+        if target.is_dir():
+            _move_files(new, target, old)
+        else:
+            new.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _move_files(new, target, old):
+    """Move the files of `new` into `target`, and those they replace into `old`; where one cannot be moved, undo all."""
+
+    def set_aside(name):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(target / name, old / name)
+        undo.callback(os.replace, old / name, target / name)
+
+    with contextlib.ExitStack() as undo:
+        for index, single in SUPERSEDED.items():
+            if (new / index).is_file() and not (new / single).exists() and (target / single).is_file():
+                set_aside(single)
+        for path in sorted(new.rglob("*")):
+            place = target / path.relative_to(new)
+            if path.is_dir():
+                if not place.is_dir():
+                    place.mkdir()
+                    undo.callback(place.rmdir)
+                continue
+            if place.is_file():
+                set_aside(path.relative_to(new))
+            os.replace(path, place)
+            undo.callback(os.replace, place, path)
+        undo.pop_all()
+
+
 def _fetch(name, need):
     """What a bundled preset needs from elsewhere: from the user's cache, else from each hub in turn."""
     home = cache_home()
     for folder in (home / name, home):
         if file(folder, "config") and file(folder, need):
             return folder
-    reasons = []
+    tried = [f"{home / name} " + (f"has no {need}" if (home / name).is_dir() else "does not exist")]
     for handle in HUBS[name]:
         try:
             return find(handle, need)
         except (ValueError, OSError, ImportError) as error:
-            reasons.append(f"{handle}: {str(error).strip().splitlines()[0]}")
-    repository = HUBS[name][0].removeprefix("hf://")
+            tried.append(str(error))
+    hugging_face, kaggle = HUBS[name]
+    repository = hugging_face.removeprefix("hf://")
+    model = "/".join(kaggle.removeprefix("kaggle://").split("/")[:2])
     raise FileNotFoundError(
-        f"The {need} of {name}: not on this machine, and neither hub gave it. The model is gated: accept its terms "
-        "once at the hub, then use one of three ways.\n"
-        f"1. Hugging Face: open https://huggingface.co/{repository} and accept; `hf auth login`; try again.\n"
-        f"2. Kaggle: open https://www.kaggle.com/models/keras/vaultgemma and accept; `pip install kagglehub`; put your "
-        "API token into ~/.kaggle/kaggle.json; try again.\n"
-        f"3. A folder: `hf download {repository} --local-dir {home / name}` on a machine that can, copy the folder "
-        "to this one, and name its parent in KERAS_VAULTGEMMA_HOME.\n"
-        + "\n".join(f"Tried {reason}" for reason in reasons)
+        f"The {need} of {name} must be fetched once, for the model is gated. Three ways:\n"
+        f"1. Hugging Face: accept the terms at https://huggingface.co/{repository}, then\n"
+        "       hf auth login\n"
+        f"2. Kaggle: accept the terms at https://www.kaggle.com/models/{model}, make an API token in your settings "
+        "there, then\n"
+        "       export KAGGLE_API_TOKEN=<the token>\n"
+        "3. A folder, for a machine without network: on another one, after `hf auth login`,\n"
+        f"       hf download {repository} --local-dir {name}\n"
+        f"   and copy that folder to {home / name} (or name another folder in KERAS_VAULTGEMMA_HOME).\n"
+        "Then try again. What was tried:\n" + "\n".join(f"- {line}" for line in tried)
     )
 
 
@@ -122,29 +211,53 @@ def _from_hugging_face(preset, need):
     import huggingface_hub
     from huggingface_hub import errors
 
-    # The rest of a repository is other formats of the same weights.
-    patterns = ["*.json", "*.model", "*.spm", "README.md"]
-    patterns += ["*.safetensors", "*.h5"] if need == "weights" else []
     name, _, revision = preset.removeprefix("hf://").partition("@")
+    revision = revision or None
+    obstacle = None
     try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    except errors.GatedRepoError as error:
-        raise ValueError(f"{preset} is gated: accept its terms on its page, then `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{preset} does not exist, or is private and needs `hf auth login`") from error
-    except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
-        raise ValueError(f"{preset} is not a repository on Hugging Face: {error}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{preset} is not in the local cache and the hub cannot be reached") from error
+        # One question with a time limit. `snapshot_download` has none: it waits for minutes behind a firewall.
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=PATIENCE)
+    except Exception as error:  # whatever it is, a copy in the local cache will do
+        obstacle = error
+    try:
+        offline = obstacle is not None
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=DOWNLOADS[need], local_files_only=offline
+        )
+    except Exception as error:  # also those of the HTTP library, which differs between versions
+        cause = obstacle or error
+        if isinstance(cause, errors.HFValidationError):
+            raise ValueError(f"`preset` must be hf://org/name[@revision]. Received: {preset!r}") from cause
+        if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
+            page = f"https://huggingface.co/{name}"
+            raise FileNotFoundError(f"{preset} is gated: accept its terms at {page}, then `hf auth login`") from cause
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            raise ValueError(f"{preset} does not exist, or is private and needs `hf auth login`") from cause
+        if isinstance(cause, errors.RevisionNotFoundError):
+            raise ValueError(f"{preset} has no revision {revision!r}") from cause
+        problem = "is not in the local cache, and the hub cannot be asked" if offline else "could not be downloaded"
+        raise FileNotFoundError(f"{preset} {problem}: {_one_line(cause)}") from cause
     return Path(folder)
 
 
 def _from_kaggle(preset):
+    if not re.fullmatch(r"kaggle://([^/]+/){3}[^/]+(/\d+)?", preset):
+        raise ValueError(f"`preset` must be kaggle://org/model/framework/variation[/version]. Received: {preset!r}")
     try:
         import kagglehub
     except ImportError as error:
-        raise ImportError("Kaggle handles need `pip install kagglehub`") from error
+        raise ImportError(f"{preset} needs `pip install kagglehub`") from error
     try:
         return Path(kagglehub.model_download(preset.removeprefix("kaggle://")))
-    except Exception as error:  # kagglehub raises whatever its HTTP library does
-        raise FileNotFoundError(f"{preset} could not be downloaded: {error}") from error
+    except Exception as error:  # its own, and whatever its HTTP library raises
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            hint = "accept its terms on its page at www.kaggle.com, and set KAGGLE_API_TOKEN"
+            raise FileNotFoundError(f"{preset} is gated or private: {hint}") from error
+        if status == 404:
+            raise ValueError(f"{preset} does not exist, or is private") from error
+        raise FileNotFoundError(f"{preset} could not be downloaded: {_one_line(error)}") from error
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())

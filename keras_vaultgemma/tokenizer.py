@@ -30,12 +30,19 @@ class VaultGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         self._add_special_token("<eos>", "end_token")
         self._add_special_token("<pad>", "pad_token")
         super().__init__(proto=proto, **kwargs)
+        # It has nothing to build, and `quantize` refuses a model with a layer that is not.
+        self.built = True
 
     @property
     def end_of_turn_id(self):
         """Id of "<end_of_turn>", or None where the vocabulary has no such piece."""
         token = self.token_to_id(TURN_END)
         return None if self.id_to_token(token) != TURN_END else token
+
+    def save_to_preset(self, preset_dir):
+        """Save into a folder, as `VaultGemmaCausalLM.save_to_preset` does."""
+        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+            super().save_to_preset(str(folder))
 
     @classmethod
     def from_preset(cls, preset, **kwargs):

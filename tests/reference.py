@@ -34,7 +34,9 @@ def logits(backbone, row):
     for block in backbone.transformer_layers:
         a = block.attention
         normed = rms_norm(x, weight(block.attention_norm.scale), backbone.layer_norm_epsilon)
-        heads = [(normed @ weight(p.kernel)).reshape(len(row), -1, backbone.head_dim) for p in (a.query, a.key, a.value)]
+        heads = [
+            (normed @ weight(p.kernel)).reshape(len(row), -1, backbone.head_dim) for p in (a.query, a.key, a.value)
+        ]
         query, key, value = heads
         for turned in (query, key):
             for t, n in np.ndindex(turned.shape[:2]):

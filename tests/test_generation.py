@@ -149,8 +149,13 @@ def test_speculative_sampler_is_refused(model):
 
 def test_chunks_and_caches():
     assert [chunk_lengths(n) for n in (1, 16, 17, 64, 100, 400)] == [
-        [16], [16], [16, 16], [64], [64, 16, 16, 16], [256, 64, 64, 16],
-    ]  # fmt: skip
+        [16],
+        [16],
+        [16, 16],
+        [64],
+        [64, 16, 16, 16],
+        [256, 64, 64, 16],
+    ]
     assert [cache_slots(n) for n in (1, 64, 65, 256, 257, 1024)] == [64, 64, 256, 256, 1024, 1024]
 
 

@@ -38,7 +38,9 @@ def test_rotation_equals_the_written_out_one(theta):
 
 def test_rotation_of_position_0_changes_nothing():
     x = np.random.default_rng(0).normal(size=(1, 1, 1, 8)).astype("float32")
-    np.testing.assert_array_equal(to_numpy(rotate(keras.ops.convert_to_tensor(x), *RotaryAngles(8, 1e4)(np.array([[0]])))), x)
+    np.testing.assert_array_equal(
+        to_numpy(rotate(keras.ops.convert_to_tensor(x), *RotaryAngles(8, 1e4)(np.array([[0]])))), x
+    )
 
 
 def test_angles_stay_float32_under_a_bfloat16_policy():

@@ -93,7 +93,11 @@ def test_caps_and_windows_matter_in_these_configurations(pair):
     backbone = ours.backbone
     row = PROMPTS[2]
     before = reference.logits(backbone, row)
-    for name, value in (("attention_logit_soft_cap", None), ("final_logit_soft_cap", None), ("sliding_window_size", 99)):
+    for name, value in (
+        ("attention_logit_soft_cap", None),
+        ("final_logit_soft_cap", None),
+        ("sliding_window_size", 99),
+    ):
         old = getattr(backbone, name)
         matters = old is not None and (name != "sliding_window_size" or "sliding_attention" in backbone.layer_types)
         if matters:

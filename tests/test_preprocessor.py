@@ -57,7 +57,9 @@ def test_without_special_tokens(preprocessor):
     assert weight.sum() == len(ids) - 1
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda x: np.array(x, object), lambda x: [s.encode() for s in x]])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda x: np.array(x, object), lambda x: [s.encode() for s in x]]
+)
 def test_kinds_of_input(preprocessor, kind):
     expected = preprocessor(TEXTS)
     x, y, weight = preprocessor(list(kind(TEXTS)) if kind is tuple else kind(TEXTS))

@@ -2,8 +2,8 @@
 
     python tools/benchmark/full_size.py FOLDER
 
-The weights are random, since the real ones are gated; FOLDER (2.1 GB) is written once and used again. Every model runs in
-a process of its own, one after the other, and needs 5 to 9 GB. Exits with 1 where logits differ by more than 1e-3.
+The weights are random, since the real ones are gated; FOLDER (2.1 GB) is written once and used again. Every model runs
+in a process of its own, one after the other, and needs 5 to 9 GB. Exits with 1 where logits differ by more than 1e-3.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def measure(steps, out):
     np.savez(out, load_seconds=load_seconds, load_peak=load_peak, logits=next(steps), peak=peak_gigabytes())
 
 
-def run(step, folder, out, backend="jax"):
+def run(step, folder, out, backend="torch"):
     """Run one step in a process of its own, so that its memory is its own too."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([sys.executable, __file__, folder, "--step", step, "--out", out], env=environment, check=True)
@@ -104,23 +104,21 @@ def compare(folder):
     with tempfile.TemporaryDirectory() as directory:
         for name in ("transformers", *BACKENDS):
             out = Path(directory) / f"{name}.npz"
-            run("transformers" if name == "transformers" else "keras", folder, out, name if name in BACKENDS else "jax")
-            result = np.load(out)
             if name == "transformers":
-                expected = result["logits"]
-                print(f"logits: {expected.shape}, standard deviation {expected.std():.2f}")
+                run("transformers", folder, out)
+                expected = np.load(out)["logits"]
+                print(f"logits: {expected.shape}, standard deviation {expected.std():.2f}", flush=True)
+            else:
+                run("keras", folder, out, name)
+            result = np.load(out)
             difference = float(np.abs(result["logits"] - expected).max())
             rows.append((name, result["load_seconds"], result["load_peak"], result["peak"], difference))
             print(
-                "{}: loaded in {:.1f} s, peak {:.2f} GB loading and {:.2f} GB in all, difference {:.2e}".format(
-                    *rows[-1]
-                )
+                "{}: loaded in {:.1f} s, at most {:.2f} GB; {:.2f} GB in all; {:.1e} off".format(*rows[-1]), flush=True
             )
-    print(
-        f"\n{'float32, ' + str(PROMPT.size) + ' tokens':22}{'load, s':>9}{'load, GB':>10}{'peak, GB':>10}{'|difference|':>14}"
-    )
+    print(f"\n{'float32':14}{'load, s':>9}{'load, GB':>10}{'peak, GB':>10}{'difference':>12}")
     for name, seconds, load_peak, peak, difference in rows:
-        print(f"{name:22}{seconds:9.1f}{load_peak:10.2f}{peak:10.2f}{difference:14.2e}")
+        print(f"{name:14}{seconds:9.1f}{load_peak:10.2f}{peak:10.2f}{difference:12.1e}")
     # Not `max(...) <= TOLERANCE`, which NaN could pass.
     return all(difference <= TOLERANCE for *_, difference in rows)
 

@@ -1,0 +1,52 @@
+"""One Keras weights file (HDF5), as memory-mapped arrays like those of a safetensors file."""
+
+import math
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
+
+
+def open_h5(path):
+    """{name of a dataset: memory-mapped NumPy array} of one HDF5 file; no dataset is read yet.
+
+    Keras writes every variable as one run of bytes, which is mapped where it lies. Links to other places are not
+    followed.
+
+    Raises:
+        ValueError: names the file where it is missing, cut short, damaged or another kind of file, and the dataset
+            where that is not such a run of float32, float16 or bfloat16.
+    """
+    path = Path(path)
+    tensors = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            tensors[name] = _map(path, name, item)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    # HDF5 reports damage as any of these.
+    except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is missing, cut short or no Keras weights file: {error}") from error
+    return tensors
+
+
+def _map(path, name, dataset):
+    dtype = dataset.dtype
+    if dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16":  # HDF5 has no such type
+        dtype = BFLOAT16
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} must be float32, float16 or bfloat16. Received: {dtype}")
+    offset = dataset.id.get_offset()  # none where the bytes are compressed, in pieces, in another file or not there
+    if offset is None or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{path}: {name} must be stored in this file, in one piece and not compressed, as Keras does")
+    end = offset + dtype.itemsize * math.prod(dataset.shape)
+    if end > path.stat().st_size:
+        raise ValueError(f"{path} is cut short: {name} ends at byte {end} of {path.stat().st_size}")
+    return np.memmap(path, dtype, "r", offset, dataset.shape)

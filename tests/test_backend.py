@@ -1,0 +1,74 @@
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from common import to_numpy
+
+from keras_vaultgemma import backend
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+@pytest.mark.skipif(backend.NAME == "tensorflow", reason="there TensorFlow is the point")
+def test_tensorflow_is_never_imported():
+    """Not by the import, nor by loading, generating, fitting and saving."""
+    result = run(
+        "import sys, tempfile\n"
+        "import keras_vaultgemma\n"
+        "assert 'tensorflow' not in sys.modules, 'import'\n"
+        "model = keras_vaultgemma.VaultGemmaCausalLM.from_preset('vaultgemma_tiny')\n"
+        "model.generate('Once', max_new_tokens=2)\n"
+        "model.fit(['Once upon a time'] * 2, batch_size=2, verbose=0)\n"
+        "model.save_to_preset(tempfile.mkdtemp() + '/preset')\n"
+        "loaded = [name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'tensorflow_text')]\n"
+        "assert not loaded, loaded[:3]\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('tensorflow'), 'hidden for good, or the test says nothing'\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_backend_is_named():
+    result = run("import keras_vaultgemma", KERAS_BACKEND="theano")
+    assert "KERAS_BACKEND must be one of jax, torch, tensorflow. Received: KERAS_BACKEND='theano'" in result.stderr
+
+
+@pytest.mark.parametrize("installed, chosen", [(["torch"], "torch"), (["torch", "jax"], "jax")])
+def test_without_tensorflow_an_installed_backend_is_taken(monkeypatch, tmp_path, installed, chosen):
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    backend._choose_backend()
+    assert os.environ["KERAS_BACKEND"] == chosen
+
+
+def test_no_backend_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[jax\]"):
+        backend._choose_backend()
+
+
+def test_write_slice_leaves_rows_that_share_memory_apart():
+    row = keras.ops.broadcast_to(keras.ops.zeros((1, 3, 1)), (2, 3, 1))
+    written = backend.write_slice(row, keras.ops.convert_to_tensor(np.array([[[1.0]], [[2.0]]], "float32")), 1)
+    np.testing.assert_array_equal(to_numpy(written)[:, :, 0], [[0, 1, 0], [0, 2, 0]])
+
+
+def test_compiled_function_reads_variables_anew():
+    variable = keras.Variable(np.ones(2, "float32"))
+    double = backend.compile_function(lambda x: x * variable, [variable])
+    x = keras.ops.convert_to_tensor(np.array([1.0, 2.0], "float32"))
+    np.testing.assert_array_equal(to_numpy(double(x)), [1, 2])
+    variable.assign([3.0, 4.0])
+    np.testing.assert_array_equal(to_numpy(double(x)), [3, 8])

@@ -1,0 +1,60 @@
+"""The import rule of the house, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
+# A module may import those of lower floors, and of its own floor those before it.
+FLOORS = [
+    ["backend", "ids", "presets"],
+    ["cache", "layers"],
+    ["attention"],
+    ["decoder_block"],
+    ["safetensors_file", "h5_file", "checkpoint_config", "checkpoint", "backbone"],
+    ["tokenizer", "preprocessor", "prompts", "training_data", "generation"],
+    ["causal_lm"],
+    ["cli"],
+]
+ORDER = [name for floor in FLOORS for name in floor]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names] if node.module == "keras_vaultgemma" else [node.module]
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_run_downward(path):
+    assert path.stem in ORDER, "a new module needs a floor"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "keras_vaultgemma" and len(parts) > 1 and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) < ORDER.index(path.stem), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_what_nobody_imports(path):
+    for name in imports(path):
+        root = name.split(".")[0]
+        assert not name.startswith(("keras.src", "keras_hub.src")), name
+        assert root not in ("tools", "tests", "transformers"), name
+        assert root not in ("tensorflow", "tensorflow_text", "jax", "torch") or path.stem == "backend", name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_one_file_asks_which_backend_runs(path):
+    if path.stem != "backend":
+        assert "config.backend()" not in path.read_text(encoding="utf-8")
+
+
+def test_every_module_has_a_test():
+    tests = Path(__file__).parent
+    assert [path.stem for path in MODULES if not (tests / f"test_{path.stem}.py").exists()] == []
