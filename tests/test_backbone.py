@@ -108,6 +108,26 @@ def test_bfloat16_turns_by_float32_angles():
     np.testing.assert_allclose(cos[0, 256:, 0, 0], np.cos([256.0, 257.0]), atol=1e-6)
 
 
+class Stored:
+    def __init__(self, array):
+        self.array = array
+
+    def read(self, dtype):
+        return self.array.astype(dtype)
+
+
+def test_initial_values_take_the_place_of_random_ones(monkeypatch):
+    source = random_backbone()
+    values = {v.path: Stored(to_numpy(v) + 1) for v in source.variables}
+    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", lambda *_, **__: pytest.fail("drew random values"))
+    backbone = random_backbone(initial_values=values)
+    for variable in backbone.variables:
+        np.testing.assert_array_equal(to_numpy(variable), values[variable.path].array)
+    assert "initial_values" not in backbone.get_config()
+    with pytest.raises(ValueError, match="values that no variable takes: decoder_block_2/"):
+        random_backbone(num_layers=2, initial_values=values)
+
+
 def test_longer_input_warns_once():
     backbone = random_backbone(max_sequence_length=4)
     inputs = {"token_ids": np.ones((1, 5), "int32"), "padding_mask": np.ones((1, 5), "int32")}
