@@ -69,7 +69,7 @@ class VaultGemmaAttention(keras.layers.Layer):
         num_query_heads, num_key_value_heads, head_dim: N, K, H.
         query_pre_attn_scalar: the scores are divided by its square root.
         logit_soft_cap: soft cap on the scores, or None.
-        initializer_range: standard deviation of the initial projections.
+        initial: `layers.Initial` of this layer.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class VaultGemmaAttention(keras.layers.Layer):
         head_dim,
         query_pre_attn_scalar,
         logit_soft_cap,
-        initializer_range,
+        initial,
         **kwargs,
     ):
         # Keras would cast the angles to a 16-bit compute dtype on the way in.
@@ -89,10 +89,10 @@ class VaultGemmaAttention(keras.layers.Layer):
         self.head_dim = head_dim
         self.query_pre_attn_scalar = query_pre_attn_scalar
         self.logit_soft_cap = logit_soft_cap
-        self.initializer_range = initializer_range
+        self.initial = initial
 
     def build(self, input_shape):
-        width, options = input_shape[-1], (self.initializer_range, self.dtype_policy)
+        width, options = input_shape[-1], (self.initial, self.dtype_policy)
         self.query = projection(self.num_query_heads * self.head_dim, "query", *options)
         self.key = projection(self.num_key_value_heads * self.head_dim, "key", *options)
         self.value = projection(self.num_key_value_heads * self.head_dim, "value", *options)

@@ -19,7 +19,7 @@ from keras_vaultgemma import backend, checkpoint, presets
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
-from keras_vaultgemma.layers import RMSNorm, RotaryAngles
+from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -47,6 +47,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         layer_norm_epsilon: of every RMSNorm.
         max_sequence_length: positions that the model was trained on. Longer input warns once; it does not fail.
         initializer_range: standard deviation of initial projections and embeddings.
+        initial_values: `{variable path: value with read(dtype)}` to start from instead of random values; no part of
+            the config. `from_preset` fills variables this way, without drawing gigabytes of numbers first.
         dtype: of compute and weights: a policy name or `keras.DTypePolicy`.
 
     Raises:
@@ -74,6 +76,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         layer_norm_epsilon=1e-6,
         max_sequence_length=1024,
         initializer_range=0.02,
+        initial_values=None,
         dtype=None,
         **kwargs,
     ):
@@ -105,10 +108,11 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             setattr(self, name, value)
         self._warned_about_length = False
 
+        initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+            embeddings_initializer=initial.below("token_embedding")("embeddings"),
             logit_soft_cap=final_logit_soft_cap,
             dtype=dtype,
             name="token_embedding",
@@ -124,20 +128,20 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                     head_dim,
                     self.query_pre_attn_scalar,
                     attention_logit_soft_cap,
-                    initializer_range,
+                    initial.below(f"decoder_block_{i}").below("attention"),
                     dtype=dtype,
                     name="attention",
                 ),
                 intermediate_dim,
                 layer_type,
                 layer_norm_epsilon,
-                initializer_range,
+                initial.below(f"decoder_block_{i}"),
                 dtype=dtype,
                 name=f"decoder_block_{i}",
             )
             for i, layer_type in enumerate(self.layer_types)
         ]
-        self.final_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+        self.final_norm = RMSNorm(layer_norm_epsilon, initial.below("final_norm"), dtype=dtype, name="final_norm")
 
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
@@ -147,6 +151,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             dtype=dtype,
             **kwargs,
         )
+        if initial.values:
+            raise ValueError(f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}")
 
     def walk(self, token_ids, positions, cache=None, start=None):
         """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
@@ -232,13 +238,20 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             FileNotFoundError: where a preset has no weights to load; it says how to get them.
         """
         folder = presets.find(preset, "weights" if load_weights else "config")
-        if presets.is_keras(folder):
+        saved = presets.read_json(folder / presets.CONFIG)["config"] if presets.is_keras(folder) else {}
+        try:
+            if load_weights:
+                hyperparameters, values = checkpoint.open_values(folder)
+            else:
+                hyperparameters, values = checkpoint.read_config(folder), None
+        except checkpoint.KerasOnly:
+            if saved["dtype"]["class_name"] == "DTypePolicyMap":  # keras-hub would forget it
+                kwargs = {"dtype": saved["dtype"], **kwargs}
             with backend.without_tensorflow():
                 backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         else:
-            backbone = cls(**{**checkpoint.read_config(folder), **kwargs})
-            if load_weights:
-                checkpoint.load(backbone, folder)
+            identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
+            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
             checkpoint.warn_if_not_finite(backbone)
         return backbone

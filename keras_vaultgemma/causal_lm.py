@@ -5,7 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, checkpoint, ids, presets, prompts, training_data
+from keras_vaultgemma import backend, ids, presets, prompts, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
@@ -58,12 +58,6 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         if wants_text and not presets.file(folder, "vocabulary"):
             files = ", ".join(presets.FILES["vocabulary"])
             raise FileNotFoundError(f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids")
-        if presets.is_keras(folder):
-            with backend.without_tensorflow():
-                model = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
-            if load_weights:
-                checkpoint.warn_if_not_finite(model.backbone)
-            return model
         backbone_kwargs = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
         if "backbone" not in kwargs:
             kwargs["backbone"] = VaultGemmaBackbone.from_preset(folder, load_weights, **backbone_kwargs)

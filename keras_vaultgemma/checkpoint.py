@@ -1,142 +1,98 @@
-"""The weight maps between checkpoints that other libraries wrote and the backbone.
-
-A map says, for each variable of the backbone, which tensor of the checkpoint it is and how its axes lie there. Reading
-and writing are the same map in two directions.
-"""
+"""The weights of a folder, in any of the three formats, for the backbone."""
 
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_vaultgemma import checkpoint_config
+from keras_vaultgemma import checkpoint_config, presets, weight_layout
 from keras_vaultgemma.checkpoint_config import read_config as read_config
 from keras_vaultgemma.h5_file import open_h5
 from keras_vaultgemma.safetensors_file import open_tensors
+from keras_vaultgemma.stored_tensor import StoredTensor, equal_bits
 
-H5 = "model.weights.h5"
+H5, SHARDS = "model.weights.h5", "model.weights.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Place(NamedTuple):
-    """Where a variable stands in a checkpoint.
+class KerasOnly(ValueError):
+    """A Keras preset that only Keras itself can load: it is quantized, or its weights are in several files."""
+
+
+def format_of(folder):
+    """Which of `weight_layout`'s formats a folder's config.json is of."""
+    if not checkpoint_config.names_a_class(folder):
+        return weight_layout.HUGGING_FACE
+    return weight_layout.KERAS if presets.is_keras(folder) else weight_layout.KERAS_HUB
+
+
+def open_values(folder):
+    """The weights of a folder, checked and not yet read.
 
     Args:
-        variable: of the backbone.
-        shape: of the tensor in the file.
-        axes: the file's axes in the order that the variable has them in, before it merges neighbours (heads and their
-            channels). So `tensor.transpose(axes).reshape(variable.shape)` is the variable's value.
+        folder: of a Hugging Face checkpoint (model.safetensors, or several files and their index), a keras-hub
+            `GemmaBackbone` preset or a Keras preset of this package (model.weights.h5).
+
+    Returns:
+        (hyperparameters, `{path of the backbone's variable: StoredTensor}` in the order of the layers). The
+        hyperparameters are the backbone's constructor arguments, without `dtype`, `name` and `trainable`.
+
+    Raises:
+        KerasOnly: for a Keras preset that is quantized or whose weights are in several files.
+        ValueError: names the field of config.json, the file that is cut short or malformed, the tensor that is missing,
+            unknown or of another shape (with both shapes), or an `lm_head.weight` that is not the embedding.
     """
-
-    variable: Any
-    shape: tuple
-    axes: tuple
-
-    def to_variable(self, tensor):
-        """A tensor of the file as the variable has it; a view where that can be."""
-        return tensor.transpose(self.axes).reshape(self.variable.shape)
-
-
-def weight_map(backbone):
-    """{tensor name in a Hugging Face checkpoint: Place}, in the order of the layers.
-
-    Hugging Face keeps projections [out, in], Keras [in, out].
-    """
-
-    def vector(variable):
-        return Place(variable, tuple(variable.shape), (0,))
-
-    def matrix(layer):
-        return Place(layer.kernel, tuple(reversed(layer.kernel.shape)), (1, 0))
-
-    embeddings = backbone.token_embedding.embeddings
-    places = {EMBEDDING: Place(embeddings, tuple(embeddings.shape), (0, 1))}
-    for i, block in enumerate(backbone.transformer_layers):
-        layer = f"model.layers.{i}"
-        places[f"{layer}.input_layernorm.weight"] = vector(block.attention_norm.scale)
-        places[f"{layer}.self_attn.q_proj.weight"] = matrix(block.attention.query)
-        places[f"{layer}.self_attn.k_proj.weight"] = matrix(block.attention.key)
-        places[f"{layer}.self_attn.v_proj.weight"] = matrix(block.attention.value)
-        places[f"{layer}.self_attn.o_proj.weight"] = matrix(block.attention.attention_output)
-        places[f"{layer}.pre_feedforward_layernorm.weight"] = vector(block.mlp_norm.scale)
-        places[f"{layer}.mlp.gate_proj.weight"] = matrix(block.gate)
-        places[f"{layer}.mlp.up_proj.weight"] = matrix(block.up)
-        places[f"{layer}.mlp.down_proj.weight"] = matrix(block.down)
-    places["model.norm.weight"] = vector(backbone.final_norm.scale)
-    return places
-
-
-def keras_hub_weight_map(backbone):
-    """{dataset in the weights file of keras-hub's `GemmaBackbone`: Place}, in the order of the layers.
-
-    Its projections into heads are [N, D, H] (keys and values [K, D, H]), the one out of them [N, H, D], the others
-    [in, out] as here. It applies GELU to `gating_ffw` and not to `gating_ffw_2`.
-    """
-    D, H = backbone.hidden_dim, backbone.head_dim
-
-    def plain(variable):
-        return Place(variable, tuple(variable.shape), tuple(range(len(variable.shape))))
-
-    def into_heads(layer, heads):
-        return Place(layer.kernel, (heads, D, H), (1, 0, 2))
-
-    places = {"layers/reversible_embedding/vars/0": plain(backbone.token_embedding.embeddings)}
-    for i, block in enumerate(backbone.transformer_layers):
-        layer = "layers/gemma_decoder_block" + (f"_{i}" if i else "")
-        attention = block.attention
-        places[f"{layer}/pre_attention_norm/vars/0"] = plain(block.attention_norm.scale)
-        places[f"{layer}/attention/query_dense/vars/0"] = into_heads(attention.query, backbone.num_query_heads)
-        places[f"{layer}/attention/key_dense/vars/0"] = into_heads(attention.key, backbone.num_key_value_heads)
-        places[f"{layer}/attention/value_dense/vars/0"] = into_heads(attention.value, backbone.num_key_value_heads)
-        places[f"{layer}/attention/output_dense/vars/0"] = Place(
-            attention.attention_output.kernel, (backbone.num_query_heads, H, D), (0, 1, 2)
-        )
-        places[f"{layer}/pre_ffw_norm/vars/0"] = plain(block.mlp_norm.scale)
-        places[f"{layer}/gating_ffw/vars/0"] = plain(block.gate.kernel)
-        places[f"{layer}/gating_ffw_2/vars/0"] = plain(block.up.kernel)
-        places[f"{layer}/ffw_linear/vars/0"] = plain(block.down.kernel)
-    places["layers/rms_normalization/vars/0"] = plain(backbone.final_norm.scale)
-    return places
+    folder = Path(folder)
+    hyperparameters = read_config(folder)
+    layout_format = format_of(folder)
+    if layout_format == weight_layout.HUGGING_FACE:
+        tensors = open_tensors(folder)
+    else:
+        if layout_format == weight_layout.KERAS:
+            _check_that_it_is_plain(folder)
+        tensors = open_h5(folder / H5)
+    head = tensors.pop(HEAD, None) if layout_format == weight_layout.HUGGING_FACE else None
+    weights = weight_layout.layout(hyperparameters)
+    places = {weight.path: weight.places[layout_format] for weight in weights}
+    _check_head(folder, head, tensors.get(EMBEDDING))
+    _check_shapes(folder, {place.name: place.shape for place in places.values()}, tensors)
+    return hyperparameters, {
+        weight.path: StoredTensor(tensors[places[weight.path].name], places[weight.path], weight.shape)
+        for weight in weights
+    }
 
 
 def load(backbone, folder):
-    """Read the weights of a Hugging Face or keras-hub folder into a backbone, cast to its dtype.
+    """Read the weights of a folder into a backbone, cast to its dtype.
 
     Everything is checked before the first variable changes; then one tensor after the other is read.
 
     Args:
         backbone: `VaultGemmaBackbone` of the folder's configuration.
-        folder: with config.json and model.safetensors, several files and their model.safetensors.index.json, or
-            keras-hub's model.weights.h5.
+        folder: as for `open_values`.
 
     Raises:
-        ValueError: names the tensor that is missing, unknown or of another shape (with both shapes), an
-            `lm_head.weight` that is not the embedding, the file that is cut short or malformed, or a variable that is
-            quantized.
+        ValueError: as `open_values` does; and names the variable that is of another shape or quantized.
     """
-    folder = Path(folder)
-    if checkpoint_config.is_keras_hub(folder):
-        places, tensors = keras_hub_weight_map(backbone), open_h5(folder / H5)
-    else:
-        places, tensors = weight_map(backbone), open_tensors(folder)
-        _check_head(folder, tensors.pop(HEAD, None), tensors.get(EMBEDDING))
-    for name in sorted(places.keys() | tensors.keys()):
-        expected = places[name].shape if name in places else None
-        found = tensors[name].shape if name in tensors else None
-        if expected != found:
-            problem = "is missing from" if found is None else "is unknown in" if expected is None else "is misshapen in"
-            raise ValueError(f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}")
-    for place in places.values():
-        if not keras.backend.is_float_dtype(place.variable.dtype):
+    _, values = open_values(folder)
+    variables = {variable.path: variable for variable in backbone.variables}
+    for path, value in values.items():
+        shape = tuple(variables[path].shape) if path in variables else None
+        if shape != value.shape:
+            raise ValueError(f"{path} is misshapen in {folder}. Expected shape: {shape}. Found: {value.shape}")
+        if not keras.backend.is_float_dtype(variables[path].dtype):
             raise ValueError(
                 f"A checkpoint loads into floating-point variables; quantize the model afterwards. Received: "
-                f"{place.variable.path} of dtype {place.variable.dtype}"
+                f"{path} of dtype {variables[path].dtype}"
             )
-    for name, place in places.items():
-        place.variable.assign(_own(place.to_variable(tensors.pop(name)), place.variable.dtype))
+    layers = {path.rpartition("/")[0] for path in values}
+    for path in sorted(path for path in variables.keys() - values.keys() if path.rpartition("/")[0] not in layers):
+        raise ValueError(
+            f"{path} is missing from {folder}. Expected shape: {tuple(variables[path].shape)}. Found: None"
+        )
+    for path, value in values.items():
+        variables[path].assign(value.read(variables[path].dtype))
 
 
 def warn_if_not_finite(backbone):
@@ -156,26 +112,28 @@ def _is_finite(value):
     return bool(ops.isfinite(ops.sum(value))) or bool(ops.all(ops.isfinite(value)))
 
 
+def _check_that_it_is_plain(folder):
+    policy = checkpoint_config.keras_policy(folder)
+    if policy is None:
+        raise KerasOnly(f"{folder / presets.CONFIG}: `dtype` must be one floating-point policy, not a quantized one")
+    if not (folder / H5).is_file() and (folder / SHARDS).is_file():
+        raise KerasOnly(f"{folder} must have its weights in one file, {H5}. Received: several, listed in {SHARDS}")
+
+
+def _check_shapes(folder, shapes, tensors):
+    for name in sorted(shapes.keys() | tensors.keys()):
+        expected = shapes.get(name)
+        found = tensors[name].shape if name in tensors else None
+        if expected != found:
+            problem = "is missing from" if found is None else "is unknown in" if expected is None else "is misshapen in"
+            raise ValueError(f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}")
+
+
 def _check_head(folder, head, embedding):
     """Refuse a head of its own: a tied one, stored twice, is the embedding bit by bit (NaN included)."""
-    if head is None or embedding is None:
+    if head is None or embedding is None or equal_bits(head, embedding):
         return
-    if head.dtype != embedding.dtype or not np.array_equal(_bits(head), _bits(embedding)):
-        raise ValueError(
-            f"{folder}: {HEAD} must be equal to {EMBEDDING}, for VaultGemma's head is tied to its embedding. Received: "
-            f"{head.dtype} {head.shape} and {embedding.dtype} {embedding.shape}, which differ"
-        )
-
-
-def _bits(array):
-    return array.view(f"u{array.dtype.itemsize}")
-
-
-def _own(array, dtype):
-    """A contiguous copy of another dtype in memory of its own.
-
-    JAX may use an array's memory as it is; a view of the file would change, or crash, with the file.
-    """
-    with np.errstate(over="ignore"):  # `warn_if_not_finite` says which variable became infinite
-        # To contiguous memory before the cast: half the time of a strided cast, and no copy where nothing is turned.
-        return np.ascontiguousarray(array).astype(dtype)
+    raise ValueError(
+        f"{folder}: {HEAD} must be equal to {EMBEDDING}, for VaultGemma's head is tied to its embedding. Received: "
+        f"{head.dtype} {head.shape} and {embedding.dtype} {embedding.shape}, which differ"
+    )

@@ -1,4 +1,4 @@
-"""The config.json of a checkpoint that another library wrote, as the backbone's constructor arguments."""
+"""The config.json of a checkpoint, in any of the three formats, as the backbone's constructor arguments."""
 
 import sys
 import warnings
@@ -9,6 +9,7 @@ from keras_vaultgemma import presets
 MODEL_TYPE = "vaultgemma"
 ACTIVATION = "gelu_pytorch_tanh"
 KERAS_HUB = "keras_hub>GemmaBackbone"
+KERAS = "keras_vaultgemma>VaultGemmaBackbone"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -21,6 +22,9 @@ def _is_number(value):
 
 
 COUNT = ("an integer from 1 to 2147483647", _is_count)
+LAYERS = ("an integer from 1 to 10000", lambda value: _is_count(value) and value <= 10_000)
+"""More would be a list of types, and a table of weights, that takes memory before the file can be asked for either."""
+
 NUMBER = ("a finite number above 0", _is_number)
 CAP = ("null or a finite number above 0", lambda value: value is None or _is_number(value))
 RATE = (
@@ -35,7 +39,7 @@ ANY = ("", lambda value: True)
 
 HUGGING_FACE_FIELDS = {
     "vocab_size": ("vocabulary_size", 256000, COUNT),
-    "num_hidden_layers": ("num_layers", 26, COUNT),
+    "num_hidden_layers": ("num_layers", 26, LAYERS),
     "num_attention_heads": ("num_query_heads", 8, COUNT),
     "num_key_value_heads": ("num_key_value_heads", 4, COUNT),
     "hidden_size": ("hidden_dim", 2304, COUNT),
@@ -58,7 +62,7 @@ HUGGING_FACE_FIELDS = {
 
 KERAS_HUB_FIELDS = {
     "vocabulary_size": ("vocabulary_size", None, COUNT),
-    "num_layers": ("num_layers", None, COUNT),
+    "num_layers": ("num_layers", None, LAYERS),
     "num_query_heads": ("num_query_heads", None, COUNT),
     "num_key_value_heads": ("num_key_value_heads", None, COUNT),
     "hidden_dim": ("hidden_dim", None, COUNT),
@@ -78,28 +82,70 @@ KERAS_HUB_FIELDS = {
 }
 """As above, for keras-hub's `GemmaBackbone`."""
 
+KERAS_FIELDS = {
+    "vocabulary_size": ("vocabulary_size", None, COUNT),
+    "num_layers": ("num_layers", None, LAYERS),
+    "num_query_heads": ("num_query_heads", None, COUNT),
+    "num_key_value_heads": ("num_key_value_heads", None, COUNT),
+    "hidden_dim": ("hidden_dim", None, COUNT),
+    "intermediate_dim": ("intermediate_dim", None, COUNT),
+    "head_dim": ("head_dim", None, COUNT),
+    "query_pre_attn_scalar": ("query_pre_attn_scalar", None, CAP),
+    "attention_logit_soft_cap": ("attention_logit_soft_cap", None, CAP),
+    "final_logit_soft_cap": ("final_logit_soft_cap", None, CAP),
+    "layer_types": ("layer_types", None, ANY),
+    "sliding_window_size": ("sliding_window_size", None, ANY),
+    "rope_theta": ("rope_theta", 10_000.0, NUMBER),
+    "layer_norm_epsilon": ("layer_norm_epsilon", 1e-6, NUMBER),
+    "max_sequence_length": ("max_sequence_length", 1024, COUNT),
+    "initializer_range": ("initializer_range", 0.02, NUMBER),
+}
+"""As above, for this package's own presets; the defaults are the backbone's."""
+
 
 def read_config(folder):
-    """The backbone's constructor arguments from the config.json of a Hugging Face or keras-hub folder.
+    """The backbone's hyperparameters from the config.json of a folder: all arguments but `dtype`, `name`, `trainable`.
 
     Fields that are missing take the defaults of transformers' `VaultGemmaConfig`, which are not those of VaultGemma 1B,
-    or of keras-hub's `GemmaBackbone`.
+    of keras-hub's `GemmaBackbone`, or of this package's `VaultGemmaBackbone`.
 
     Raises:
         ValueError: names the file and the field that is of another model, out of its range or of the wrong type.
     """
     path = Path(folder) / presets.CONFIG
     config = presets.read_json(path)
-    return (_keras_hub if _names_a_class(config) else _hugging_face)(path, config)
+    if "registered_name" not in config:
+        arguments = _hugging_face(path, config)
+    else:
+        arguments = (_keras if config["registered_name"] == KERAS else _keras_hub)(path, config)
+    heads, groups = arguments["num_query_heads"], arguments["num_key_value_heads"]
+    if heads % groups:
+        _refuse(path, "num_query_heads", f"a multiple of the number of key-value heads, {groups}", heads)
+    if arguments["head_dim"] % 2:
+        _refuse(path, "head_dim", "even, for rotary positions turn pairs of channels", arguments["head_dim"])
+    return {argument: arguments[argument] for argument in KERAS_FIELDS}
 
 
-def is_keras_hub(folder):
-    """Whether a folder is in keras-hub's format, in which a config names a class, and not in Hugging Face's."""
-    return _names_a_class(presets.read_json(Path(folder) / presets.CONFIG))
+def names_a_class(folder):
+    """Whether a folder's config names a class, as Keras's formats do and Hugging Face's does not."""
+    return "registered_name" in presets.read_json(Path(folder) / presets.CONFIG)
 
 
-def _names_a_class(config):
-    return "registered_name" in config
+def keras_policy(folder):
+    """Name of the dtype policy of a Keras preset; None where that is a map of policies or a quantized one.
+
+    Raises:
+        ValueError: where the config has no `dtype` that Keras could have written.
+    """
+    path = Path(folder) / presets.CONFIG
+    policy = _class_config(path, presets.read_json(path)).get("dtype", "float32")
+    if isinstance(policy, dict):
+        if policy.get("class_name") != "DTypePolicy" or not isinstance(policy.get("config"), dict):
+            return None
+        policy = policy["config"].get("name")
+    if not isinstance(policy, str):
+        _refuse(path, "dtype", "the name of a dtype policy", policy)
+    return policy
 
 
 def _hugging_face(path, config):
@@ -109,16 +155,9 @@ def _hugging_face(path, config):
     if config.get("attention_dropout"):
         warnings.warn(f"{path}: `attention_dropout` is ignored; training here has no dropout", stacklevel=4)
 
-    count = arguments["num_layers"]
-    types = arguments["layer_types"]
-    if types is None:  # transformers alternates, sliding first
-        arguments["layer_types"] = types = _alternating(count)
-    if not isinstance(types, list) or len(types) != count or not all(name in LAYER_TYPES for name in types):
-        legal = f"null or a list of {count} (`num_hidden_layers`) of {' and '.join(map(repr, LAYER_TYPES))}"
-        _refuse(path, "layer_types", legal, types)
-    window = arguments["sliding_window_size"]
-    if not _is_count(window) and (window is not None or "sliding_attention" in types):
-        _refuse(path, "sliding_window", COUNT[0] + ", or null where no layer slides", window)
+    if arguments["layer_types"] is None:  # transformers alternates, sliding first
+        arguments["layer_types"] = _alternating(arguments["num_layers"])
+    _check_layers(path, arguments, "num_hidden_layers", "sliding_window")
 
     # transformers reads the older name first where both are there.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
@@ -135,14 +174,47 @@ def _hugging_face(path, config):
 def _keras_hub(path, config):
     if config["registered_name"] != KERAS_HUB:
         _refuse(path, "registered_name", repr(KERAS_HUB), config["registered_name"])
-    config = config.get("config")
-    if not isinstance(config, dict):
-        _refuse(path, "config", "an object", config)
+    config = _class_config(path, config)
     arguments = _read(path, config, KERAS_HUB_FIELDS)
     arguments["intermediate_dim"] //= 2  # keras-hub counts both branches of the gated MLP together
     if config.get("use_sliding_window_attention"):
         arguments["layer_types"] = _alternating(arguments["num_layers"])
+    return _with_defaults(arguments)
+
+
+def _keras(path, config):
+    config = _class_config(path, config)
+    unknown = sorted(config.keys() - KERAS_FIELDS.keys() - {"name", "trainable", "dtype"})
+    if unknown:
+        _refuse(path, unknown[0], "absent, for the backbone has no such argument", config[unknown[0]])
+    arguments = _with_defaults(_read(path, config, KERAS_FIELDS))
+    _check_layers(path, arguments, "num_layers", "sliding_window_size")
     return arguments
+
+
+def _with_defaults(arguments):
+    """What the backbone makes of arguments that leave some to it."""
+    arguments = {**{name: default for name, (_, default, _) in KERAS_FIELDS.items()}, **arguments}
+    if arguments["query_pre_attn_scalar"] is None:
+        arguments["query_pre_attn_scalar"] = arguments["head_dim"]
+    if arguments["layer_types"] is None:
+        arguments["layer_types"] = ["full_attention"] * arguments["num_layers"]
+    return arguments
+
+
+def _class_config(path, config):
+    if not isinstance(config.get("config"), dict):
+        _refuse(path, "config", "an object", config.get("config"))
+    return config["config"]
+
+
+def _check_layers(path, arguments, count_field, window_field):
+    count, types, window = (arguments[name] for name in ("num_layers", "layer_types", "sliding_window_size"))
+    if not isinstance(types, list) or len(types) != count or not all(name in LAYER_TYPES for name in types):
+        legal = f"null or a list of {count} (`{count_field}`) of {' and '.join(map(repr, LAYER_TYPES))}"
+        _refuse(path, "layer_types", legal, types)
+    if not _is_count(window) and (window is not None or "sliding_attention" in types):
+        _refuse(path, window_field, COUNT[0] + ", or null where no layer slides", window)
 
 
 def _alternating(count):

@@ -7,11 +7,8 @@ import what they need when they run, so that a Keras backend that cannot be load
 
 import argparse
 import contextlib
-import inspect
 import os
 import sys
-import textwrap
-from collections import Counter
 from typing import NamedTuple
 
 from keras_vaultgemma import __version__
@@ -32,9 +29,6 @@ SAMPLERS = {
     "contrastive": ("ContrastiveSampler", ("temperature",)),
 }
 """Name of a sampler: its class in `keras_hub.samplers`, and the options that change what it chooses."""
-
-WIDTH, LABEL = 100, 26
-"""Columns of a description, and of the names in it."""
 
 LARGEST_SEED = 2**31 - 1
 """The largest that all three backends take."""
@@ -73,33 +67,20 @@ def generate(options):
     return model.generate(inputs, max_new_tokens=min(options.max_new_tokens, context - len(row)))
 
 
+def convert(options):
+    """Write a checkpoint in another format, tensor by tensor."""
+    from keras_vaultgemma.conversion import convert
+
+    metadata = convert(**{name: value for name, value in vars(options).items() if name != "command"})
+    count, dtype = metadata["parameter_count"], metadata["dtype"]
+    return f"{options.target}: {count:,} parameters in {dtype}" + (", equal to the source" if options.verify else "")
+
+
 def info(options):
     """What a preset is: architecture, parameters, tokenizer and privacy, from its small files."""
-    from keras_vaultgemma import presets
+    from keras_vaultgemma.description import describe
 
-    folder = _find(options.preset)
-    try:
-        architecture = _architecture(folder)
-        count = _parameter_count(**architecture)
-        layers = Counter(architecture["layer_types"]).items()
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / presets.CONFIG} does not describe a VaultGemma: {_one_line(error)}") from error
-    metadata_file = folder / presets.METADATA
-    metadata = presets.read_json(metadata_file) if metadata_file.is_file() else {}
-    sections = {
-        "Architecture": {**architecture, "layer_types": ", ".join(f"{n} x {layer_type}" for layer_type, n in layers)},
-        "Parameters": {
-            "count": f"{count:,}",
-            "in float32": f"{count * 4 / 1e6:,.1f} MB",
-            "in bfloat16": f"{count * 2 / 1e6:,.1f} MB",
-        },
-        "Tokenizer": _vocabulary(folder),
-        "Privacy": _privacy(metadata),
-    }
-    lines = [options.preset, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
-    for title, section in sections.items():
-        lines += ["", title, *_table(section)]
-    return "\n".join(lines)
+    return describe(options.preset)
 
 
 COMMANDS = {
@@ -122,6 +103,25 @@ COMMANDS = {
             "--seed": dict(type=int, metavar="N", help="of a random sampler: the same seed, the same text"),
             "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="of the weights (default: the preset's)"),
             "--chat": dict(action="store_true", help="the prompt is a user's turn; print the reply alone"),
+        },
+    ),
+    "convert": Command(
+        convert,
+        "write a checkpoint in another format",
+        {
+            "source": dict(metavar="SOURCE", help="a bundled name, a folder, hf:// or kaggle://"),
+            "target": dict(metavar="TARGET", help="folder to write; it appears whole or not at all"),
+            "--to": dict(
+                choices=("keras", "hf"),
+                default="keras",
+                help="a preset for this package and keras-hub, or a folder for transformers (default: %(default)s)",
+            ),
+            "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="of the weights (default: the source's)"),
+            "--shard-size": dict(
+                metavar="SIZE", help="of a weights file at most, such as 500MB; only to hf (default: 5GB)"
+            ),
+            "--verify": dict(action="store_true", help="compare every tensor afterwards, and logits with transformers"),
+            "--overwrite": dict(action="store_true", help="replace the model in TARGET"),
         },
     ),
     "info": Command(
@@ -221,78 +221,3 @@ def _sampler(name, **options):
     if not 0 <= options.get("seed", 0) <= LARGEST_SEED:
         raise ValueError(f"--seed must be from 0 to {LARGEST_SEED}. Received: {options['seed']}")
     return getattr(keras_hub.samplers, class_name)(**options)
-
-
-def _find(preset):
-    """The preset's folder; of a repository that is downloaded file by file, with the vocabulary where it has one."""
-    from keras_vaultgemma import presets
-
-    if preset.startswith("hf://"):
-        with contextlib.suppress(FileNotFoundError):
-            return presets.find(preset, "vocabulary")
-    return presets.find(preset, "config")
-
-
-def _architecture(folder):
-    """The backbone's hyperparameters by name, those included that config.json leaves to the backbone."""
-    from keras_vaultgemma import VaultGemmaBackbone, checkpoint, presets
-
-    if presets.is_keras(folder):
-        arguments = presets.read_json(folder / presets.CONFIG)["config"]
-    else:
-        arguments = checkpoint.read_config(folder)
-    bound = inspect.signature(VaultGemmaBackbone).bind(**arguments)
-    bound.apply_defaults()
-    architecture = {name: value for name, value in bound.arguments.items() if name not in ("dtype", "kwargs")}
-    if architecture["query_pre_attn_scalar"] is None:
-        architecture["query_pre_attn_scalar"] = architecture["head_dim"]
-    if architecture["layer_types"] is None:
-        architecture["layer_types"] = ["full_attention"] * architecture["num_layers"]
-    return architecture
-
-
-def _parameter_count(
-    *,
-    vocabulary_size,
-    num_layers,
-    num_query_heads,
-    num_key_value_heads,
-    hidden_dim,
-    intermediate_dim,
-    head_dim,
-    **_,
-):
-    attention = hidden_dim * head_dim * 2 * (num_query_heads + num_key_value_heads)
-    mlp = 3 * hidden_dim * intermediate_dim
-    norms = 2 * hidden_dim
-    return vocabulary_size * hidden_dim + num_layers * (attention + mlp + norms) + hidden_dim
-
-
-def _vocabulary(folder):
-    from keras_vaultgemma import VaultGemmaTokenizer, presets
-    from keras_vaultgemma.tokenizer import TURN_END, TURN_START
-
-    if not presets.file(folder, "vocabulary"):
-        return "no vocabulary here"
-    tokenizer = VaultGemmaTokenizer.from_preset(folder)
-    special = {token: tokenizer.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", TURN_START, TURN_END)}
-    # SentencePiece gives an unknown piece the id of <unk>.
-    known = {token: i for token, i in special.items() if tokenizer.id_to_token(i) == token}
-    return {"pieces": tokenizer.vocabulary_size(), **known}
-
-
-def _privacy(metadata):
-    """What the preset says of its training; a preset that says nothing has not said that it is private or is not."""
-    if "privacy" not in metadata:
-        return "no statement here"
-    return metadata["privacy"] or "not privately trained"
-
-
-def _table(section):
-    """Lines of a sentence, or of a dict with its values below each other."""
-    if not isinstance(section, dict):
-        return [f"  {section}"]
-    lines = []
-    for name, value in section.items():
-        lines += textwrap.wrap(f"  {name:{LABEL}}{value}", WIDTH, subsequent_indent=" " * (2 + LABEL))
-    return lines

@@ -16,7 +16,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         intermediate_dim: width F of one branch of the MLP.
         layer_type: "full_attention" or "sliding_attention": which of the walk's masks this block is given.
         layer_norm_epsilon: of both norms.
-        initializer_range: standard deviation of the initial projections.
+        initial: `layers.Initial` of this layer.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         intermediate_dim,
         layer_type,
         layer_norm_epsilon,
-        initializer_range,
+        initial,
         **kwargs,
     ):
         # Keras would cast the angles to a 16-bit compute dtype on the way in.
@@ -33,13 +33,16 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         self.intermediate_dim = intermediate_dim
         self.layer_type = layer_type
         self.layer_norm_epsilon = layer_norm_epsilon
-        self.initializer_range = initializer_range
-        self.attention_norm = RMSNorm(layer_norm_epsilon, dtype=self.dtype_policy, name="attention_norm")
+        self.initial = initial
+        self.attention_norm = self._norm(layer_norm_epsilon, initial, "attention_norm")
         self.attention = attention
-        self.mlp_norm = RMSNorm(layer_norm_epsilon, dtype=self.dtype_policy, name="mlp_norm")
+        self.mlp_norm = self._norm(layer_norm_epsilon, initial, "mlp_norm")
+
+    def _norm(self, epsilon, initial, name):
+        return RMSNorm(epsilon, initial.below(name), dtype=self.dtype_policy, name=name)
 
     def build(self, input_shape):
-        options = (self.initializer_range, self.dtype_policy)
+        options = (self.initial, self.dtype_policy)
         self.gate = projection(self.intermediate_dim, "gate", *options)
         self.up = projection(self.intermediate_dim, "up", *options)
         self.down = projection(input_shape[-1], "down", *options)
@@ -58,3 +61,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         normed = self.mlp_norm(x)
         x = x + self.down(keras.activations.gelu(self.gate(normed), approximate=True) * self.up(normed))
         return x if cache is None else (x, cache)
+
+    def compute_output_spec(self, x, **kwargs):
+        """Said outright: Keras would trace every block to find out, which takes most of the time to build a model."""
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)

@@ -1,4 +1,4 @@
-"""One Keras weights file (HDF5), as memory-mapped arrays like those of a safetensors file."""
+"""One Keras weights file (HDF5): read as memory-mapped arrays like those of a safetensors file, written by blocks."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import h5py
 import ml_dtypes
 import numpy as np
+
+from keras_vaultgemma import presets
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
@@ -22,6 +24,7 @@ def open_h5(path):
             where that is not such a run of float32, float16 or bfloat16.
     """
     path = Path(path)
+    presets.check_link(path)
     tensors = {}
 
     def visit(name, item):
@@ -35,6 +38,31 @@ def open_h5(path):
     except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is missing, cut short or no Keras weights file: {error}") from error
     return tensors
+
+
+def write_h5(path, tensors, dtype, layer_names, report=lambda name, count: None):
+    """Write a weights file as Keras writes it, with no more than a block of one tensor in memory.
+
+    Args:
+        path: of the new file.
+        tensors: list of (`Place`, `StoredTensor`), in the order to write.
+        dtype: NumPy dtype to write.
+        layer_names: `{group of a layer's variables: name of the layer}`, for all layers with variables or without.
+        report: called with a tensor's name and the bytes that were written, after each block.
+    """
+    with h5py.File(path, "w") as file:
+        for group, name in layer_names.items():
+            file.create_group(group).attrs["name"] = name
+        for place, stored in tensors:
+            # h5py stores bfloat16 as two opaque bytes, and the attribute is how Keras knows it again.
+            dataset = file.create_dataset(place.name, place.shape, "V2" if dtype == BFLOAT16 else dtype)
+            if dtype == BFLOAT16:
+                dataset.attrs["dtype"] = "bfloat16"
+            row = 0
+            for block in stored.blocks(place, dtype):
+                dataset[row : row + len(block)] = block.view(dataset.dtype)
+                row += len(block)
+                report(place.name, block.nbytes)
 
 
 def _map(path, name, dataset):

@@ -38,10 +38,40 @@ def soft_cap(x, cap):
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
-def projection(units, name, initializer_range, dtype):
+class Initial:
+    """Where a layer's variables start: random, or at stored values.
+
+    Args:
+        initializer_range: standard deviation of random values.
+        values: `{variable path: value with read(dtype)}`, or None for random ones; each is taken out once it was read.
+        path: of the layer, to which names of variables are appended.
+    """
+
+    def __init__(self, initializer_range, values=None, path=""):
+        self.initializer_range, self.values, self.path = initializer_range, values, path
+
+    def below(self, name):
+        """The same for the variables of a sublayer."""
+        return Initial(self.initializer_range, self.values, f"{self.path}{name}/")
+
+    def __call__(self, name, random=None):
+        """A Keras initializer for the variable `name`; `random` replaces the normal distribution."""
+        if self.values is not None:
+            return lambda shape, dtype: self._stored(self.path + name, tuple(shape)).read(dtype)
+        # A new initializer each time: one instance would give two matrices of a shape the same values.
+        return random or keras.initializers.RandomNormal(stddev=self.initializer_range)
+
+    def _stored(self, path, shape):
+        value = self.values.pop(path, None)
+        if value is None or tuple(value.shape) != shape:
+            found = None if value is None else tuple(value.shape)
+            raise ValueError(f"The value of {path} must have the shape {shape}. Received: {found}")
+        return value
+
+
+def projection(units, name, initial, dtype):
     """A matrix [in, units] without bias; all projections are such, so that LoRA and int8 meet plain matrices."""
-    # A new initializer each time: one instance would give two matrices of a shape the same values.
-    initializer = keras.initializers.RandomNormal(stddev=initializer_range)
+    initializer = initial.below(name)("kernel")
     return keras.layers.Dense(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
 
 
@@ -52,14 +82,17 @@ class RMSNorm(keras.layers.Layer):
 
     Args:
         epsilon: added to the mean square.
+        initial: `Initial` of this layer, or None to start at scale 0.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, initial=None, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.initial = initial
 
     def build(self, input_shape):
-        self.scale = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="scale")
+        initializer = "zeros" if self.initial is None else self.initial("scale", random="zeros")
+        self.scale = self.add_weight(shape=(input_shape[-1],), initializer=initializer, name="scale")
 
     def call(self, x):
         x = ops.cast(x, "float32")

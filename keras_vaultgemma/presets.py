@@ -30,6 +30,9 @@ SUPERSEDED = {"model.weights.json": "model.weights.h5", "model.safetensors.index
 HUBS = {"vaultgemma_1b": ("hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")}
 """Bundled presets whose weights are not bundled, and where they are."""
 
+MAX_JSON = 2**23
+"""Bytes of a JSON file; a config has thousands and the index of a checkpoint of this model tens of thousands."""
+
 PATIENCE = 10
 """Seconds that Hugging Face has to answer a first question."""
 
@@ -103,15 +106,51 @@ def read_json(path):
     """A JSON object from a file.
 
     Raises:
-        ValueError: names the file where it is not one.
+        ValueError: names the file where it is not one, too large, or a link that leaves its folder.
     """
+    path = Path(path)
+    check_link(path)
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} must have at most {MAX_JSON} bytes. Received: {path.stat().st_size}")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text, path):
+    """A JSON object from the bytes of a file, or of a part of it.
+
+    Raises:
+        ValueError: names the file where it is not one, nested too deep, or has a key twice (of which readers would take
+            different ones).
+    """
+
+    def without_duplicates(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return content
+
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}")
     return content
+
+
+def check_link(path):
+    """Raise ValueError where a file is a link out of its folder, which could show a stranger's checkpoint any file.
+
+    In Hugging Face's cache every file is a link into the repository's `blobs`, and that is fine.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return
+    folder = path.parent.absolute()
+    caches = [place.parent for place in (folder, *folder.parents) if place.name == "snapshots"]
+    places = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
+    if not any(path.resolve().is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link that leaves its folder, to {path.resolve()}: it is not followed")
 
 
 @contextlib.contextmanager

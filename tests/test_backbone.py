@@ -110,7 +110,7 @@ def test_bfloat16_turns_by_float32_angles():
 
 class Stored:
     def __init__(self, array):
-        self.array = array
+        self.array, self.shape = array, array.shape
 
     def read(self, dtype):
         return self.array.astype(dtype)
@@ -126,6 +126,14 @@ def test_initial_values_take_the_place_of_random_ones(monkeypatch):
     assert "initial_values" not in backbone.get_config()
     with pytest.raises(ValueError, match="values that no variable takes: decoder_block_2/"):
         random_backbone(num_layers=2, initial_values=values)
+    values["final_norm/scale"] = Stored(np.ones(3))
+    with pytest.raises(
+        ValueError, match=r"The value of final_norm/scale must have the shape \(48,\). Received: \(3,\)"
+    ):
+        random_backbone(initial_values=values)
+    del values["decoder_block_0/up/kernel"]
+    with pytest.raises(ValueError, match=r"decoder_block_0/up/kernel must have the shape \(48, 96\). Received: None"):
+        random_backbone(initial_values=values)
 
 
 def test_longer_input_warns_once():

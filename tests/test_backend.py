@@ -36,7 +36,7 @@ def test_tensorflow_is_never_imported():
 
 
 def test_unknown_backend_is_named():
-    result = run("import keras_vaultgemma", KERAS_BACKEND="theano")
+    result = run("from keras_vaultgemma import VaultGemmaCausalLM", KERAS_BACKEND="theano")
     assert "KERAS_BACKEND must be one of jax, torch, tensorflow. Received: KERAS_BACKEND='theano'" in result.stderr
 
 

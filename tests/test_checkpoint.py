@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from common import to_numpy
+from common import random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, checkpoint
+from keras_vaultgemma.stored_tensor import StoredTensor
 
 VOCABULARY = Path(__file__).parent.parent / "presets/vaultgemma_tiny/assets/tokenizer/vocabulary.spm"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -404,3 +407,117 @@ def test_keras_hub_post_norms_are_refused(tmp_path):
     hub_backbone(use_post_ffw_norm=True).save_to_preset(tmp_path / "hub")
     with pytest.raises(ValueError, match=r"`use_post_ffw_norm` must be false. Received: True"):
         VaultGemmaBackbone.from_preset(tmp_path / "hub")
+
+
+# This package's own presets, and what is the same in all three formats.
+
+
+@pytest.fixture(scope="module")
+def own_preset(tmp_path_factory):
+    """(backbone, its folder, which no test may change)."""
+    backbone, folder = random_backbone(num_key_value_heads=2), tmp_path_factory.mktemp("preset") / "own"
+    backbone.save_to_preset(folder)
+    return backbone, folder
+
+
+def test_open_values_of_every_format(theirs, folder, hub_preset, own_preset):
+    own, own_folder = own_preset
+    for place, name in ((folder, "hugging_face"), (hub_preset[1], "keras_hub"), (own_folder, "keras")):
+        assert checkpoint.format_of(place) == name
+        hyperparameters, values = checkpoint.open_values(str(place))
+        assert hyperparameters == checkpoint.read_config(place)
+        assert all(type(value) is StoredTensor for value in values.values())
+        loaded = our_values(VaultGemmaBackbone.from_preset(place))
+        assert list(values) == list(loaded)
+        for path, value in values.items():
+            assert np.array_equal(value.read("float32"), loaded[path]), path
+    _, values = checkpoint.open_values(own_folder)
+    assert np.array_equal(values["decoder_block_2/up/kernel"].read(), our_values(own)["decoder_block_2/up/kernel"])
+
+
+def test_values_open_without_being_read(own_preset, tmp_path):
+    shutil.copytree(own_preset[1], tmp_path / "own")
+    path = tmp_path / "own/model.weights.h5"
+    tracemalloc.start()
+    _, values = checkpoint.open_values(tmp_path / "own")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert not values["token_embedding/embeddings"].read().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_load_of_a_keras_preset_casts(own_preset, dtype):
+    own, folder = own_preset
+    backbone = random_backbone(num_key_value_heads=2, dtype=dtype)
+    checkpoint.load(backbone, folder)
+    expected = {
+        path: np.asarray(keras.ops.cast(keras.ops.cast(v, dtype), "float32")) for path, v in our_values(own).items()
+    }
+    assert_values(backbone, expected)
+
+
+def test_load_into_another_architecture_is_named(own_preset):
+    with pytest.raises(
+        ValueError, match=r"embeddings is misshapen in .*Expected shape: \(99, 48\). Found: \(128, 48\)"
+    ):
+        checkpoint.load(random_backbone(num_key_value_heads=2, vocabulary_size=99), own_preset[1])
+    with pytest.raises(
+        ValueError, match=r"decoder_block_2/attention_norm/scale is misshapen in .*Expected shape: None"
+    ):
+        checkpoint.load(random_backbone(num_key_value_heads=2, num_layers=2), own_preset[1])
+    with pytest.raises(ValueError, match=r"decoder_block_3/.* is missing from .*Found: None"):
+        checkpoint.load(random_backbone(num_key_value_heads=2, num_layers=4), own_preset[1])
+
+
+def test_load_beside_adapters(own_preset):
+    own, folder = own_preset
+    backbone = random_backbone(num_key_value_heads=2)
+    backbone.enable_lora(2)
+    checkpoint.load(backbone, folder)
+    loaded = our_values(backbone)
+    assert all(np.array_equal(loaded[path], value) for path, value in our_values(own).items())
+
+
+def test_a_quantized_preset_is_for_keras(tmp_path):
+    backbone = random_backbone()
+    backbone.quantize("int8")
+    backbone.save_to_preset(tmp_path / "int8")
+    with pytest.raises(checkpoint.KerasOnly, match="config.json: `dtype` must be one floating-point policy"):
+        checkpoint.open_values(tmp_path / "int8")
+
+
+def test_a_preset_in_several_files_is_for_keras(tmp_path):
+    random_backbone().save_to_preset(tmp_path / "shards", max_shard_size=0.0002)
+    assert len(list((tmp_path / "shards").glob("*.h5"))) > 1
+    with pytest.raises(
+        checkpoint.KerasOnly, match="must have its weights in one file, model.weights.h5. Received: several"
+    ):
+        checkpoint.open_values(tmp_path / "shards")
+    assert issubclass(checkpoint.KerasOnly, ValueError)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(num_layers=10_000), dict(hidden_dim=2**31 - 2), dict(vocabulary_size=2**31 - 1)]
+)
+def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
+    folder = shutil.copytree(own_preset[1], tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config["config"].update(change, layer_types=None)
+    (folder / "config.json").write_text(json.dumps(config))
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"vars/0 is (missing from|misshapen in) .*own. Expected shape: "):
+        checkpoint.open_values(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6 and time.monotonic() - start < 10
+
+
+def test_a_keras_preset_without_its_file_is_named(own_preset, tmp_path):
+    folder = shutil.copytree(own_preset[1], tmp_path / "own")
+    (folder / "model.weights.h5").unlink()
+    with pytest.raises(ValueError, match="model.weights.h5 is missing"):
+        checkpoint.open_values(folder)

@@ -1,12 +1,13 @@
 """config.json as other libraries write it, against the libraries themselves."""
 
+import inspect
 import json
 
 import pytest
 import transformers
 
 from keras_vaultgemma import VaultGemmaBackbone
-from keras_vaultgemma.checkpoint_config import read_config
+from keras_vaultgemma.checkpoint_config import KERAS_FIELDS, keras_policy, names_a_class, read_config
 
 HUB = dict(
     vocabulary_size=256000,
@@ -162,7 +163,6 @@ WRONG = [
     (field, value, "an integer from 1 to 2147483647")
     for field in (
         "vocab_size",
-        "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
         "hidden_size",
@@ -172,6 +172,7 @@ WRONG = [
     )
     for value in (None, 0, -1, 4.0, "4", True, [4], 2**31)
 ]
+WRONG += [("num_hidden_layers", value, "an integer from 1 to 10000") for value in (None, 0, 4.0, True, 10_001, 2**31)]
 
 
 @pytest.mark.parametrize(("field", "value", "legal"), WRONG)
@@ -218,6 +219,12 @@ def test_keras_hub_config(tmp_path):
         final_logit_soft_cap=None,
         sliding_window_size=512,
         layer_norm_epsilon=1e-6,
+        # What keras-hub's class does not have, and the backbone's defaults are.
+        query_pre_attn_scalar=256,
+        layer_types=["full_attention"] * 4,
+        rope_theta=10_000.0,
+        max_sequence_length=1024,
+        initializer_range=0.02,
     )
     arguments = read_config(keras_hub(tmp_path, use_sliding_window_attention=True, attention_logit_soft_cap=50.0))
     assert arguments["layer_types"] == ["sliding_attention", "full_attention"] * 2
@@ -270,3 +277,94 @@ def test_a_keras_hub_config_without_its_arguments(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"registered_name": "keras_hub>GemmaBackbone", "config": [1]}))
     with pytest.raises(ValueError, match=r"`config` must be an object. Received: \[1\]"):
         read_config(tmp_path)
+
+
+# This package's own presets.
+
+OWN = dict(
+    vocabulary_size=96,
+    num_layers=2,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=48,
+    intermediate_dim=80,
+    head_dim=8,
+)
+
+
+def own_config(folder, **fields):
+    config = {"registered_name": "keras_vaultgemma>VaultGemmaBackbone", "config": {**OWN, **fields}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_defaults_are_the_backbones():
+    parameters = inspect.signature(VaultGemmaBackbone).parameters
+    assert {*KERAS_FIELDS} == {*parameters} - {"dtype", "kwargs", "initial_values"}
+    for name, (argument, default, _) in KERAS_FIELDS.items():
+        given = parameters[name].default
+        assert argument == name
+        assert default == (None if given is inspect.Parameter.empty else given)
+
+
+def test_a_saved_backbone_is_read_back(tmp_path):
+    backbone = VaultGemmaBackbone(
+        **{**OWN, "layer_types": ["sliding_attention", "full_attention"], "sliding_window_size": 3},
+        query_pre_attn_scalar=7.5,
+        final_logit_soft_cap=30,
+        rope_theta=777.0,
+        name="mine",
+        trainable=False,
+        dtype="bfloat16",
+    )
+    backbone.save_to_preset(tmp_path / "saved")
+    built = {k: v for k, v in backbone.get_config().items() if k not in ("name", "trainable", "dtype")}
+    assert read_config(tmp_path / "saved") == built
+    assert keras_policy(tmp_path / "saved") == "bfloat16"
+    assert names_a_class(tmp_path / "saved")
+    assert not names_a_class(hugging_face(tmp_path))
+
+
+def test_what_a_config_leaves_out_is_the_backbones_default(tmp_path):
+    built = VaultGemmaBackbone(**OWN).get_config()
+    assert read_config(own_config(tmp_path)) == {k: built[k] for k in KERAS_FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "legal"),
+    [
+        ("num_layers", 10_001, "an integer from 1 to 10000"),
+        ("hidden_dim", None, "an integer from 1"),
+        ("layer_types", ["full_attention"], "null or a list of 2"),
+        ("layer_types", ["sliding_attention"] * 2, None),
+        ("rope_theta", 0, "a finite number above 0"),
+        ("attention_logit_soft_cap", -1, "null or a finite number above 0"),
+        ("num_query_heads", 5, "a multiple of the number of key-value heads, 2"),
+        ("head_dim", 7, "even"),
+        ("colour", "red", "absent, for the backbone has no such argument"),
+    ],
+)
+def test_a_field_of_a_keras_preset_out_of_range_is_named(tmp_path, field, value, legal):
+    with pytest.raises(ValueError) as error:
+        read_config(own_config(tmp_path, **{field: value}))
+    named = "sliding_window_size" if legal is None else field
+    assert f"{tmp_path / 'config.json'}: `{named}` must be {legal or 'an integer from 1'}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "policy"),
+    [
+        ("float16", "float16"),
+        ({"class_name": "DTypePolicy", "config": {"name": "mixed_bfloat16"}}, "mixed_bfloat16"),
+        ({"class_name": "DTypePolicyMap", "config": {}}, None),
+        ({"class_name": "QuantizedDTypePolicy", "config": {"mode": "int8"}}, None),
+        ({"class_name": "DTypePolicy"}, None),
+    ],
+)
+def test_the_policy_of_a_keras_preset(tmp_path, dtype, policy):
+    assert keras_policy(own_config(tmp_path, dtype=dtype)) == policy
+
+
+def test_a_policy_that_is_no_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dtype` must be the name of a dtype policy. Received: 5"):
+        keras_policy(own_config(tmp_path, dtype=5))

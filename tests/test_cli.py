@@ -1,7 +1,6 @@
 """The command line: what it prints, what it asks the library for, and how it fails."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import keras_hub
 import pytest
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, cli, presets
+from keras_vaultgemma import VaultGemmaCausalLM, cli, description
 
 PROMPT = "Once upon a time"
 
@@ -43,18 +42,6 @@ def error_of(capsys, *arguments):
     assert out == ""
     assert err.startswith("keras-vaultgemma: ") and err.endswith("\n") and err.count("\n") == 1
     return err.removeprefix("keras-vaultgemma: ").removesuffix("\n")
-
-
-def table(text):
-    """{section: {name: value}} of `info`'s text, and `{section: {sentence: ""}}` where a section is a sentence."""
-    sections, section = {}, None
-    for line in text.splitlines():
-        if line.startswith("  "):
-            name, _, value = line.strip().partition("  ")
-            section[name] = value.strip()
-        else:
-            section = sections[line] = {}
-    return sections
 
 
 def run(*arguments, **kwargs):
@@ -265,128 +252,40 @@ def test_help(capsys, arguments):
         assert (option if option.startswith("-") else option.upper()) in out
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail where a backbone is built."""
-
-    def walk(self, *args, **kwargs):
-        raise AssertionError("built a model")
-
-    monkeypatch.setattr(VaultGemmaBackbone, "walk", walk)
-
-
-def test_info_of_the_bundled_model(capsys, tiny, no_model):
-    assert cli.main(["info", "vaultgemma_tiny"]) == 0
-    sections = table(capsys.readouterr().out)
-    assert sections["Architecture"]["hidden_dim"] == "192"
-    assert sections["Architecture"]["layer_types"] == "4 x full_attention"
-    assert sections["Architecture"]["final_logit_soft_cap"] == "None"
-    assert sections["Parameters"] == {
-        "count": f"{tiny.backbone.count_params():,}",
-        "in float32": "11.0 MB",
-        "in bfloat16": "5.5 MB",
-    }
-    assert sections["Tokenizer"] == {
-        "pieces": "4096",
-        "<pad>": "0",
-        "<eos>": "1",
-        "<bos>": "2",
-        "<start_of_turn>": "106",
-        "<end_of_turn>": "107",
-    }
-    assert sections["Privacy"] == {"not privately trained": ""}
-
-
-def test_info_of_the_release_needs_no_weights(capsys, monkeypatch, tmp_path, no_model):
-    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path))
+def test_info_prints_the_description(capsys):
     assert cli.main(["info", "vaultgemma_1b"]) == 0
-    sections = table(capsys.readouterr().out)
-    assert sections["Architecture"]["num_layers"] == "26"
-    assert sections["Architecture"]["layer_types"] == "26 x full_attention"
-    assert sections["Parameters"]["count"] == "1,038,741,120"
-    assert sections["Parameters"]["in bfloat16"] == "2,077.5 MB"
-    assert sections["Tokenizer"] == {"no vocabulary here": ""}
-    assert sections["Privacy"]["epsilon"] == "2.0"
-    assert sections["Privacy"]["delta"] == "1.1e-10"
-    assert sections["Privacy"]["unit"] == "one sequence of 1024 consecutive tokens"
-    assert sections["Privacy"]["mechanism"].startswith("DP-SGD")
-
-
-@pytest.mark.parametrize("has_vocabulary, needs", [(True, ["vocabulary"]), (False, ["vocabulary", "config"])])
-def test_info_of_a_repository_downloads_its_vocabulary(monkeypatch, capsys, has_vocabulary, needs):
-    folders, asked_for = presets.bundled(), []
-
-    def find(preset, need):
-        if isinstance(preset, Path):
-            return preset
-        asked_for.append(need)
-        if need == "vocabulary" and not has_vocabulary:
-            raise FileNotFoundError(f"{preset} has no vocabulary")
-        return folders["vaultgemma_tiny" if has_vocabulary else "vaultgemma_1b"]
-
-    monkeypatch.setattr(presets, "find", find)
-    assert cli.main(["info", "hf://org/name"]) == 0
-    sections = table(capsys.readouterr().out)
-    assert asked_for == needs
-    assert ("no vocabulary here" in sections["Tokenizer"]) is not has_vocabulary
-    assert ("pieces" in sections["Tokenizer"]) is has_vocabulary
-
-
-HUGGING_FACE = dict(
-    model_type="vaultgemma",
-    vocab_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    hidden_size=48,
-    intermediate_size=80,
-    head_dim=8,
-    sliding_window=5,
-    rope_parameters=dict(rope_type="default", rope_theta=5000.0),
-)
-KERAS_HUB = dict(
-    registered_name="keras_hub>GemmaBackbone",
-    config=dict(
-        vocabulary_size=96,
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=1,
-        hidden_dim=48,
-        intermediate_dim=160,
-        head_dim=8,
-    ),
-)
+    assert capsys.readouterr().out == description.describe("vaultgemma_1b") + "\n"
 
 
 @pytest.mark.parametrize(
-    "config, layer_types",
+    "options, changes",
     [
-        (HUGGING_FACE, "2 x sliding_attention, 1 x full_attention"),
-        (KERAS_HUB, "2 x full_attention"),
+        ("", {}),
+        (
+            "--to hf --dtype bfloat16 --shard-size 5MB --verify --overwrite",
+            dict(to="hf", dtype="bfloat16", shard_size="5MB", verify=True, overwrite=True),
+        ),
     ],
 )
-def test_info_of_other_formats_says_what_is_built_of_them(capsys, tmp_path, config, layer_types):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert cli.main(["info", str(tmp_path)]) == 0
-    sections = table(capsys.readouterr().out)
-    backbone = VaultGemmaBackbone.from_preset(tmp_path, load_weights=False)
-    built = {k: str(v) for k, v in backbone.get_config().items() if k not in ("name", "trainable", "dtype")}
-    assert sections["Architecture"] == {**built, "layer_types": layer_types}
-    assert sections["Parameters"]["count"] == f"{backbone.count_params():,}"
-    assert sections["Tokenizer"] == {"no vocabulary here": ""}
-    assert sections["Privacy"] == {"no statement here": ""}
+def test_convert_asks_the_library_and_says_what_it_wrote(capsys, monkeypatch, options, changes):
+    asked = {}
+
+    def convert(**kwargs):
+        asked.update(kwargs)
+        return {"parameter_count": 2754240, "dtype": "bfloat16"}
+
+    monkeypatch.setattr(conversion, "convert", convert)
+    assert cli.main(["convert", "from/here", "there", *options.split()]) == 0
+    defaults = dict(to="keras", dtype=None, shard_size=None, verify=False, overwrite=False)
+    assert asked == dict(source="from/here", target="there", **{**defaults, **changes})
+    verified = ", equal to the source" if changes else ""
+    assert capsys.readouterr().out == f"there: 2,754,240 parameters in bfloat16{verified}\n"
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({}, "KeyError: 'config'"),
-        ({"config": {"num_layers": 3}}, "TypeError: missing a required argument: 'vocabulary_size'"),
-        ({"config": 3}, "TypeError: "),
-    ],
-)
-def test_info_of_a_malformed_preset(capsys, tmp_path, config, message):
-    config["registered_name"] = "keras_vaultgemma>VaultGemmaBackbone"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    error = error_of(capsys, "info", str(tmp_path))
-    assert error.startswith(f"{tmp_path / 'config.json'} does not describe a VaultGemma: {message}")
+def test_convert_fails_in_one_line(capsys, tmp_path):
+    assert error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path)).startswith(
+        f"{tmp_path} exists. Pass overwrite"
+    )
+    assert "argument --to: invalid choice: 'pt'" in error_of(capsys, "convert", "x", "y", "--to", "pt")
+    error = error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path / "new"), "--shard-size", "big", "--to", "hf")
+    assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"

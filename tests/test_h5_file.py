@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from common import to_numpy
 
-from keras_vaultgemma.h5_file import open_h5
+from keras_vaultgemma import stored_tensor
+from keras_vaultgemma.h5_file import open_h5, write_h5
+from keras_vaultgemma.stored_tensor import StoredTensor
+from keras_vaultgemma.weight_layout import Place
 
 
 @pytest.fixture
@@ -83,3 +86,34 @@ def test_a_damaged_file_is_named(path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"):
             open_h5(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_keras_reads_what_is_written(path, dtype):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, dtype=dtype, name="d")])
+    kernel, bias = (np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((3, 5), (5,)))
+    tensors = [
+        (
+            Place("layers/dense/vars/0", (3, 5), (0, 1)),
+            StoredTensor(kernel.T.copy(), Place("", (5, 3), (1, 0)), (3, 5)),
+        ),
+        (Place("layers/dense/vars/1", (5,), (0,)), StoredTensor(bias, Place("", (5,), (0,)), (5,))),
+    ]
+    reported = []
+    stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    write_h5(path, tensors, stored_dtype, {"layers/dense/vars": "d"}, lambda *part: reported.append(part))
+    model.load_weights(path)
+    for variable, value in zip(model.variables, (kernel, bias), strict=True):
+        assert np.array_equal(to_numpy(variable.value).astype("float32"), value.astype(stored_dtype).astype("float32"))
+    size = stored_dtype.itemsize
+    assert reported == [("layers/dense/vars/0", 15 * size), ("layers/dense/vars/1", 5 * size)]
+    with h5py.File(path) as file:
+        assert dict(file["layers/dense/vars"].attrs) == {"name": "d"}
+
+
+def test_blocks_are_put_together(path, monkeypatch):
+    monkeypatch.setattr(stored_tensor, "BLOCK", 48)
+    value = np.arange(21, dtype="float32").reshape(7, 3)
+    place = Place("x", (7, 3), (0, 1))
+    write_h5(path, [(place, StoredTensor(value, place, (7, 3)))], np.dtype("<f4"), {})
+    assert np.array_equal(open_h5(path)["x"], value)

@@ -4,7 +4,7 @@ import pytest
 import reference
 from common import to_numpy
 
-from keras_vaultgemma.layers import RMSNorm, RotaryAngles, projection, rotate, soft_cap
+from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles, projection, rotate, soft_cap
 
 
 def test_rms_norm_multiplies_by_one_plus_scale():
@@ -55,7 +55,7 @@ def test_soft_cap():
 
 
 def test_projections_of_one_shape_start_different():
-    first, second = projection(4, "a", 0.1, "float32"), projection(4, "b", 0.1, "float32")
+    first, second = (projection(4, name, Initial(0.1), "float32") for name in "ab")
     for layer in (first, second):
         layer.build((None, 4))
     assert not np.array_equal(to_numpy(first.kernel), to_numpy(second.kernel))

@@ -10,7 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from keras_vaultgemma.safetensors_file import INDEX, MAX_HEADER, SINGLE, open_safetensors, open_tensors
+from keras_vaultgemma.safetensors_file import INDEX, MAX_HEADER, SINGLE, open_safetensors, open_tensors, write_tensors
+from keras_vaultgemma.stored_tensor import StoredTensor
+from keras_vaultgemma.weight_layout import Place
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -179,3 +181,54 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     write(folder / "b.safetensors", {"b": ENTRY, "a": {**ENTRY, "data_offsets": [24, 48]}}, bytes(48))
     with pytest.raises(ValueError, match=r"puts a into 'a.safetensors', and b.safetensors has it"):
         open_tensors(folder)
+
+
+# Writing.
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def tensors():
+    """Three tensors of 12, 20 and 4 values, to write; the second lies turned in the source."""
+    random = np.random.default_rng(0)
+    values = {"a": random.normal(size=(3, 4)), "b": random.normal(size=(5, 4)), "c": random.normal(size=4)}
+    values = {name: value.astype("float32") for name, value in values.items()}
+    places = {"a": Place("a", (3, 4), (0, 1)), "b": Place("b", (4, 5), (1, 0)), "c": Place("c", (4,), (0,))}
+    plain = {name: Place("", value.shape, tuple(range(value.ndim))) for name, value in values.items()}
+    return values, [(places[n], StoredTensor(v, plain[n], v.shape)) for n, v in values.items()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_library_reads_what_is_written(tmp_path, tensors, dtype):
+    values, to_write = tensors
+    reported = []
+    dtype = BF16 if dtype == "bfloat16" else np.dtype(dtype)
+    write_tensors(tmp_path, to_write, dtype, 10**9, lambda *part: reported.append(part))
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    read = safetensors.torch.load_file(tmp_path / SINGLE)
+    assert read.keys() == values.keys()
+    for name, value in values.items():
+        expected = (value.T if name == "b" else value).astype(dtype).astype("float32")
+        assert np.array_equal(read[name].float().numpy(), expected)
+    assert reported == [(name, value.size * dtype.itemsize) for name, value in values.items()]
+    with safetensors.safe_open(tmp_path / SINGLE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert open_tensors(tmp_path)["b"].offset % 8 == 0
+
+
+def test_shards_are_filled_in_order(tmp_path, tensors):
+    values, to_write = tensors
+    write_tensors(tmp_path, to_write, np.dtype("<f4"), 96)  # 48, 80 and 16 bytes
+    index = json.loads((tmp_path / INDEX).read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index == {"metadata": {"total_size": 144}, "weight_map": {"a": first, "b": second, "c": second}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [first, second, INDEX]
+    read = open_tensors(tmp_path)
+    assert np.array_equal(read["a"], values["a"]) and np.array_equal(read["b"], values["b"].T)
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path, tensors):
+    write_tensors(tmp_path, tensors[1], np.dtype("<f4"), 1)
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+    assert open_tensors(tmp_path).keys() == {"a", "b", "c"}

@@ -1,0 +1,5 @@
+"""Whole checkpoints from one format to another."""
+
+from keras_vaultgemma.conversion.converter import convert
+
+__all__ = ["convert"]

@@ -1,0 +1,80 @@
+"""What a preset is, in words, without loading its weights."""
+
+import contextlib
+import textwrap
+from collections import Counter
+
+from keras_vaultgemma import checkpoint, presets, weight_layout
+from keras_vaultgemma.tokenizer import TURN_END, TURN_START, VaultGemmaTokenizer
+
+WIDTH, LABEL = 100, 26
+"""Columns of a description, and of the names in it."""
+
+
+def describe(preset):
+    """Architecture, parameters, tokenizer and privacy of a preset, from its small files.
+
+    Args:
+        preset: a bundled preset's name, a folder, or a handle, of which no weights are downloaded.
+
+    Returns:
+        Text of several lines.
+
+    Raises:
+        ValueError: for an unknown preset, or one whose config.json does not describe a VaultGemma.
+    """
+    folder = _find(preset)
+    architecture = checkpoint.read_config(folder)
+    count = sum(weight.size for weight in weight_layout.layout(architecture))
+    layers = Counter(architecture["layer_types"]).items()
+    metadata_file = folder / presets.METADATA
+    metadata = presets.read_json(metadata_file) if metadata_file.is_file() else {}
+    sections = {
+        "Architecture": {**architecture, "layer_types": ", ".join(f"{n} x {layer_type}" for layer_type, n in layers)},
+        "Parameters": {
+            "count": f"{count:,}",
+            "in float32": f"{count * 4 / 1e6:,.1f} MB",
+            "in bfloat16": f"{count * 2 / 1e6:,.1f} MB",
+        },
+        "Tokenizer": _vocabulary(folder),
+        "Privacy": _privacy(metadata),
+    }
+    lines = [preset, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
+    for title, section in sections.items():
+        lines += ["", title, *_table(section)]
+    return "\n".join(lines)
+
+
+def _find(preset):
+    """The preset's folder; of a repository that is downloaded file by file, with the vocabulary where it has one."""
+    if preset.startswith("hf://"):
+        with contextlib.suppress(FileNotFoundError):
+            return presets.find(preset, "vocabulary")
+    return presets.find(preset, "config")
+
+
+def _vocabulary(folder):
+    if not presets.file(folder, "vocabulary"):
+        return "no vocabulary here"
+    tokenizer = VaultGemmaTokenizer.from_preset(folder)
+    special = {token: tokenizer.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", TURN_START, TURN_END)}
+    # SentencePiece gives an unknown piece the id of <unk>.
+    known = {token: i for token, i in special.items() if tokenizer.id_to_token(i) == token}
+    return {"pieces": tokenizer.vocabulary_size(), **known}
+
+
+def _privacy(metadata):
+    """What the preset says of its training; a preset that says nothing has not said that it is private or is not."""
+    if "privacy" not in metadata:
+        return "no statement here"
+    return metadata["privacy"] or "not privately trained"
+
+
+def _table(section):
+    """Lines of a sentence, or of a dict with its values below each other."""
+    if not isinstance(section, dict):
+        return [f"  {section}"]
+    lines = []
+    for name, value in section.items():
+        lines += textwrap.wrap(f"  {name:{LABEL}}{value}", WIDTH, subsequent_indent=" " * (2 + LABEL))
+    return lines

@@ -1,0 +1,122 @@
+"""A tensor that stays in its file until it is asked for."""
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""The dtypes that weights may have, by Keras's names for them."""
+
+BLOCK = 2**25
+"""Bytes, in float32, that are read, cast and handed on at a time."""
+
+
+class StoredTensor:
+    """One weight of a checkpoint; its bytes are read from the mapped file each time that they are asked for.
+
+    Args:
+        tensor: memory-mapped array, as the file has it.
+        place: `Place` of the weight in the file.
+        shape: of the backbone's variable.
+
+    Attributes:
+        name: of the tensor in the file.
+        shape: of the backbone's variable.
+        dtype: NumPy dtype in the file.
+    """
+
+    def __init__(self, tensor, place, shape):
+        self.name = place.name
+        self.shape = shape
+        self.dtype = tensor.dtype
+        self._tensor = tensor
+        self._place = place
+
+    @property
+    def nbytes(self):
+        """Bytes in the file."""
+        return self._tensor.nbytes
+
+    def read(self, dtype=None):
+        """The value as the backbone's variable has it: a contiguous array in memory of its own.
+
+        Never a view of the file: JAX may use an array's memory as it is, and would change, or crash, with the file.
+
+        Args:
+            dtype: Keras's name or a NumPy dtype to cast to. Defaults to the file's. Values beyond its range become
+                infinite.
+        """
+        value = self._place.to_variable(self._tensor, self.shape)
+        if dtype is None or as_dtype(dtype) == self.dtype:
+            return np.array(_bits(value), order="C").view(self.dtype)
+        with np.errstate(over="ignore"):
+            # To contiguous memory before the cast: half the time of a strided cast; no copy where nothing is turned.
+            return _contiguous(value).astype(as_dtype(dtype))
+
+    def blocks(self, place, dtype):
+        """The value as another file has it, in blocks of rows: contiguous arrays that may be views of this file.
+
+        Args:
+            place: `Place` of the weight in the other file.
+            dtype: NumPy dtype to cast to.
+
+        Raises:
+            ValueError: where a finite value becomes infinite in `dtype`.
+        """
+        tensor = place.from_variable(self._place.to_variable(self._tensor, self.shape))
+        # As if all were float32, so that blocks are the same rows in whatever dtype a file has them.
+        rows = max(1, BLOCK // (4 * (tensor.size // len(tensor))))
+        for start in range(0, len(tensor), rows):
+            block = _contiguous(tensor[start : start + rows])
+            if dtype != self.dtype:
+                with np.errstate(over="ignore"):
+                    source, block = block, block.astype(dtype)
+                if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(self.dtype).max:
+                    _check_range(self.name, source, block)
+            yield block
+
+
+def as_dtype(dtype):
+    """A NumPy dtype, from Keras's name for it or from itself."""
+    return DTYPES[dtype] if isinstance(dtype, str) else np.dtype(dtype)
+
+
+def dtype_name(dtype):
+    """Keras's name for a NumPy dtype that is one of `DTYPES`."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def widest(dtypes):
+    """The one of `DTYPES` into which all of some NumPy dtypes fit without rounding."""
+    dtypes = set(dtypes)
+    return dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+
+
+def equal_bits(a, b):
+    """Whether two arrays or mapped files of one shape and dtype hold the same bits, NaN included; block by block."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = _bits(a), _bits(b)
+    rows = max(1, BLOCK // max(1, a[:1].nbytes))
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+
+
+def as_bytes(array):
+    """A contiguous array's bytes, without a copy."""
+    return array.reshape(-1).view("u1").data
+
+
+def _bits(array):
+    """The array as unsigned integers, which NumPy copies faster than bfloat16 and compares bit by bit."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _contiguous(array):
+    return np.ascontiguousarray(_bits(array)).view(array.dtype)
+
+
+def _check_range(name, source, cast):
+    lost = np.isinf(cast) & np.isfinite(source)
+    if lost.any():
+        value = float(np.abs(source[lost]).max())
+        legal = float(ml_dtypes.finfo(cast.dtype).max)
+        raise ValueError(f"{name} must be from {-legal:g} to {legal:g} for {cast.dtype}. Received: ±{value:g}")
