@@ -13,7 +13,8 @@ demo: $(READY)
 	@$(BIN)/python tools/demo.py $(BACKENDS)
 
 test: lint
-	@for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q $(PYTEST) || exit 1; done
+	@for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST) || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -482,7 +482,7 @@ def test_load_beside_adapters(own_preset):
 
 
 def test_a_quantized_preset_is_for_keras(tmp_path):
-    backbone = random_backbone()
+    backbone = random_backbone(num_layers=1)
     backbone.quantize("int8")
     backbone.save_to_preset(tmp_path / "int8")
     with pytest.raises(checkpoint.KerasOnly, match="config.json: `dtype` must be one floating-point policy"):

@@ -11,7 +11,7 @@ import keras_hub
 import pytest
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaCausalLM, cli, description
+from keras_vaultgemma import VaultGemmaCausalLM, cli, conversion, description
 
 PROMPT = "Once upon a time"
 

@@ -3,9 +3,9 @@
     python tools/benchmark/conversion.py FOLDER
 
 FOLDER holds (or is filled with, 8 GB) a random bfloat16 checkpoint in each format; `full_size.py` writes the first.
-Every step runs in a process of its own, one after the other. Memory is what is resident beyond the interpreter and imported
-libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. A step runs three times; the table
-has the median time and the largest memory.
+Every step runs in a process of its own, one after the other. Memory is what is resident beyond the interpreter and
+imported libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. A step runs three times;
+the table has the median time and the largest memory.
 """
 
 import argparse
