@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_vaultgemma import presets
+from keras_vaultgemma.stored_tensor import as_bytes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
@@ -50,18 +51,26 @@ def write_h5(path, tensors, dtype, layer_names, report=lambda name, count: None)
         layer_names: `{group of a layer's variables: name of the layer}`, for all layers with variables or without.
         report: called with a tensor's name and the bytes that were written, after each block.
     """
+    # Room for every tensor first, then its bytes at their place: h5py itself copies opaque bytes at half the speed.
+    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    offsets = {}
     with h5py.File(path, "w") as file:
         for group, name in layer_names.items():
             file.create_group(group).attrs["name"] = name
-        for place, stored in tensors:
+        for place, _ in tensors:
             # h5py stores bfloat16 as two opaque bytes, and the attribute is how Keras knows it again.
-            dataset = file.create_dataset(place.name, place.shape, "V2" if dtype == BFLOAT16 else dtype)
+            kind = "V2" if dtype == BFLOAT16 else dtype
+            dataset = file.create_dataset(place.name, place.shape, kind, dcpl=room)
             if dtype == BFLOAT16:
                 dataset.attrs["dtype"] = "bfloat16"
-            row = 0
+            offsets[place.name] = dataset.id.get_offset()
+    with path.open("r+b") as file:
+        for place, stored in tensors:
+            file.seek(offsets[place.name])
             for block in stored.blocks(place, dtype):
-                dataset[row : row + len(block)] = block.view(dataset.dtype)
-                row += len(block)
+                file.write(as_bytes(block))
                 report(place.name, block.nbytes)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from keras_vaultgemma import checkpoint, presets, weight_layout
@@ -54,8 +55,9 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
 
     reading = sum(path.stat().st_size for path in provenance.model_files(folder))
     work = reading + (3 if verify else 2) * parameter_count * dtype.itemsize
-    with presets.written_beside(target) as new, Progress(work, progress) as bar:
-        metadata = provenance.metadata(source, folder, provenance.digests(folder, bar.report), parameter_count, dtype)
+    with presets.written_beside(target) as new, Progress(work, progress) as bar, ThreadPoolExecutor(1) as other_core:
+        # Hashing leaves the interpreter to others, and takes about as long as everything else together.
+        source_digests = other_core.submit(provenance.digests, folder, bar.report)
         if to == "keras":
             keras_preset.write_config(new, hyperparameters, dtype, preprocessor)
             keras_preset.write_weights(new, hyperparameters, values, dtype, bar.report)
@@ -65,6 +67,7 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
             write_tensors(new, tensors, dtype, _bytes(shard_size or SHARD_SIZE), bar.report)
         if verify:
             verification.check(folder, new, dtype, bar.report)
+        metadata = provenance.metadata(source, folder, source_digests.result(), parameter_count, dtype)
         card = model_card.model_card(to, metadata, hyperparameters, vocabulary is not None)
         (new / "README.md").write_text(card, encoding="utf-8")
         metadata["files"] = provenance.digests(new, bar.report)
