@@ -11,6 +11,7 @@ The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm 
 import math
 import numbers
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import keras_hub
@@ -20,6 +21,7 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
 from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles
+from keras_vaultgemma.stored_tensor import read_ahead
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -251,7 +253,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         else:
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
-            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
+            with ThreadPoolExecutor(1) as reader:
+                values = values and read_ahead(values, reader)
+                backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
             checkpoint.warn_if_not_finite(backbone)
         return backbone

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vaultgemma import backend
+
 
 class RotaryAngles(keras.layers.Layer):
     """Positions to the angles of the rotary embedding (Su et al., 2021, arXiv:2104.09864; half-split as in GPT-NeoX).
@@ -57,7 +59,7 @@ class Initial:
     def __call__(self, name, random=None):
         """A Keras initializer for the variable `name`; `random` replaces the normal distribution."""
         if self.values is not None:
-            return lambda shape, dtype: self._stored(self.path + name, tuple(shape)).read(dtype)
+            return lambda shape, dtype: backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype))
         # A new initializer each time: one instance would give two matrices of a shape the same values.
         return random or keras.initializers.RandomNormal(stddev=self.initializer_range)
 

@@ -28,15 +28,17 @@ class HubStub:
         repositories: `{"org/name": {revision: folder}}`.
         gated: `{"org/name": kinds of request that need `TOKEN`}`; kinds are "revision", "tree" and "resolve".
         broken: names of files whose transfer breaks off in the middle, once; after that they are unavailable.
+        resized: names of files that the hub announces with 7 bytes more than it then sends.
 
     Attributes:
         requests: list of "METHOD path", as they came.
     """
 
-    def __init__(self, repositories, gated=None, broken=()):
+    def __init__(self, repositories, gated=None, broken=(), resized=()):
         self.repositories = repositories
         self.gated = gated or {}
         self.broken = broken
+        self.resized = resized
         self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -105,7 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self._refuse(404, "EntryNotFound", "Entry not found")
         etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
-        self._answer(files[file], {"ETag": etag, "X-Repo-Commit": commit}, breaks=file in hub.broken)
+        headers = {"ETag": etag, "X-Repo-Commit": commit}
+        if file in hub.resized:
+            headers["X-Linked-Size"] = len(files[file]) + 7
+        self._answer(files[file], headers, breaks=file in hub.broken)
 
     do_HEAD = do_GET
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from common import to_numpy
@@ -72,3 +73,13 @@ def test_compiled_function_reads_variables_anew():
     np.testing.assert_array_equal(to_numpy(double(x)), [1, 2])
     variable.assign([3.0, 4.0])
     np.testing.assert_array_equal(to_numpy(double(x)), [3, 8])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_variables_start_from_numpy_bit_by_bit(dtype):
+    array = np.array([1.5, -0.0, np.inf, 3.0e-5], "float32").astype(
+        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    )
+    variable = keras.Variable(lambda shape, dtype: backend.from_numpy(array), shape=(4,), dtype=dtype)
+    assert variable.dtype == dtype
+    np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), array.astype("float32"))

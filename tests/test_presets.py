@@ -320,6 +320,19 @@ def test_download_that_breaks_off_leaves_nothing_half(checkpoints, tmp_path):
         )
 
 
+def test_file_of_another_size_than_announced_is_not_kept(checkpoints, tmp_path):
+    with HubStub({"test/open": checkpoints}, resized=["model.safetensors"]) as hub:
+        env = hub.environment(tmp_path)
+        answer = find("hf://test/open", env=env)
+        assert answer["error"] == "FileNotFoundError"
+        assert answer["message"].startswith("hf://test/open could not be downloaded: ")
+        size = (checkpoints["main"] / "model.safetensors").stat().st_size
+        assert str(size + 7) in answer["message"] and str(size) in answer["message"]
+        assert not list(tmp_path.rglob("model.safetensors"))
+        hub.resized = []
+        assert find("hf://test/open", env=env)["folder"]
+
+
 def test_repository_without_weights(checkpoints, tmp_path):
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository/config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
