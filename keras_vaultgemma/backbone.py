@@ -11,7 +11,6 @@ The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm 
 import math
 import numbers
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import keras_hub
@@ -21,7 +20,6 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
 from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles
-from keras_vaultgemma.stored_tensor import read_ahead
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -217,7 +215,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         """Save into a folder that a `from_preset` of this package or keras-hub loads: whole, or not at all.
 
         Args:
-            preset_dir: made where it does not exist; its parent must.
+            preset_dir: made, with the folders above it, where it does not exist.
             max_shard_size: gigabytes of a weights file at most.
 
         Raises:
@@ -253,9 +251,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         else:
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
-            with ThreadPoolExecutor(1) as reader:
-                values = values and read_ahead(values, reader)
-                backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
+            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
             checkpoint.warn_if_not_finite(backbone)
         return backbone

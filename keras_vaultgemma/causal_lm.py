@@ -69,7 +69,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         """Save into a folder that a `from_preset` of this package or keras-hub loads: whole, or not at all.
 
         Args:
-            preset_dir: made where it does not exist; its parent must.
+            preset_dir: made, with the folders above it, where it does not exist.
             max_shard_size: gigabytes of a weights file at most.
 
         Raises:
@@ -218,6 +218,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             max_length = max_length or self.backbone.max_sequence_length
             ids.check_lengths(asked.rows, max_length)
             limits = [max_length - len(row) for row in asked.rows]
+        self.backbone.warn_if_long(max(len(row) + limit for row, limit in zip(asked.rows, limits, strict=True)))
         generated = self._ready_generator().generate(asked.rows, limits, self._stop_ids(stop_token_ids, asked.form))
         return prompts.answer(asked, generated, strip_prompt, self.preprocessor)
 

@@ -75,44 +75,6 @@ class StoredTensor:
             yield block
 
 
-class ReadAhead:
-    """A stored tensor that has the next one read by another thread as soon as it was read itself.
-
-    Reading turns gigabytes around outside the interpreter while the model is built inside it.
-
-    Args:
-        stored: `StoredTensor`.
-        following: `ReadAhead` of the tensor that will be asked for next, or None.
-        reader: `concurrent.futures.Executor`.
-    """
-
-    def __init__(self, stored, following, reader):
-        self.shape = stored.shape
-        self._stored, self._following, self._reader = stored, following, reader
-        self._started = {}
-
-    def start(self, dtype):
-        """Have it read."""
-        if dtype not in self._started:
-            self._started[dtype] = self._reader.submit(self._stored.read, dtype)
-
-    def read(self, dtype):
-        """As `StoredTensor.read`, once."""
-        self.start(dtype)
-        value = self._started.pop(dtype).result()
-        if self._following is not None:
-            self._following.start(dtype)
-        return value
-
-
-def read_ahead(values, reader):
-    """`{path: StoredTensor}` in the order that they will be read in, as `{path: ReadAhead}`."""
-    ahead, following = {}, None
-    for path, stored in reversed(values.items()):
-        ahead[path] = following = ReadAhead(stored, following, reader)
-    return ahead
-
-
 def as_dtype(dtype):
     """A NumPy dtype, from Keras's name for it or from itself."""
     return DTYPES[dtype] if isinstance(dtype, str) else np.dtype(dtype)

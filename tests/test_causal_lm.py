@@ -94,6 +94,11 @@ def test_padded_ids_in_padded_ids_out(model):
     assert stopped["padding_mask"][0].tolist() == [1] * n + [0] * (8 - n)
 
 
+def test_generating_beyond_the_trained_length_warns_once(model):
+    with pytest.warns(UserWarning, match="70 positions and the model was trained on 64"):
+        assert len(model.generate([2, 17], max_length=70, stop_token_ids=None)) == 70
+
+
 def test_sampler_of_compile_is_used(model):
     model.compile(sampler=keras_hub.samplers.TopKSampler(k=5, seed=1))
     first = model.generate([2, 17], max_new_tokens=20, stop_token_ids=None)

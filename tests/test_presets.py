@@ -195,10 +195,10 @@ def test_users_folder_is_in_the_cache_unless_named(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert presets.cache_home() == Path("/caches/keras_vaultgemma")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert presets.cache_home() == Path("/home/somebody/.cache/keras_vaultgemma")
+    monkeypatch.setenv("HOME", "/users/somebody")
+    assert presets.cache_home() == Path("/users/somebody/.cache/keras_vaultgemma")
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", "~/models")
-    assert presets.cache_home() == Path("/home/somebody/models")
+    assert presets.cache_home() == Path("/users/somebody/models")
 
 
 def test_weights_come_from_hugging_face_once_the_terms_are_accepted(hub, tmp_path):

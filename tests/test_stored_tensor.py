@@ -1,7 +1,5 @@
 """Tensors in a file: read whole, in blocks, and in other dtypes."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from keras_vaultgemma.stored_tensor import (
     as_dtype,
     dtype_name,
     equal_bits,
-    read_ahead,
     widest,
 )
 from keras_vaultgemma.weight_layout import Place
@@ -108,35 +105,3 @@ def test_equal_bits(monkeypatch):
 
 def test_as_bytes():
     assert bytes(as_bytes(VALUE.astype(ml_dtypes.bfloat16))) == VALUE.astype(ml_dtypes.bfloat16).tobytes()
-
-
-def test_reading_ahead_reads_each_tensor_once_and_the_next_before_it_is_asked_for():
-    log = []
-
-    class Stored:
-        def __init__(self, name):
-            self.name, self.shape = name, (1,)
-
-        def read(self, dtype):
-            log.append((self.name, dtype))
-            return f"{self.name} in {dtype}"
-
-    with ThreadPoolExecutor(1) as reader:
-        ahead = read_ahead({name: Stored(name) for name in "abc"}, reader)
-        assert ahead["a"].read("float32") == "a in float32"
-        reader.submit(lambda: None).result()
-        assert log == [("a", "float32"), ("b", "float32")]
-        assert ahead["b"].read("float32") == "b in float32"
-        assert ahead["c"].read("float16") == "c in float16"
-    assert log == [("a", "float32"), ("b", "float32"), ("c", "float32"), ("c", "float16")]
-
-
-def test_what_cannot_be_read_ahead_fails_when_it_is_asked_for():
-    class Broken:
-        shape = (1,)
-
-        def read(self, dtype):
-            raise ValueError("cut short")
-
-    with ThreadPoolExecutor(1) as reader, pytest.raises(ValueError, match="cut short"):
-        read_ahead({"a": Broken()}, reader)["a"].read("float32")

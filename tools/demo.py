@@ -12,8 +12,8 @@ import textwrap
 import time
 
 BACKENDS = ("jax", "torch", "tensorflow")
-PROMPT = "Once upon a time there was a"
-ARGUMENTS = ["generate", PROMPT, "--max-new-tokens", "80"]
+PROMPT = "The Fox and the"
+ARGUMENTS = ["generate", PROMPT, "--max-new-tokens", "60"]
 WIDTH = 76
 CONTEXT = 40  # characters shown on either side of a difference
 
