@@ -15,7 +15,7 @@ import warnings
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, checkpoint, presets
+from keras_vaultgemma import backend, checkpoint, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
@@ -221,7 +221,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
             super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     @classmethod

@@ -5,7 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, ids, presets, prompts, training_data
+from keras_vaultgemma import backend, ids, presets, prompts, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
@@ -75,7 +75,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
             super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):

@@ -4,7 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_vaultgemma import backend, ids, presets
+from keras_vaultgemma import backend, ids, presets, saving
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.tokenizer import VaultGemmaTokenizer
 
@@ -44,7 +44,7 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def save_to_preset(self, preset_dir):
         """Save into a folder, as `VaultGemmaCausalLM.save_to_preset` does."""
-        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
             super().save_to_preset(str(folder))
 
     def build(self, input_shape=None):

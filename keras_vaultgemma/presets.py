@@ -1,11 +1,8 @@
-"""A preset's name or handle to a folder on this machine, and new files into one. Knows files, not classes."""
+"""A preset's name or handle to a folder on this machine. Knows files, not classes."""
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import uuid
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -23,9 +20,6 @@ DOWNLOADS = {
     "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5"],
 }
 """The same as patterns for a download; the rest of a repository is other formats of the same weights."""
-
-SUPERSEDED = {"model.weights.json": "model.weights.h5", "model.safetensors.index.json": "model.safetensors"}
-"""The index of weights in several files, and the single file that loaders would read in its place."""
 
 HUBS = {"vaultgemma_1b": ("hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")}
 """Bundled presets whose weights are not bundled, and where they are."""
@@ -151,70 +145,6 @@ def check_link(path):
     places = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
     if not any(path.resolve().is_relative_to(place) for place in places):
         raise ValueError(f"{path} is a link that leaves its folder, to {path.resolve()}: it is not followed")
-
-
-@contextlib.contextmanager
-def written_beside(folder):
-    """A new, empty folder for the `with` block to write into; its files become those of `folder` when the block ends.
-
-    Until then, and for good where anything fails, `folder` stays as it was; one that does not exist appears whole or
-    not at all. Files that are not written anew stay, but for a single weights file that an index of several supersedes.
-
-    Raises:
-        ValueError: where `folder` or a folder above it is a file.
-        OSError: where nothing can be written there.
-    """
-    target = Path(folder).resolve()
-    above = next(path for path in target.parents if path.exists())
-    if not above.is_dir():
-        raise ValueError(f"{folder} cannot be saved to: {above} is a file, not a folder")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{folder} cannot be saved to: it is a file, and must be a folder or not exist yet")
-    parent = target.parent
-    # A mounted volume's parent is another volume, onto which nothing can be renamed.
-    if target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK)):
-        parent = target
-    beside = parent / f".saving-{uuid.uuid4().hex}"
-    try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)) from error
-    try:
-        new, old = beside / "new", beside / "old"
-        new.mkdir()
-        yield new
-        if target.is_dir():
-            _move_files(new, target, old)
-        else:
-            new.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _move_files(new, target, old):
-    """Move the files of `new` into `target`, and those they replace into `old`; where one cannot be moved, undo all."""
-
-    def set_aside(name):
-        (old / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(target / name, old / name)
-        undo.callback(os.replace, old / name, target / name)
-
-    with contextlib.ExitStack() as undo:
-        for index, single in SUPERSEDED.items():
-            if (new / index).is_file() and not (new / single).exists() and (target / single).is_file():
-                set_aside(single)
-        for path in sorted(new.rglob("*")):
-            place = target / path.relative_to(new)
-            if path.is_dir():
-                if not place.is_dir():
-                    place.mkdir()
-                    undo.callback(place.rmdir)
-                continue
-            if place.is_file():
-                set_aside(path.relative_to(new))
-            os.replace(path, place)
-            undo.callback(os.replace, place, path)
-        undo.pop_all()
 
 
 def _fetch(name, need):

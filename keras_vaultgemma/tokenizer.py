@@ -3,7 +3,7 @@
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, presets
+from keras_vaultgemma import backend, presets, saving
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 
 TURN_START, TURN_END = "<start_of_turn>", "<end_of_turn>"
@@ -41,7 +41,7 @@ class VaultGemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def save_to_preset(self, preset_dir):
         """Save into a folder, as `VaultGemmaCausalLM.save_to_preset` does."""
-        with presets.written_beside(preset_dir) as folder, backend.without_tensorflow():
+        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
             super().save_to_preset(str(folder))
 
     @classmethod

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
-    ["backend", "ids", "presets"],
+    ["backend", "ids", "presets", "saving"],
     ["cache", "layers"],
     ["attention"],
     ["decoder_block"],

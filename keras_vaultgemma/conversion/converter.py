@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from keras_vaultgemma import checkpoint, presets, weight_layout
+from keras_vaultgemma import checkpoint, presets, saving, weight_layout
 from keras_vaultgemma.conversion import hugging_face_folder, keras_preset, model_card, provenance, verification
 from keras_vaultgemma.conversion.progress import Progress
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor
@@ -55,7 +55,7 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
 
     reading = sum(path.stat().st_size for path in provenance.model_files(folder))
     work = reading + (3 if verify else 2) * parameter_count * dtype.itemsize
-    with presets.written_beside(target) as new, Progress(work, progress) as bar, ThreadPoolExecutor(1) as other_core:
+    with saving.written_beside(target) as new, Progress(work, progress) as bar, ThreadPoolExecutor(1) as other_core:
         # Hashing leaves the interpreter to others, and takes about as long as everything else together.
         source_digests = other_core.submit(provenance.digests, folder, bar.report)
         if to == "keras":
