@@ -5,10 +5,12 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, ids, presets, prompts, saving, training_data
+from keras_vaultgemma import backend, completion, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
+from keras_vaultgemma.prompt_lookup import PromptLookup
+from keras_vaultgemma.search import SearchGenerator
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
@@ -33,7 +35,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
     def __init__(self, backbone, preprocessor=None, **kwargs):
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self._generator = None
+        self._generators = {}
         super().__init__(inputs=backbone.input, outputs=self.logits(backbone(backbone.input)), **kwargs)
 
     def logits(self, hidden_states):
@@ -89,7 +91,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         if isinstance(loss, str) and loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
-        self._generator = None
+        self._generators = {}
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
@@ -175,13 +177,30 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         losses = keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
         return ops.convert_to_numpy(losses) * weights.astype("float32")
 
-    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=None, *, max_new_tokens=None):
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=None,
+        *,
+        max_new_tokens=None,
+        stop=(),
+        seed=None,
+        repetition_penalty=1.0,
+        min_p=0.0,
+        logit_bias=None,
+        prompt_lookup=False,
+        return_log_probs=False,
+        return_finish_reason=False,
+    ):
         """Continue prompts with the sampler given to `compile`.
 
         Args:
             inputs: one of
                 - a string, or a list or array of strings: each gets `<bos>` and comes back as a string;
                 - a chat, a list of `{"role", "content"}` (or a list of chats): comes back as the model's reply;
+                - ids without a vocabulary: a list or array of ints, or several;
                 - `{"token_ids", "padding_mask"}`, int [B, T], padded on either side: comes back as such a dict;
                 - a `tf.data.Dataset` of batches of any of these.
             max_length: tokens of a row at most, prompt included. Defaults to the preprocessor's `sequence_length`; for
@@ -189,53 +208,77 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             stop_token_ids: ids that end a row; None for none; "auto" for `<eos>`, in chats also `<end_of_turn>`.
             strip_prompt: return what was generated without the prompt. Defaults to True for chats, else to False.
             max_new_tokens: tokens to generate at most, instead of `max_length`.
+            stop: strings that end a row, of any number of tokens. Text ends before the first of them; ids end with the
+                token that completes it.
+            seed: of random samplers, from 0 to 2**31 - 1: the same seed gives a prompt the same text, whatever else is
+                in the batch; the same prompt twice in a batch gives two texts. Defaults to going on from the sampler's
+                own seed.
+            repetition_penalty: above 1, tokens that have occurred become less likely (Keskar et al., 2019).
+            min_p: from 0 to 1; tokens less likely than this times the most likely one are left out (Nguyen et al., 2024).
+            logit_bias: `{id: number added to its logit}`; -inf forbids a token.
+            prompt_lookup: read what the text repeats several tokens at a time; for greedy decoding of text that quotes
+                its prompt. The same text, sooner (prompt_lookup.py).
+            return_log_probs, return_finish_reason: return a `GenerationOutput` that has these too.
 
         Returns:
-            As `inputs`: a string, a list of strings, or a dict of NumPy arrays.
+            As `inputs`: a string, a list of strings, or a dict of NumPy arrays; in a `GenerationOutput` if asked for.
 
         Raises:
             ValueError: for no prompts, a prompt longer than `max_length`, items that are not strings, ids outside the
-                vocabulary, or both lengths.
+                vocabulary, both lengths, or another argument out of its range.
         """
-        if max_length is not None and max_new_tokens is not None:
-            raise ValueError(
-                f"Give one of `max_length` and `max_new_tokens`. Received: {max_length} and {max_new_tokens}"
-            )
-        for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be 1 or more. Received: {value}")
+        options = dict(
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            min_p=min_p,
+            logit_bias=logit_bias,
+        )
+        output_options = (strip_prompt, return_log_probs, return_finish_reason)
+
+        def complete(inputs):
+            request = completion.request(inputs, self.backbone, self.preprocessor, **options)
+            return completion.complete(self._generator(prompt_lookup), request, self.preprocessor, *output_options)
+
         if backend.is_tensorflow(inputs) and hasattr(inputs, "as_numpy_iterator"):
-            options = (max_length, stop_token_ids, strip_prompt)
-            batches = [self.generate(x, *options, max_new_tokens=max_new_tokens) for x in inputs.as_numpy_iterator()]
-            return prompts.concatenate(batches)
+            return completion.concatenate([complete(batch) for batch in inputs.as_numpy_iterator()])
+        return complete(inputs)
 
-        asked = prompts.read(inputs, self.preprocessor, self.backbone.vocabulary_size)
-        if max_new_tokens is not None:
-            limits = [max_new_tokens] * len(asked.rows)
-        else:
-            if max_length is None:
-                max_length = asked.width or getattr(self.preprocessor, "sequence_length", None)
-            max_length = max_length or self.backbone.max_sequence_length
-            ids.check_lengths(asked.rows, max_length)
-            limits = [max_length - len(row) for row in asked.rows]
-        self.backbone.warn_if_long(max(len(row) + limit for row, limit in zip(asked.rows, limits, strict=True)))
-        generated = self._ready_generator().generate(asked.rows, limits, self._stop_ids(stop_token_ids, asked.form))
-        return prompts.answer(asked, generated, strip_prompt, self.preprocessor)
+    def stream(self, inputs, max_length=None, stop_token_ids="auto", *, prompt_lookup=False, **options):
+        """Iterate over the text that follows one prompt while it is generated.
 
-    def _stop_ids(self, stop_token_ids, form):
-        if not isinstance(stop_token_ids, str):
-            return tuple(stop_token_ids or ())
-        if stop_token_ids != "auto":
-            raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}")
-        if self.preprocessor is None:
-            raise ValueError("`stop_token_ids='auto'` needs a preprocessor; pass None or a list of ids")
-        tokenizer = self.preprocessor.tokenizer
-        turn_ends = form == "chat" and tokenizer.end_of_turn_id is not None
-        return (tokenizer.end_token_id, *([tokenizer.end_of_turn_id] if turn_ends else []))
+        ```python
+        for piece in model.stream("Once upon a time", max_new_tokens=40):
+            print(piece, end="", flush=True)
+        ```
 
-    def _ready_generator(self):
+        Args:
+            inputs: a string or a chat.
+            max_length, stop_token_ids, prompt_lookup: as for `generate`.
+            **options: `max_new_tokens`, `stop`, `seed`, `repetition_penalty`, `min_p` and `logit_bias`, as for
+                `generate`.
+
+        Returns:
+            `completion.Stream`, an iterator of strings. Joined they are `generate(..., strip_prompt=True)`.
+
+        Raises:
+            ValueError: as `generate`, and for more than one prompt.
+        """
+        request = completion.request(
+            inputs, self.backbone, self.preprocessor, max_length=max_length, stop_token_ids=stop_token_ids, **options
+        )
+        if not request.asked.is_single or request.asked.form not in ("text", "chat"):
+            raise ValueError(f"`inputs` of `stream` must be one string or one chat. Received: {inputs!r}")
+        return completion.Stream(self._generator(prompt_lookup), request, self.preprocessor)
+
+    def _generator(self, prompt_lookup=False):
         """The compiled generator, made anew where variables were added or replaced (LoRA, quantisation)."""
-        generator = self._generator
+        chooses_by_itself = type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
+        kind = PromptLookup if prompt_lookup else Generator if chooses_by_itself else SearchGenerator
+        generator = self._generators.get(kind)
         if generator is None or [id(v) for v in generator.variables] != [id(v) for v in self.variables]:
-            self._generator = generator = Generator(self, self.sampler, self.run_eagerly)
+            self._generators[kind] = generator = kind(self, self.sampler, self.run_eagerly)
         return generator

@@ -1,6 +1,7 @@
 """The command line, a table of subcommands: parse, call one library function, print.
 
-A command returns its text and nothing else reaches standard output: progress, logs and warnings go to standard error.
+A command returns its text, or pieces of it as they come, and nothing else reaches standard output: progress, logs and
+warnings go to standard error.
 Errors are one line there, and exit code 2; `python -X dev -m keras_vaultgemma` shows the traceback instead. Commands
 import what they need when they run, so that a Keras backend that cannot be loaded is such an error too.
 """
@@ -38,7 +39,7 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        run: takes the parsed options and returns the text to print.
+        run: takes the parsed options and returns the text to print, or an iterator of pieces of it.
         help: one line.
         options: `{name: arguments of add_argument}`.
     """
@@ -49,10 +50,11 @@ class Command(NamedTuple):
 
 
 def generate(options):
-    """The prompt and its continuation; for a chat the reply alone."""
-    from keras_vaultgemma import VaultGemmaCausalLM, prompts
+    """The prompt and its continuation, as it is generated; for a chat the reply alone."""
+    from keras_vaultgemma import VaultGemmaCausalLM, backend, presets, prompts
 
     text = _prompt(options.prompt)
+    backend.cache_compilations(presets.cache_home() / "compiled")
     sampler = _sampler(options.sampler, temperature=options.temperature, seed=options.seed)
     model = VaultGemmaCausalLM.from_preset(options.preset, **({"dtype": options.dtype} if options.dtype else {}))
     model.compile(sampler=sampler)
@@ -64,7 +66,16 @@ def generate(options):
             f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
             f"Received: {len(row)} tokens"
         )
-    return model.generate(inputs, max_new_tokens=min(options.max_new_tokens, context - len(row)))
+    stream = model.stream(inputs, max_new_tokens=min(options.max_new_tokens, context - len(row)), stop=options.stop)
+    return _continuation("" if options.chat else model.preprocessor.detokenize([row])[0], stream)
+
+
+def _continuation(prompt, stream):
+    """The pieces of a stream behind its prompt; raises what ended it."""
+    yield prompt
+    yield from stream
+    if stream.finish_reason == "interrupted":
+        raise KeyboardInterrupt
 
 
 def convert(options):
@@ -102,6 +113,12 @@ COMMANDS = {
             "--temperature": dict(type=float, metavar="T", help="above 0; below 1 prefers likely tokens"),
             "--seed": dict(type=int, metavar="N", help="of a random sampler: the same seed, the same text"),
             "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="of the weights (default: the preset's)"),
+            "--stop": dict(
+                action="append",
+                default=[],
+                metavar="TEXT",
+                help="end before this text; may be given several times",
+            ),
             "--chat": dict(action="store_true", help="the prompt is a user's turn; print the reply alone"),
         },
     ),
@@ -143,9 +160,10 @@ def main(arguments=None):
     """
     try:
         options = _parser().parse_args(arguments)
+        output = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
             text = COMMANDS[options.command].run(options)
-        return _write(text)
+            return _write([text] if isinstance(text, str) else text, output)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -181,12 +199,17 @@ def _one_line(error):
     return message if len(message) <= LONGEST_ERROR else f"{message[:half]} [...] {message[-half:]}"
 
 
-def _write(text):
+def _write(pieces, output):
+    """Write pieces as they come and a line break after the last, also where an interrupt ends them."""
     try:
-        print(text, flush=True)
+        try:
+            for piece in pieces:
+                print(piece, end="", file=output, flush=True)
+        finally:
+            print(file=output, flush=True)
     except OSError as error:
         # Python flushes once more when it exits, and that must not fail a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
         raise

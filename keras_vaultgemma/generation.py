@@ -9,22 +9,23 @@ programs are compiled, whatever lengths are asked for.
 from typing import NamedTuple
 
 import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, ids
-from keras_vaultgemma.attention import positions_of
+from keras_vaultgemma import backend, ids, sampling
 from keras_vaultgemma.cache import EMPTY, KVCache, write
 
 CHUNKS = (256, 64, 16)
 """Lengths of prompt chunks, tokens. Below 16 a chunk costs about as much as 16: the time goes into reading weights."""
 
-SMALLEST_CACHE, CACHE_GROWTH = 64, 4
+SMALLEST_CACHE, CACHE_GROWTH = 256, 4
 """Slots of the smallest cache, and the ratio of one cache size to the next."""
 
-STOP_IDS = 8
-"""Stop ids are padded to a multiple of this, so that their number does not cause a compilation."""
+BLOCK = 8
+"""Stop ids and biased ids are padded to a multiple of this, so that their number does not cause a compilation."""
+
+NOTHING = -1
+"""Stands in `DecodeState.tokens` where a row has no token."""
 
 
 class DecodeState(NamedTuple):
@@ -32,7 +33,8 @@ class DecodeState(NamedTuple):
 
     Attributes:
         cache: `KVCache` of what was read so far; the last token is not in it yet.
-        tokens: int32 [B, S], the tokens chosen, each in the slot that it will be read from.
+        tokens: int32 [B, S], prompts and chosen tokens, each in the slot that it is read from, else `NOTHING`.
+        log_probs: float32 [B, S], of the chosen tokens, in the same slots.
         slot: int32 scalar, where the next token goes in `tokens`; the last one stands before it.
         positions: int32 [B], position of the last token in its row.
         remaining: int32 [B], tokens that a row may still choose; 0 once it has chosen a stop id.
@@ -41,10 +43,63 @@ class DecodeState(NamedTuple):
 
     cache: KVCache
     tokens: object
+    log_probs: object
     slot: object
     positions: object
     remaining: object
     seeds: list
+
+
+class Settings(NamedTuple):
+    """How one call of `generate` changes the choice of tokens, beside its sampler.
+
+    Attributes:
+        seed: int for draws that do not depend on earlier calls, or None to go on from the sampler's seed.
+        repetition_penalty, min_p: as in sampling.py; 1.0 and 0.0 change nothing.
+        logit_bias: `{id: number added to its logit}`.
+    """
+
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: dict = {}  # noqa: RUF012 (never changed)
+
+    @property
+    def adjusts(self):
+        """Whether probabilities are changed at all."""
+        return self.repetition_penalty != 1 or self.min_p > 0 or bool(self.logit_bias)
+
+
+class Controls(NamedTuple):
+    """`Settings` and limits as tensors.
+
+    Attributes:
+        stop_token_ids, bias_ids: int32 [n], `NOTHING` where unused; bias: float32 [n].
+        uniforms: float32 [B, S], the random number for the token in each slot.
+        repetition_penalty, min_p: float32 scalars.
+    """
+
+    stop_token_ids: object
+    uniforms: object
+    repetition_penalty: object
+    min_p: object
+    bias_ids: object
+    bias: object
+
+
+class Generated(NamedTuple):
+    """What was generated for each row.
+
+    Attributes:
+        tokens: lists of ids, the stop id included.
+        log_probs: lists of log p(token | what stands before it) under the model, in nats, before temperature, penalties
+            and filters. None where the sampler drives its own loop.
+        finish_reasons: "stop" or "length".
+    """
+
+    tokens: list
+    log_probs: list | None
+    finish_reasons: list
 
 
 class Generator:
@@ -52,77 +107,148 @@ class Generator:
 
     Args:
         model: has `backbone` (with `walk` and `empty_cache`), `logits(hidden_states)` and `variables`.
-        sampler: a `keras_hub.samplers.Sampler`. Those that choose a token from its probabilities alone (greedy, random,
-            top-k, top-p) take the fast path; beam and contrastive search drive their own loop.
+        sampler: a `keras_hub.samplers.Sampler` that chooses a token from its probabilities alone. For greedy, random,
+            top-k and top-p the choice is made here (sampling.py), row by row; others are called as they are.
         run_eagerly: do not compile, to debug.
-
-    Raises:
-        ValueError: for `SpeculativeSampler`, which needs a second model.
     """
 
     def __init__(self, model, sampler, run_eagerly=False):
-        if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
-            raise ValueError("`sampler` must be one that needs no draft model. Received: a SpeculativeSampler")
         self.model = model
         self.sampler = sampler
+        self.rule = sampling.rule_of(sampler)
         self.variables = list(model.variables)
-        self._compile = (lambda function, donate=(): function) if run_eagerly else self._compile_function
-        self._read_chunk = self._compile(self._read, donate=(2, 3))
-        self._decode_all = self._compile(self._decode, donate=(1,))
-        self._searches = {}
+        self.compile = (lambda function, donate=(): function) if run_eagerly else self._compile_function
+        self._empty = self.compile(self._empty_cache)
+        self._read_chunk = self.compile(self._read, donate=(2, 3))
+        # The second of each pair also knows penalties and biases, which cost passes over all logits.
+        self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
+        self._go_on = [self.compile(f, donate=(0,)) for f in (self._decode_plain, self._decode_adjusted)]
 
     def _compile_function(self, function, donate=()):
         return backend.compile_function(function, self.variables, donate)
 
-    def generate(self, rows, limits, stop_token_ids=()):
+    def generate(self, rows, limits, stop_token_ids=(), settings=Settings(), ends=None):  # noqa: B008
         """Continue each row of ids.
 
         Args:
             rows: list of non-empty lists of ids.
             limits: list of ints, how many tokens each row may get.
             stop_token_ids: ids that end a row.
+            settings: `Settings`.
+            ends: None, or a function of (row number, its tokens so far) that says whether the row has ended; it is
+                asked every few tokens.
 
         Returns:
-            List of lists of ids: what was generated, the stop id included.
+            `Generated`.
+        """
+        tokens, log_probs = [[] for _ in rows], [[] for _ in rows]
+        stream = self.stream(rows, limits, stop_token_ids, settings, None if ends is None else 4)
+        ended = None
+        while True:
+            try:
+                new_tokens, new_log_probs = stream.send(ended)
+            except StopIteration:
+                break
+            for i, (new, probs) in enumerate(zip(new_tokens, new_log_probs, strict=True)):
+                tokens[i] += new
+                log_probs[i] += probs
+            ended = None if ends is None else [ends(i, row) for i, row in enumerate(tokens)]
+        reasons = ["stop" if row and row[-1] in stop_token_ids else "length" for row in tokens]
+        return Generated(tokens, log_probs, reasons)
+
+    def stream(self, rows, limits, stop_token_ids=(), settings=Settings(), length=None):  # noqa: B008
+        """Iterate over what `generate` returns, `length` tokens at a time, or all at once.
+
+        Yields:
+            (lists of new ids, lists of their log-probabilities), one list for each row. A list of bools may be sent
+            back: rows that have ended.
         """
         if max(limits) <= 0:
-            return [[] for _ in rows]
-        chooses_by_itself = type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
-        generate = self._generate if chooses_by_itself else self._search
-        tokens = generate(rows, limits, tuple(sorted(stop_token_ids)))
-        return [cut_after_stop(row[:limit], stop_token_ids) for row, limit in zip(tokens, limits, strict=True)]
+            return
+        stop_token_ids = tuple(sorted(stop_token_ids))
+        hidden, cache, start = self.prefill(rows, max(limits))
+        slots = cache.positions.shape[1]
+        state, controls = self._first_state(rows, limits, stop_token_ids, settings, start, slots)
+        state = self._choose_first[settings.adjusts](hidden, state, controls)._replace(cache=cache)
+        chosen, end = start + 1, start + max(limits)
+        until = end if length is None else chosen
+        while True:
+            if until > chosen:
+                state = self._go_on[settings.adjusts](state, controls, _int(until))
+            slot, remaining = int(state.slot), ops.convert_to_numpy(state.remaining)
+            new = slice(start, slot)
+            tokens = ops.convert_to_numpy(state.tokens)[:, new]
+            log_probs = ops.convert_to_numpy(state.log_probs)[:, new]
+            kept = tokens != NOTHING
+            if settings.seed is None:
+                self._keep(state.seeds)
+            ended = yield tuple(
+                [row[keep].tolist() for row, keep in zip(values, kept, strict=True)] for values in (tokens, log_probs)
+            )
+            if ended is not None:
+                remaining = np.where(ended, 0, remaining)
+                state = state._replace(remaining=_int(remaining))
+            if not (remaining > 0).any():
+                return
+            start = chosen = slot
+            until = min(slot + (length or end), end)
 
-    def _generate(self, rows, limits, stop_token_ids):
-        lengths = np.array([len(row) for row in rows], "int32")
-        chunks = chunk_lengths(lengths.max())
-        prompt_slots = sum(chunks)
-        slots = cache_slots(prompt_slots + max(limits))
-        token_ids, mask = ids.pad(rows, prompt_slots)
-        positions = np.where(mask, np.arange(prompt_slots, dtype="int32"), EMPTY).astype("int32")
+    def prefill(self, rows, room):
+        """Read prompts into a new cache with room for `room` tokens more.
 
-        cache = self.model.backbone.empty_cache(len(rows), slots)
-        hidden = ops.zeros((len(rows), self.model.backbone.hidden_dim), self.model.backbone.compute_dtype)
-        start = 0
+        Returns:
+            (hidden state [B, D] of each row's last token, cache, first free slot as an int).
+        """
+        chunks = chunk_lengths(max(map(len, rows)))
+        start, slots = 0, cache_slots(sum(chunks) + room)
+        token_ids, mask = ids.pad(rows, sum(chunks))
+        positions = np.where(mask, np.arange(sum(chunks), dtype="int32"), EMPTY).astype("int32")
+        hidden, cache = self._empty(np.zeros((len(rows), slots), "int8"))
         for length in chunks:
             part = slice(start, start + length)
             hidden, cache = self._read_chunk(
                 _int(token_ids[:, part]), _int(positions[:, part]), hidden, cache, _int(start)
             )
             start += length
+        return hidden, cache, start
 
-        stops = np.full(-(-max(len(stop_token_ids), 1) // STOP_IDS) * STOP_IDS, -1, "int32")
-        stops[: len(stop_token_ids)] = stop_token_ids
+    def _first_state(self, rows, limits, stop_token_ids, settings, start, slots):
+        """(state before the first choice, controls). The state's cache is left out: the first choice reads none."""
+        tokens, mask = ids.pad(rows, slots)
+        tokens = np.where(mask, tokens, NOTHING)
+        # Copies: the state is donated, and the sampler's variables are not.
+        numbers = [np.array(ops.convert_to_numpy(v)) for v in self.sampler.variables]
+        uniforms = np.zeros((len(rows), slots), "float32")
+        if self.rule is not None and self.rule.kind != "greedy":
+            entropy = np.ravel(numbers).tolist() if settings.seed is None else [settings.seed]
+            uniforms[:, start : start + max(limits)] = sampling.uniforms(entropy, rows, max(limits))
+            # As if the sampler had drawn: its second number counts.
+            numbers = [number + np.array([0, 1], number.dtype) for number in numbers]
+        elif settings.seed is not None:
+            numbers = [np.array([settings.seed, 0], number.dtype) for number in numbers]
+        bias_ids, bias = _padded(list(settings.logit_bias), "int32"), _padded(settings.logit_bias.values(), "float32")
         state = DecodeState(
-            cache=cache,
-            tokens=ops.zeros((len(rows), slots), "int32"),
+            cache=(),
+            tokens=_int(tokens),
+            log_probs=ops.convert_to_tensor(np.zeros((len(rows), slots), "float32")),
             slot=_int(start),
-            positions=_int(lengths - 1),
+            positions=_int([len(row) - 1 for row in rows]),
             remaining=_int(limits),
-            seeds=[ops.convert_to_tensor(v) for v in self.sampler.variables],
+            seeds=[ops.convert_to_tensor(number) for number in numbers],
         )
-        state = self._decode_all(hidden, state, _int(stops))
-        self._keep(state.seeds)
-        return ops.convert_to_numpy(state.tokens)[:, start:].tolist()
+        floats = (uniforms, settings.repetition_penalty, settings.min_p)
+        uniforms, penalty, min_p = (ops.convert_to_tensor(np.asarray(x, "float32")) for x in floats)
+        stops = ops.convert_to_tensor(_padded(stop_token_ids, "int32"))
+        return state, Controls(
+            stops, uniforms, penalty, min_p, ops.convert_to_tensor(bias_ids), ops.convert_to_tensor(bias)
+        )
+
+    def _empty_cache(self, shape):
+        """A hidden state [B, D] and a cache for rows and slots as in `shape` [B, S]."""
+        backbone = self.model.backbone
+        return ops.zeros((shape.shape[0], backbone.hidden_dim), backbone.compute_dtype), backbone.empty_cache(
+            *shape.shape
+        )
 
     def _read(self, token_ids, positions, hidden, cache, start):
         """Read one chunk of the prompts [B, T] into the cache.
@@ -135,87 +261,79 @@ class Generator:
         found = ops.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         return ops.where(ops.max(positions, axis=1)[:, None] > EMPTY, found, hidden), cache
 
-    def _decode(self, hidden, state, stop_token_ids):
-        """Choose the first token from the prompts' last hidden states [B, D], then step until every row has ended."""
-        state = self._choose(hidden, state, stop_token_ids)
-        (state,) = ops.while_loop(
-            lambda state: ops.any(state.remaining > 0), lambda state: (self._step(state, stop_token_ids),), (state,)
-        )
+    def _decode(self, state, controls, until, adjusts):
+        """Step until every row has ended or slot `until` is reached."""
+
+        def goes_on(state):
+            return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
+
+        (state,) = ops.while_loop(goes_on, lambda state: (self._step(state, controls, adjusts),), (state,))
         return state
 
-    def _step(self, state, stop_token_ids):
+    def _decode_plain(self, state, controls, until):
+        return self._decode(state, controls, until, adjusts=False)
+
+    def _decode_adjusted(self, state, controls, until):
+        return self._decode(state, controls, until, adjusts=True)
+
+    def _step(self, state, controls, adjusts):
         """Read the last token of each row and choose the next."""
         last = ops.slice(state.tokens, (0, state.slot - 1), (state.tokens.shape[0], 1))
         # A row that has ended goes along; what it reads is marked as padding.
         positions = ops.where(state.remaining > 0, state.positions, EMPTY)[:, None]
-        states, cache = self.model.backbone.walk(last, positions, cache=state.cache, start=state.slot - 1)
-        return self._choose(states[:, 0], state._replace(cache=cache), stop_token_ids)
+        states, cache = self.model.backbone.walk(
+            ops.maximum(last, 0), positions, cache=state.cache, start=state.slot - 1
+        )
+        return self._choose(states[:, 0], state._replace(cache=cache), controls, adjusts)
 
-    def _choose(self, hidden, state, stop_token_ids):
-        """Choose each row's next token from its last hidden state [B, D]: a pure function of it and the seeds."""
+    def _choose_plain(self, hidden, state, controls):
+        return self._choose(hidden, state, controls, adjusts=False)
+
+    def _choose_adjusted(self, hidden, state, controls):
+        return self._choose(hidden, state, controls, adjusts=True)
+
+    def _choose(self, hidden, state, controls, adjusts):
+        """Choose each row's next token from its last hidden state [B, D]: a pure function of it, controls and seeds."""
         logits = self.model.logits(hidden[:, None])[:, 0]
-        with self._sampler_scope(state.seeds) as scope:
-            token = self.sampler.get_next_token(self.sampler.compute_probabilities(logits))
-            seeds = [scope.get_current_value(v) for v in self.sampler.variables]
+        token, seeds = self._token(logits, state, controls, adjusts)
+        chosen = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_prob = chosen - ops.logsumexp(logits, axis=1)
         goes_on = state.remaining > 0
-        token = ops.where(goes_on, ops.cast(token, "int32"), 0)
-        stops = ops.any(token[:, None] == stop_token_ids[None], axis=1)
+        stops = ops.any(token[:, None] == controls.stop_token_ids[None], axis=1)
         return state._replace(
-            tokens=write(state.tokens, token[:, None], state.slot),
+            tokens=write(state.tokens, ops.where(goes_on, token, NOTHING)[:, None], state.slot),
+            log_probs=write(state.log_probs, log_prob[:, None], state.slot),
             slot=state.slot + 1,
             positions=state.positions + 1,
             remaining=ops.where(ops.logical_or(stops, ops.logical_not(goes_on)), 0, state.remaining - 1),
             seeds=seeds,
         )
 
-    def _sampler_scope(self, seeds, also=()):
-        """A scope in which the sampler reads and advances `seeds` instead of its own variables."""
-        return keras.StatelessScope(state_mapping=[*zip(self.sampler.variables, seeds, strict=True), *also])
+    def _token(self, logits, state, controls, adjusts):
+        """(int32 [B], seeds) for logits [B, V]."""
+        if adjusts:
+            logits = sampling.repetition_penalty(logits, state.tokens, controls.repetition_penalty)
+            logits = sampling.logit_bias(logits, controls.bias_ids, controls.bias)
+        if self.rule is not None and self.rule.kind == "greedy":
+            return ops.cast(ops.argmax(logits, axis=-1), "int32"), state.seeds
+        if self.rule is not None:
+            probabilities = sampling.probabilities(logits, self.rule)
+        else:
+            probabilities = self.sampler.compute_probabilities(logits)
+        if adjusts:
+            probabilities = sampling.min_p(probabilities, controls.min_p)
+        if self.rule is not None:
+            uniform = ops.slice(controls.uniforms, (0, state.slot), (logits.shape[0], 1))[:, 0]
+            return sampling.draw(probabilities, uniform), state.seeds
+        scope_seeds = zip(self.sampler.variables, state.seeds, strict=True)
+        with keras.StatelessScope(state_mapping=scope_seeds) as scope:
+            token = self.sampler.get_next_token(probabilities)
+            seeds = [scope.get_current_value(v) for v in self.sampler.variables]
+        return ops.cast(token, "int32"), seeds
 
     def _keep(self, seeds):
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)
-
-    def _search(self, rows, limits, stop_token_ids):
-        """Samplers with a loop of their own, under keras-hub's contract: slot and position are the same, every row is
-        read again from the end of the shortest prompt."""
-        total = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
-        token_ids, mask = ids.pad(rows, total)
-        if stop_token_ids not in self._searches:
-            self._searches[stop_token_ids] = self._compile(
-                lambda *args: self._run_sampler(*args, stop_token_ids or None)
-            )
-        seeds = [ops.convert_to_tensor(v) for v in self.sampler.variables]
-        index = min(map(len, rows))
-        tokens, seeds = self._searches[stop_token_ids](_int(token_ids), _int(mask), _int(index), seeds)
-        self._keep(seeds)
-        return [row[len(prompt) :] for row, prompt in zip(ops.convert_to_numpy(tokens).tolist(), rows, strict=True)]
-
-    def _run_sampler(self, token_ids, padding_mask, index, seeds, stop_token_ids):
-        backbone = self.model.backbone
-        mask = ops.cast(padding_mask, "bool")
-        cache = backbone.empty_cache(*token_ids.shape)
-        hidden_states, cache = backbone.walk(token_ids, positions_of(padding_mask), cache=cache, start=0)
-
-        def next_logits(prompt, cache, index):
-            token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
-            states, cache = backbone.walk(token, ops.zeros_like(token) + index - 1, cache=cache, start=index - 1)
-            return self.model.logits(states)[:, 0], states[:, 0], cache
-
-        # On JAX the outer scope holds the model's variables, and an inner scope hides it.
-        with self._sampler_scope(seeds, also=[(v, ops.convert_to_tensor(v)) for v in self.variables]) as scope:
-            tokens = self.sampler(
-                next=next_logits,
-                prompt=token_ids,
-                cache=cache,
-                index=index,
-                mask=mask,
-                stop_token_ids=stop_token_ids,
-                hidden_states=hidden_states,
-                model=self.model,
-            )
-            seeds = [scope.get_current_value(v) for v in self.sampler.variables]
-        return tokens, seeds
 
 
 def chunk_lengths(length):
@@ -236,13 +354,13 @@ def cache_slots(needed):
     return slots
 
 
-def cut_after_stop(row, stop_token_ids):
-    """A row of ids up to and with the first stop id."""
-    for i, token in enumerate(row):
-        if token in stop_token_ids:
-            return row[: i + 1]
-    return row
-
-
 def _int(x):
     return ops.convert_to_tensor(np.asarray(x, "int32"))
+
+
+def _padded(values, dtype):
+    """A list as an array whose length is a multiple of `BLOCK`, padded with `NOTHING`."""
+    values = list(values)
+    array = np.full(-(-max(len(values), 1) // BLOCK) * BLOCK, NOTHING, dtype)
+    array[: len(values)] = values
+    return array

@@ -74,7 +74,45 @@ class Initial:
 def projection(units, name, initial, dtype):
     """A matrix [in, units] without bias; all projections are such, so that LoRA and int8 meet plain matrices."""
     initializer = initial.below(name)("kernel")
-    return keras.layers.Dense(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
+    return Projection(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
+
+
+class Projection(keras.layers.Dense):
+    """A `keras.layers.Dense` without bias whose product is `backend.matmul`."""
+
+    def call(self, x, training=None):
+        return backend.matmul(x, ops.convert_to_tensor(self.kernel))
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        # Keras quantises subclasses only where they say so.
+        super().quantize(mode, type_check=False, config=config)
+
+    def quantized_call(self, x, training=None):
+        if self.quantization_mode != "int8" or self.inputs_quantizer is None or training or self.lora_enabled:
+            return super().quantized_call(x, training=training)
+        x, x_scale = self.inputs_quantizer(x, axis=-1)
+        product = ops.cast(backend.int8_matmul(x, ops.convert_to_tensor(self.kernel)), "float32")
+        return ops.cast(product / (x_scale * self.kernel_scale), self.compute_dtype)
+
+
+class TiedEmbedding(keras.layers.ReversibleEmbedding):
+    """A `keras.layers.ReversibleEmbedding` whose product, when it is called in reverse, is `backend.matmul`."""
+
+    def call(self, x, reverse=False):
+        if not reverse:
+            return super().call(x)
+        logits = backend.matmul(x, ops.convert_to_tensor(self.embeddings), transposed=True)
+        return soft_cap(logits, self.logit_soft_cap)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        super().quantize(mode, type_check=False, config=config)
+
+    def quantized_call(self, x, reverse=False):
+        if self.quantization_mode != "int8" or self.inputs_quantizer is None or not reverse:
+            return super().quantized_call(x, reverse=reverse)
+        x, x_scale = self.inputs_quantizer(x, axis=-1)
+        logits = backend.int8_matmul(x, ops.convert_to_tensor(self.embeddings), transposed=True)
+        return soft_cap(ops.cast(logits, "float32") / (x_scale * self.embeddings_scale), self.logit_soft_cap)
 
 
 class RMSNorm(keras.layers.Layer):

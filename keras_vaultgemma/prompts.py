@@ -60,15 +60,22 @@ def read(inputs, preprocessor, vocabulary_size):
     return prompts
 
 
-def answer(prompts, generated, strip_prompt, preprocessor):
-    """What `generate` returns for rows of generated ids: in the form of the prompts, with or without them."""
+def answer(prompts, generated, strip_prompt, preprocessor, cut):
+    """What `generate` returns for rows of generated ids: in the form of the prompts, with or without them.
+
+    Args:
+        cut: list of ints, how many characters to leave out at the end of each text.
+    """
     if strip_prompt is None:
         strip_prompt = prompts.form == "chat"
     rows = generated if strip_prompt else [a + b for a, b in zip(prompts.rows, generated, strict=True)]
     if prompts.form == "padded":
         token_ids, padding_mask = ids.pad(rows, max(prompts.width, *map(len, rows)))
         return {"token_ids": token_ids, "padding_mask": padding_mask}
-    outputs = rows if prompts.form == "ids" else preprocessor.detokenize(rows)
+    if prompts.form == "ids":
+        return rows[0] if prompts.is_single else rows
+    texts = preprocessor.detokenize(rows)
+    outputs = [text[: len(text) - n] for text, n in zip(texts, cut, strict=True)]
     if prompts.form == "chat":
         outputs = [text.removesuffix(TURN_END) for text in outputs]
     return outputs[0] if prompts.is_single else outputs

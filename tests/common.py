@@ -25,3 +25,25 @@ def random_backbone(**changes):
 
 def to_numpy(x):
     return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+class count_compilations:
+    """A context that counts the programs XLA compiles on JAX; `count` stays None on other backends."""
+
+    count = None
+
+    def __enter__(self):
+        self.is_open = True
+        if keras.config.backend() == "jax":
+            import jax
+
+            self.count = 0
+            jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *error):
+        self.is_open = False
+
+    def _listen(self, event, duration, **kwargs):
+        if self.is_open and event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1

@@ -1,0 +1,327 @@
+"""Generation at VaultGemma 1B's size beside keras-hub, transformers and what the machine's memory allows.
+
+    python tools/benchmark/generate.py [--backends jax torch] [--only limit generate] [--png FILE] [--json FILE]
+
+Weights are random. Every measurement runs in a process of its own, one after the other, and needs up to 10 GB. Times
+are medians of three warm calls, but for a process's first call, which compiles. A step of decoding reads every weight
+once, so memory limits it to the read bandwidth (the best of 7 sums of 1 GiB by NumPy in two threads) over the bytes of
+all weights. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt; its
+tokens/s are those of a whole call. Exits with 1 where a measurement failed.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import full_size
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
+BACKENDS = ("jax", "torch", "tensorflow")
+PLAN = {
+    ("jax", "float32"): "generate keras_hub warm_cache batch memory",
+    ("jax", "bfloat16"): "generate keras_hub warm_cache memory",
+    ("jax", "int8"): "generate warm_cache memory",
+    ("torch", "float32"): "generate keras_hub transformers batch memory",
+    ("torch", "bfloat16"): "generate transformers memory",
+    ("torch", "int8"): "generate memory",
+    ("tensorflow", "float32"): "generate keras_hub batch memory",
+}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+NAMES = {"generate": "keras_vaultgemma", "keras_hub": "keras-hub", "transformers": "transformers"}
+HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=256)
+SIZES = {
+    "1b": dict(vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS),
+    "tiny": dict(vocabulary_size=1000, num_layers=2, hidden_dim=64, intermediate_dim=128, **HEADS),
+}
+
+
+class Tiled:
+    """A block of random numbers, repeated: drawing a billion would take longer than most measurements."""
+
+    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)  # a prime, so that rows of a matrix differ
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, dtype):
+        return np.resize(self.block.astype(dtype), self.shape)
+
+
+def build(size, dtype):
+    """(function of prompt lengths and new tokens that generates with this package, its model)"""
+    from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
+
+    values = {weight.path: Tiled(weight.shape) for weight in weight_layout.layout(size)}
+    floats = "float32" if dtype == "int8" else dtype
+    model = VaultGemmaCausalLM(VaultGemmaBackbone(**size, initial_values=values, dtype=floats))
+    if dtype == "int8":
+        model.quantize("int8")
+
+    def call(lengths, new):
+        model.generate([random_ids(size, n) for n in lengths], max_new_tokens=new, stop_token_ids=None)
+
+    return call, model
+
+
+def random_ids(size, length):
+    return np.random.default_rng(length).integers(5, size["vocabulary_size"], length).tolist()
+
+
+def parameters(size):
+    from keras_vaultgemma import weight_layout
+
+    return sum(weight.size for weight in weight_layout.layout(size))
+
+
+def on_cpu():
+    import keras
+
+    return "cpu" in str(keras.ops.zeros(()).device).lower()
+
+
+def once(call, *args):
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def warm(call, *args):
+    """Median seconds of a call, after one that compiles."""
+    call(*args)
+    return statistics.median(once(call, *args) for _ in range(RUNS))
+
+
+def first_call_and_decoding(call):
+    """Three figures for `call([prompt length], new tokens)`; a token's time is what NEW more tokens take."""
+    first_call, first_token = once(call, [PROMPT], NEW), warm(call, [PROMPT], 1)
+    tokens_per_s = NEW / (warm(call, [PROMPT], 1 + NEW) - first_token)
+    return {"first_call_s": first_call, "first_token_s": first_token, "tokens_per_s": tokens_per_s}
+
+
+def limit(size, dtype, corpus):
+    """The CPU's read bandwidth and the tokens a second that it allows."""
+    data = np.ones(2**28, "float32")
+    with ThreadPoolExecutor(2) as pool:
+        bandwidth = data.nbytes / min(once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7))
+    tokens_per_s = {name: bandwidth / (parameters(size) * width) for name, width in BYTES.items()}
+    return {"gb_per_s": bandwidth / 1e9, **tokens_per_s}
+
+
+def generate(size, dtype, corpus):
+    return first_call_and_decoding(build(size, dtype)[0])
+
+
+def keras_hub(size, dtype, corpus):
+    from keras_hub.models import GemmaBackbone, GemmaCausalLM
+
+    # It counts both branches of the gated MLP together.
+    backbone = GemmaBackbone(**size | {"intermediate_dim": 2 * size["intermediate_dim"]}, dtype=dtype)
+    model = GemmaCausalLM(backbone, preprocessor=None)
+    model.compile(sampler="greedy")
+
+    def call(prompt, new):
+        token_ids = np.array([random_ids(size, prompt) + [0] * new], "int32")
+        padding_mask = np.array([[1] * prompt + [0] * new], "int32")
+        model.generate({"token_ids": token_ids, "padding_mask": padding_mask}, stop_token_ids=None)
+
+    first_call, tokens_per_s = once(call, PROMPT, NEW), NEW / warm(call, PROMPT, NEW)
+    return {"first_call_s": first_call, "first_token_s": warm(call, CONTEXT - 1, 1), "tokens_per_s": tokens_per_s}
+
+
+def transformers(size, dtype, corpus):
+    import torch
+    from transformers import AutoModelForCausalLM, VaultGemmaConfig
+
+    config = VaultGemmaConfig(
+        **full_size.CONFIG
+        | dict(vocab_size=size["vocabulary_size"], hidden_size=size["hidden_dim"])
+        | dict(intermediate_size=size["intermediate_dim"], num_hidden_layers=size["num_layers"])
+        | dict(layer_types=["full_attention"] * size["num_layers"])
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
+
+    def call(lengths, new):
+        ids = torch.tensor([random_ids(size, n) for n in lengths], device=device)
+        options = dict(min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options).cpu()
+
+    return first_call_and_decoding(call)
+
+
+def warm_cache(size, dtype, corpus):
+    """`run` calls it in two processes that share a compilation cache, and takes the second's."""
+    return {"first_call_s": once(build(size, dtype)[0], [PROMPT], NEW)}
+
+
+def batch(size, dtype, corpus):
+    """Eight prompts of 5 to 200 tokens at once, and one of their mean length alone."""
+    (call, _), lengths, new = build(size, dtype), np.linspace(5, 200, 8).astype(int).tolist(), 64
+    together = len(lengths) * new / warm(call, lengths, new)
+    alone = new / warm(call, [round(statistics.mean(lengths))], new)
+    return {"tokens_per_s_of_8_prompts": together, "x_1_prompt": together / alone}
+
+
+def resident(field):
+    """Bytes of "VmRSS", what is resident now, or "VmHWM", the most that was since it was last reset."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def memory(size, dtype, corpus):
+    """Bytes of the variables over float32's; what a first call that fills the context takes beyond the weights."""
+    call, model = build(size, dtype)
+    variable_bytes = sum(math.prod(v.shape) * BYTES.get(v.dtype, 4) for v in model.variables)
+    result = {"variables_over_float32": variable_bytes / (4 * parameters(size))}
+    if sys.platform == "linux" and on_cpu():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        call([1000], 8)
+        cache = 2 * size["num_layers"] * CONTEXT * size["num_key_value_heads"] * size["head_dim"]
+        cache_bytes = cache * BYTES["bfloat16" if dtype == "bfloat16" else "float32"]
+        result |= {"gb_above_weights": (resident("VmHWM") - before) / 1e9, "gb_of_cache": cache_bytes / 1e9}
+    return result
+
+
+def int8_loss(size, dtype, corpus):
+    """Bits per byte of the bundled model on its held-out text, before and after quantizing."""
+    sys.path.append(str(ROOT / "tools"))
+    import sentencepiece
+    import train_tiny_preset
+
+    from keras_vaultgemma import VaultGemmaCausalLM
+
+    vocabulary = ROOT / "presets" / "vaultgemma_tiny" / "assets" / "tokenizer" / "vocabulary.spm"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
+    _, held_out = train_tiny_preset.split(corpus.read_text(encoding="utf-8"))
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    before = train_tiny_preset.bits_per_byte(model, held_out, processor)
+    model.quantize("int8")
+    return {"float32": before, "int8": train_tiny_preset.bits_per_byte(model, held_out, processor)}
+
+
+STEPS = {f.__name__: f for f in (limit, generate, keras_hub, transformers, warm_cache, batch, memory, int8_loss)}
+
+
+def run(step, backend, dtype, options):
+    """The result of one step in a process of its own, {} where it fails."""
+    command = [sys.executable, __file__, "--step", step, "--dtype", dtype, "--size", options.size]
+    command += ["--corpus", options.corpus] if options.corpus else []
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    with tempfile.TemporaryDirectory() as folder:
+        if step == "warm_cache":
+            environment |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            environment |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def report(results, limits):
+    """Print the table."""
+    columns = ("what", "first call, s (warm compilation cache)", "first token, s", "tokens/s")
+    columns += ("share of the memory limit", "x keras-hub's speed, first token / decoding")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (step, backend, dtype), r in results.items():
+        if step not in NAMES:
+            continue
+        first_call, share, speed = f"{r['first_call_s']:.2f}", "", ""
+        if step == "generate" and (cached := results.get(("warm_cache", backend, dtype))):
+            first_call += f" ({cached['first_call_s']:.2f})"
+        if limits and r["on_cpu"]:
+            share = f"{r['tokens_per_s'] / limits[dtype]:.0%}"
+        if hub := results.get(("keras_hub", backend, dtype)):
+            speed = f"{hub['first_token_s'] / r['first_token_s']:.2f} / {r['tokens_per_s'] / hub['tokens_per_s']:.2f}"
+        times = f"{first_call} | {r['first_token_s']:.3f} | {r['tokens_per_s']:.2f}"
+        print(f"| {NAMES[step]}, {backend}, {dtype} | {times} | {share} | {speed} |")
+    if not all(r["on_cpu"] for r in results.values()):
+        print("\nThe memory limit is the CPU's; what ran elsewhere has no share of it.")
+
+
+def draw(results, limits, path):
+    """Write a PNG: a bar for each model's tokens/s, by dtype, and a line at the memory limit of each dtype."""
+    from matplotlib.figure import Figure
+
+    colors = dict(zip(NAMES, ("#2a6fbb", "#a9a9a9", "#d9a441"), strict=True))
+    figure = Figure(figsize=(8, 2 + len(results) / 6), layout="constrained")
+    axes, ticks, place = figure.add_subplot(), {}, 0
+    for dtype in BYTES:
+        start, group = place, {key: r for key, r in results.items() if key[0] in NAMES and key[2] == dtype}
+        for (step, backend, _), r in sorted(group.items(), key=lambda item: -item[1]["tokens_per_s"]):
+            bar = axes.barh(place, r["tokens_per_s"], height=0.75, color=colors[step])
+            axes.bar_label(bar, fmt="%.1f", padding=3, fontsize=8)
+            ticks[place] = f"{NAMES[step]}, {backend}, {dtype}"
+            place += 1
+        if limits and any(r["on_cpu"] for r in group.values()):
+            x = limits[dtype]
+            axes.plot([x, x], [start - 0.5, place - 0.5], color="black", linestyle="--", linewidth=1)
+            axes.text(x, start - 0.6, f"memory limit {x:.1f}", ha="center", fontsize=8)
+        place += 1.5 * bool(group)
+    axes.set_yticks(list(ticks), ticks.values(), fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("tokens/s, decoding one prompt")
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format="png", dpi=150)
+    unfinished.rename(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="measurements; default: all")
+    parser.add_argument("--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it")
+    parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
+    parser.add_argument("--json", type=Path, help="write results into this file, one a line")
+    parser.add_argument("--size", choices=SIZES, default="1b", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        result = STEPS[options.step](SIZES[options.size], options.dtype, options.corpus)
+        return print(json.dumps({**result, "on_cpu": options.step == "limit" or on_cpu()}))
+
+    plan = [("limit", options.backends[0], "")]
+    plan += [(step, *pair) for pair, steps in PLAN.items() if pair[0] in options.backends for step in steps.split()]
+    plan = [key for key in [*plan, ("int8_loss", options.backends[0], "")] if key[0] in options.only]
+    results, failed = {}, []
+    for key in plan:
+        if key[0] == "int8_loss" and not options.corpus:
+            print("int8_loss: left out, since it needs --corpus")
+            continue
+        label, result = " ".join(key).strip(), run(*key, options)
+        figures = [f"{name} {value:.5g}" for name, value in result.items() if name != "on_cpu"]
+        print(f"{label}: {', '.join(figures) or 'failed'}", flush=True)
+        if not result:
+            failed.append(label)
+            continue
+        results[key] = result
+        if options.json:
+            rows = (dict(zip(("step", "backend", "dtype"), key, strict=True)) | r for key, r in results.items())
+            options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits = next((r for (step, *_), r in results.items() if step == "limit"), None)
+    report(results, limits)
+    if options.png:
+        draw(results, limits, options.png)
+    return f"Failed: {', '.join(failed)}" if failed else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
