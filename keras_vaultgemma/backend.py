@@ -144,6 +144,14 @@ def _jax_product(x, kernel, transposed, dtype):
     return product[:count].reshape(*x.shape[:-1], product.shape[1])
 
 
+def argument(array):
+    """A NumPy array as an argument of a compiled function.
+
+    On JAX the array itself: made a tensor by itself, each new shape would compile a program of its own.
+    """
+    return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
+
+
 def write_slice(buffer, update, start, axis=1):
     """Write `update` into `buffer` from position `start` of `axis`, and return the result; other axes are as long.
 

@@ -203,7 +203,7 @@ class Generator:
         start, slots = 0, cache_slots(sum(chunks) + room)
         token_ids, mask = ids.pad(rows, sum(chunks))
         positions = np.where(mask, np.arange(sum(chunks), dtype="int32"), EMPTY).astype("int32")
-        hidden, cache = self._empty(np.zeros((len(rows), slots), "int8"))
+        hidden, cache = self._empty(backend.argument(np.zeros((len(rows), slots), "int8")))
         for length in chunks:
             part = slice(start, start + length)
             hidden, cache = self._read_chunk(
@@ -230,18 +230,15 @@ class Generator:
         state = DecodeState(
             cache=(),
             tokens=_int(tokens),
-            log_probs=ops.convert_to_tensor(np.zeros((len(rows), slots), "float32")),
+            log_probs=backend.argument(np.zeros((len(rows), slots), "float32")),
             slot=_int(start),
             positions=_int([len(row) - 1 for row in rows]),
             remaining=_int(limits),
-            seeds=[ops.convert_to_tensor(number) for number in numbers],
+            seeds=[backend.argument(number) for number in numbers],
         )
         floats = (uniforms, settings.repetition_penalty, settings.min_p)
-        uniforms, penalty, min_p = (ops.convert_to_tensor(np.asarray(x, "float32")) for x in floats)
-        stops = ops.convert_to_tensor(_padded(stop_token_ids, "int32"))
-        return state, Controls(
-            stops, uniforms, penalty, min_p, ops.convert_to_tensor(bias_ids), ops.convert_to_tensor(bias)
-        )
+        floats = [np.asarray(x, "float32") for x in floats]
+        return state, Controls(*map(backend.argument, (_padded(stop_token_ids, "int32"), *floats, bias_ids, bias)))
 
     def _empty_cache(self, shape):
         """A hidden state [B, D] and a cache for rows and slots as in `shape` [B, S]."""
@@ -355,7 +352,7 @@ def cache_slots(needed):
 
 
 def _int(x):
-    return ops.convert_to_tensor(np.asarray(x, "int32"))
+    return backend.argument(np.asarray(x, "int32"))
 
 
 def _padded(values, dtype):

@@ -11,7 +11,7 @@ The rows of a batch are decoded one after another: they would accept guesses of 
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import sampling
+from keras_vaultgemma import backend, sampling
 from keras_vaultgemma.cache import EMPTY
 from keras_vaultgemma.generation import Generated, Generator
 
@@ -90,8 +90,8 @@ class PromptLookup:
             read[0, : 1 + len(guess)] = [text[-1], *guess]
             positions = len(text) - 1 + np.arange(length, dtype="int32")[None]
             positions[0, 1 + len(guess) :] = EMPTY
-            arrays = (ops.convert_to_tensor(np.asarray(x, "int32")) for x in (read, positions))
-            tokens, found, cache = self._check(*arrays, cache, ops.convert_to_tensor(np.asarray(slot, "int32")))
+            slots = np.asarray(slot, "int32")
+            tokens, found, cache = self._check(*map(backend.argument, (read, positions)), cache, backend.argument(slots))
             new = ops.convert_to_numpy(tokens)[0].tolist()
             agreed = next((i for i, token in enumerate(guess) if token != new[i]), len(guess))
             new, log_probs = new[: agreed + 1], ops.convert_to_numpy(found)[0, : agreed + 1].tolist()

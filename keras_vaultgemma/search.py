@@ -59,7 +59,7 @@ class SearchGenerator:
             )
         seeds = [ops.convert_to_tensor(v) for v in self.sampler.variables]
         arrays = (np.asarray(x, "int32") for x in (token_ids, mask, min(map(len, rows))))
-        tokens, seeds = self._searches[stop_token_ids](*map(ops.convert_to_tensor, arrays), seeds)
+        tokens, seeds = self._searches[stop_token_ids](*map(backend.argument, arrays), seeds)
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)
         generated = [
