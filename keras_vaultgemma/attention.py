@@ -42,7 +42,7 @@ def attend(query, key, value, mask, scale, cap=None):
 
     Args:
         query: [B, T, N, H]; query head n reads key-value head n // G.
-        key, value: [B, K, S, H].
+        key, value: [B, S, K, H].
         mask: bool [B, T, S].
         scale: factor on the scores.
         cap: soft cap on the scaled scores, or None.
@@ -51,19 +51,15 @@ def attend(query, key, value, mask, scale, cap=None):
         [B, T, N, H]. A query that sees no key gets the mean of all values: finite, and masked wherever it matters.
     """
     batch, length, num_query_heads, head_dim = ops.shape(query)
-    heads, slots = key.shape[1], ops.shape(key)[2]
-    groups = num_query_heads // heads
-    # Queries that read the same key are rows of one matrix.
-    query = ops.reshape(ops.transpose(query, (0, 2, 1, 3)), (batch, heads, groups * length, head_dim))
-    scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))
+    groups = num_query_heads // key.shape[2]
+    query = ops.reshape(query, (batch, length, key.shape[2], groups, head_dim))
+    scores = ops.einsum("btkgh,bskh->bkgts", query, key)
     scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
-    scores = ops.reshape(scores, (batch, heads, groups, length, slots))
     # Finite, so that a row without any key does not turn into NaN.
     scores = ops.where(mask[:, None, None], scores, -1e30)
-    weights = ops.reshape(ops.softmax(scores, axis=-1), (batch, heads, groups * length, slots))
-    output = ops.matmul(ops.cast(weights, value.dtype), value)
-    output = ops.reshape(output, (batch, num_query_heads, length, head_dim))
-    return ops.transpose(output, (0, 2, 1, 3))
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    output = ops.einsum("bkgts,bskh->btkgh", weights, value)
+    return ops.reshape(output, (batch, length, num_query_heads, head_dim))
 
 
 class VaultGemmaAttention(keras.layers.Layer):
@@ -113,7 +109,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             x: [B, T, D].
             angles: (cos, sin) of the queries' positions, from `layers.RotaryAngles`.
             attention_mask: bool [B, T, S]; S = T without a cache.
-            cache: (keys, values) of this layer, [B, K, S, H] each, or None; consumed.
+            cache: (keys, values) of this layer, [B, S, K, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
 
         Returns:
@@ -124,9 +120,8 @@ class VaultGemmaAttention(keras.layers.Layer):
         key = ops.reshape(self.key(x), (batch, length, self.num_key_value_heads, self.head_dim))
         value = ops.reshape(self.value(x), (batch, length, self.num_key_value_heads, self.head_dim))
         query, key = rotate(query, *angles), rotate(key, *angles)
-        key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
         if cache is not None:
-            key, value = (kv.write(old, new, start, axis=2) for old, new in zip(cache, (key, value), strict=True))
+            key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
         output = attend(query, key, value, attention_mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
         output = self.attention_output(ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim)))
         return output if cache is None else (output, (key, value))

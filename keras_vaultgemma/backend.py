@@ -98,7 +98,10 @@ def matmul(x, kernel, transposed=False):
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
         return product.reshape(*x.shape[:-1], weight.shape[0])
     if NAME == "jax" and x.dtype.itemsize == 2 and _is_jax_cpu():
-        return _jax_product(x, kernel, transposed, "float32").astype(x.dtype)
+        return _jax_product(x, kernel, transposed, "float32", least_rows=2).astype(x.dtype)
+    if NAME == "jax" and transposed:
+        # XLA would copy a transposed operand.
+        return _jax_product(x, kernel, transposed, x.dtype)
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
 
 
@@ -110,7 +113,7 @@ def int8_matmul(x, kernel, transposed=False):
         kernel = kernel.t() if transposed else kernel
         return torch._int_mm(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
     if NAME == "jax" and _is_jax_cpu():
-        return _jax_product(x, kernel, transposed, "int32")
+        return _jax_product(x, kernel, transposed, "int32", least_rows=2)
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
 
 
@@ -131,12 +134,12 @@ def _is_jax_cpu():
     return jax.default_backend() == "cpu"
 
 
-def _jax_product(x, kernel, transposed, dtype):
+def _jax_product(x, kernel, transposed, dtype, least_rows=1):
     import jax
 
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count == 1:
+    if count < least_rows:
         # The barrier keeps XLA from seeing that the two rows are one.
         rows = jax.lax.optimization_barrier(jax.numpy.concatenate([rows, rows]))
     axes = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -152,8 +155,8 @@ def argument(array):
     return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
 
 
-def write_slice(buffer, update, start, axis=1):
-    """Write `update` into `buffer` from position `start` of `axis`, and return the result; other axes are as long.
+def write_slice(buffer, update, start):
+    """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
 
     The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
     and layer), XLA reuses the memory of a loop variable or a donated argument.
@@ -161,9 +164,9 @@ def write_slice(buffer, update, start, axis=1):
     if NAME == "torch":
         # What comes out of `repeat` may have rows that share memory.
         start, buffer = int(start), buffer.contiguous()
-        buffer.narrow(axis, start, update.shape[axis]).copy_(update)
+        buffer[:, start : start + update.shape[1]] = update
         return buffer
-    return keras.ops.slice_update(buffer, [start if i == axis else 0 for i in range(len(buffer.shape))], update)
+    return keras.ops.slice_update(buffer, [0, start] + [0] * (len(buffer.shape) - 2), update)
 
 
 def compile_function(function, variables, donate=()):

@@ -214,7 +214,8 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
                 in the batch; the same prompt twice in a batch gives two texts. Defaults to going on from the sampler's
                 own seed.
             repetition_penalty: above 1, tokens that have occurred become less likely (Keskar et al., 2019).
-            min_p: from 0 to 1; tokens less likely than this times the most likely one are left out (Nguyen et al., 2024).
+            min_p: from 0 to 1; tokens less likely than this times the most likely one are left out (Nguyen et al.,
+                2024).
             logit_bias: `{id: number added to its logit}`; -inf forbids a token.
             prompt_lookup: read what the text repeats several tokens at a time; for greedy decoding of text that quotes
                 its prompt. The same text, sooner (prompt_lookup.py).

@@ -1,4 +1,4 @@
-"""Between what users ask of `generate` and `stream`, and rows of ids: limits, stops, and text that ends where it should."""
+"""Between what users ask of `generate` and `stream`, and rows of ids: limits, stops, text that ends where it should."""
 
 import math
 from typing import NamedTuple
@@ -14,8 +14,8 @@ class GenerationOutput(NamedTuple):
 
     Attributes:
         output: what `generate` returns alone.
-        log_probs: list of floats, the log-probability of each generated token in nats, given what stands before it, under
-            the model itself: before temperature, penalties and filters. None unless asked for.
+        log_probs: list of floats, the log-probability of each generated token in nats, given what stands before it,
+            under the model itself: before temperature, penalties and filters. None unless asked for.
         finish_reason: "stop" for a stop id or stop string, "length" for a limit. None unless asked for.
     """
 
@@ -107,7 +107,9 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
     tokens, probs, reasons = generated
     cut = [0] * len(tokens)
     if texts:
-        tokens = [row if not ends(i, row) else text.ids for i, (row, text) in enumerate(zip(tokens, texts, strict=True))]
+        tokens = [
+            row if not ends(i, row) else text.ids for i, (row, text) in enumerate(zip(tokens, texts, strict=True))
+        ]
         reasons = ["stop" if text.stopped else reason for text, reason in zip(texts, reasons, strict=True)]
         whole = preprocessor.detokenize(tokens)
         cut = [len(a) - len(text.text) if text.stopped else 0 for a, text in zip(whole, texts, strict=True)]

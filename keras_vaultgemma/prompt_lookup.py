@@ -91,7 +91,9 @@ class PromptLookup:
             positions = len(text) - 1 + np.arange(length, dtype="int32")[None]
             positions[0, 1 + len(guess) :] = EMPTY
             slots = np.asarray(slot, "int32")
-            tokens, found, cache = self._check(*map(backend.argument, (read, positions)), cache, backend.argument(slots))
+            tokens, found, cache = self._check(
+                *map(backend.argument, (read, positions)), cache, backend.argument(slots)
+            )
             new = ops.convert_to_numpy(tokens)[0].tolist()
             agreed = next((i for i, token in enumerate(guess) if token != new[i]), len(guess))
             new, log_probs = new[: agreed + 1], ops.convert_to_numpy(found)[0, : agreed + 1].tolist()

@@ -34,31 +34,41 @@ def rule_of(sampler):
     Raises:
         ValueError: for a temperature that is not above 0.
     """
+    greedy, *others = (getattr(keras_hub.samplers, f"{name}Sampler") for name in ("Greedy", "Random", "TopK", "TopP"))
     kind = type(sampler)
-    if kind is keras_hub.samplers.GreedySampler:
-        return Rule("greedy")
-    if kind not in (
-        keras_hub.samplers.RandomSampler,
-        keras_hub.samplers.TopKSampler,
-        keras_hub.samplers.TopPSampler,
-    ):
+    # Not `isinstance`: what is derived from these may choose otherwise.
+    if kind is not greedy and kind not in others:
         return None
     # Not `<= 0`, so that NaN is refused.
     if not sampler.temperature > 0:
         raise ValueError(f"`temperature` must be a number above 0. Received: {sampler.temperature}")
+    if kind is greedy:
+        return Rule("greedy")
     return Rule("random", sampler.temperature, getattr(sampler, "k", None), getattr(sampler, "p", None))
 
 
 def probabilities(logits, rule):
-    """float32 [B, V]: softmax of logits / temperature, without what `rule` leaves out; not normalised again."""
-    kept = ops.softmax(ops.cast(logits, "float32") / rule.temperature, axis=-1)
+    """Softmax of logits / temperature, 0 where `rule` leaves a token out, and not normalised after that.
+
+    Args:
+        logits: [B, V], of any float dtype.
+        rule: `Rule`; `p` counts mass among all tokens, also where `k` has left some out, as in keras-hub.
+
+    Returns:
+        float32 [B, V].
+    """
+    logits = ops.cast(logits, "float32")
+    # The largest becomes 0 before the division: XLA fuses that with a later subtraction, and the rounding of a biased
+    # logit of 1e30 is then large enough for NaN.
+    logits = (logits - ops.max(logits, axis=-1, keepdims=True)) / rule.temperature
+    kept = ops.softmax(logits, axis=-1)
     if rule.k is not None:
         kept = top_k(kept, rule.k)
     return kept if rule.p is None else top_p(kept, rule.p)
 
 
 def top_k(probabilities, k):
-    """Those of the k most likely tokens (ties with the k-th included), 0 elsewhere."""
+    """Those of the k most likely tokens, ties with the k-th included, 0 elsewhere; k is an int and may exceed V."""
     smallest = ops.top_k(probabilities, min(k, probabilities.shape[-1]))[0][:, -1:]
     return ops.where(probabilities >= smallest, probabilities, 0.0)
 
@@ -67,8 +77,18 @@ def top_p(probabilities, p):
     """The most likely tokens whose mass reaches `p`, 0 elsewhere (Holtzman et al., 2020, arXiv:1904.09751).
 
     The token that crosses `p` is kept, and what is as likely as it. The threshold is found by bisection: sorting a
-    vocabulary of 256,000 takes many times longer.
+    vocabulary of 256,000 takes many times longer. Probabilities closer than 2^-32 are not told apart.
+
+    Args:
+        probabilities: float32 [B, V].
+        p: float; 1 or more keeps all, as does a total that does not reach it.
+
+    Returns:
+        float32 [B, V].
     """
+    # Their sum in float32 may reach 1 without the last of them.
+    if p >= 1:
+        return probabilities
 
     def halve(_, bounds):
         low, high = bounds
@@ -84,7 +104,12 @@ def top_p(probabilities, p):
 
 
 def min_p(probabilities, threshold):
-    """Those of at least `threshold` times the row's largest, 0 elsewhere (Nguyen et al., 2024, arXiv:2407.01082)."""
+    """Those of at least `threshold` times the row's largest, 0 elsewhere (Nguyen et al., 2024, arXiv:2407.01082).
+
+    Args:
+        probabilities: float32 [B, V].
+        threshold: scalar in [0, 1]; 0 keeps all.
+    """
     largest = ops.max(probabilities, axis=-1, keepdims=True)
     return ops.where(probabilities >= threshold * largest, probabilities, 0.0)
 
@@ -95,7 +120,10 @@ def repetition_penalty(logits, seen, penalty):
     Args:
         logits: float32 [B, V].
         seen: int32 [B, S] ids, each counted once however often it stands there; below 0 for none.
-        penalty: scalar; 1 changes nothing.
+        penalty: scalar above 0; 1 changes nothing.
+
+    Returns:
+        float32 [B, V].
     """
     batch, size = logits.shape
     rows = ops.arange(batch, dtype="int32")[:, None]
@@ -110,13 +138,20 @@ def repetition_penalty(logits, seen, penalty):
 
 
 def logit_bias(logits, bias_ids, bias):
-    """Add `bias` float32 [n] to the logits [B, V] of `bias_ids` int32 [n], in every row; ids below 0 stand for none.
+    """Add numbers to the logits of some tokens, in every row.
 
-    A bias of -inf becomes -1e30, so that a row whose tokens are all forbidden still has a most likely one.
+    Args:
+        logits: float32 [B, V].
+        bias_ids: int32 [n], no id twice; below 0 for none.
+        bias: float32 [n]; beyond ±1e30, infinities included, it is ±1e30, which forbids or forces a token as well and
+            never makes NaN.
+
+    Returns:
+        float32 [B, V].
     """
     size = logits.shape[1]
     places = ops.where(bias_ids < 0, size, bias_ids)[:, None]
-    added = ops.scatter_update(ops.zeros((size + 1,), "float32"), places, ops.maximum(bias, -1e30))
+    added = ops.scatter_update(ops.zeros((size + 1,), "float32"), places, ops.clip(bias, -1e30, 1e30))
     return logits + added[None, :size]
 
 
@@ -132,15 +167,29 @@ def draw(probabilities, uniform):
     width = int(np.ceil(np.sqrt(size)))
     count = -(-size // width)
     blocks = ops.reshape(ops.pad(probabilities, ((0, 0), (0, count * width - size))), (batch, count, width))
-    sums = ops.cumsum(ops.sum(blocks, axis=2), axis=1)
-    target = uniform * sums[:, -1]
-    block = ops.cast(ops.sum(ops.cast(sums <= target[:, None], "int32"), axis=1), "int32")[:, None]
-    inner = ops.cumsum(ops.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0], axis=1)
-    before = ops.where(block > 0, ops.take_along_axis(sums, ops.maximum(block - 1, 0), axis=1), 0.0)[:, 0]
-    # Both sums round: stay within the block that was found.
-    rest = ops.clip(target - before, 0.0, inner[:, -1] * (1 - 1 / RESOLUTION))
-    place = ops.cast(ops.sum(ops.cast(inner <= rest[:, None], "int32"), axis=1), "int32")
-    return block[:, 0] * width + place
+    masses = ops.sum(blocks, axis=2)
+    reached = ops.cumsum(masses, axis=1)
+    # Below the total also when rounded: `uniform` is not closer to 1 than 2^-23.
+    target = uniform * reached[:, -1]
+    block = _first_above(target, masses, reached)[:, None]
+    before = ops.take_along_axis(ops.pad(reached, ((0, 0), (1, 0))), block, axis=1)[:, 0]
+    inside = ops.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+    return block[:, 0] * width + _first_above(target - before, inside, ops.cumsum(inside, axis=1))
+
+
+def _first_above(target, masses, reached):
+    """The first place with a mass whose cumulated mass is above the target: int32 [B].
+
+    Places without a mass are passed over by name: XLA adds up in a tree, so that cumulated sums may change where 0 is
+    added, and even decrease. Where rounding leaves no place, it is the one of the largest mass.
+
+    Args:
+        target: float32 [B].
+        masses, reached: float32 [B, N], and their cumulated sums.
+    """
+    above = ops.cast(ops.logical_and(masses > 0, reached > target[:, None]), "int32")
+    place = ops.where(ops.any(above > 0, axis=1), ops.argmax(above, axis=1), ops.argmax(masses, axis=1))
+    return ops.cast(place, "int32")
 
 
 def uniforms(entropy, prompts, count):
@@ -153,11 +202,15 @@ def uniforms(entropy, prompts, count):
     Args:
         entropy: list of ints, 0 or more.
         prompts: list of B lists of ids.
+        count: how many numbers a row gets.
     """
     earlier, rows = {}, []
     for prompt in map(tuple, prompts):
         number = earlier.get(prompt, 0)
         earlier[prompt] = number + 1
-        bits = np.random.Philox(np.random.SeedSequence([*map(int, entropy), number])).random_raw(count)
+        # Not one list: entropy [1] of the third prompt would be entropy [1, 2] of the first.
+        sequence = np.random.SeedSequence([int(x) for x in entropy], spawn_key=(number,))
+        # Raw bits, which NumPy promises never to change.
+        bits = np.random.Philox(sequence).random_raw(count)
         rows.append((bits >> np.uint64(64 - 23)) / np.float64(RESOLUTION))
     return np.array(rows, "float32").reshape(len(rows), count)

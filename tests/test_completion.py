@@ -3,7 +3,7 @@ import keras_hub
 import numpy as np
 import pytest
 
-from keras_vaultgemma import VaultGemmaCausalLM, completion
+from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.completion import GenerationOutput
 
 PROMPTS = ["Once upon a time", "The fox said to the crow", "In the garden"]
@@ -28,7 +28,9 @@ def test_stop_strings_cut_exactly(tiny):
     expected = [full[0][:11], full[1][:5], full[2]]
     assert continuation(tiny, PROMPTS, 30, stop=stops) == expected
     assert [continuation(tiny, prompt, 30, stop=stops) for prompt in PROMPTS] == expected
-    assert tiny.generate(PROMPTS, max_new_tokens=30, stop=stops) == [a + b for a, b in zip(PROMPTS, expected, strict=True)]
+    assert tiny.generate(PROMPTS, max_new_tokens=30, stop=stops) == [
+        a + b for a, b in zip(PROMPTS, expected, strict=True)
+    ]
     assert continuation(tiny, PROMPTS[0], 30, stop=stops[0]) == full[0][: full[0].find(stops[0])]
 
 
@@ -63,13 +65,18 @@ def test_ids_end_with_the_token_that_completes_a_stop_string(tiny):
     assert stop not in tiny.preprocessor.detokenize([found[:-1]])[0]
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(stop=["K", "the"]), dict(prompt_lookup=True), dict(repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "kwargs", [{}, dict(stop=["K", "the"]), dict(prompt_lookup=True), dict(repetition_penalty=1.3)]
+)
 def test_stream_joined_is_generate(tiny, kwargs):
     for prompt in PROMPTS:
         stream = tiny.stream(prompt, max_new_tokens=25, **kwargs)
         pieces = list(stream)
         assert "".join(pieces) == continuation(tiny, prompt, 25, **kwargs)
-        assert stream.finish_reason == tiny.generate(prompt, max_new_tokens=25, return_finish_reason=True, **kwargs).finish_reason
+        assert (
+            stream.finish_reason
+            == tiny.generate(prompt, max_new_tokens=25, return_finish_reason=True, **kwargs).finish_reason
+        )
     assert len(pieces) > 3 or kwargs
 
 

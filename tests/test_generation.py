@@ -50,7 +50,9 @@ def test_rows_stop_at_a_stop_id_and_the_others_go_on(model):
     expected = [cut_after_stop(row, [stop]) for row in full]
     assert len(expected[2]) <= 5
     assert generator.generate(ROWS, [12] * 4, [stop]).tokens == expected
-    assert generator.generate(ROWS, [12] * 4, [127, stop, 126]).tokens == [cut_after_stop(r, [127, stop, 126]) for r in full]
+    assert generator.generate(ROWS, [12] * 4, [127, stop, 126]).tokens == [
+        cut_after_stop(r, [127, stop, 126]) for r in full
+    ]
 
 
 def test_more_stop_ids_than_one_block(model):
@@ -197,7 +199,10 @@ def test_logit_bias_forbids_and_forces(model):
 
 def test_min_p_of_one_is_greedy(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
-    assert Generator(model, sampler("random", seed=0)).generate(ROWS, [6] * 4, settings=Settings(min_p=1.0)).tokens == greedy
+    assert (
+        Generator(model, sampler("random", seed=0)).generate(ROWS, [6] * 4, settings=Settings(min_p=1.0)).tokens
+        == greedy
+    )
 
 
 def test_stream_is_generate_in_parts(model):
@@ -206,14 +211,14 @@ def test_stream_is_generate_in_parts(model):
     parts = list(generator.stream(ROWS, [9, 2, 5, 9], length=1))
     assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [[1, 0, 0, 1]] * 4
     for i in range(4):
-        assert sum((new[i] for new, _ in parts), []) == expected.tokens[i]
-        np.testing.assert_allclose(sum((probs[i] for _, probs in parts), []), expected.log_probs[i], atol=1e-5)
+        assert [token for new, _ in parts for token in new[i]] == expected.tokens[i]
+        np.testing.assert_allclose([p for _, probs in parts for p in probs[i]], expected.log_probs[i], atol=1e-5)
 
 
 def test_rows_end_where_the_caller_says(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS, [20] * 4).tokens
-    found = generator.generate(ROWS, [20] * 4, ends=lambda i, row: i == 1 and len(row) >= 3 or i == 3).tokens
+    found = generator.generate(ROWS, [20] * 4, ends=lambda i, row: (i == 1 and len(row) >= 3) or i == 3).tokens
     assert found[0] == full[0] and found[2] == full[2]
     assert 3 <= len(found[1]) < 20 and found[1] == full[1][: len(found[1])]
     assert found[3] == full[3][:1]

@@ -28,7 +28,10 @@ def test_beam_search_finds_what_a_full_search_finds(model):
 
 def test_one_beam_is_greedy_for_rows_of_different_lengths(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6, 5, 4, 3]).tokens
-    assert SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1)).generate(ROWS, [6, 5, 4, 3]).tokens == greedy
+    assert (
+        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1)).generate(ROWS, [6, 5, 4, 3]).tokens
+        == greedy
+    )
 
 
 def test_contrastive_search_without_penalty_is_greedy(model):
