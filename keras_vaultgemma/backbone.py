@@ -19,7 +19,7 @@ from keras_vaultgemma import backend, checkpoint, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
-from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles, TiedEmbedding
+from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -109,7 +109,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         self._warned_about_length = False
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
-        self.token_embedding = TiedEmbedding(
+        self.token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
             embeddings_initializer=initial.below("token_embedding")("embeddings"),

@@ -95,8 +95,11 @@ class Projection(keras.layers.Dense):
         return ops.cast(product / (x_scale * self.kernel_scale), self.compute_dtype)
 
 
-class TiedEmbedding(keras.layers.ReversibleEmbedding):
-    """A `keras.layers.ReversibleEmbedding` whose product, when it is called in reverse, is `backend.matmul`."""
+class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
+    """A `keras.layers.ReversibleEmbedding` whose product, when it is called in reverse, is `backend.matmul`.
+
+    It keeps the name, which Keras writes into weights files.
+    """
 
     def call(self, x, reverse=False):
         if not reverse:

@@ -6,6 +6,7 @@ import reference
 from common import random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma.generation import Generated
 
 LINES = [
     "A Wolf had been gorging on an animal he had killed, when suddenly a small bone in the meat stuck in his throat.",
@@ -67,7 +68,8 @@ def test_chat_comes_back_as_the_reply(tiny):
 def test_text_stops_at_eos_and_chat_also_at_the_end_of_the_turn(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        type(tiny._ready_generator()), "generate", lambda self, rows, limits, stops: asked.append(stops) or rows
+        "keras_vaultgemma.generation.Generator.generate",
+        lambda self, rows, limits, stops, *others: asked.append(stops) or Generated(rows, None, ["length"]),
     )
     tiny.generate("Hi", max_new_tokens=3)
     tiny.generate([{"role": "user", "content": "Hi"}], max_new_tokens=3)

@@ -11,7 +11,7 @@ import keras_hub
 import pytest
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaCausalLM, cli, conversion, description
+from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, description, presets
 
 PROMPT = "Once upon a time"
 
@@ -25,12 +25,16 @@ def asked(monkeypatch, tiny):
         asked.loaded = (preset, kwargs)
         return asked
 
-    def generate(inputs, max_new_tokens):
-        asked.inputs, asked.max_new_tokens = inputs, max_new_tokens
-        return "A text."
+    class Pieces(list):
+        finish_reason = "length"
+
+    def stream(inputs, max_new_tokens, stop):
+        asked.inputs, asked.max_new_tokens, asked.stop = inputs, max_new_tokens, stop
+        return Pieces([" A", " text."])
 
     asked.compile = lambda sampler: setattr(asked, "sampler", sampler)
-    asked.generate = generate
+    asked.stream = stream
+    monkeypatch.setattr(backend, "cache_compilations", lambda folder: setattr(asked, "folder", folder))
     monkeypatch.setattr(VaultGemmaCausalLM, "from_preset", from_preset)
     return asked
 
@@ -81,14 +85,17 @@ def test_an_unknown_backend_is_a_usual_error():
 
 def test_defaults(capsys, asked):
     assert cli.main(["generate", PROMPT]) == 0
-    assert capsys.readouterr().out == "A text.\n"
+    assert capsys.readouterr().out == PROMPT + " A text.\n"
+    assert asked.folder == presets.cache_home() / "compiled"
     assert asked.loaded == ("vaultgemma_tiny", {})
     assert type(asked.sampler) is keras_hub.samplers.GreedySampler
-    assert (asked.inputs, asked.max_new_tokens) == (PROMPT, 64)
+    assert (asked.inputs, asked.max_new_tokens, asked.stop) == (PROMPT, 64, [])
 
 
 def test_options_reach_the_library(asked):
-    assert cli.main(["generate", PROMPT, "--preset", "a/folder", "--dtype", "bfloat16", "--chat"]) == 0
+    options = ["--preset", "a/folder", "--dtype", "bfloat16", "--chat", "--stop", "\n\n", "--stop", "END"]
+    assert cli.main(["generate", PROMPT, *options]) == 0
+    assert asked.stop == ["\n\n", "END"]
     assert asked.loaded == ("a/folder", {"dtype": "bfloat16"})
     assert asked.inputs == [{"role": "user", "content": PROMPT}]
 
@@ -130,6 +137,17 @@ def test_text_ends_at_the_context(capsys, asked, tiny):
         f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
         f"Received: {context} tokens"
     )
+
+
+def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, monkeypatch, asked):
+    class Interrupted(list):
+        finish_reason = "interrupted"
+
+    written = []
+    monkeypatch.setattr(cli, "print", lambda *text, **kwargs: written.append("".join(text)), raising=False)
+    asked.stream = lambda *args, **kwargs: Interrupted([" A", " te"])
+    assert cli.main(["generate", PROMPT]) == 130
+    assert written == [PROMPT, " A", " te", ""]
 
 
 @pytest.mark.parametrize("piped, prompt", [("one\n", "one"), ("one", "one"), ("one\ntwo\n\n", "one\ntwo\n")])

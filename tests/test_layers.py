@@ -4,7 +4,7 @@ import pytest
 import reference
 from common import to_numpy
 
-from keras_vaultgemma.layers import Initial, RMSNorm, RotaryAngles, projection, rotate, soft_cap
+from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles, projection, rotate, soft_cap
 
 
 def test_rms_norm_multiplies_by_one_plus_scale():
@@ -60,3 +60,28 @@ def test_projections_of_one_shape_start_different():
         layer.build((None, 4))
     assert not np.array_equal(to_numpy(first.kernel), to_numpy(second.kernel))
     assert first.bias is None
+
+
+def test_quantised_products_are_those_of_keras():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 3, 16)).astype("float32"), rng.normal(size=(16, 24)).astype("float32")
+    ours, theirs = projection(24, "a", Initial(0.1), "float32"), keras.layers.Dense(24, use_bias=False)
+    for layer in (ours, theirs):
+        layer.build((None, None, 16))
+        layer.kernel.assign(kernel)
+        layer.quantize("int8")
+    np.testing.assert_allclose(to_numpy(ours(x)), to_numpy(theirs(x)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_numpy(ours(x)), x @ kernel, atol=0.2)
+
+    embeddings = kernel.T
+    ours = ReversibleEmbedding(24, 16, logit_soft_cap=3.0)
+    theirs = keras.layers.ReversibleEmbedding(24, 16, logit_soft_cap=3.0)
+    for layer in (ours, theirs):
+        layer.build()
+        layer.embeddings.assign(embeddings)
+    np.testing.assert_allclose(to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5)
+    for layer in (ours, theirs):
+        layer.quantize("int8")
+    ids = np.array([[0, 5, 23]])
+    np.testing.assert_allclose(to_numpy(ours(ids)), to_numpy(theirs(ids)), rtol=1e-6)
+    np.testing.assert_allclose(to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5, atol=1e-5)

@@ -74,12 +74,13 @@ def test_text_without_preprocessor():
 def test_answers_have_the_form_of_the_prompts(preprocessor):
     once = rows_of(preprocessor, "Once")
     more = [[*map(int, preprocessor.tokenizer(" upon")), 1]]
-    assert prompts.answer(Prompts(once, "text", True), more, None, preprocessor) == "Once upon"
-    assert prompts.answer(Prompts(once, "text", False), more, True, preprocessor) == [" upon"]
+    assert prompts.answer(Prompts(once, "text", True), more, None, preprocessor, [0]) == "Once upon"
+    assert prompts.answer(Prompts(once, "text", True), more, None, preprocessor, [3]) == "Once u"
+    assert prompts.answer(Prompts(once, "text", False), more, True, preprocessor, [0]) == [" upon"]
     reply = [list(map(int, preprocessor.tokenizer("Hello<end_of_turn>")))]
-    assert prompts.answer(Prompts(once, "chat", True), reply, None, preprocessor) == "Hello"
-    assert prompts.answer(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None) == [2, 5, 7, 8]
-    padded = prompts.answer(Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None)
+    assert prompts.answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello"
+    assert prompts.answer(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None, [0]) == [2, 5, 7, 8]
+    padded = prompts.answer(Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None, [0, 0])
     assert padded["token_ids"].tolist() == [[2, 5, 7, 0, 0], [3, 8, 9, 0, 0]]
     assert padded["padding_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
 
