@@ -16,6 +16,12 @@ from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, descr
 PROMPT = "Once upon a time"
 
 
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """The cache of compiled programs is a setting of the whole process, and of the user's."""
+    monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)
+
+
 @pytest.fixture
 def asked(monkeypatch, tiny):
     """Stands in for the model that `generate` loads, and notes what it was asked for."""
