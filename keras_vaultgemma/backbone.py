@@ -177,8 +177,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         angles = self.rotary_angles(positions)
         x = self.embedding_scale(self.token_embedding(token_ids))
         keys, values = [], []
-        for i, block in enumerate(self.transformer_layers):
-            mask = masks[block.layer_type]
+        blocks = self.transformer_layers if cache is None else backend.trace_once(self.transformer_layers)
+        for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
+            mask = masks[layer_type]
             if cache is None:
                 x = block(x, angles=angles, attention_mask=mask)
             else:
@@ -188,6 +189,16 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 values.append(value)
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    @property
+    def gradient_checkpointing(self):
+        """Whether blocks keep only their input for the backward pass and compute the rest again."""
+        return self.transformer_layers[0].gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value):
+        for block in self.transformer_layers:
+            block.gradient_checkpointing = bool(value)
 
     def empty_cache(self, batch, slots):
         """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""

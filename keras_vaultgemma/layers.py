@@ -90,9 +90,7 @@ class Projection(keras.layers.Dense):
     def quantized_call(self, x, training=None):
         if self.quantization_mode != "int8" or self.inputs_quantizer is None or training or self.lora_enabled:
             return super().quantized_call(x, training=training)
-        x, x_scale = self.inputs_quantizer(x, axis=-1)
-        product = ops.cast(backend.int8_matmul(x, ops.convert_to_tensor(self.kernel)), "float32")
-        return ops.cast(product / (x_scale * self.kernel_scale), self.compute_dtype)
+        return ops.cast(quantized_matmul(x, self.kernel, self.kernel_scale), self.compute_dtype)
 
 
 class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
@@ -100,6 +98,11 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
 
     It keeps the name, which Keras writes into weights files.
     """
+
+    @property
+    def table(self):
+        """The variable [V, D] without adapters."""
+        return self._embeddings
 
     def call(self, x, reverse=False):
         if not reverse:
@@ -113,9 +116,21 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
     def quantized_call(self, x, reverse=False):
         if self.quantization_mode != "int8" or self.inputs_quantizer is None or not reverse:
             return super().quantized_call(x, reverse=reverse)
-        x, x_scale = self.inputs_quantizer(x, axis=-1)
-        logits = backend.int8_matmul(x, ops.convert_to_tensor(self.embeddings), transposed=True)
-        return soft_cap(ops.cast(logits, "float32") / (x_scale * self.embeddings_scale), self.logit_soft_cap)
+        logits = quantized_matmul(x, self.embeddings, self.embeddings_scale, transposed=True)
+        return soft_cap(logits, self.logit_soft_cap)
+
+
+def quantized_matmul(x, kernel, scale, transposed=False):
+    """`x` [..., in] times an int8 `kernel` [in, out], or [out, in] if transposed: float32.
+
+    Each row of x is rounded to int8 too (AbsMax quantisation).
+
+    Args:
+        scale: [out], which the kernel was multiplied by before it was rounded.
+    """
+    x, x_scale = keras.quantizers.AbsMaxQuantizer(axis=-1)(x)
+    product = backend.int8_matmul(x, ops.convert_to_tensor(kernel), transposed)
+    return ops.cast(product, "float32") / (x_scale * scale)
 
 
 class RMSNorm(keras.layers.Layer):
