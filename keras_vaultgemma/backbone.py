@@ -215,6 +215,12 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         """Freeze the model and train an adapter: `lora.add`, where the arguments are explained."""
         lora.add(self, rank, target_layer_names, alpha, dropout, name)
 
+    def save_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads")
+
+    def load_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT")
+
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
         return {**super().get_config(), **hyperparameters, "layer_types": list(self.layer_types)}

@@ -87,6 +87,7 @@ def int8_product(x, weight, scale, quantizer, transposed=False):
         quantizer: of `x`, with Keras's interface; None to leave `x` as it is.
         transposed: whether `weight` is [out, in] instead.
     """
+    scale = ops.cast(scale, "float32")
     if quantizer is None:
         return ops.cast(backend.matmul(x, ops.cast(weight, x.dtype), transposed), "float32") / scale
 
@@ -100,9 +101,9 @@ def int8_product(x, weight, scale, quantizer, transposed=False):
 
         rounded, x_scale = quantizer(x, axis=-1)
         products = ops.cast(backend.int8_matmul(rounded, weight, transposed), "float32")
-        return products / (x_scale * scale), gradient
+        return products / (ops.cast(x_scale, "float32") * scale), gradient
 
-    return product(x, ops.convert_to_tensor(weight), ops.convert_to_tensor(scale))
+    return product(x, ops.convert_to_tensor(weight), scale)
 
 
 class Projection(LowRankUpdate, keras.layers.Dense):

@@ -16,25 +16,20 @@ the one that is handed over, so that its compiled functions go.
 """
 
 import numbers
-import re
 
-import numpy as np
-from keras import ops
-
+from keras_vaultgemma import adapted_layers
 from keras_vaultgemma import adapter as files
-from keras_vaultgemma import backend
 from keras_vaultgemma.adapter import Adapter
 
 DEFAULT_TARGETS = ("query", "value")
-ATTENTION, MLP = ("query", "key", "value", "attention_output"), ("gate", "up", "down")
 
 
 class Adapters:
     """The adapters of one backbone.
 
     Attributes:
-        stored: `{name: Adapter}`, in the order that they came in. The factors of the active one are the layers'
-            variables, and None here.
+        stored: `{name: Adapter}`, in the order that they came in. The factors of the active one are variables of the
+            layers, and None here.
         active: name of the one that the model computes with, or None.
         base: while the active one is merged, the layers' own values `{path: {key: NumPy array}}`, else None.
     """
@@ -75,7 +70,7 @@ def add(model, rank, targets=None, alpha=None, dropout=0.0, name="default"):
         raise ValueError(f"`alpha` must be a finite number above 0. Received: alpha={alpha!r}")
     if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
         raise ValueError(f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}")
-    paths = _chosen(_layers(_backbone(model)), DEFAULT_TARGETS if targets is None else targets)
+    paths = adapted_layers.choose(_backbone(model), DEFAULT_TARGETS if targets is None else targets)
     _add(model, name, Adapter(int(rank), float(alpha), float(dropout), dict.fromkeys(paths)))
 
 
@@ -123,14 +118,13 @@ def merge(model):
     if adapters.active is None:
         raise ValueError("`merge` needs an active adapter, and the model has none; see `lora.use`")
     backbone = _backbone(model)
-    layers = _layers(backbone)
-    paths = adapters.stored[adapters.active].factors
+    layers = adapted_layers.layers_of(backbone)
     adapters.stored[adapters.active] = _on_host(backbone, adapters.active)
     base = {}
-    for path in paths:
-        merged = _own_values(layers[path])  # as Keras would write them into a file
+    for path in adapters.stored[adapters.active].factors:
+        merged = adapted_layers.own_values(layers[path])
         layers[path].disable_lora()
-        base[path] = _own_values(layers[path])
+        base[path] = adapted_layers.own_values(layers[path])
         layers[path].load_own_variables(merged)
     adapters.base = base
     _forget_programs(model)
@@ -145,14 +139,15 @@ def unmerge(model):
     backbone, adapters = _backbone(model), _backbone(model).adapters
     if adapters.base is None:
         raise ValueError("`unmerge` needs a merged adapter, and the model has none")
-    layers = _layers(backbone)
+    layers = adapted_layers.layers_of(backbone)
     for path, values in adapters.base.items():
         if len(values) != len(layers[path].weights):
             raise ValueError(f"`unmerge` needs the layers as `merge` left them, and {path} was quantized since")
     for path, values in adapters.base.items():
         layers[path].load_own_variables(values)
     adapters.base = None
-    _put_factors_in(model, adapters.stored[adapters.active])
+    _put_in(backbone, adapters.active)
+    _forget_programs(model)
 
 
 def save_adapter(model, folder, name=None, base_model=None):
@@ -196,45 +191,13 @@ def _unmerged(model):
     return adapters
 
 
-def _layers(backbone):
-    """{path: layer} of every layer that can have an adapter."""
-    layers = [backbone.token_embedding]
-    for block in backbone.transformer_layers:
-        layers += [getattr(block.attention, name) for name in ATTENTION] + [getattr(block, name) for name in MLP]
-    return {layer.path: layer for layer in layers}
-
-
-def _chosen(layers, targets):
-    """Paths of the layers that names or regular expressions choose, in the order of the layers."""
-    chosen = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        try:
-            found = {
-                path for path, layer in layers.items() if layer.name == target or re.fullmatch(target, path) is not None
-            }
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"A target must be a name or a regular expression. Received: {target!r} ({error})"
-            ) from error
-        if not found:
-            example = next(path for path in layers if "/" in path)
-            legal = ", ".join(dict.fromkeys(layer.name for layer in layers.values()))
-            raise ValueError(
-                f"A target must be one of {legal}, or match a path such as {example}. Received: {target!r}"
-            )
-        chosen |= found
-    if not chosen:
-        raise ValueError(f"`target_layer_names` must name at least one layer. Received: {targets!r}")
-    return [path for path in layers if path in chosen]
-
-
 def _add(model, name, adapter):
     adapters = _unmerged(model)
     if not isinstance(name, str) or not name or name in adapters.stored:
         raise ValueError(
             f"`name` must be a string that no adapter of this model has: {list(adapters.stored)}. Received: {name!r}"
         )
-    layers = _layers(_backbone(model))
+    layers = adapted_layers.layers_of(_backbone(model))
     for path in adapter.factors:
         layers[path].check_base(layers[path].quantization_mode)
     adapters.stored[name] = adapter
@@ -243,79 +206,42 @@ def _add(model, name, adapter):
 
 def _switch(model, name):
     backbone, adapters = _backbone(model), _backbone(model).adapters
-    if adapters.active is not None:
-        adapters.stored[adapters.active] = _on_host(backbone, adapters.active)
-    if name is not None and _can_stand_in(adapters.stored[name], adapters.stored.get(adapters.active)):
-        layers = _layers(backbone)
-        for path, factors in adapters.stored[name].factors.items():
-            for variable, value in zip(layers[path].lora_factors, factors, strict=True):
-                variable.assign(value)
+    old, new = adapters.stored.get(adapters.active), adapters.stored.get(name)
+    if old is not None:
+        adapters.stored[adapters.active] = adapted_layers.read(backbone, old)
+    if old is not None and new is not None and _can_stand_in(new, old):
+        adapted_layers.assign(backbone, new)
+        adapters.stored[name] = _without_values(new)
     else:
-        _take_factors_away(model)
-        if name is not None:
-            _put_factors_in(model, adapters.stored[name])
+        adapted_layers.take_away(backbone)
+        if new is not None:
+            _put_in(backbone, name)
+        _forget_programs(model)
     adapters.active = name
 
 
+def _put_in(backbone, name):
+    adapters = backbone.adapters
+    adapted_layers.put_in(backbone, adapters.stored[name])
+    adapters.stored[name] = _without_values(adapters.stored[name])
+
+
 def _can_stand_in(new, old):
-    """Whether the variables that hold one adapter can hold another, whose factors are there."""
-    if old is None or None in new.factors.values() or new.factors.keys() != old.factors.keys():
-        return False
-    return new[:3] == old[:3]
+    """Whether the variables that hold one adapter can hold another, which has values."""
+    return None not in new.factors.values() and _without_values(new) == _without_values(old)
+
+
+def _without_values(adapter):
+    return adapter._replace(factors=dict.fromkeys(adapter.factors))
 
 
 def _on_host(backbone, name):
-    """An adapter with its factors, wherever they are."""
+    """An adapter with its values, wherever they are."""
     adapters = backbone.adapters
-    adapter = adapters.stored[name]
-    if name != adapters.active or adapters.base is not None:
-        return adapter
-    layers = _layers(backbone)
-    return adapter._replace(
-        factors={path: tuple(map(_copy, layers[path].lora_factors)) for path in adapter.factors},
-    )
-
-
-def _put_factors_in(model, adapter):
-    """Freeze the model but for an adapter's factors; those that are None start at random."""
-    backbone = _backbone(model)
-    backbone.trainable = True
-    for layer in backbone.layers:
-        layer.trainable = False
-    layers = _layers(backbone)
-    for path, factors in adapter.factors.items():
-        layers[path].trainable = True
-        values = (
-            {} if factors is None else dict(zip(("a_initializer", "b_initializer"), map(_start, factors), strict=True))
-        )
-        layers[path].enable_lora(adapter.rank, adapter.alpha, dropout=adapter.dropout, **values)
-    _forget_programs(model)
-
-
-def _take_factors_away(model):
-    for layer in _layers(_backbone(model)).values():
-        if layer.lora_enabled:
-            layer.disable_lora()
-    _forget_programs(model)
+    in_variables = name == adapters.active and adapters.base is None
+    return adapted_layers.read(backbone, adapters.stored[name]) if in_variables else adapters.stored[name]
 
 
 def _forget_programs(model):
     """Let Keras compile anew: its functions hold the variables that were there, and the scale of their product."""
     model.train_function = model.test_function = model.predict_function = None
-
-
-def _start(value):
-    """A Keras initializer that gives a variable a value."""
-    return lambda shape, dtype: backend.from_numpy(np.array(value))
-
-
-def _own_values(layer):
-    """What Keras writes of a layer into a file, the update of an adapter merged: `{key: NumPy array}`."""
-    values = {}
-    layer.save_own_variables(values)
-    return {key: _copy(value) for key, value in values.items()}
-
-
-def _copy(value):
-    # PyTorch's and TensorFlow's NumPy arrays are views of the variable.
-    return np.array(ops.convert_to_numpy(value))

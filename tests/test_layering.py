@@ -20,6 +20,7 @@ FLOORS = [
         "checkpoint_config",
         "checkpoint",
         "adapter",
+        "adapted_layers",
         "lora",
         "backbone",
     ],
