@@ -104,9 +104,7 @@ def test_embedding_in_reverse(dtype, mode):
     logits = to_numpy(layer(x * 1, reverse=True)).reshape(-1, 24)
     check([logits], [rows @ merged.T], max(tolerance, 2e-2 if mode else 0))
 
-    dx, da, db = gradients(
-        lambda: weighted_sum(layer(x * 1, reverse=True), upstream), [x, *layer.lora_factors]
-    )
+    dx, da, db = gradients(lambda: weighted_sum(layer(x * 1, reverse=True), upstream), [x, *layer.lora_factors])
     check(
         [dx.reshape(-1, 16), da, db],
         [
