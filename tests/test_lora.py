@@ -56,23 +56,23 @@ def base_values(model):
     return values(v for v in model.backbone.weights if "lora" not in v.path)
 
 
-def fit(model, epochs=1, optimizer=None, **options):
+def fit(model, epochs=1, optimizer=None):
     """Next tokens of fixed rows, by plain gradient descent, which has no state of its own."""
     ids = np.random.default_rng(5).integers(3, 128, (8, 9)).astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((8, 8), "int32")}
     model.compile(optimizer=optimizer or keras.optimizers.SGD(0.1))
-    return model.fit(x, ids[:, 1:], batch_size=4, epochs=epochs, shuffle=False, verbose=0, **options).history["loss"]
+    return model.fit(x, ids[:, 1:], batch_size=4, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [*BASES, ("mixed_bfloat16", None)])
+@pytest.mark.parametrize(("dtype", "mode"), [("mixed_bfloat16", None), ("bfloat16", "int8")])
 def test_a_new_adapter_changes_nothing_and_training_moves_nothing_else(dtype, mode):
     model = make_model(dtype, mode)
     before = logits(model)
-    model.backbone.enable_lora(4, ALL, dropout=0.1)
+    model.backbone.enable_lora(4, ["value", "down", "token_embedding"], dropout=0.1)
     np.testing.assert_array_equal(logits(model), before)
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     base, factors = base_values(model), values(model.trainable_variables)
-    assert len(factors) == 2 * len(ALL)
+    assert len(factors) == 6
     losses = fit(model, epochs=2, optimizer=keras.optimizers.Adam(1e-2))
     assert losses[-1] < losses[0]
     assert_same(base_values(model), base)
@@ -87,8 +87,6 @@ def test_equals_the_model_with_merged_weights():
     model.backbone.enable_lora(3, ALL, alpha=6)
     fill(model, scale=0.2)
     np.testing.assert_allclose(logits(model)[0], reference.logits(model.backbone, ROW), atol=1e-4)
-    found = model.generate([ROW], max_new_tokens=6, stop_token_ids=None, strip_prompt=True)
-    assert found == [reference.greedy(model.backbone, ROW, 6)]
 
 
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
@@ -97,7 +95,6 @@ def test_merge_and_unmerge_to_the_bit(dtype, mode):
     model.backbone.enable_lora(3, ALL)
     fill(model, scale=0.02)
     base, factors, before = base_values(model), values(model.trainable_variables), logits(model)
-    tokens = model.generate([ROW], max_new_tokens=4, stop_token_ids=None)
     lora.merge(model)
     assert model.trainable_variables == [] and not any("lora" in v.path for v in model.weights)
     merged = base_values(model)
@@ -110,9 +107,7 @@ def test_merge_and_unmerge_to_the_bit(dtype, mode):
     assert_same(base_values(model), base)
     assert_same(values(model.trainable_variables), factors)
     np.testing.assert_array_equal(logits(model), before)
-    assert model.generate([ROW], max_new_tokens=4, stop_token_ids=None) == tokens
-    fit(model)
-    assert_same(base_values(model), base)
+    assert {v.path for v in model.trainable_variables} == factors.keys()
 
 
 def test_merging_into_int8_requantizes():
@@ -130,10 +125,10 @@ def test_merging_into_int8_requantizes():
 
 def test_named_adapters():
     model = make_model()
-    base, base_tokens = logits(model), model.generate([ROW], max_new_tokens=4, stop_token_ids=None)
+    base = logits(model)
     model.backbone.enable_lora(2, name="small")
     fill(model, 1, scale=0.4)
-    small, small_tokens = logits(model), model.generate([ROW], max_new_tokens=4, stop_token_ids=None)
+    small = logits(model)
     model.backbone.enable_lora(5, ["down", "token_embedding"], alpha=1, name="large")
     np.testing.assert_array_equal(logits(model), base)
     fill(model, 2, scale=0.4)
@@ -144,15 +139,12 @@ def test_named_adapters():
         lora.use(model, name)
         assert lora.active(model) == name
         np.testing.assert_array_equal(logits(model), expected)
-        np.testing.assert_allclose(model.predict(IDS, verbose=0), expected, atol=1e-4)
-    assert model.generate([ROW], max_new_tokens=4, stop_token_ids=None) == small_tokens
     lora.use(model, "small")
     lora.remove(model, "large")
     assert lora.names(model) == ["small"]
     lora.remove(model, "small")
     assert lora.names(model) == [] and lora.active(model) is None
     np.testing.assert_array_equal(logits(model), base)
-    assert model.generate([ROW], max_new_tokens=4, stop_token_ids=None) == base_tokens
 
 
 def test_adapters_that_differ_in_alpha_alone():
@@ -169,30 +161,35 @@ def test_adapters_that_differ_in_alpha_alone():
         np.testing.assert_allclose(model.predict(IDS, verbose=0), found[name], atol=1e-4)
 
 
-def test_switching_between_adapters_of_one_shape_compiles_nothing():
+def test_generation_follows_the_adapter_and_compiles_for_another_shape_alone():
     model = make_model()
-    for i, name in enumerate("ab"):
-        model.backbone.enable_lora(2, name=name)
-        fill(model, i, scale=0.4)
+    for i, (name, rank) in enumerate([("a", 2), ("b", 2), ("c", 3)]):
+        model.backbone.enable_lora(rank, ["query", "down"], name=name)
+        fill(model, i, scale=0.5)
+
+    def generate():
+        return model.generate(ROW, max_new_tokens=6, stop_token_ids=None, strip_prompt=True)
+
     tokens = {}
-    for name in "ab":
+    for name in ("c", "a", "b"):
         lora.use(model, name)
-        tokens[name] = model.generate(ROW, max_new_tokens=6, stop_token_ids=None)
-    assert tokens["a"] != tokens["b"]
+        tokens[name] = generate()
+        assert tokens[name] == reference.greedy(model.backbone, ROW, 6)
+    assert len({*map(tuple, tokens.values())}) == 3
     with count_compilations() as compilations:
-        for name in "ab":
+        for name in ("a", "b"):
             lora.use(model, name)
-            assert model.generate(ROW, max_new_tokens=6, stop_token_ids=None) == tokens[name]
+            assert generate() == tokens[name]
     assert not compilations.count
 
 
-def test_training_leaves_the_other_adapters():
+def test_what_changes_one_adapter_leaves_the_others():
     model = make_model()
     model.backbone.enable_lora(2, name="first")
     fill(model)
     first = values(model.trainable_variables)
     model.backbone.enable_lora(2, name="second")
-    fit(model, epochs=2)
+    fill(model, 1)
     second = values(model.trainable_variables)
     lora.use(model, "first")
     assert_same(values(model.trainable_variables), first)
@@ -200,25 +197,20 @@ def test_training_leaves_the_other_adapters():
     assert_same(values(model.trainable_variables), second)
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [("float32", None), ("bfloat16", "int8")])
-def test_training_goes_on_from_a_saved_adapter(dtype, mode, tmp_path):
-    whole, first = make_model(dtype, mode), make_model(dtype, mode)
-    for model in (whole, first):
-        keras.utils.set_random_seed(1)
-        model.backbone.enable_lora(4, ["query", "down", "token_embedding"], alpha=6)
-    fit(whole, epochs=2)
+def test_training_goes_on_from_a_saved_adapter(tmp_path):
+    first, second = make_model(), make_model()
+    first.backbone.enable_lora(4, ["query", "token_embedding"], alpha=6)
     fit(first)
     lora.save_adapter(first, tmp_path / "adapter")
-    second = make_model(dtype, mode)
     lora.load_adapter(second, tmp_path / "adapter", name="mine")
     assert lora.active(second) == "mine"
     assert_same(values(second.trainable_variables), values(first.trainable_variables))
     np.testing.assert_array_equal(logits(second), logits(first))
+    fit(first)
     fit(second)
-    one, other = values(second.trainable_variables), values(whole.trainable_variables)
-    for path, value in one.items():
-        np.testing.assert_allclose(value, other[path], atol=1e-6)
-    assert_same(base_values(second), base_values(whole))
+    one, other = values(second.trainable_variables), values(first.trainable_variables)
+    assert one.keys() == other.keys() and all(np.allclose(one[path], other[path], atol=1e-6) for path in one)
+    assert_same(base_values(second), base_values(first))
 
 
 def test_saving_one_that_is_not_active(tmp_path):
