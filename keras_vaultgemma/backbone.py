@@ -15,7 +15,7 @@ import warnings
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, checkpoint, presets, saving
+from keras_vaultgemma import backend, checkpoint, lora, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
@@ -107,6 +107,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         for name, value in hyperparameters.items():
             setattr(self, name, value)
         self._warned_about_length = False
+        self.adapters = lora.Adapters()
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = ReversibleEmbedding(
@@ -217,6 +218,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 "expect worse output beyond them.",
                 stacklevel=3,
             )
+
+    def default_lora_layer_names(self):
+        return list(lora.DEFAULT_TARGETS)
+
+    def enable_lora(self, rank, target_layer_names=None, alpha=None, dropout=0.0, name="default"):
+        """Freeze the model and train an adapter: `lora.add`, where the arguments are explained."""
+        lora.add(self, rank, target_layer_names, alpha, dropout, name)
+
+    def save_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads")
+
+    def load_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT")
 
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}

@@ -188,8 +188,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
-            ValueError: for empty data, items that are not strings, or ids outside the vocabulary.
+            ValueError: for empty data, items that are not strings, ids outside the vocabulary, or weights to train that
+                are bfloat16 or float16.
         """
+        self._check_that_training_moves_weights()
         x, y, sample_weight = self._training_data(x, y, sample_weight)
         if isinstance(validation_data, tuple):
             validation_data = self._training_data(*validation_data)
@@ -206,6 +208,15 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             validation_data=validation_data,
             **kwargs,
         )
+
+    def _check_that_training_moves_weights(self):
+        for variable in self.trainable_variables:
+            if variable.dtype in ("bfloat16", "float16"):
+                raise ValueError(
+                    "`fit` needs float32 weights to train, for Keras's Adam does not move 16-bit ones at all: load the "
+                    'model with dtype="mixed_bfloat16" or dtype="float32", or call `backbone.enable_lora`, whose '
+                    f"factors are float32. Received: {variable.path} of dtype {variable.dtype}"
+                )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`."""

@@ -10,9 +10,10 @@ the loop over chunks, which is not differentiated, ends where the tokens that co
 from typing import NamedTuple
 
 from keras import ops
+from keras.quantizers import AbsMaxQuantizer
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.layers import quantized_matmul, soft_cap
+from keras_vaultgemma.layers import int8_product, soft_cap
 
 CHUNK_LOGITS = 2**24
 """Logits of a chunk at most: 64 MiB in float32, of which three or four copies are alive at a time."""
@@ -39,7 +40,7 @@ class Factor(NamedTuple):
     def product(self):
         """[N, V], float32."""
         if self.scale is not None:
-            return quantized_matmul(self.rows, self.table, self.scale, transposed=True)
+            return int8_product(self.rows, self.table, self.scale, AbsMaxQuantizer(axis=-1), transposed=True)
         return ops.cast(backend.matmul(self.rows, self.table, transposed=True), "float32")
 
     def gradients(self, upstream):
@@ -61,9 +62,9 @@ def head_factors(embedding, rows):
     first = Factor(rows, table, embedding.embeddings_scale if is_int8 else None, table.trainable)
     if not embedding.lora_enabled:
         return [first]
-    scaling = embedding.lora_alpha / embedding.lora_rank
-    adapted = scaling * ops.matmul(ops.cast(rows, "float32"), ops.transpose(embedding.lora_embeddings_b))
-    return [first, Factor(adapted, embedding.lora_embeddings_a, is_trained=True)]
+    a, b = embedding.lora_factors
+    adapted = embedding.lora_scale * ops.matmul(ops.cast(rows, "float32"), ops.transpose(b))
+    return [first, Factor(adapted, a, is_trained=True)]
 
 
 def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk_size=None):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
     ["backend", "ids", "presets", "saving"],
-    ["cache", "layers"],
+    ["cache", "low_rank", "layers"],
     ["attention"],
     ["decoder_block"],
     [
@@ -19,6 +19,9 @@ FLOORS = [
         "h5_file",
         "checkpoint_config",
         "checkpoint",
+        "adapter",
+        "adapted_layers",
+        "lora",
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
