@@ -97,13 +97,12 @@ class PreprocessedDataset(keras.utils.PyDataset):
 class CutRows:
     """Counts the rows that a preprocessor cut, and warns of them: when `report` is called and on leaving the context.
 
-    A stream's rows are counted whenever they are read: in three epochs three times. Rows that other processes read
-    (`use_multiprocessing=True`) are not.
+    A batch counts once, however often Keras reads it; so do two equal batches. Rows that other processes read
+    (`use_multiprocessing=True`) are not counted.
     """
 
     def __init__(self):
-        # One entry a batch: threads may append at once, but not add.
-        self.counts = []
+        self.counts = {}
 
     def count(self, rows, weights):
         """Take note of a batch.
@@ -115,12 +114,13 @@ class CutRows:
         self.sequence_length = weights.shape[1]
         # The last label is one more token.
         is_cut = np.array([len(row) > self.sequence_length + 1 for row in rows])
-        self.counts.append((len(rows), is_cut.sum(), (is_cut & ~weights.any(axis=1)).sum()))
+        batch = hash(tuple(map(tuple, rows)))
+        self.counts[batch] = (len(rows), is_cut.sum(), (is_cut & ~weights.any(axis=1)).sum())
 
     def report(self):
         """Warn, where rows were cut since the last report."""
-        rows, cut, unanswered = np.sum(self.counts, axis=0) if self.counts else (0, 0, 0)
-        self.counts = []
+        rows, cut, unanswered = np.sum([*self.counts.values()], axis=0) if self.counts else (0, 0, 0)
+        self.counts = {}
         if cut:
             lost = f"; of {unanswered} of them the whole answer was cut away, and they teach nothing"
             warnings.warn(

@@ -226,20 +226,24 @@ def test_predict_gives_logits(tiny):
     np.testing.assert_allclose(tiny.predict(LINES[:2], verbose=0), to_numpy(tiny(x)), atol=1e-4)
 
 
-def test_loss_on_answers_alone(tiny):
+def small_with_text(sequence_length):
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset("vaultgemma_tiny", sequence_length=sequence_length)
+    return VaultGemmaCausalLM(random_backbone(vocabulary_size=4096, num_layers=1), preprocessor)
+
+
+def test_loss_on_answers_alone():
     """The loss of pairs and of chats is the mean over the answers' tokens, as `score` gives them."""
+    model = small_with_text(32)
     pairs = {"prompts": ["The Hare was", "A Crow,"], "responses": [" once boasting of her speed.", " half-dead"]}
     chat = [{"role": "user", "content": "Who won?"}, {"role": "assistant", "content": "The tortoise."}]
-    for data in (pairs, [chat]):
-        x, _, weight = tiny.preprocessor(data)
-        losses = tiny.score(x["token_ids"], x["padding_mask"])
-        expected = losses[weight == 1].mean()
+    for data in (pairs, [chat, chat]):
+        x, _, weight = model.preprocessor(data)
+        losses = model.score(x["token_ids"], x["padding_mask"])
         assert 0 < weight.sum() < (losses > 0).sum()
-        assert tiny.evaluate(data, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-4)
-    before = tiny.evaluate(pairs, verbose=0, return_dict=True)["loss"]
-    model = load_tiny()
-    model.fit(pairs, epochs=3, validation_data=pairs, verbose=0)
-    assert model.evaluate(pairs, verbose=0, return_dict=True)["loss"] < before
+        found = model.evaluate(data, verbose=0, return_dict=True)["loss"]
+        assert found == pytest.approx(losses[weight == 1].mean(), rel=1e-4)
+    history = model.fit(pairs, epochs=5, validation_data=pairs, verbose=0).history
+    assert history["val_loss"][-1] < history["loss"][0]
 
 
 class Lines(keras.utils.PyDataset):
@@ -250,27 +254,25 @@ class Lines(keras.utils.PyDataset):
         return LINES[2 * index : 2 * index + 2]
 
 
-def stream_of_lines():
-    yield LINES[:2]
-    yield LINES[2:]
-
-
-@pytest.mark.parametrize("data", [lambda: LINES, Lines, stream_of_lines], ids=["texts", "PyDataset", "generator"])
-def test_cut_rows_are_reported_once(data):
-    model = load_tiny()
-    model.preprocessor.sequence_length = 24
+def test_cut_rows_are_reported_once():
+    model = small_with_text(24)
     count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
     assert 0 < count < 4
-    for run in (model.fit, model.evaluate):
-        with pytest.warns(UserWarning, match="sequence_length") as caught:
-            run(data(), batch_size=None if data is not LINES else 2, verbose=0)
-        messages = [str(w.message) for w in caught if "sequence_length" in str(w.message)]
-        assert messages == [f"{count} of 4 rows were longer than sequence_length=24 and were cut."]
+    forms = {"texts": lambda: LINES, "PyDataset": Lines, "generator": lambda: iter([LINES[:2], LINES[2:]])}
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        forms["tf.data"] = lambda: tf.data.Dataset.from_tensor_slices(LINES).batch(2)
+    for name, data in forms.items():
+        for run in (model.fit, model.evaluate):
+            with pytest.warns(UserWarning, match="sequence_length") as caught:
+                run(data(), **{"batch_size": 2} if name == "texts" else {}, verbose=0)
+            messages = [str(w.message) for w in caught if "sequence_length" in str(w.message)]
+            assert messages == [f"{count} of 4 rows were longer than sequence_length=24 and were cut."], name
 
 
 def test_rows_that_lose_their_answer_are_reported():
-    model = load_tiny()
-    model.preprocessor.sequence_length = 24
+    model = small_with_text(24)
     pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
     with pytest.warns(UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"):
         loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]

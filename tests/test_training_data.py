@@ -100,6 +100,7 @@ def test_cut_rows_are_counted():
     cut_rows = CutRows()
     cut_rows.count(rows, weights)
     cut_rows.count(rows[:2], weights[:2])
+    cut_rows.count(rows, weights)  # read again
     message = (
         "3 of 5 rows were longer than sequence_length=3 and were cut; "
         "of 1 of them the whole answer was cut away, and they teach nothing."
