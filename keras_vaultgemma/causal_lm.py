@@ -153,8 +153,9 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def _training_data(self, x, y=None, sample_weight=None, cut_rows=None):
-        preprocess = functools.partial(self.preprocess_samples, cut_rows=cut_rows)
-        preprocess = None if self.preprocessor is None else preprocess
+        preprocess = (
+            None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
+        )
         return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
