@@ -10,31 +10,40 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.layers import projection, rotate, soft_cap
 
 
-def causal_mask(query_positions, key_positions, window=None):
-    """Which key each query sees: those not after it, not empty, and less than `window` positions back.
+def causal_mask(query_positions, key_positions, window=None, segments=None):
+    """Which key each query sees: those not after it, not empty, less than `window` positions back, of its own segment.
 
     Args:
         query_positions: int [B, T].
         key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
         window: number of positions seen, the query's own included; None for all.
+        segments: int [B, T], the segment of each token where S = T; None where a row is one text.
 
     Returns:
         bool [B, T, S].
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     seen = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv.EMPTY)
+    if segments is not None:
+        seen = ops.logical_and(seen, _same(segments))
     return seen if window is None else ops.logical_and(seen, distance < window)
 
 
 def positions_of(padding_mask):
-    """Positions of the tokens in padded rows: int32 [B, T], counted from 0 in each row, `cache.EMPTY` at padding.
+    """Positions of the tokens in their segments: int32 [B, T], each counted from 0, `cache.EMPTY` at padding.
 
     Args:
-        padding_mask: int or bool [B, T], true at tokens; padding may stand on either side.
+        padding_mask: int or bool [B, T], the number of each token's segment, 0 at padding. A row that is one text has 1
+            at every token; padding may stand on either side.
     """
-    padding_mask = ops.cast(padding_mask, "int32")
-    counted = ops.cast(ops.cumsum(padding_mask, axis=1), "int32") - 1
-    return ops.where(padding_mask > 0, counted, kv.EMPTY)
+    segments = ops.cast(padding_mask, "int32")
+    counted = ops.sum(ops.cast(ops.tril(_same(segments)), "int32"), axis=-1) - 1
+    return ops.where(segments > 0, counted, kv.EMPTY)
+
+
+def _same(segments):
+    """bool [B, T, T]: which pairs of tokens are of one segment."""
+    return ops.equal(segments[:, :, None], segments[:, None, :])
 
 
 def attend(query, key, value, mask, scale, cap=None):

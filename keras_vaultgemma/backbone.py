@@ -28,7 +28,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 class VaultGemmaBackbone(keras_hub.models.Backbone):
     """VaultGemma without its head: `{"token_ids", "padding_mask"}`, int32 [B, T] each, to hidden states [B, T, D].
 
-    Padding may stand on either side of the tokens. Hidden states at padding are finite and mean nothing.
+    `padding_mask` is 1 at tokens and 0 at padding, on either side of the tokens. Rows that several documents share have
+    the number of the token's segment instead of 1 (packing.py): positions start anew in each segment, and its tokens
+    see no other. Hidden states at padding are finite and mean nothing.
 
     Args:
         vocabulary_size: V.
@@ -148,22 +150,24 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
-            outputs=self.walk(token_ids, positions_of(padding_mask)),
+            outputs=self.walk(token_ids, positions_of(padding_mask), segments=padding_mask),
             dtype=dtype,
             **kwargs,
         )
         if initial.values:
             raise ValueError(f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}")
 
-    def walk(self, token_ids, positions, cache=None, start=None):
+    def walk(self, token_ids, positions, cache=None, start=None, segments=None):
         """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
 
         Args:
             token_ids: int32 [B, T].
-            positions: int32 [B, T], of each token in its row; `cache.EMPTY` at padding.
+            positions: int32 [B, T], of each token in its segment; `cache.EMPTY` at padding.
             cache: `KVCache` of S slots that the tokens are written into and attend to, or None to attend to
                 each other only. It is consumed: use the returned one.
             start: int32 scalar, the slot of the first token. Only with a cache.
+            segments: int32 [B, T], tokens see those of the same number only. Only without a cache; None where each row
+                is one text.
 
         Returns:
             Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
@@ -171,7 +175,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         key_positions = positions if cache is None else kv.write(cache.positions, positions, start)
         masks = {
             layer_type: causal_mask(
-                positions, key_positions, self.sliding_window_size if layer_type == "sliding_attention" else None
+                positions,
+                key_positions,
+                self.sliding_window_size if layer_type == "sliding_attention" else None,
+                segments,
             )
             for layer_type in set(self.layer_types)
         }

@@ -242,6 +242,21 @@ def is_symbolic_tensorflow(x):
     return is_tensorflow(x) and hasattr(x, "graph") and not hasattr(x, "numpy")
 
 
+def tensorflow_dataset(make_batches, structure):
+    """A `tf.data.Dataset` of what `make_batches()` yields, called anew for each epoch; on TensorFlow only.
+
+    Args:
+        make_batches: returns an iterator of nested NumPy arrays.
+        structure: a batch's nest with a `keras.KerasTensor` for each array.
+    """
+    if NAME != "tensorflow":
+        raise ValueError(f"A `tf.data.Dataset` needs the TensorFlow backend. Received: the backend {NAME!r}")
+    import tensorflow as tf
+
+    signature = keras.tree.map_structure(lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), structure)
+    return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
+
+
 def in_tensorflow_graph(function, inputs, shapes, dtypes):
     """Call `function` on the NumPy values of `inputs` from inside a TensorFlow graph (a `tf.data` map).
 

@@ -1,6 +1,7 @@
 """The task: a head on the backbone, and what users do with it: generate, fit, evaluate, predict, score."""
 
 import contextlib
+import functools
 
 import keras
 import keras_hub
@@ -173,41 +174,53 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         factors = head_factors(embedding, rows)
         return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
 
-    def preprocess_samples(self, x, y=None, sample_weight=None):
+    def preprocess_samples(self, x, y=None, sample_weight=None, cut_rows=None):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
-        if self.preprocessor is None or isinstance(x, dict):
+        if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return self.preprocessor(x)
+        # Past `Layer.__call__`, which looks into every string and wraps errors.
+        return self.preprocessor.call(x, cut_rows=cut_rows)
 
     def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
         """Train on next-token prediction; see `keras.Model.fit` for the arguments that are not explained here.
 
         Args:
-            x: strings, a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of strings, or
-                `{"token_ids", "padding_mask"}` with labels `y`.
+            x: one of
+                - strings;
+                - `{"prompts": strings, "responses": strings}`: the loss is on the responses alone;
+                - chats, lists of `{"role", "content"}`: the loss is on what the model says alone;
+                - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of these, or of packed
+                  documents (packing.py);
+                - `{"token_ids", "padding_mask"}` with labels `y`.
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
             ValueError: for empty data, items that are not strings, ids outside the vocabulary, or weights to train that
                 are bfloat16 or float16.
+
+        Warns:
+            UserWarning: how many rows were longer than the preprocessor's `sequence_length` and were cut: of data in
+                memory before training, of streams after it.
         """
         self._check_that_training_moves_weights()
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
-        if isinstance(validation_data, tuple):
-            validation_data = self._training_data(*validation_data)
-        elif validation_data is not None:
-            x_val, y_val, weight_val = self._training_data(validation_data)
-            validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
-        # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
-        return keras.Model.fit(
-            self,
-            x=x,
-            y=y,
-            batch_size=batch_size,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            **kwargs,
-        )
+        with training_data.CutRows() as cut_rows:
+            x, y, sample_weight = self._training_data(x, y, sample_weight, cut_rows)
+            if isinstance(validation_data, tuple):
+                validation_data = self._training_data(*validation_data, cut_rows=cut_rows)
+            elif validation_data is not None:
+                x_val, y_val, weight_val = self._training_data(validation_data, cut_rows=cut_rows)
+                validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
+            cut_rows.report()
+            # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
+            return keras.Model.fit(
+                self,
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                validation_data=validation_data,
+                **kwargs,
+            )
 
     def _check_that_training_moves_weights(self):
         for variable in self.trainable_variables:
@@ -219,17 +232,20 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
                 )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
-        """Loss and metrics on data as for `fit`."""
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
-        return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+        """Loss and metrics on data as for `fit`, with the same warning."""
+        with training_data.CutRows() as cut_rows:
+            x, y, sample_weight = self._training_data(x, y, sample_weight, cut_rows)
+            return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32 [B, T, V], for data as for `fit`."""
         x, _, _ = self._training_data(x, None, None)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _training_data(self, x, y=None, sample_weight=None):
-        preprocess = None if self.preprocessor is None else self.preprocess_samples
+    def _training_data(self, x, y=None, sample_weight=None, cut_rows=None):
+        preprocess = (
+            None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
+        )
         return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
@@ -237,10 +253,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
 
         Args:
             token_ids: strings, or int [B, T].
-            padding_mask: [B, T], true at tokens; all true if None.
+            padding_mask: [B, T], true at tokens, or the number of each token's segment; all true if None.
             scoring_mode: "loss" or "logits".
             target_ids: int [B, T], what to predict at each place. Defaults to the next token, and then nothing is
-                predicted at a row's last token.
+                predicted at a segment's last token.
 
         Returns:
             NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
@@ -261,10 +277,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         if scoring_mode == "logits":
             return keras.Model.predict(self, x, verbose=0)
         if target_ids is None:
-            target_ids, weights = np.roll(token_ids, -1, axis=1), np.roll(mask, -1, axis=1) * mask
-            weights[:, -1] = 0
+            target_ids, weights = np.roll(token_ids, -1, axis=1), (np.roll(mask, -1, axis=1) == mask) & (mask > 0)
+            weights[:, -1] = False
         else:
-            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask
+            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
         score = backend.compile_function(self._score_rows, self.variables)
         arrays = (x["token_ids"], x["padding_mask"], target_ids.astype("int32"), weights.astype("float32"))
         batches = [[array[i : i + SCORED_ROWS] for array in arrays] for i in range(0, len(token_ids), SCORED_ROWS)]

@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -43,6 +45,43 @@ def test_slots_and_positions_may_differ():
     assert mask_of([2], [0, 1, -1, -1, 2, -1], window=2) == [[_, 1, _, _, 1, _]]
 
 
+def test_segments_do_not_see_each_other():
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0]], "int32")
+    positions = positions_of(segments)
+
+    def mask_of(window=None):
+        return to_numpy(causal_mask(positions, positions, window, segments)).astype(int)[0].tolist()
+
+    assert mask_of() == [
+        [1, _, _, _, _, _, _],
+        [1, 1, _, _, _, _, _],
+        [1, 1, 1, _, _, _, _],
+        [_, _, _, 1, _, _, _],
+        [_, _, _, 1, 1, _, _],
+        [_, _, _, _, _, 1, _],
+        [_, _, _, _, _, _, _],
+    ]
+    assert mask_of(window=2) == [
+        [1, _, _, _, _, _, _],
+        [1, 1, _, _, _, _, _],
+        [_, 1, 1, _, _, _, _],
+        [_, _, _, 1, _, _, _],
+        [_, _, _, 1, 1, _, _],
+        [_, _, _, _, _, 1, _],
+        [_, _, _, _, _, _, _],
+    ]
+
+
+def test_a_row_that_is_one_text_is_masked_as_without_segments():
+    """Every mask of six places, also with holes: the same positions as counting tokens, the same boolean mask."""
+    masks = np.array([*itertools.product([0, 1], repeat=6)], "int32")
+    positions = positions_of(masks)
+    assert to_numpy(positions).tolist() == np.where(masks, masks.cumsum(1) - 1, -1).tolist()
+    for window in (None, 3):
+        expected = to_numpy(causal_mask(positions, positions, window))
+        np.testing.assert_array_equal(to_numpy(causal_mask(positions, positions, window, masks)), expected)
+
+
 @pytest.mark.parametrize(
     "mask, positions",
     [
@@ -50,10 +89,13 @@ def test_slots_and_positions_may_differ():
         ([1, 1, 0], [0, 1, -1]),
         ([0, 1, 1], [-1, 0, 1]),
         ([0, 0, 0], [-1, -1, -1]),
+        ([1, 1, 2, 2, 2, 3, 0], [0, 1, 0, 1, 2, 0, -1]),
+        ([0, 1, 2, 2], [-1, 0, 0, 1]),
+        ([True, True, False], [0, 1, -1]),
     ],
 )
 def test_positions_of_padded_rows(mask, positions):
-    found = positions_of(np.array([mask], "int32"))
+    found = positions_of(np.array([mask]))
     assert keras.backend.standardize_dtype(found.dtype) == "int32"
     assert to_numpy(found).tolist() == [positions]
 

@@ -24,7 +24,7 @@ FLOORS = [
         "lora",
         "backbone",
     ],
-    ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
+    ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["sampling", "generation", "search", "prompt_lookup", "completion"],
     ["causal_lm"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],

@@ -20,14 +20,23 @@ def run(code, folder, **environment):
 
 
 def test_the_promised_snippets_are_there():
-    assert list(SNIPPETS) == ["Generate", "Switch the backend", "Fine-tune", "Load the 1B weights", "Save"]
+    assert list(SNIPPETS) == [
+        "Generate",
+        "Switch the backend",
+        "Fine-tune",
+        "Train on documents or pairs",
+        "Load the 1B weights",
+        "Save",
+    ]
 
 
-@pytest.mark.parametrize("title", ["Generate", "Switch the backend", "Fine-tune", "Save"])
+@pytest.mark.parametrize(
+    "title", ["Generate", "Switch the backend", "Fine-tune", "Train on documents or pairs", "Save"]
+)
 def test_snippet_runs(title, tmp_path):
     result = run(SNIPPETS[title], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    if title != "Fine-tune":
+    if title not in ("Fine-tune", "Train on documents or pairs"):
         assert "Once upon a time" in result.stdout
 
 
