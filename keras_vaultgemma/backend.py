@@ -69,11 +69,34 @@ with without_tensorflow():
 NAME = keras.config.backend()
 
 
-def from_numpy(array):
+def check_that_it_distributes():
+    """Raise ValueError where Keras cannot divide variables among devices: on every backend but JAX it ignores layouts."""
+    if NAME != "jax":
+        raise ValueError(
+            "Models are distributed on the JAX backend only: Keras would ignore the layout on another one. "
+            f"Received: KERAS_BACKEND={NAME!r}"
+        )
+
+
+def from_numpy(array, layout=None):
     """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
 
     Keras brings bfloat16 to PyTorch by way of float32, in three copies; the bits are the same.
+
+    Args:
+        layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
+            set. Each device then gets its own part alone. (Keras itself would put the whole array on one device first,
+            or make it a constant of a compiled program.)
     """
+    if layout is not None:
+        import jax
+
+        mesh = jax.sharding.get_mesh()
+        # Keras asks from inside `explicit_axes`, which knows layouts of such a mesh only.
+        axis_types = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+        sharding = jax.sharding.NamedSharding(mesh, layout.spec)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     if NAME == "torch" and array.dtype.name == "bfloat16":
         import torch
 

@@ -19,6 +19,7 @@ FLOORS = [
         "h5_file",
         "checkpoint_config",
         "checkpoint",
+        "distribution",
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
