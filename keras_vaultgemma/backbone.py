@@ -221,8 +221,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):

@@ -78,6 +78,34 @@ def check_that_it_distributes():
         )
 
 
+@contextlib.contextmanager
+def gathered(variables):
+    """Inside, variables that are divided among processes (JAX) have their whole values, for the first process to save.
+
+    Every process has to enter, and none goes on before the first one is done.
+
+    Yields:
+        Whether this process is to write: the first one, or any whose variables are all its own.
+    """
+    divided = [v for v in variables if not v.value.is_fully_addressable] if NAME == "jax" else []
+    if not divided:
+        yield True
+        return
+    import jax
+    from jax.experimental import multihost_utils
+
+    is_first = jax.process_index() == 0
+    whole = []
+    for variable in divided:
+        value = multihost_utils.process_allgather(variable.value, tiled=True)
+        whole += [(variable, value)] if is_first else []
+    try:
+        with keras.StatelessScope(state_mapping=whole):
+            yield is_first
+    finally:
+        multihost_utils.sync_global_devices("saved")
+
+
 def from_numpy(array, layout=None):
     """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
 

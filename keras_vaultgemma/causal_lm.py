@@ -77,8 +77,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
         """As `keras_hub.models.CausalLM.compile`, with two other defaults.

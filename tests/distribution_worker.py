@@ -19,7 +19,7 @@ from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
 
 ROWS, LENGTH = 8, 12
-SIZES = {**RELEASE_LIKE, "num_layers": 2}
+SIZES = {**RELEASE_LIKE, "num_layers": 1}
 PROMPTS = [[2, 17, 5, 99], [2, 8, 100, 31, 77, 3, 64]]
 
 
@@ -37,8 +37,7 @@ def weights():
 
 
 def model():
-    keras.utils.set_random_seed(0)
-    return VaultGemmaCausalLM(random_backbone(num_layers=2, initial_values=weights()))
+    return VaultGemmaCausalLM(random_backbone(num_layers=1, initial_values=weights()))
 
 
 def batch():
@@ -88,31 +87,41 @@ def full(results):
 
 
 def lora(results, quantized=False):
-    """Four accumulated steps of Adam on LoRA factors of every layer, embedding included."""
+    """Four accumulated steps of Adam on LoRA factors of a matrix cut by columns, one cut by rows, and the embedding."""
     trained = model()
     if quantized:
         trained.quantize("int8")
-    targets = ["query", "key", "value", "attention_output", "gate", "up", "down", "token_embedding"]
-    trained.backbone.enable_lora(2, target_layer_names=targets)
-    optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2)
+        results["greedy"] = generated(trained)
+    trained.backbone.enable_lora(2, target_layer_names=["up", "attention_output", "token_embedding"])
+    factors = [v for v in trained.backbone.variables if "lora" in v.path]
+    rng = np.random.default_rng(2)
+    for v in factors:
+        v.assign(rng.normal(size=v.shape) * 0.1)
+    optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2, name="adam")
     results["loss"] = fit(trained, optimizer, steps=4)
     for v in [*trained.backbone.variables, *optimizer.variables]:
         results[f"layout/{v.path}"] = layout(v)
-        if "lora" in v.path:
-            results[f"trained/{v.path}"] = whole(v)
+    for v in factors:
+        results[f"trained/{v.path}"] = whole(v)
 
 
-def generate(results, quantized=False):
-    """Ids of greedy decoding, of a seeded random sampler, and of prompt lookup."""
+def generate(results):
     generating = model()
-    if quantized:
-        generating.quantize("int8")
-    ask = dict(max_new_tokens=20, strip_prompt=True, stop_token_ids=None)
-    results["greedy"] = np.array(generating.generate(PROMPTS, **ask))
-    if not quantized:
-        results["lookup"] = np.array(generating.generate(PROMPTS, prompt_lookup=True, **ask))
-        generating.compile(sampler="random")
-        results["random"] = np.array(generating.generate(PROMPTS, seed=5, **ask))
+    results["greedy"] = generated(generating)
+    generating.compile(sampler="random")
+    results["random"] = generated(generating, seed=5)
+
+
+def generated(model, **options):
+    return np.array(model.generate(PROMPTS, max_new_tokens=20, strip_prompt=True, stop_token_ids=None, **options))
+
+
+def save(results):
+    """What is read back after saving."""
+    folder = f"{sys.argv[1]}.preset"
+    model().backbone.save_to_preset(folder)
+    for v in VaultGemmaBackbone.from_preset(folder).variables:
+        results[v.path] = whole(v)
 
 
 TASKS = {
@@ -120,7 +129,7 @@ TASKS = {
     "lora": lora,
     "qlora": lambda results: lora(results, quantized=True),
     "generate": generate,
-    "int8": lambda results: generate(results, quantized=True),
+    "save": save,
 }
 
 

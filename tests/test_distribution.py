@@ -19,9 +19,9 @@ WORKER = Path(__file__).parent / "distribution_worker.py"
 ON_JAX = keras.config.backend() == "jax"
 needs_jax = pytest.mark.skipif(not ON_JAX, reason="Keras distributes models on JAX only")
 ONE_B = read_config(find("vaultgemma_1b", "config"))
-MESHES = ["2", "4", "8", "1x2", "1x4", "1x8", "2x2", "2x4", "4x2"]
-TASK_MESHES = {"lora": ["2x2", "1x8"], "qlora": ["2x2"], "generate": ["2", "1x4", "2x4"], "int8": ["1x4"]}
-PROCESS_MESHES = ["4", "1x4", "2x2"]
+MESHES = ["2", "4", "8", "1x2", "1x4", "1x8", "2x4"]
+TASK_MESHES = {"lora": [], "qlora": ["2x2"], "generate": ["2", "1x4"], "save": ["1x4"]}
+PROCESS_MESHES = ["4", "1x4"]
 
 
 def mesh(*shape, axes=("batch", "model")):
@@ -148,7 +148,9 @@ def work(path, cases, devices, processes=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    # Less optimisation: most of the time goes into compiling.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     if processes > 1:
         environment |= {
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
@@ -176,13 +178,13 @@ def work(path, cases, devices, processes=1):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     cases = [f"{mesh}:full" for mesh in ["1", *MESHES]]
-    cases += [f"{mesh}:{task}" for task in ("lora", "qlora", "generate", "int8") for mesh in ["1", *TASK_MESHES[task]]]
+    cases += [f"{mesh}:{task}" for task in TASK_MESHES for mesh in ["1", *TASK_MESHES[task]]]
     return work(tmp_path_factory.mktemp("one") / "results.npz", cases, devices=8)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    cases = [f"{mesh}:full" for mesh in PROCESS_MESHES] + ["2x2:lora", "2x2:generate"]
+    cases = [f"{mesh}:full" for mesh in PROCESS_MESHES] + ["2x2:lora", "1x4:generate", "2x2:save"]
     return work(tmp_path_factory.mktemp("two") / "results.npz", cases, devices=2, processes=2)
 
 
@@ -203,7 +205,7 @@ def test_loss_and_gradients_equal_those_of_one_device(one_process, mesh):
 
 @needs_jax
 @pytest.mark.parametrize("task, mesh", [(task, mesh) for task, meshes in TASK_MESHES.items() for mesh in meshes])
-def test_lora_int8_and_generation_equal_those_on_one_device(one_process, task, mesh):
+def test_lora_over_int8_generation_and_saving_equal_those_on_one_device(one_process, task, mesh):
     assert_equal_to_one_device(one_process, mesh, task, one_process)
 
 
@@ -214,19 +216,19 @@ def test_two_processes_equal_one_device(one_process, two_processes, mesh):
 
 
 @needs_jax
-@pytest.mark.parametrize("task", ["lora", "generate"])
-def test_lora_and_generation_on_two_processes(one_process, two_processes, task):
-    assert_equal_to_one_device(two_processes, "2x2", task, one_process)
+@pytest.mark.parametrize("mesh, task", [("2x2", "lora"), ("1x4", "generate"), ("2x2", "save")])
+def test_lora_generation_and_saving_on_two_processes(one_process, two_processes, mesh, task):
+    assert_equal_to_one_device(two_processes, mesh, task, one_process)
 
 
 @needs_jax
 def test_weights_are_loaded_in_parts(one_process):
     layouts = one_process["1x4:full"]
     assert layouts["layout/token_embedding/embeddings"] == "('model', None)"
-    assert layouts["layout/decoder_block_1/attention/value/kernel"] == "(None, 'model')"
-    assert layouts["layout/decoder_block_1/down/kernel"] == "('model', None)"
+    assert layouts["layout/decoder_block_0/attention/value/kernel"] == "(None, 'model')"
+    assert layouts["layout/decoder_block_0/down/kernel"] == "('model', None)"
     assert layouts["layout/final_norm/scale"] == "(None,)"
-    assert one_process["1x8:full"]["layout/decoder_block_1/attention/value/kernel"] == "(None, None)"
+    assert one_process["1x8:full"]["layout/decoder_block_0/attention/value/kernel"] == "(None, None)"
 
 
 @needs_jax
