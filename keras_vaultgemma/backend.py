@@ -70,7 +70,7 @@ NAME = keras.config.backend()
 
 
 def check_that_it_distributes():
-    """Raise ValueError where Keras cannot divide variables among devices: on every backend but JAX it ignores layouts."""
+    """Raise ValueError where Keras does not divide variables among devices: everywhere but on JAX."""
     if NAME != "jax":
         raise ValueError(
             "Models are distributed on the JAX backend only: Keras would ignore the layout on another one. "

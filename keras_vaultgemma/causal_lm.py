@@ -5,7 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, completion, ids, presets, saving, training_data
+from keras_vaultgemma import backend, completion, distribution, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
@@ -110,13 +110,15 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
-            ValueError: for empty data, items that are not strings, or ids outside the vocabulary.
+            ValueError: for empty data, items that are not strings, ids outside the vocabulary, or a batch that the
+                distribution which is set cannot divide among its devices.
         """
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
+        x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size)
+        validation_batch_size = kwargs.get("validation_batch_size") or batch_size
         if isinstance(validation_data, tuple):
-            validation_data = self._training_data(*validation_data)
+            validation_data = self._training_data(*validation_data, batch_size=validation_batch_size)
         elif validation_data is not None:
-            x_val, y_val, weight_val = self._training_data(validation_data)
+            x_val, y_val, weight_val = self._training_data(validation_data, batch_size=validation_batch_size)
             validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
         # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
         return keras.Model.fit(
@@ -131,17 +133,19 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`."""
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
+        x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size)
         return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32 [B, T, V], for data as for `fit`."""
-        x, _, _ = self._training_data(x, None, None)
+        x, _, _ = self._training_data(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _training_data(self, x, y=None, sample_weight=None):
+    def _training_data(self, x, y=None, sample_weight=None, batch_size=None):
         preprocess = None if self.preprocessor is None else self.preprocess_samples
-        return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        data = training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        distribution.check_batches(data[0], batch_size)
+        return data
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
         """How well the model predicts each token.

@@ -1,8 +1,8 @@
-"""How the backbone's variables are divided among devices, from its sizes alone.
+"""How the backbone's variables and the rows of a batch are divided among devices, from their sizes alone.
 
-This is the tensor parallelism of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): matrices into the heads and into
-the MLP are cut by columns, those out of them by rows, the embedding by rows of the vocabulary. Each device then works on
-heads, channels and tokens of its own, and no weight ever travels.
+For variables this is the tensor parallelism of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): matrices into the
+heads and into the MLP are cut by columns, those out of them by rows, the embedding by rows of the vocabulary. Each
+device then works on heads, channels and tokens of its own, and no weight ever travels.
 """
 
 import warnings
@@ -22,18 +22,21 @@ Key-value heads stand for all heads: the query heads are a multiple of them, and
 nothing from another device.
 """
 
+KERAS_BATCH_SIZE = 32
+"""What `keras.Model.fit` takes where it is given no batch size."""
+
 
 def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batch"):
     """The layout of each variable of a backbone, also of those that LoRA and int8 add.
 
-    Norms, and variables that stand in no entry, are whole on every device. Optimizers give their state the layout of the
-    variable that it belongs to.
+    Norms, and variables that stand in no entry, are whole on every device. Optimizers give their state, accumulated
+    gradients included, the layout of the variable that it belongs to.
 
     Args:
         device_mesh: `keras.distribution.DeviceMesh`.
         hyperparameters: the backbone's constructor arguments.
         model_axis: the mesh axis along which variables are divided.
-        data_axis: the mesh axis along which the rows of a batch are divided; each of its devices has the same variables.
+        data_axis: the mesh axis along which the rows of a batch are divided, and no variable is.
 
     Returns:
         `keras.distribution.LayoutMap`. A part whose size the devices of `model_axis` do not divide stays whole, and a
@@ -68,6 +71,28 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
     for pattern, axes in variable_axes(model_axis, whole).items():
         layouts[pattern] = axes
     return layouts
+
+
+def check_batches(x, batch_size):
+    """Raise ValueError where the distribution that is set cannot divide each batch of `x` among its devices.
+
+    JAX would find out as well, but at the last batch, after an epoch, and in words of its own.
+
+    Args:
+        x: `{"token_ids": [B, T]}`; anything else is not looked at, for its rows cannot be counted.
+        batch_size: as given to `fit`.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or not isinstance(x, dict):
+        return
+    # Each process has its own share of a batch, or the same rows as others of its replica.
+    shares = max(1, distribution.num_model_replicas // distribution.num_processes)
+    rows, batch_size = x["token_ids"].shape[0], batch_size or KERAS_BATCH_SIZE
+    if rows % shares or (rows > batch_size and batch_size % shares):
+        raise ValueError(
+            f"Every batch, the last one included, must have a multiple of {shares} rows, for the distribution divides "
+            f"them among as many devices. Received: batch_size={batch_size} and {rows} rows"
+        )
 
 
 def variable_axes(axis, whole=()):

@@ -77,7 +77,9 @@ def test_four_heads_on_eight_devices_stay_whole_and_the_rest_is_divided():
 
 
 @needs_jax
-@pytest.mark.parametrize("devices, whole", [(1, ""), (2, ""), (3, "attention and the embedding"), (5, "attention and the MLP")])
+@pytest.mark.parametrize(
+    "devices, whole", [(1, ""), (2, ""), (3, "attention and the embedding"), (5, "attention and the MLP")]
+)
 def test_whatever_is_divided_is_divided_evenly(devices, whole, recwarn):
     layout_map = VaultGemmaBackbone.get_layout_map(mesh(1, devices))
     messages = [str(warning.message) for warning in recwarn]
@@ -123,6 +125,31 @@ def test_axes_may_have_other_names():
 def test_bad_arguments_are_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         VaultGemmaBackbone.get_layout_map(*arguments, **options)
+
+
+@needs_jax
+@pytest.mark.parametrize("rows, batch_size", [(10, 4), (8, 2), (34, None), (6, 8)])
+def test_batches_that_cannot_be_divided_are_refused_before_training(model, rows, batch_size):
+    x = {"token_ids": np.ones((rows, 5), "int32"), "padding_mask": np.ones((rows, 5), "int32")}
+    good = {name: array[:4] for name, array in x.items()}
+    batch = 32 if batch_size is None else batch_size
+    message = f"must have a multiple of 4 rows.* Received: batch_size={batch} and {rows} rows"
+    with keras.distribution.DataParallel(device_mesh=mesh(4, axes=("batch",))).scope():
+        assert distribution.check_batches(good, batch_size) is None
+        for call in (
+            lambda: model.fit(x, x["token_ids"], batch_size=batch_size),
+            lambda: model.fit(
+                good,
+                good["token_ids"],
+                batch_size=4,
+                validation_data=(x, x["token_ids"]),
+                validation_batch_size=batch_size,
+            ),
+            lambda: model.evaluate(x, x["token_ids"], batch_size=batch_size),
+            lambda: model.predict(x, batch_size=batch_size),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
 
 
 @pytest.mark.skipif(ON_JAX, reason="JAX distributes")
