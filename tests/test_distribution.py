@@ -131,25 +131,25 @@ def test_bad_arguments_are_refused(arguments, options, message):
 @pytest.mark.parametrize("rows, batch_size", [(10, 4), (8, 2), (34, None), (6, 8)])
 def test_batches_that_cannot_be_divided_are_refused_before_training(model, rows, batch_size):
     x = {"token_ids": np.ones((rows, 5), "int32"), "padding_mask": np.ones((rows, 5), "int32")}
-    good = {name: array[:4] for name, array in x.items()}
-    batch = 32 if batch_size is None else batch_size
-    message = f"must have a multiple of 4 rows.* Received: batch_size={batch} and {rows} rows"
+    message = f"must have a multiple of 4 rows.* Received: batch_size={batch_size or 32} and {rows} rows"
     with keras.distribution.DataParallel(device_mesh=mesh(4, axes=("batch",))).scope():
-        assert distribution.check_batches(good, batch_size) is None
         for call in (
             lambda: model.fit(x, x["token_ids"], batch_size=batch_size),
-            lambda: model.fit(
-                good,
-                good["token_ids"],
-                batch_size=4,
-                validation_data=(x, x["token_ids"]),
-                validation_batch_size=batch_size,
-            ),
             lambda: model.evaluate(x, x["token_ids"], batch_size=batch_size),
             lambda: model.predict(x, batch_size=batch_size),
         ):
             with pytest.raises(ValueError, match=message):
                 call()
+
+
+@needs_jax
+def test_batches_of_validation_data_are_checked_too(model):
+    x = np.ones((10, 5), "int32")
+    data, more = {"token_ids": x[:8], "padding_mask": x[:8]}, {"token_ids": x, "padding_mask": x}
+    with keras.distribution.DataParallel(device_mesh=mesh(4, axes=("batch",))).scope():
+        assert distribution.check_batches(data, 4) is None
+        with pytest.raises(ValueError, match="Received: batch_size=8 and 10 rows"):
+            model.fit(data, x[:8], batch_size=4, validation_data=(more, x), validation_batch_size=8)
 
 
 @pytest.mark.skipif(ON_JAX, reason="JAX distributes")
