@@ -15,7 +15,7 @@ import warnings
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, checkpoint, distribution, presets, saving
+from keras_vaultgemma import backend, checkpoint, distribution, lora, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
@@ -107,6 +107,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         for name, value in hyperparameters.items():
             setattr(self, name, value)
         self._warned_about_length = False
+        self.adapters = lora.Adapters()
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = ReversibleEmbedding(
@@ -177,8 +178,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         angles = self.rotary_angles(positions)
         x = self.embedding_scale(self.token_embedding(token_ids))
         keys, values = [], []
-        for i, block in enumerate(self.transformer_layers):
-            mask = masks[block.layer_type]
+        blocks = self.transformer_layers if cache is None else backend.trace_once(self.transformer_layers)
+        for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
+            mask = masks[layer_type]
             if cache is None:
                 x = block(x, angles=angles, attention_mask=mask)
             else:
@@ -188,6 +190,16 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 values.append(value)
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    @property
+    def gradient_checkpointing(self):
+        """Whether blocks keep only their input for the backward pass and compute the rest again."""
+        return self.transformer_layers[0].gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value):
+        for block in self.transformer_layers:
+            block.gradient_checkpointing = bool(value)
 
     def empty_cache(self, batch, slots):
         """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""
@@ -206,6 +218,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 "expect worse output beyond them.",
                 stacklevel=3,
             )
+
+    def default_lora_layer_names(self):
+        return list(lora.DEFAULT_TARGETS)
+
+    def enable_lora(self, rank, target_layer_names=None, alpha=None, dropout=0.0, name="default"):
+        """Freeze the model and train an adapter: `lora.add`, where the arguments are explained."""
+        lora.add(self, rank, target_layer_names, alpha, dropout, name)
+
+    def save_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads")
+
+    def load_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT")
 
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}

@@ -251,6 +251,28 @@ def compile_function(function, variables, donate=()):
     return torch.no_grad()(function)
 
 
+def trace_once(layers):
+    """Layers that differ in nothing but the values of their variables, as functions that call them.
+
+    On JAX they are traced once for all: tracing takes most of a first call whose program is compiled already.
+    Elsewhere, and where the variables' shapes or dtypes differ, the layers themselves.
+    """
+    kinds = {tuple((v.name, tuple(v.shape), v.dtype) for v in layer.variables) for layer in layers}
+    if NAME != "jax" or len(kinds) > 1:
+        return layers
+    import jax
+
+    @jax.jit
+    def call_first(values, args, kwargs):
+        with keras.StatelessScope(state_mapping=zip(layers[0].variables, values, strict=True)):
+            return layers[0](*args, **kwargs)
+
+    def function_of(layer):
+        return lambda *args, **kwargs: call_first([v.value for v in layer.variables], args, kwargs)
+
+    return [function_of(layer) for layer in layers]
+
+
 def cache_compilations(folder):
     """Keep compiled programs in `folder` for the next process (JAX); what the user has configured stands."""
     if NAME == "jax":

@@ -16,7 +16,8 @@ from common import RELEASE_LIKE, random_backbone
 from jax.experimental import multihost_utils
 from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
+from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, adapter, weight_layout
+from keras_vaultgemma.lora import save_adapter
 
 ROWS, LENGTH = 8, 12
 SIZES = {**RELEASE_LIKE, "num_layers": 1}
@@ -103,17 +104,18 @@ def lora(results, quantized=False):
         results[f"layout/{v.path}"] = layout(v)
     for v in factors:
         results[f"trained/{v.path}"] = whole(v)
+    folder = f"{sys.argv[1]}.adapter"
+    save_adapter(trained, folder)
+    for path, values in adapter.read(folder, trained.backbone.get_config()).factors.items():
+        results.update({f"saved/{path}/{i}": value for i, value in enumerate(values)})
 
 
 def generate(results):
-    generating = model()
-    results["greedy"] = generated(generating)
-    generating.compile(sampler="random")
-    results["random"] = generated(generating, seed=5)
+    results["greedy"] = generated(model())
 
 
-def generated(model, **options):
-    return np.array(model.generate(PROMPTS, max_new_tokens=20, strip_prompt=True, stop_token_ids=None, **options))
+def generated(model):
+    return np.array(model.generate(PROMPTS, max_new_tokens=20, strip_prompt=True, stop_token_ids=None))
 
 
 def save(results):

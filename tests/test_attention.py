@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from common import to_numpy
 
-from keras_vaultgemma.attention import attend, causal_mask, positions_of
+from keras_vaultgemma.attention import attend, attend_once, causal_mask, positions_of
 
 _ = 0
 
@@ -81,3 +81,15 @@ def test_a_query_that_sees_nothing_stays_finite():
     value = np.arange(12, dtype="float32").reshape(1, 3, 1, 4)
     arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, np.zeros((1, 1, 3), bool))]
     np.testing.assert_allclose(to_numpy(attend(*arrays, scale=1.0))[0, 0, 0], value.mean((0, 1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_attend_once_equals_attend(heads, cap):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(3, 1, 6, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 3, 5, heads, 8)).astype("float32")
+    mask = np.array([[[1, 1, 1, 0, 0]], [[0, 1, 0, 1, 1]], [[0, 0, 0, 0, 0]]], bool)
+    arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, mask)]
+    expected, found = (to_numpy(function(*arrays, 0.3, cap)) for function in (attend, attend_once))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
     ["backend", "ids", "presets", "saving"],
-    ["cache", "layers"],
+    ["cache", "low_rank", "layers"],
     ["attention"],
     ["decoder_block"],
     [
@@ -20,6 +20,9 @@ FLOORS = [
         "checkpoint_config",
         "checkpoint",
         "distribution",
+        "adapter",
+        "adapted_layers",
+        "lora",
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
