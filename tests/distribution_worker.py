@@ -16,7 +16,7 @@ from common import RELEASE_LIKE, random_backbone
 from jax.experimental import multihost_utils
 from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, adapter, weight_layout
+from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, adapter, backend, weight_layout
 from keras_vaultgemma.lora import save_adapter
 
 ROWS, LENGTH = 8, 12
@@ -126,12 +126,27 @@ def save(results):
         results[v.path] = whole(v)
 
 
+def shares(results):
+    """`backend.in_shares` of rows that the devices divide and of some that they do not, and how many each is given."""
+    seen = []
+
+    def function(rows, factor):
+        seen.append(rows.shape[0])
+        return rows * factor, (rows * factor).sum()
+
+    call = jax.jit(lambda *tensors: backend.in_shares(function, *tensors))
+    for count in (ROWS, ROWS - 1):
+        results[f"{count}/products"], results[f"{count}/sum"] = call(np.arange(count, dtype="float32"), np.float32(3))
+    results["layout/seen"] = np.array(seen)
+
+
 TASKS = {
     "full": full,
     "lora": lora,
     "qlora": lambda results: lora(results, quantized=True),
     "generate": generate,
     "save": save,
+    "shares": shares,
 }
 
 

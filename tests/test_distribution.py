@@ -20,7 +20,7 @@ ON_JAX = keras.config.backend() == "jax"
 needs_jax = pytest.mark.skipif(not ON_JAX, reason="Keras distributes models on JAX only")
 ONE_B = read_config(find("vaultgemma_1b", "config"))
 MESHES = ["2", "4", "8", "1x2", "1x4", "1x8", "2x4"]
-TASK_MESHES = {"lora": [], "qlora": ["2x2"], "generate": ["2", "1x4"], "save": ["1x4"]}
+TASK_MESHES = {"lora": [], "qlora": ["2x2"], "generate": ["2", "1x4"], "save": ["1x4"], "shares": ["4", "2x4", "1x2"]}
 PROCESS_MESHES = ["4", "1x4"]
 
 
@@ -232,7 +232,7 @@ def test_loss_and_gradients_equal_those_of_one_device(one_process, mesh):
 
 @needs_jax
 @pytest.mark.parametrize("task, mesh", [(task, mesh) for task, meshes in TASK_MESHES.items() for mesh in meshes])
-def test_lora_over_int8_generation_and_saving_equal_those_on_one_device(one_process, task, mesh):
+def test_other_results_equal_those_of_one_device(one_process, task, mesh):
     assert_equal_to_one_device(one_process, mesh, task, one_process)
 
 
@@ -246,6 +246,12 @@ def test_two_processes_equal_one_device(one_process, two_processes, mesh):
 @pytest.mark.parametrize("mesh, task", [("2x2", "lora"), ("1x4", "generate"), ("2x2", "save")])
 def test_lora_generation_and_saving_on_two_processes(one_process, two_processes, mesh, task):
     assert_equal_to_one_device(two_processes, mesh, task, one_process)
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh, seen", [("1", [8, 7]), ("4", [2, 7]), ("2x4", [4, 7]), ("1x2", [8, 7])])
+def test_each_device_computes_the_rows_that_it_has(one_process, mesh, seen):
+    assert one_process[f"{mesh}:shares"]["layout/seen"].tolist() == seen
 
 
 @needs_jax
