@@ -170,8 +170,8 @@ def test_no_variable_has_two_layouts():
             _ = patterns[f"{layer}/{suffix}"]
 
 
-def work(path, cases, devices, processes=1):
-    """Start one worker process, or several that work together, each with some devices."""
+def work(folder, cases, devices, processes=1):
+    """`{case: {quantity: array}}` from one worker process, or several that work together, each with some devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -184,19 +184,20 @@ def work(path, cases, devices, processes=1):
             "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
             "KERAS_DISTRIBUTION_NUM_PROCESSES": str(processes),
         }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(path), *cases],
-            env={**environment, "KERAS_DISTRIBUTION_PROCESS_ID": str(i)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * processes, "\n".join(error[-3000:] for error in errors)
+    command = [sys.executable, str(WORKER), str(folder / "results.npz"), *cases]
+    logs = [folder / f"{i}.log" for i in range(processes)]
+    workers = []
+    try:
+        for i, log in enumerate(logs):
+            environment["KERAS_DISTRIBUTION_PROCESS_ID"] = str(i)
+            workers.append(subprocess.Popen(command, env=environment, stderr=log.open("w")))
+        codes = [worker.wait(timeout=400) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0] * processes, "\n".join(log.read_text()[-3000:] for log in logs)
     results = {}
-    for name, value in np.load(path).items():
+    for name, value in np.load(folder / "results.npz").items():
         case, _, quantity = name.partition("/")
         results.setdefault(case, {})[quantity] = value
     return results
@@ -206,13 +207,13 @@ def work(path, cases, devices, processes=1):
 def one_process(tmp_path_factory):
     cases = [f"{mesh}:full" for mesh in ["1", *MESHES]]
     cases += [f"{mesh}:{task}" for task in TASK_MESHES for mesh in ["1", *TASK_MESHES[task]]]
-    return work(tmp_path_factory.mktemp("one") / "results.npz", cases, devices=8)
+    return work(tmp_path_factory.mktemp("one"), cases, devices=8)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     cases = [f"{mesh}:full" for mesh in PROCESS_MESHES] + ["2x2:lora", "1x4:generate", "2x2:save"]
-    return work(tmp_path_factory.mktemp("two") / "results.npz", cases, devices=2, processes=2)
+    return work(tmp_path_factory.mktemp("two"), cases, devices=2, processes=2)
 
 
 def assert_equal_to_one_device(results, mesh, task, alone):
