@@ -15,7 +15,7 @@ import warnings
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, checkpoint, lora, presets, saving
+from keras_vaultgemma import backend, checkpoint, distribution, lora, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
@@ -253,8 +253,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -287,6 +289,45 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         if load_weights:
             checkpoint.warn_if_not_finite(backbone)
         return backbone
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+        preset="vaultgemma_1b",
+        **hyperparameters,
+    ):
+        """How `keras.distribution.ModelParallel` divides a backbone among devices (JAX); distribution.py says how.
+
+        Called before there is a model, since variables are divided when they are made:
+
+        ```python
+        mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), keras.distribution.list_devices())
+        layout_map = VaultGemmaBackbone.get_layout_map(mesh)
+        keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
+        model = VaultGemmaCausalLM.from_preset("vaultgemma_1b")
+        ```
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: the mesh axis along which variables are divided.
+            data_parallel_dim_name: the mesh axis along which the rows of a batch are divided.
+            preset: whose sizes the devices should divide; as for `from_preset`, and only its config is read.
+            **hyperparameters: constructor arguments that replace the preset's.
+
+        Returns:
+            `keras.distribution.LayoutMap`. Heads, MLP or vocabulary that the devices do not divide stay whole on each,
+            and a warning says so.
+
+        Raises:
+            ValueError: for a mesh without these axes, an unknown preset or hyperparameter, or another backend than JAX.
+        """
+        sizes = checkpoint.read_config(presets.find(preset, "config"))
+        if unknown := set(hyperparameters) - set(sizes):
+            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
+        sizes.update(hyperparameters)
+        return distribution.layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)
 
 
 def _check(hyperparameters):

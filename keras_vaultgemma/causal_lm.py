@@ -8,7 +8,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, completion, ids, presets, saving, training_data
+from keras_vaultgemma import backend, completion, distribution, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.loss import cross_entropy, head_factors
@@ -85,8 +85,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     def compile(
         self,
@@ -195,8 +197,8 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
-            ValueError: for empty data, items that are not strings, ids outside the vocabulary, or weights to train that
-                are bfloat16 or float16.
+            ValueError: for empty data, items that are not strings, ids outside the vocabulary, 16-bit weights to train,
+                or a batch that the distribution which is set cannot divide among its devices.
 
         Warns:
             UserWarning: how many rows were longer than the preprocessor's `sequence_length` and were cut: of data in
@@ -204,11 +206,12 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         """
         self._check_that_training_moves_weights()
         with training_data.CutRows() as cut_rows:
-            x, y, sample_weight = self._training_data(x, y, sample_weight, cut_rows)
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
+            rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
-                validation_data = self._training_data(*validation_data, cut_rows=cut_rows)
+                validation_data = self._training_data(*validation_data, batch_size=rows, cut_rows=cut_rows)
             elif validation_data is not None:
-                x_val, y_val, weight_val = self._training_data(validation_data, cut_rows=cut_rows)
+                x_val, y_val, weight_val = self._training_data(validation_data, batch_size=rows, cut_rows=cut_rows)
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
             cut_rows.report()
             # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
@@ -234,19 +237,21 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`, with the same warning."""
         with training_data.CutRows() as cut_rows:
-            x, y, sample_weight = self._training_data(x, y, sample_weight, cut_rows)
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
             return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32 [B, T, V], for data as for `fit`."""
-        x, _, _ = self._training_data(x, None, None)
+        x, _, _ = self._training_data(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _training_data(self, x, y=None, sample_weight=None, cut_rows=None):
+    def _training_data(self, x, y=None, sample_weight=None, batch_size=None, cut_rows=None):
         preprocess = (
             None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
         )
-        return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        data = training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        distribution.check_batches(data[0], batch_size)
+        return data
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
         """How well the model predicts each token.

@@ -60,7 +60,11 @@ class Initial:
     def __call__(self, name, random=None):
         """A Keras initializer for the variable `name`; `random` replaces the normal distribution."""
         if self.values is not None:
-            return lambda shape, dtype: backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype))
+
+            def stored(shape, dtype, layout=None):
+                return backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype), layout)
+
+            return stored
         # A new initializer each time: one instance would give two matrices of a shape the same values.
         return random or keras.initializers.RandomNormal(stddev=self.initializer_range)
 

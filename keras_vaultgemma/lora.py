@@ -17,7 +17,7 @@ the one that is handed over, so that its compiled functions go.
 
 import numbers
 
-from keras_vaultgemma import adapted_layers
+from keras_vaultgemma import adapted_layers, backend
 from keras_vaultgemma import adapter as files
 from keras_vaultgemma.adapter import Adapter
 
@@ -166,7 +166,9 @@ def save_adapter(model, folder, name=None, base_model=None):
     name = backbone.adapters.active if name is None else name
     if name not in backbone.adapters.stored:
         raise ValueError(f"`name` must be one of {names(model)}. Received: {name!r}")
-    files.write(folder, _on_host(backbone, name), backbone.get_config(), base_model)
+    with backend.gathered(backbone.trainable_variables) as writes:
+        if writes:
+            files.write(folder, _on_host(backbone, name), backbone.get_config(), base_model)
 
 
 def load_adapter(model, folder, name="default"):

@@ -90,7 +90,7 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
 
     targets, weights = ops.cast(targets, "int32"), ops.cast(weights, "float32")
     if not with_gradient:
-        losses, is_correct, _ = _in_chunks(factors, targets, weights, cap, with_gradient, chunk_size)
+        (losses, is_correct, _), _ = _in_shares(factors, targets, weights, cap, with_gradient, chunk_size)
         return ops.sum(weights * losses), losses, is_correct
 
     @ops.custom_gradient
@@ -99,7 +99,10 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
         given = [
             Factor(*[x if x is None else next(tensors) for x in factor[:3]], factor.is_trained) for factor in factors
         ]
-        losses, is_correct, gradients = _in_chunks(given, targets, weights, cap, with_gradient, chunk_size)
+        (losses, is_correct, of_rows), of_tables = _in_shares(given, targets, weights, cap, with_gradient, chunk_size)
+        gradients = []
+        for of_row, of_table, x in zip(of_rows, of_tables, given, strict=True):
+            gradients += [of_row, of_table, *([] if x.scale is None else [None])]
 
         def gradient(*args, upstream=None):
             factor = (args[0] if upstream is None else upstream)[0]
@@ -113,9 +116,23 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
     return result[0], result[1 : 1 + count], result[1 + count :]
 
 
+def _in_shares(factors, targets, weights, cap, with_gradient, size):
+    """`_in_chunks`, of which each device of a distribution computes the tokens that it has."""
+
+    def share(divided, whole):
+        rows, targets, weights = divided
+        given = [f._replace(rows=x, table=y, scale=z) for f, x, (y, z) in zip(factors, rows, whole, strict=True)]
+        return _in_chunks(given, targets, weights, cap, with_gradient, size)
+
+    rows = [factor.rows for factor in factors]
+    return backend.in_shares(share, (rows, targets, weights), [(factor.table, factor.scale) for factor in factors])
+
+
 def _in_chunks(factors, targets, weights, cap, with_gradient, size):
-    """(losses [N], is_correct [N], gradients of the total, one for each tensor of the factors or None)."""
+    """((losses [N], is_correct [N], gradients of rows), gradients of tables or None): those of the total."""
     count = ops.shape(targets)[0]
+    if isinstance(count, int):
+        size = min(size, max(1, count))
     padded = -(-count // size) * size
     place = ops.arange(count, dtype="int32")
     # Tokens that count come first, in their order.
@@ -165,11 +182,11 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
         [ops.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
     )
     _, losses, is_correct, of_rows, of_tables = ops.while_loop(lambda start, *_: start < used, chunk, state)
-    gradients, of_tables = [], iter(of_tables)
-    for i, factor in enumerate(factors if with_gradient else ()):
-        table = ops.cast(next(of_tables), factor.table.dtype) if factor.is_trained else None
-        gradients += [ops.take(of_rows[i], back, axis=0), table, *([] if factor.scale is None else [None])]
-    return ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), gradients
+    of_tables = iter(of_tables)
+    is_wanted = [with_gradient and factor.is_trained for factor in factors]
+    tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
+    of_rows = [ops.take(x, back, axis=0) for x in of_rows]
+    return (ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows), tables
 
 
 def _matmul_in_parts(x, table):

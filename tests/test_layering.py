@@ -19,6 +19,7 @@ FLOORS = [
         "h5_file",
         "checkpoint_config",
         "checkpoint",
+        "distribution",
         "adapter",
         "adapted_layers",
         "lora",
