@@ -6,9 +6,8 @@ clipped gradients, each of norm C at most, plus Gaussian noise of standard devia
 depend on what earlier steps released, never on how they sampled or on their noise.
 
 **The guarantee.** Two data sets are neighbours if one comes from the other by replacing one row by a row whose gradient
-is
-zero (zero-out adjacency; N, q and Bmax are public and equal). For all neighbours D, D' and all sets A of outcomes,
-P(M(D) in A) <= e^ε P(M(D') in A) + δ.
+is zero (zero-out adjacency; N, q and Bmax are public and equal). For all neighbours D, D' and all sets A of outcomes of
+all steps together, P(M(D) in A) <= e^ε P(M(D') in A) + δ.
 
 **How.** The privacy loss of a step is that of Poisson-sampled Gaussian noise (Abadi et al., 2016, arXiv:1607.00133)
 where nothing is cut off; where more than Bmax rows were drawn, a row that takes part puts another one out, which

@@ -1,9 +1,8 @@
 """Privacy loss distributions of many composed steps: from the distribution of one step to ε and δ.
 
-A pair of distributions (P, Q) has the privacy loss ln(dP/dQ), and the distribution of that under P. Independent steps
-add
-their losses, so that T steps have the T-fold convolution; δ(ε) = E[max(0, 1 - e^(ε - loss))] (Koskela et al., 2020,
-arXiv:1906.03049).
+A pair of distributions (P, Q) has the privacy loss ln(dP/dQ), and the distribution of that under P. The losses of
+independent steps add up, so that T steps have the T-fold convolution; δ(ε) = E[max(0, 1 - e^(ε - loss))] (Koskela et
+al., 2020, arXiv:1906.03049).
 
 One Fourier transform raised to the power T has an absolute error of about T x 1e-16. After the 100,000 steps of
 VaultGemma that is a tenth of its δ of 1.1e-10, of either sign: dp-accounting 0.6.0 gives ε = 1.7092 where 1.7105 is

@@ -5,7 +5,7 @@ should take all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, tw
 
 Not covered: the generators of the backends are statistical, not cryptographic, and their normal deviates are float32
 numbers, of which a gap in the last bits may tell something (Mironov, 2012, doi:10.1145/2382196.2382264). Both need an
-attacker who sees the noised gradients themselves to the last bit; trained weights do not show them.
+attacker who sees noised sums to the last bit, which an optimizer's float32 update of the weights rounds away.
 """
 
 import numpy as np

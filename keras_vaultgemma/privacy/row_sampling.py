@@ -15,6 +15,10 @@ import numpy as np
 
 from keras_vaultgemma.privacy import secret_key
 
+EXTRA = (6.0, 16)
+"""Gaps that are drawn at once beyond the expected number: deviations, and a constant. They are rarely too few; then
+another block follows."""
+
 
 def rows(secret, step, count, probability, max_batch_size=None):
     """Indices of the rows of one step; the same for the same arguments.
@@ -53,8 +57,7 @@ def rows(secret, step, count, probability, max_batch_size=None):
 
 def _poisson(secret, step, count, probability):
     expected = count * probability
-    # Rarely does one block of gaps not reach the end; then another follows.
-    size = int(expected + 6 * expected**0.5) + 16
+    size = max(1, int(expected + EXTRA[0] * expected**0.5) + EXTRA[1])
     with np.errstate(divide="ignore"):
         log_left_out = np.log1p(-probability)
     found, last, block = [], -1, 0
