@@ -166,8 +166,9 @@ def test_calibration_counts_earlier_runs():
         accounting.calibrate(plan, 0.3, 1e-5, earlier)
 
 
-def test_calibration_at_the_ends():
-    assert accounting.calibrate(Steps(1, 10, 0.1), 20.0, 0.5).noise_multiplier == accounting.SMALLEST_NOISE
+def test_calibration_at_the_ends(monkeypatch):
+    monkeypatch.setattr(accounting, "SMALLEST_NOISE", 0.3)
+    assert accounting.calibrate(Steps(1, 10, 0.1), 20.0, 0.5).noise_multiplier == 0.3
     steps = accounting.calibrate(Steps(10, 100_000, 0.01), 1e-3, 1e-5)
     assert accounting.epsilon([steps], 1e-5) <= 1e-3
 

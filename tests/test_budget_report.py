@@ -23,17 +23,17 @@ def test_epsilon_of_a_noise_multiplier():
 
 
 def test_noise_multiplier_of_an_epsilon():
-    text = budget_report.report(1000, 50, 4, epsilon=3.0, delta=1e-4)
+    text = budget_report.report(300, 100, 4, epsilon=3.0, delta=1e-4)
     epsilon, sigma = map(float, re.search(r"ε = ([\d.]+) at δ = 0.0001, .* σ = ([\d.]+),", text).groups())
     assert 2.97 < epsilon <= 3.0
-    steps = plan.plan(1000, 50, 4, 1e-4, epsilon=3.0)
+    steps = plan.plan(300, 100, 4, 1e-4, epsilon=3.0)
     assert sigma == pytest.approx(steps.noise_multiplier, rel=1e-3)
 
 
 def test_curves_go_through_the_plan():
     steps = Steps(80, 1000, 0.05, 80, 1.2)
     (counts, after), (noises, with_noise) = budget_report.curves(steps, 1e-4)
-    assert counts[-1] == 80 and len(counts) == budget_report.POINTS
+    assert (counts[0], counts[-1]) == (1, 80) and budget_report.POINTS - 2 <= len(counts) <= budget_report.POINTS
     assert after[-1] == accounting.epsilon([steps], 1e-4)
     assert after == sorted(after) and with_noise == sorted(with_noise, reverse=True)
     assert with_noise[3] == accounting.epsilon([steps._replace(noise_multiplier=noises[3])], 1e-4)
@@ -45,7 +45,7 @@ def test_a_picture(tmp_path):
     from matplotlib import image
 
     path = tmp_path / "plan.png"
-    text = budget_report.report(1000, 50, 1, noise_multiplier=1.2, png=str(path))
+    text = budget_report.report(100, 50, 2, noise_multiplier=5.0, png=str(path))
     assert text.endswith(f"{path}: ε against steps, σ against ε")
     pixels = image.imread(path)
     assert pixels.shape[:2] == (540, 1350)
@@ -72,5 +72,5 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        budget_report.report(1000, 50, 1, noise_multiplier=1.2, png=str(tmp_path / "plan.png"))
+        budget_report.report(100, 50, 1, noise_multiplier=5.0, png=str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").read_bytes() == b"old"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import keras_vaultgemma
@@ -194,6 +195,27 @@ def test_a_saved_preset_carries_the_ledger_on(tmp_path):
         second.release()
     assert ledger.read(new).statements == history.statements
     assert [(run.name, count) for run, count in ledger.read(new).runs] == [(run.run.name, 30), (second.run.name, 1)]
+
+
+def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
+    """Such as one from a backup: the model's own history has more steps of the same run, and those count."""
+    path = tmp_path / ledger.FILE
+    with OpenRun(path, a_run()) as run:
+        cut_after(path, run, 10, [])
+        older = path.read_bytes()
+        cut_after(path, run, 20, [])
+    history = ledger.read(path)
+    path.write_bytes(older)
+    assert counts(path) == [10]
+    OpenRun(path, a_run(), history).close()
+    assert counts(path) == [30, 0]
+
+
+def test_numbers_of_numpy(tmp_path):
+    run = a_run(rows=np.int64(1000), planned_steps=np.int32(50), noise_multiplier=np.float64(1.1))
+    OpenRun(tmp_path / ledger.FILE, run).close()
+    ((found, _),) = ledger.read(tmp_path / ledger.FILE).runs
+    assert found[:-1] == run[:-1] and type(found.rows) is int
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,11 @@ def report(rows, batch_size, epochs, noise_multiplier=None, epsilon=None, delta=
         with saving.written_beside(path.parent) as folder:
             figure.savefig(folder / path.name, format="png", dpi=150)
     lines = [
-        f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}{'' if delta else ' (N^-1.1)'}, "
+        f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}{' (N^-1.1)' if delta is None else ''}, "
         f"with noise multiplier σ = {steps.noise_multiplier:.4g}, after {steps.count:,} steps",
         "",
-        f"Who sees the trained model, knows all other rows and guesses whether one row was among the {rows:,} is right "
-        f"in at most {right:g} of 100 cases; a coin is in 50.",
+        f"Someone who sees the trained model, knows all other rows and guesses whether one row was among the {rows:,}, "
+        f"both being as likely, is right in at most {right:g} of 100 cases; a coin is right in 50.",
         "",
         f"Each step draws every row with probability {steps.sampling_probability:.4g} ({batch_size:,} rows expected, "
         f"{steps.max_batch_size:,} at most). The unit is one row, neighbours are zero-out, the accounting is PLD.",
@@ -61,7 +61,7 @@ def curves(steps, delta):
         `(counts, epsilons), (noise_multipliers, epsilons)`, each a list of numbers; ε after so many of the steps, and ε
         of all steps with so much noise.
     """
-    counts = np.unique(np.ceil(np.linspace(0, steps.count, POINTS + 1)[1:]).astype(int)).tolist()
+    counts = np.unique(np.geomspace(1, steps.count, POINTS).round().astype(int)).tolist()
     noises = (steps.noise_multiplier * np.geomspace(0.8, 4, POINTS)).tolist()
     return (
         (counts, [accounting.epsilon([steps._replace(count=count)], delta) for count in counts]),
@@ -73,12 +73,12 @@ def draw(figure, steps, delta, spent):
     """Draw the two curves and the plan's own point into a matplotlib `Figure`; `spent` is its ε."""
     (counts, after), (noises, with_noise) = curves(steps, delta)
     left, right = figure.subplots(1, 2)
-    left.plot([0, *counts], [0, *after])
+    left.plot(counts, after)
     left.plot(steps.count, spent, "o", color="black")
     left.set(xlabel="steps", ylabel="ε", title=f"σ = {steps.noise_multiplier:.4g}, δ = {delta:.3g}")
     right.plot(with_noise, noises)
     right.plot(spent, steps.noise_multiplier, "o", color="black")
-    right.set(xlabel="ε", ylabel="σ, noise multiplier", title=f"{steps.count:,} steps, δ = {delta:.3g}", xscale="log")
+    right.set(xlabel="ε", ylabel="σ, noise multiplier", title=f"{steps.count:,} steps, δ = {delta:.3g}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
 

@@ -99,11 +99,16 @@ class Ledger(NamedTuple):
             result[dataset] = accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units)
         return result
 
-    def lines(self):
-        """The same as the bytes of a file, each run ended: for a saved preset, whose weights have no later steps."""
+    def lines(self, begun=()):
+        """The same as the bytes of a file, each run ended: for a saved preset, whose weights have no later steps.
+
+        Args:
+            begun: names of runs that the file has already, and of which only the steps are to be added.
+        """
         lines = [{"kind": "statement", **statement} for statement in self.statements]
         for run, count in self.runs:
-            lines += [_run_line(run), {"kind": "end", "run": run.name, "steps": count}]
+            lines += [] if run.name in begun else [_run_line(run)]
+            lines += [{"kind": "end", "run": run.name, "steps": count}]
         return b"".join(_line(content) for content in lines)
 
 
@@ -191,16 +196,16 @@ class OpenRun:
         self.done, self._reserved = 0, 0
         history = history or Ledger()
         there = read(self.path) if self.path.exists() else Ledger()
-        names = {run.name for run, _ in there.runs}
+        counted = {run.name: count for run, count in there.runs}
         missing = Ledger(
             tuple(statement for statement in history.statements if statement not in there.statements),
-            tuple((run, count) for run, count in history.runs if run.name not in names),
+            tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
         # What a torn line left is closed, so that it spoils no other.
         torn = self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        self._write((b"\n" if torn else b"") + missing.lines() + _line(_run_line(self.run)))
+        self._write((b"\n" if torn else b"") + missing.lines(counted) + _line(_run_line(self.run)))
         _synchronise_folder(self.path.parent)
 
     def release(self):
@@ -230,7 +235,8 @@ class OpenRun:
 
 
 def _line(content):
-    return json.dumps(content).encode("ascii") + b"\n"
+    # NumPy's integers are taken for the numbers they are.
+    return json.dumps(content, default=lambda number: number.item()).encode("ascii") + b"\n"
 
 
 def _run_line(run):

@@ -63,8 +63,11 @@ def epsilon(parts, delta):
     if _infinite(parts) >= delta:
         return math.inf
     cumulants = [_Cumulants(part, count) for part, count in parts]
-    # Chernoff: δ(ε) <= E[e^(λ (loss - ε))], which is at most δ at this ε, whatever λ.
-    bound = lambda tilt: (sum(c.value(tilt) for c in cumulants) - math.log(delta)) / tilt  # noqa: E731
+
+    def bound(tilt):
+        """Chernoff: δ(ε) <= E[e^(λ (loss - ε))], which is at most δ at this ε, whatever λ."""
+        return (sum(c.value(tilt) for c in cumulants) - math.log(delta)) / tilt
+
     tilt = _minimiser(bound, 1 / parts[0][0].interval)
     centre = bound(tilt)
     losses, upper, lower = _tails(parts, cumulants, tilt, centre)
@@ -83,7 +86,11 @@ def delta(parts, epsilon):
     if not parts:
         return 0.0
     cumulants = [_Cumulants(part, count) for part, count in parts]
-    bound = lambda tilt: sum(c.value(tilt) for c in cumulants) - tilt * epsilon  # noqa: E731
+
+    def bound(tilt):
+        """Chernoff, as above: the logarithm of a bound of δ(ε)."""
+        return sum(c.value(tilt) for c in cumulants) - tilt * epsilon
+
     tilt = _minimiser(bound, 1 / parts[0][0].interval)
     losses, upper, lower = _tails(parts, cumulants, tilt, epsilon)
     above = np.searchsorted(losses, epsilon, side="right")
@@ -97,7 +104,7 @@ def _infinite(parts):
 
 
 class _Cumulants:
-    """Logarithm of the moment generating function of `count` finite losses, and what belongs to it."""
+    """Logarithm of E[e^(tilt x loss)] of the sum of `count` losses, infinite ones left out, and what belongs to it."""
 
     def __init__(self, part, count):
         with np.errstate(divide="ignore"):
@@ -121,7 +128,8 @@ class _Cumulants:
 def _minimiser(function, largest):
     """Where in (0, largest] a function, decreasing and then increasing, is least, to about 1 %.
 
-    Any tilt gives the same convolution; beyond 1 / interval it would tell apart what the grid does not.
+    Any tilt gives the same convolution, this one with the least error. Beyond 1 / interval it would tell apart what the
+    grid does not.
     """
     places = largest / 2.0 ** np.arange(32)
     place = places[int(np.argmin([function(x) for x in places]))]
@@ -145,10 +153,10 @@ def _tails(parts, cumulants, tilt, centre):
     steps = [2.0**k / deviation for k in range(-4, 6)]
     up = min((sum(c.value(tilt + s) for c in cumulants) - total + OUTSIDE) / s for s in steps)
     down = max((total - sum(c.value(tilt - s) for c in cumulants) - OUTSIDE) / s for s in steps)
-    # Further below the centre the factors would overflow, and what is there counts for nothing above it.
-    down = max(down, (total - LARGEST) / tilt, centre - LARGEST)
     first, last = math.floor(down / interval), math.ceil(up / interval)
     size = _fast_length(max(last - first + 1, *(len(part.probabilities) for part, _ in parts)))
+    # Further below the centre the factors would overflow, and what is there counts for nothing above it.
+    first = max(first, math.floor(max((total - LARGEST) / tilt, centre - LARGEST) / interval))
     transform = 1.0
     for (_, count), c in zip(parts, cumulants, strict=True):
         transform = transform * np.fft.rfft(c.tilted(tilt), size) ** count
