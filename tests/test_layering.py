@@ -27,12 +27,23 @@ FLOORS = [
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["sampling", "generation", "search", "prompt_lookup", "completion"],
+    [
+        "secret_key",
+        "noise_seeds",
+        "row_sampling",
+        "fingerprint",
+        "loss_distribution",
+        "accounting",
+        "plan",
+        "ledger",
+        "budget_report",
+    ],
     ["causal_lm"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
     ["cli"],
 ]
-PACKAGES = ("keras_vaultgemma", "keras_vaultgemma.conversion")
+PACKAGES = ("keras_vaultgemma", "keras_vaultgemma.conversion", "keras_vaultgemma.privacy")
 ORDER = [name for floor in FLOORS for name in floor]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
 
