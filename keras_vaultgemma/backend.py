@@ -239,6 +239,16 @@ def argument(array):
     return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
 
 
+def value_of(x):
+    """A tensor for a tensor, array or variable. (Keras hands on TensorFlow's variables, which no gradient may be of.)"""
+    x = keras.ops.convert_to_tensor(x)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(x)
+    return x
+
+
 def write_slice(buffer, update, start):
     """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
 

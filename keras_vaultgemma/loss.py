@@ -87,7 +87,6 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
     """
     count = ops.shape(targets)[0]
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // factors[0].table.shape[0])
-
     targets, weights = ops.cast(targets, "int32"), ops.cast(weights, "float32")
     if not with_gradient:
         (losses, is_correct, _), _ = _in_shares(factors, targets, weights, cap, with_gradient, chunk_size)
@@ -111,7 +110,7 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
         # One output, for on PyTorch there can be no more.
         return ops.concatenate([ops.sum(weights * losses)[None], losses, is_correct]), gradient
 
-    tensors = [ops.convert_to_tensor(x) for factor in factors for x in factor[:3] if x is not None]
+    tensors = [backend.value_of(x) for factor in factors for x in factor[:3] if x is not None]
     result = packed(targets, weights, *tensors)
     return result[0], result[1 : 1 + count], result[1 + count :]
 
@@ -151,7 +150,7 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
             return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
 
         def write(buffer, update):
-            return backend.write_slice(buffer[None], update[None], start)[0]
+            return backend.write_slice(buffer[None], ops.cast(update, buffer.dtype)[None], start)[0]
 
         parts = [f._replace(rows=part(x), table=t) for f, x, t in zip(factors, rows, tables, strict=True)]
         target, weight = part(targets), part(weights)

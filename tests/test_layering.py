@@ -26,7 +26,7 @@ FLOORS = [
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
-    ["sampling", "generation", "search", "prompt_lookup", "completion"],
+    ["sampling", "generation", "search", "prompt_lookup", "completion", "loss"],
     [
         "secret_key",
         "noise_seeds",
