@@ -200,6 +200,12 @@ def compile_function(function, variables, donate=()):
     return torch.no_grad()(function)
 
 
+def update_variables(model):
+    """In the middle of an epoch of `fit`, give a model's variables the values that JAX keeps apart from them."""
+    if NAME == "jax":
+        model.jax_state_sync()
+
+
 def cache_compilations(folder):
     """Keep compiled programs in `folder` for the next process (JAX); what the user has configured stands."""
     if NAME == "jax":

@@ -5,7 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, completion, ids, presets, saving, training_data
+from keras_vaultgemma import backend, checkpointing, completion, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
@@ -116,16 +116,10 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         elif validation_data is not None:
             x_val, y_val, weight_val = self._training_data(validation_data)
             validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
-        # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
-        return keras.Model.fit(
-            self,
-            x=x,
-            y=y,
-            batch_size=batch_size,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            **kwargs,
-        )
+        kwargs |= dict(x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data)
+        with checkpointing.resumable(self, kwargs) as arguments:
+            # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
+            return keras.Model.fit(self, **arguments)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`."""

@@ -22,6 +22,7 @@ FLOORS = [
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
+    ["batches", "state_file", "training_state", "checkpointing"],
     ["sampling", "generation", "search", "prompt_lookup", "completion"],
     ["causal_lm"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
