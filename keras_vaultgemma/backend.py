@@ -206,6 +206,17 @@ def update_variables(model):
         model.jax_state_sync()
 
 
+def seed_global_generator(seed):
+    """Seed, from 0 to 2**64 - 1, what layers without a seed of their own draw dropout from on PyTorch.
+
+    Other backends keep all their random numbers in the state of layers.
+    """
+    if NAME == "torch":
+        import torch
+
+        torch.manual_seed(seed)
+
+
 def cache_compilations(folder):
     """Keep compiled programs in `folder` for the next process (JAX); what the user has configured stands."""
     if NAME == "jax":

@@ -40,7 +40,9 @@ class Batches(keras.utils.PyDataset):
         if not self._count:
             raise ValueError(f"`x` must have a row or a batch at least. Received: {data!r}")
         if not isinstance(shuffle, bool):
-            raise ValueError(f"`shuffle` must be True or False in a run that can be resumed. Received: shuffle={shuffle!r}")
+            raise ValueError(
+                f"`shuffle` must be True or False in a run that can be resumed. Received: shuffle={shuffle!r}"
+            )
         self._shuffle, self.seed = shuffle, seed
         self._pass = -(-self._count // self._batch_size)
         self.steps = self._pass if steps_per_epoch is None else _positive("steps_per_epoch", steps_per_epoch)

@@ -153,15 +153,14 @@ class _Run(keras.callbacks.Callback):
         self._position = self.start
         self._variables = training_state.variables(model)
         self._keeps_copy = training_state.nbytes(self._variables) <= COPY_LIMIT
-        self._good, self._metrics, self._unsaved, self._epoch = None, None, 0, None
+        self._good, self._unsaved, self._epoch = None, 0, None
 
     def on_train_begin(self, logs=None):
         path = self._checkpoint.path
         if self._saved:
-            self._restore_file()
+            self._restore_model()
             best = dict(state_file.read_arrays(path, "best"))
             training_state.restore_memories(self.model, self._callbacks, self._saved["memories"], best)
-            self._metrics = dict(state_file.read_arrays(path, "metric")) if self.start["batch"] else None
             if self.params.get("verbose"):
                 print(f"{path}: going on after {_place(self.start)}")
         else:
@@ -170,16 +169,19 @@ class _Run(keras.callbacks.Callback):
         self._good = training_state.copy(self._variables) if self._keeps_copy else None
 
     def on_epoch_begin(self, epoch, logs=None):
+        done = self.start["batch"] if epoch == self.start["epoch"] else 0
         self._epoch = epoch
-        self._batches.start(epoch, self.start["batch"] if epoch == self.start["epoch"] else 0)
-        if self._metrics:
-            if len(self._metrics) > len(self.model.metrics_variables):
-                # TensorFlow makes the variables of some metrics when they are first used.
-                self.model.test_on_batch(*keras.utils.unpack_x_y_sample_weight(self._batches[0]))
-            training_state.assign(training_state.metrics(self.model), self._metrics.items())
-            self._metrics = None
+        self._batches.start(epoch, done)
+        if done:
+            self._restore_metrics()
 
     def on_train_batch_begin(self, batch, logs=None):
+        if batch >= len(self._batches):
+            # The rest of an epoch is done. Keras would go on until data run out, and TensorFlow, while it finds out,
+            # runs what of a step depends on no data: it counts the step, draws seeds, decays weights.
+            raise StopIteration
+        step = (self._batches.seed, self._epoch, self._batches.done + batch)
+        backend.seed_global_generator(int(np.random.SeedSequence(step).generate_state(1, "uint64")[0]))
         self._first = batch
 
     def on_train_batch_end(self, batch, logs=None):
@@ -218,12 +220,15 @@ class _Run(keras.callbacks.Callback):
         if not self._keeps_copy and not training_state.is_finite(self._variables):
             self._stop("it leaves weights that are not finite")
             return
+        self._unsaved = 0
         try:
             self._write(position)
         except OSError as error:
-            warnings.warn(f"No checkpoint after {_place(position)}: {error}. The one before it stands", stacklevel=2)
-        else:
-            self._unsaved = 0
+            warnings.warn(
+                f"No checkpoint could be saved after {_place(position)}: {error}. Training goes on; the checkpoint "
+                f"after {_place(self._position)} stands",
+                stacklevel=2,
+            )
 
     def _write(self, position):
         values = {
@@ -235,9 +240,22 @@ class _Run(keras.callbacks.Callback):
         state_file.write(self._checkpoint.path, facts, values)
         self._position = position
 
-    def _restore_file(self):
+    def _restore_model(self):
         arrays = state_file.read_arrays(self._checkpoint.path, *training_state.GROUPS)
         training_state.assign(self._variables, arrays)
+
+    def _restore_metrics(self):
+        metrics = dict(state_file.read_arrays(self._checkpoint.path, "metric"))
+        if len(metrics) > len(self.model.metrics_variables):
+            # TensorFlow makes the variables of some metrics when they are first used.
+            self.model.test_on_batch(*keras.utils.unpack_x_y_sample_weight(self._batches[0]))
+        variables = training_state.metrics(self.model)
+        if metrics.keys() != variables.keys():
+            raise ValueError(
+                f"{self._checkpoint.path} is of another run: its model had {len(metrics)} variables of metrics. "
+                f"Received: {len(variables)}. Compile with the same metrics, or give this run another folder"
+            )
+        training_state.assign(variables, metrics.items())
 
     def _stop(self, reason):
         backend.update_variables(self.model)
@@ -245,7 +263,7 @@ class _Run(keras.callbacks.Callback):
             training_state.assign(self._variables, self._good.items())
             state = "before it"
         else:
-            self._restore_file()
+            self._restore_model()
             state = f"after {_place(self._position)}, the last checkpoint"
         first, last = (self._batches.done + batch + 1 for batch in (self._first, self._last))
         batches = f"batch {last}" if first == last else f"batches {first} to {last}"

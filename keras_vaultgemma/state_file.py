@@ -32,7 +32,7 @@ def write(path, facts, values):
             with zipfile.ZipFile(file, "w") as archive:
                 archive.writestr(FACTS, json.dumps(facts, default=float))
                 for name, value in values.items():
-                    _write_array(archive, name, np.asarray(keras.ops.convert_to_numpy(value)))
+                    _write_array(archive, name, as_array(value))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -40,6 +40,11 @@ def write(path, facts, values):
         beside.unlink(missing_ok=True)
         raise
     _see_on_disk(path.parent)
+
+
+def as_array(value):
+    """A Keras variable's value as a NumPy array, which may be the very memory; an array as it is."""
+    return np.asarray(keras.ops.convert_to_numpy(value.value if isinstance(value, keras.Variable) else value))
 
 
 def _see_on_disk(folder):

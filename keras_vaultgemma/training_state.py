@@ -6,6 +6,8 @@ import math
 import keras
 import numpy as np
 
+from keras_vaultgemma.state_file import as_array
+
 GROUPS = ("weight", "seed", "optimizer")
 """What the names of a model's state start with."""
 
@@ -40,7 +42,7 @@ def named(group, items):
 
 def copy(variables):
     """{name: NumPy array}, in memory of their own: JAX gives a variable's memory to the result of the next step."""
-    return {name: np.array(keras.ops.convert_to_numpy(v)) for name, v in variables.items()}
+    return {name: np.array(as_array(v)) for name, v in variables.items()}
 
 
 def assign(variables, arrays):
@@ -57,7 +59,7 @@ def nbytes(variables):
 def is_finite(variables):
     """Whether the weights among variables (or arrays) are finite."""
     weights = [v for name, v in variables.items() if name.startswith("weight/")]
-    return all(np.isfinite(np.asarray(keras.ops.convert_to_numpy(v))).all() for v in weights)
+    return all(np.isfinite(as_array(v)).all() for v in weights)
 
 
 def signature(model):
@@ -73,7 +75,7 @@ def signature(model):
     digest = hashlib.sha256()
     for v in model.non_trainable_weights:
         digest.update(f"{v.path} {list(v.shape)} ".encode())
-        digest.update(np.asarray(keras.ops.convert_to_numpy(v[:1] if len(v.shape) else v)).tobytes())
+        digest.update(as_array(v.value[:1] if len(v.shape) else v).tobytes())
     return {**entries, "values of frozen weights": digest.hexdigest()}
 
 

@@ -8,7 +8,7 @@ from keras_vaultgemma import VaultGemmaCausalLM, training_state
 
 
 def dense(units=2, optimizer="adam"):
-    layers = [keras.Input((3,)), keras.layers.Dense(units, name="dense"), keras.layers.Dropout(0.5)]
+    layers = [keras.Input((3,)), keras.layers.Dense(units, name="dense"), keras.layers.Dropout(0.5, seed=1)]
     model = keras.Sequential(layers, name="dense")
     model.compile(optimizer, "mse")
     model.optimizer.build(model.trainable_variables)
