@@ -1,5 +1,6 @@
 """Runs that are interrupted, and where they end. `Interrupt` stands for the kill, which one test does in earnest."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -118,6 +119,25 @@ def state(model):
     return training_state.variables(model)
 
 
+@functools.cache
+def compiled(make):
+    keras.utils.set_random_seed(0)
+    model = make()
+    return model, training_state.copy(state(model))
+
+
+def fresh(make):
+    """The model as it was made; compiling takes most of a test's time."""
+    model, begin = compiled(make)
+    training_state.assign(state(model), begin.items())
+    keras.utils.set_random_seed(0)
+    return model
+
+
+def messages(caught):
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
 def forget(model):
     """Leave the model as a new process would have it, with other random numbers; but for what is frozen."""
     for v in state(model).values():
@@ -131,10 +151,7 @@ def assert_equal(found, expected):
 
 
 def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
-    """A run that ends after so many batches, each time, ends like one that nothing happened to, in its History too.
-
-    One model is trained both times, since compiling another would take most of the time.
-    """
+    """A run that ends after so many batches, each time, ends like one that nothing happened to, in its History too."""
     begin = training_state.copy(state(model))
     keras.utils.set_random_seed(5)
     fit(model, folder / "whole", callbacks=callbacks(), **kwargs)
@@ -160,7 +177,7 @@ def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
 
 def test_interrupted_in_any_batch(tmp_path):
     """In the first, within and at the end of an epoch."""
-    model = small()
+    model = fresh(small)
     assert_survives(model, tmp_path, [1, 3, 2, 3, 4])
     assert model.history.epoch == [0, 1, 2]
     assert int(to_numpy(model.optimizer.iterations)) == 9
@@ -184,7 +201,7 @@ def test_interrupted_with_several_steps_in_one(tmp_path):
 
 
 def test_interrupted_on_a_dataset(tmp_path):
-    assert_survives(small(), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
+    assert_survives(fresh(small), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
 
 
 def test_interrupted_with_dropout_and_metrics(tmp_path):
@@ -192,7 +209,7 @@ def test_interrupted_with_dropout_and_metrics(tmp_path):
 
 
 def test_interrupted_with_early_stopping(tmp_path):
-    model = hasty()
+    model = fresh(hasty)
     data = {"validation_data": (IDS, LABELS[::-1]), "epochs": 9}
     assert_survives(model, tmp_path, [7], callbacks=watched, save_freq="epoch", **data)
     assert len(model.history.epoch) < 9
@@ -221,8 +238,9 @@ def run_in_children(folder):
         if process:
             print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), *sorted(os.listdir(folder / "run")))
             continue
-        keras.utils.set_random_seed(number)
-        model = small()
+        model = fresh(small)
+        if number:
+            forget(model)
         if how == "save":
             os.replace = kill_at_call(4, os.replace)
         fit(model, folder / "run", callbacks=[Kill(3)] if how == "batch" else [])
@@ -238,7 +256,7 @@ def test_killed(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     expected = ["-9 training.state", "-9 training.state training.state.new", "0 training.state"]
     assert result.stdout.splitlines() == expected, result.stderr[-2000:]
-    model = small()
+    model = fresh(small)
     fit(model, tmp_path / "whole")
     assert_equal(
         dict(state_file.read_arrays(tmp_path / "end", *training_state.GROUPS)), training_state.copy(state(model))
@@ -249,7 +267,7 @@ def test_killed(tmp_path):
 
 
 def test_a_run_that_has_ended_is_not_run_again(tmp_path):
-    model = small()
+    model = fresh(small)
     fit(model, tmp_path / "run", epochs=2)
     end, history = training_state.copy(state(model)), model.history.history
     forget(model)
@@ -262,7 +280,7 @@ def test_a_run_that_has_ended_is_not_run_again(tmp_path):
 
 
 def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
-    model = hasty()
+    model = fresh(hasty)
     callbacks = [keras.callbacks.EarlyStopping("loss", patience=0, min_delta=100)]
     fit(model, tmp_path / "run", callbacks=callbacks, epochs=5)
     end = training_state.copy(state(model))
@@ -272,7 +290,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
 
 
 def test_going_on_says_where(tmp_path, capsys):
-    model = small()
+    model = fresh(small)
     with pytest.raises(InterruptedError):
         fit(model, tmp_path / "run", callbacks=[Interrupt(6)], verbose=2)
     fit(model, tmp_path / "run", verbose=2)
@@ -288,15 +306,17 @@ def bad_loss(labels, logits):
     return losses + keras.ops.where(labels[:, :1] == 2, np.nan, 0.0)
 
 
-BAD_ROW = 6
+def with_bad_loss():
+    return small(loss=bad_loss)
+
+
 BAD_LABELS = LABELS.copy()
-BAD_LABELS[BAD_ROW, 0] = 2
+BAD_LABELS[6, 0] = 2
 
 
 def after(steps, folder):
     """The state after so many steps, each with one row in order."""
-    keras.utils.set_random_seed(0)
-    model = small(loss=bad_loss)
+    model = fresh(with_bad_loss)
     x, y = {name: array[:steps] for name, array in IDS.items()}, LABELS[:steps]
     fit(model, folder, x, y, epochs=1, batch_size=1, shuffle=False)
     return training_state.copy(state(model))
@@ -311,19 +331,15 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, wor
     one. Only that is on disk, so that the run may be gone on with."""
     expected = after(restored, tmp_path / "good")
     monkeypatch.setattr(checkpointing, "COPY_LIMIT", limit)
-    keras.utils.set_random_seed(0)
-    model = small(loss=bad_loss)
+    model = fresh(with_bad_loss)
     options = {"batch_size": 1, "shuffle": False, "save_freq": 4, "validation_data": (IDS, LABELS)}
     for _ in range(2):
         with pytest.warns(UserWarning, match="Training stops") as caught:
             checkpoint = fit(model, tmp_path / "run", y=BAD_LABELS, **options)
-        assert (
-            checkpoint.failure
-            == str(caught[0].message)
-            == (
-                "Epoch 1, batch 7 of 10 (rows [6] of the data): the loss is nan. Training stops; weights and optimizer are "
-                f"again as they were {words}"
-            )
+        assert messages(caught) == [checkpoint.failure]
+        assert checkpoint.failure == (
+            "Epoch 1, batch 7 of 10 (rows [6] of the data): the loss is nan. Training stops; weights and optimizer are "
+            f"again as they were {words}"
         )
         assert_equal(training_state.copy(state(model)), expected)
         assert model.history.epoch == [0] and np.isfinite(model.history.history["val_loss"]).all()
@@ -348,7 +364,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_saved(tmp_path, monkey
 
 def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
     """The run ends as it would have, and the checkpoint is the last that found room."""
-    model = small()
+    model = fresh(small)
     write, calls = state_file.write, []
 
     def full(path, facts, values):
@@ -360,7 +376,7 @@ def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(state_file, "write", full)
     with pytest.warns(UserWarning, match="Training goes on") as caught, pytest.raises(InterruptedError):
         fit(model, tmp_path / "run", callbacks=[Interrupt(5)])
-    assert [str(warning.message) for warning in caught] == [
+    assert messages(caught) == [
         f"No checkpoint could be saved after {place}: [Errno 28] No space left on device. Training goes on; the "
         "checkpoint after epoch 1, batch 1 stands"
         for place in ("epoch 1, batch 2", "epoch 1")
@@ -447,34 +463,37 @@ def test_only_fit_of_this_package_takes_it(tmp_path):
 # What a training run may have, without an interruption.
 
 
-def test_accumulated_gradients_are_those_of_a_larger_batch():
-    results = []
-    for batch_size, steps in [(2, 2), (4, None)]:
-        keras.utils.set_random_seed(0)
-        model = small(keras.optimizers.SGD(0.5, gradient_accumulation_steps=steps))
-        x, y = {name: array[:8] for name, array in IDS.items()}, LABELS[:8]
-        model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
-        results.append([to_numpy(v) for v in model.trainable_variables])
-        assert int(to_numpy(model.optimizer.iterations)) == 2
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+def trained_by(optimizer, rows, batch_size):
+    keras.utils.set_random_seed(0)
+    model = small(optimizer)
+    x, y = {name: array[:rows] for name, array in IDS.items()}, LABELS[:rows]
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+    return model
 
 
-def test_a_schedule_sets_the_learning_rate_of_each_step():
-    """With a rate of zero from the third step on, an epoch is as long as two batches."""
-    results = []
-    for rows, rate in [(10, keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])), (8, 0.5)]:
-        keras.utils.set_random_seed(0)
-        model = small(keras.optimizers.SGD(rate))
-        x, y = {name: array[:rows] for name, array in IDS.items()}, LABELS[:rows]
-        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
-        results.append([to_numpy(v) for v in model.trainable_variables])
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.fixture(scope="module")
+def two_steps():
+    """The weights after two steps, of four rows each."""
+    return training_state.copy(state(trained_by(keras.optimizers.SGD(0.5), 8, 4)))
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(two_steps):
+    model = trained_by(keras.optimizers.SGD(0.5, gradient_accumulation_steps=2), 8, 2)
+    assert int(to_numpy(model.optimizer.iterations)) == 2
+    for i, v in enumerate(model.trainable_variables):
+        np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
+
+
+def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
+    """Of three steps, the last has a rate of zero."""
+    model = trained_by(keras.optimizers.SGD(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])), 10, 4)
+    assert int(to_numpy(model.optimizer.iterations)) == 3
+    for i, v in enumerate(model.trainable_variables):
+        np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
 
 
 def test_early_stopping_restores_the_best_weights():
-    model = hasty()
+    model = fresh(hasty)
     data = (IDS, LABELS[::-1])
     history = model.fit(IDS, LABELS, epochs=9, batch_size=4, validation_data=data, callbacks=watched(), verbose=0)
     losses = history.history["val_loss"]
