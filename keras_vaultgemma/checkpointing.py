@@ -36,7 +36,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     final weights, or goes on where `epochs` has become larger: each call of `fit` needs a folder of its own.
 
     (`keras.callbacks.BackupAndRestore` saves weights, optimizer and epoch, but neither the order of the data nor the
-    place in it, metrics or what other callbacks remember, and a kill while it writes leaves a broken file.)
+    place in it, metrics or what other callbacks remember, and writes over the only file it has.)
 
     The loss is watched, too. After a batch whose loss is not finite, or after which a weight is not, training stops
     with a warning that names the batch, and the last good state is put back: that before the batch where the state has

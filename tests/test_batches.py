@@ -93,11 +93,21 @@ def test_tensors_are_read_as_arrays():
     assert Batches(keras.ops.convert_to_tensor([1, 2, 3]), 2, False, 0)[0].tolist() == [1, 2]
 
 
-def test_facts_tell_what_decides_the_order():
-    expected = {"items": 10, "batch_size": 4, "shuffle": True, "steps_per_epoch": 3}
-    assert Batches(DATA, 4, True, seed=7).facts == expected
-    assert Batches(Dataset(), 4, False, 0, 9).facts == {
+def test_facts_tell_what_must_be_the_same():
+    facts = Batches(DATA, 4, True, seed=7).facts
+    assert {**facts, "SHA-256": None} == {
+        "items": 10,
+        "SHA-256": None,
+        "batch_size": 4,
+        "shuffle": True,
+        "steps_per_epoch": 3,
+    }
+    assert Batches(DATA, 4, True, seed=8).facts == facts
+    assert Batches((DATA[0], X[::-1] * 10), 4, True, seed=7).facts["SHA-256"] != facts["SHA-256"]
+    facts = Batches(Dataset(), 4, False, 0, 9).facts
+    assert {**facts, "SHA-256": None} == {
         "items": 6,
+        "SHA-256": None,
         "batch_size": 1,
         "shuffle": False,
         "steps_per_epoch": 9,

@@ -418,6 +418,7 @@ def test_a_checkpoint_that_is_cut_short(begun):
         (lambda: small("sgd"), {}, "its model had optimizer = Adam. Received: SGD"),
         (lora, {}, "its model had decoder_block_0/attention/query/lora_kernel_a = None. Received: float32 \\[16, 2\\]"),
         (small, {"batch_size": 5}, "its data had batch_size = 4. Received: 5"),
+        (small, {"y": LABELS[::-1]}, "its data had SHA-256 = "),
         (small, {"shuffle": False}, "its data had shuffle = True. Received: False"),
         (small, {"x": Batches(), "y": None}, "its data had items = 10. Received: 5"),
     ],

@@ -12,6 +12,9 @@ README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README.read_text(), re.M | re.S))
 
 
+SURVIVES = re.search(r"A run that may be killed.*?^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
+
+
 def run(code, folder, **environment):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "KERAS_VAULTGEMMA_HOME": str(folder), **environment}
     return subprocess.run(
@@ -29,6 +32,14 @@ def test_snippet_runs(title, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     if title != "Fine-tune":
         assert "Once upon a time" in result.stdout
+
+
+def test_the_run_that_survives(tmp_path):
+    """The second time there is nothing left to train."""
+    for left in ("Epoch 2/2", "my_run/training.state: going on after epoch 2"):
+        result = run(SURVIVES, tmp_path)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert left in result.stdout and result.stdout.endswith("None\n")
 
 
 def test_snippets_that_need_the_weights_name_what_is_missing(tmp_path):
