@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 __all__ = [
+    "TrainingCheckpoint",
     "VaultGemmaBackbone",
     "VaultGemmaCausalLM",
     "VaultGemmaCausalLMPreprocessor",
@@ -22,5 +23,6 @@ except (ImportError, ValueError) as error:
 else:
     from keras_vaultgemma.backbone import VaultGemmaBackbone
     from keras_vaultgemma.causal_lm import VaultGemmaCausalLM
+    from keras_vaultgemma.checkpointing import TrainingCheckpoint
     from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor
     from keras_vaultgemma.tokenizer import VaultGemmaTokenizer, apply_chat_template

@@ -240,7 +240,7 @@ def argument(array):
 
 
 def value_of(x):
-    """A tensor for a tensor, array or variable. (Keras hands on TensorFlow's variables, which no gradient may be of.)"""
+    """A tensor, for a tensor, array or variable. (Of TensorFlow's variables Keras would return the variable.)"""
     x = keras.ops.convert_to_tensor(x)
     if NAME == "tensorflow":
         import tensorflow as tf
@@ -314,6 +314,23 @@ def trace_once(layers):
         return lambda *args, **kwargs: call_first([v.value for v in layer.variables], args, kwargs)
 
     return [function_of(layer) for layer in layers]
+
+
+def update_variables(model):
+    """In the middle of an epoch of `fit`, give a model's variables the values that JAX keeps apart from them."""
+    if NAME == "jax":
+        model.jax_state_sync()
+
+
+def seed_global_generator(seed):
+    """Seed, from 0 to 2**64 - 1, what layers without a seed of their own draw dropout from on PyTorch.
+
+    Other backends keep all their random numbers in the state of layers.
+    """
+    if NAME == "torch":
+        import torch
+
+        torch.manual_seed(seed)
 
 
 def cache_compilations(folder):

@@ -8,7 +8,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, completion, distribution, ids, presets, saving, training_data
+from keras_vaultgemma import backend, checkpointing, completion, distribution, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.loss import cross_entropy, head_factors
@@ -214,16 +214,12 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
                 x_val, y_val, weight_val = self._training_data(validation_data, batch_size=rows, cut_rows=cut_rows)
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
             cut_rows.report()
-            # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
-            return keras.Model.fit(
-                self,
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                sample_weight=sample_weight,
-                validation_data=validation_data,
-                **kwargs,
+            kwargs |= dict(
+                x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data
             )
+            with checkpointing.resumable(self, kwargs) as arguments:
+                # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
+                return keras.Model.fit(self, **arguments)
 
     def _check_that_training_moves_weights(self):
         for variable in self.trainable_variables:

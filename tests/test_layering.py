@@ -26,6 +26,7 @@ FLOORS = [
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
+    ["batches", "state_file", "training_state", "checkpointing"],
     ["sampling", "generation", "search", "prompt_lookup", "completion", "loss"],
     [
         "secret_key",

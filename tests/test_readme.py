@@ -12,6 +12,9 @@ README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README.read_text(), re.M | re.S))
 
 
+SURVIVES = re.search(r"A run that may be killed.*?^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
+
+
 def run(code, folder, **environment):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "KERAS_VAULTGEMMA_HOME": str(folder), **environment}
     return subprocess.run(
@@ -46,6 +49,14 @@ def test_snippet_for_many_devices_runs_on_jax(devices, tmp_path):
     flags = f"--xla_force_host_platform_device_count={devices}"
     result = run(SNIPPETS["On a pod or a GPU cluster"], tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=flags)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_run_that_survives(tmp_path):
+    """The second time there is nothing left to train."""
+    for left in ("Epoch 2/2", "my_run/training.state: going on after epoch 2"):
+        result = run(SURVIVES, tmp_path)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert left in result.stdout and result.stdout.endswith("None\n")
 
 
 def test_snippets_that_need_the_weights_name_what_is_missing(tmp_path):

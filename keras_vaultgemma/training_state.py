@@ -1,0 +1,126 @@
+"""All that training changes in a model and in Keras's callbacks: what it takes to go on as if nothing had happened."""
+
+import hashlib
+import math
+
+import keras
+import numpy as np
+
+from keras_vaultgemma.state_file import as_array
+
+GROUPS = ("weight", "seed", "optimizer")
+"""What the names of a model's state start with."""
+
+
+def variables(model):
+    """{name: Keras variable} of the weights, the seeds of random layers and the optimizer's variables.
+
+    Among the optimizer's are the count of steps, which is where a learning-rate schedule stands, the moments and the
+    accumulated gradients. Frozen weights are left out. Metrics too, since each epoch starts them anew: `metrics` gives
+    them.
+
+    Args:
+        model: compiled `keras.Model`, its optimizer built.
+    """
+    weights = {id(v) for v in model.weights}
+    return {
+        **named("weight", model.trainable_variables),
+        **named("seed", [v for v in model.non_trainable_variables if id(v) not in weights]),
+        **named("optimizer", model.optimizer.variables),
+    }
+
+
+def metrics(model):
+    """{name: Keras variable} of the metrics that `fit` reports."""
+    return named("metric", model.metrics_variables)
+
+
+def named(group, items):
+    """`{"group/0": first item, ...}`."""
+    return {f"{group}/{i}": item for i, item in enumerate(items)}
+
+
+def copy(variables):
+    """{name: NumPy array}, in memory of their own: JAX gives a variable's memory to the result of the next step."""
+    return {name: np.array(as_array(v)) for name, v in variables.items()}
+
+
+def assign(variables, arrays):
+    """Set variables to arrays, (name, array) pairs of which one at a time is read."""
+    for name, array in arrays:
+        variables[name].assign(array)
+
+
+def nbytes(variables):
+    """Bytes that the values of variables take."""
+    return sum(math.prod(v.shape) * np.dtype(_dtype(v)).itemsize for v in variables.values())
+
+
+def is_finite(variables):
+    """Whether the weights among variables (or arrays) are finite."""
+    weights = [v for name, v in variables.items() if name.startswith("weight/")]
+    return all(np.isfinite(as_array(v)).all() for v in weights)
+
+
+def signature(model):
+    """What two models must have the same for one to take over the other's state: {entry: string}.
+
+    Of trainable weights and the optimizer's variables these are dtypes and shapes. Frozen weights are not in the state,
+    so their values matter: the first row of each, as a SHA-256.
+    """
+    entries = {"optimizer": type(model.optimizer).__name__}
+    for name, v in variables(model).items():
+        label = v.path if name.startswith("weight/") else name
+        entries[label] = f"{_dtype(v)} {list(v.shape)}"
+    digest = hashlib.sha256()
+    for v in model.non_trainable_weights:
+        digest.update(f"{v.path} {list(v.shape)} ".encode())
+        digest.update(as_array(v.value[:1] if len(v.shape) else v).tobytes())
+    return {**entries, "values of frozen weights": digest.hexdigest()}
+
+
+def _dtype(variable):
+    return keras.backend.standardize_dtype(variable.dtype)
+
+
+KEPT = {
+    keras.callbacks.History: ("epoch", "history"),
+    keras.callbacks.EarlyStopping: ("best", "best_epoch", "wait", "stopped_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("best", "wait", "cooldown_counter"),
+    keras.callbacks.ModelCheckpoint: ("best",),
+}
+"""What Keras's callbacks remember from epoch to epoch; `EarlyStopping` has weights too, if it is to restore them."""
+
+
+def memories(callbacks):
+    """What callbacks remember: {"class number": {attribute: value}} for JSON."""
+    return {
+        key: {name: getattr(callback, name) for name in KEPT[kind]} for key, kind, callback in _with_memory(callbacks)
+    }
+
+
+def best_weights(model, callbacks):
+    """{name: array} of the trainable weights among those that an `EarlyStopping` has found best so far."""
+    return {
+        f"best/{key}/{i}": callback.best_weights[i]
+        for key, _, callback in _with_memory(callbacks)
+        if getattr(callback, "best_weights", None) is not None
+        for i, v in enumerate(model.weights)
+        if v.trainable
+    }
+
+
+def restore_memories(model, callbacks, memories, best_weights):
+    """Give callbacks back what `memories` and `best_weights` have of callbacks of the same class and number."""
+    for key, _, callback in _with_memory(callbacks):
+        for name, value in memories.get(key, {}).items():
+            setattr(callback, name, value)
+        if any(name.startswith(f"best/{key}/") for name in best_weights):
+            weights = enumerate(model.get_weights())
+            callback.best_weights = [best_weights.get(f"best/{key}/{i}", weight) for i, weight in weights]
+
+
+def _with_memory(callbacks):
+    for kind in KEPT:
+        for number, callback in enumerate(callback for callback in callbacks if isinstance(callback, kind)):
+            yield f"{kind.__name__} {number}", kind, callback
