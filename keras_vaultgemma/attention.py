@@ -131,7 +131,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
 
-    def call(self, x, angles, attention_mask, cache=None, start=None):
+    def call(self, x, angles, attention_mask, cache=None, start=None, training=None):
         """Attend from `x` to itself, or to a cache that `x` is first written into.
 
         Args:
@@ -140,14 +140,15 @@ class VaultGemmaAttention(keras.layers.Layer):
             attention_mask: bool [B, T, S]; S = T without a cache.
             cache: (keys, values) of this layer, [B, S, K, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
+            training: whether adapters drop out.
 
         Returns:
             [B, T, D]; with a cache, a pair of that and the new (keys, values).
         """
         batch, length, _ = ops.shape(x)
-        query = ops.reshape(self.query(x), (batch, length, self.num_query_heads, self.head_dim))
-        key = ops.reshape(self.key(x), (batch, length, self.num_key_value_heads, self.head_dim))
-        value = ops.reshape(self.value(x), (batch, length, self.num_key_value_heads, self.head_dim))
+        query = ops.reshape(self.query(x, training=training), (batch, length, self.num_query_heads, self.head_dim))
+        key = ops.reshape(self.key(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
+        value = ops.reshape(self.value(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
@@ -155,7 +156,8 @@ class VaultGemmaAttention(keras.layers.Layer):
         # for the backward pass rather than kept.
         attend_to = self._attend_to(attention_mask)
         output = (attend_to if cache is not None else keras.remat(attend_to))(query, key, value)
-        output = self.attention_output(ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim)))
+        output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
+        output = self.attention_output(output, training=training)
         return output if cache is None else (output, (key, value))
 
     def _attend_to(self, mask):

@@ -4,7 +4,9 @@ Gemma 2 also normalises what attention and the MLP return. VaultGemma does not: 
 """
 
 import keras
+from keras import ops
 
+from keras_vaultgemma import backend
 from keras_vaultgemma.layers import RMSNorm, projection
 
 
@@ -51,23 +53,43 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
             layer.build(input_shape)
         self.down.build((*input_shape[:-1], self.intermediate_dim))
 
-    def call(self, x, angles, attention_mask, cache=None, start=None):
+    def call(self, x, angles, attention_mask, cache=None, start=None, training=None):
         """As `VaultGemmaAttention.call`: [B, T, D] in and out, with a cache a pair of that and the new cache."""
         if cache is None and self.gradient_checkpointing:
-            return keras.remat(lambda x: self._apply(x, angles, attention_mask))(x)
-        return self._apply(x, angles, attention_mask, cache, start)
+            return self._apply_twice(x, angles, attention_mask, training)
+        return self._apply(x, angles, attention_mask, training, cache, start)
 
-    def _apply(self, x, angles, attention_mask, cache=None, start=None):
-        attended = self.attention(
-            self.attention_norm(x), angles=angles, attention_mask=attention_mask, cache=cache, start=start
-        )
+    def _apply_twice(self, x, angles, attention_mask, training):
+        """`_apply`, of which nothing but the input is kept for the backward pass, which computes it again."""
+        weights = {id(v) for v in self.weights}
+        seeds = [v for v in self.variables if id(v) not in weights]
+        if not seeds:
+            return keras.remat(lambda x: self._apply(x, angles, attention_mask, training))(x)
+        values = [(v, v.value) for v in self.weights]
+
+        def apply(x, *states):
+            # Dropout moves its seed on, and what is computed twice must draw the same and change nothing.
+            with keras.StatelessScope(state_mapping=[*values, *zip(seeds, states, strict=True)]) as scope:
+                x = self._apply(x, angles, attention_mask, training)
+            return x, *[scope.get_current_value(v) for v in seeds]
+
+        x, *states = keras.remat(apply)(x, *[ops.copy(backend.value_of(v)) for v in seeds])
+        for seed, state in zip(seeds, states, strict=True):
+            seed.assign(state)
+        return x
+
+    def _apply(self, x, angles, attention_mask, training, cache=None, start=None):
+        # Said to each layer, for in the backward pass, which may compute this again, Keras knows of no training.
+        options = dict(angles=angles, attention_mask=attention_mask, cache=cache, start=start, training=training)
+        attended = self.attention(self.attention_norm(x), **options)
         if cache is not None:
             attended, cache = attended
         x = x + attended
         normed = self.mlp_norm(x)
         # As for the scores: gelu keeps several tensors of its own for the backward pass.
         gated_by = gated if cache is not None else keras.remat(gated)
-        x = x + self.down(gated_by(self.gate(normed), self.up(normed)))
+        gate, up = self.gate(normed, training=training), self.up(normed, training=training)
+        x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)
 
     def compute_output_spec(self, x, **kwargs):

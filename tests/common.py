@@ -16,6 +16,16 @@ RELEASE_LIKE = dict(
     max_sequence_length=64,
     initializer_range=0.15,
 )
+LINES = [
+    "A Wolf had been gorging on an animal he had killed, when suddenly a small bone in the meat stuck in his throat.",
+    "An Ass, having put on the Lion's skin, roamed about in the forest and amused himself by frightening all.",
+    "A Crow, half-dead with thirst, came upon a Pitcher which had once been full of water.",
+    "The Hare was once boasting of her speed before the other animals.",
+]
+IDS = {
+    "token_ids": np.array([[2, 17, 5, 99, 31], [2, 40, 8, 0, 0]]),
+    "padding_mask": np.array([[1] * 5, [1] * 3 + [0] * 2]),
+}
 
 
 def random_backbone(**changes):

@@ -39,7 +39,7 @@ FLOORS = [
         "ledger",
         "budget_report",
     ],
-    ["causal_lm"],
+    ["fine_tuning", "causal_lm"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
     ["cli"],

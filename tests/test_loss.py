@@ -177,3 +177,17 @@ def test_no_array_has_all_logits():
 
     text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(ROWS, TABLE))
     assert f"[4,{V}]" in text and f"[{N},{V}]" not in text and f"[40,{V}]" not in text
+
+
+def test_gradient_checkpointing_draws_dropout_once():
+    """What is computed again is what was computed: the same positions are dropped."""
+
+    def losses(gradient_checkpointing):
+        keras.utils.set_random_seed(0)
+        model = VaultGemmaCausalLM(random_backbone())
+        model.backbone.enable_lora(4, dropout=0.5)
+        model.compile(keras.optimizers.SGD(1.0), gradient_checkpointing=gradient_checkpointing)
+        x = {"token_ids": IDS[:, :-1], "padding_mask": np.ones_like(IDS[:, 1:])}
+        return model.fit(x, IDS[:, 1:], epochs=3, verbose=0, shuffle=False).history["loss"]
+
+    np.testing.assert_allclose(losses(True), losses(False), rtol=1e-5)
