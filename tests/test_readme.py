@@ -10,8 +10,6 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README.read_text(), re.M | re.S))
-
-
 SURVIVES = re.search(r"A run that may be killed.*?^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
 
 
@@ -27,6 +25,7 @@ def test_the_promised_snippets_are_there():
         "Generate",
         "Switch the backend",
         "Fine-tune",
+        "Adapters",
         "Train on documents or pairs",
         "On a pod or a GPU cluster",
         "Load the 1B weights",
@@ -35,7 +34,7 @@ def test_the_promised_snippets_are_there():
 
 
 @pytest.mark.parametrize(
-    "title", ["Generate", "Switch the backend", "Fine-tune", "Train on documents or pairs", "Save"]
+    "title", ["Generate", "Switch the backend", "Fine-tune", "Adapters", "Train on documents or pairs", "Save"]
 )
 def test_snippet_runs(title, tmp_path):
     result = run(SNIPPETS[title], tmp_path)
