@@ -55,7 +55,7 @@ class Batches(keras.utils.PyDataset):
 
     @property
     def facts(self):
-        """What a run that goes on must find the same, a dict for JSON; of a dataset it has only the number of batches."""
+        """What must be the same for a run to go on: a dict for JSON. Of a dataset it is the number of batches."""
         digest = hashlib.sha256()
         for array in [] if self._is_dataset else keras.tree.flatten(self._data):
             digest.update(np.ascontiguousarray(array))
