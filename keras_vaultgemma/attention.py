@@ -10,31 +10,40 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.layers import projection, rotate, soft_cap
 
 
-def causal_mask(query_positions, key_positions, window=None):
-    """Which key each query sees: those not after it, not empty, and less than `window` positions back.
+def causal_mask(query_positions, key_positions, window=None, segments=None):
+    """Which key each query sees: those not after it, not empty, less than `window` positions back, of its own segment.
 
     Args:
         query_positions: int [B, T].
         key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
         window: number of positions seen, the query's own included; None for all.
+        segments: int [B, T], the segment of each token where S = T; None where a row is one text.
 
     Returns:
         bool [B, T, S].
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     seen = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv.EMPTY)
+    if segments is not None:
+        seen = ops.logical_and(seen, _same(segments))
     return seen if window is None else ops.logical_and(seen, distance < window)
 
 
 def positions_of(padding_mask):
-    """Positions of the tokens in padded rows: int32 [B, T], counted from 0 in each row, `cache.EMPTY` at padding.
+    """Positions of the tokens in their segments: int32 [B, T], each counted from 0, `cache.EMPTY` at padding.
 
     Args:
-        padding_mask: int or bool [B, T], true at tokens; padding may stand on either side.
+        padding_mask: int or bool [B, T], the number of each token's segment, 0 at padding. A row that is one text has 1
+            at every token; padding may stand on either side.
     """
-    padding_mask = ops.cast(padding_mask, "int32")
-    counted = ops.cast(ops.cumsum(padding_mask, axis=1), "int32") - 1
-    return ops.where(padding_mask > 0, counted, kv.EMPTY)
+    segments = ops.cast(padding_mask, "int32")
+    counted = ops.sum(ops.cast(ops.tril(_same(segments)), "int32"), axis=-1) - 1
+    return ops.where(segments > 0, counted, kv.EMPTY)
+
+
+def _same(segments):
+    """bool [B, T, T]: which pairs of tokens are of one segment."""
+    return ops.equal(segments[:, :, None], segments[:, None, :])
 
 
 def attend(query, key, value, mask, scale, cap=None):
@@ -60,6 +69,26 @@ def attend(query, key, value, mask, scale, cap=None):
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     output = ops.einsum("bkgts,bskh->btkgh", weights, value)
     return ops.reshape(output, (batch, length, num_query_heads, head_dim))
+
+
+def attend_once(query, key, value, mask, scale, cap=None):
+    """`attend` for a single query a row, T = 1.
+
+    The heads' queries stand in a matrix [N, K H], each in the columns of its own key-value head and with zeros in the
+    others. So keys and values are read once and as they lie in memory, all heads of a slot together, where `attend` has
+    them transposed first. That is K times the multiplications, and 6 to 10 times the speed on JAX's CPU.
+    """
+    batch, _, num_query_heads, head_dim = ops.shape(query)
+    slots, heads = key.shape[1:3]
+    own = ops.eye(heads, dtype=query.dtype)[None, :, None, :, None]
+    query = ops.reshape(query, (batch, heads, num_query_heads // heads, 1, head_dim)) * own
+    query = ops.reshape(query, (batch, num_query_heads, heads * head_dim))
+    key, value = (ops.reshape(x, (batch, slots, heads * head_dim)) for x in (key, value))
+    scores = ops.matmul(query, ops.transpose(key, (0, 2, 1)))
+    scores = ops.where(mask, soft_cap(ops.cast(scores, "float32") * scale, cap), -1e30)
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    output = ops.reshape(ops.matmul(weights, value), (batch, heads, -1, heads, head_dim))
+    return ops.reshape(ops.sum(output * own, axis=3), (batch, 1, num_query_heads, head_dim))
 
 
 class VaultGemmaAttention(keras.layers.Layer):
@@ -122,6 +151,16 @@ class VaultGemmaAttention(keras.layers.Layer):
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
-        output = attend(query, key, value, attention_mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
+        # Without a cache, which is when gradients are taken, scores and weights (N T S values each) are computed again
+        # for the backward pass rather than kept.
+        attend_to = self._attend_to(attention_mask)
+        output = (attend_to if cache is not None else keras.remat(attend_to))(query, key, value)
         output = self.attention_output(ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim)))
         return output if cache is None else (output, (key, value))
+
+    def _attend_to(self, mask):
+        def attend_to(query, key, value):
+            function = attend_once if query.shape[1] == 1 else attend
+            return function(query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
+
+        return attend_to

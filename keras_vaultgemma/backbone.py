@@ -15,7 +15,7 @@ import warnings
 import keras
 import keras_hub
 
-from keras_vaultgemma import backend, checkpoint, presets, saving
+from keras_vaultgemma import backend, checkpoint, distribution, lora, presets, saving
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
@@ -28,7 +28,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 class VaultGemmaBackbone(keras_hub.models.Backbone):
     """VaultGemma without its head: `{"token_ids", "padding_mask"}`, int32 [B, T] each, to hidden states [B, T, D].
 
-    Padding may stand on either side of the tokens. Hidden states at padding are finite and mean nothing.
+    `padding_mask` is 1 at tokens and 0 at padding, on either side of the tokens. Rows that several documents share have
+    the number of the token's segment instead of 1 (packing.py): positions start anew in each segment, and its tokens
+    see no other. Hidden states at padding are finite and mean nothing.
 
     Args:
         vocabulary_size: V.
@@ -107,6 +109,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         for name, value in hyperparameters.items():
             setattr(self, name, value)
         self._warned_about_length = False
+        self.adapters = lora.Adapters()
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = ReversibleEmbedding(
@@ -147,22 +150,24 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
-            outputs=self.walk(token_ids, positions_of(padding_mask)),
+            outputs=self.walk(token_ids, positions_of(padding_mask), segments=padding_mask),
             dtype=dtype,
             **kwargs,
         )
         if initial.values:
             raise ValueError(f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}")
 
-    def walk(self, token_ids, positions, cache=None, start=None):
+    def walk(self, token_ids, positions, cache=None, start=None, segments=None):
         """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
 
         Args:
             token_ids: int32 [B, T].
-            positions: int32 [B, T], of each token in its row; `cache.EMPTY` at padding.
+            positions: int32 [B, T], of each token in its segment; `cache.EMPTY` at padding.
             cache: `KVCache` of S slots that the tokens are written into and attend to, or None to attend to
                 each other only. It is consumed: use the returned one.
             start: int32 scalar, the slot of the first token. Only with a cache.
+            segments: int32 [B, T], tokens see those of the same number only. Only without a cache; None where each row
+                is one text.
 
         Returns:
             Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
@@ -170,15 +175,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         key_positions = positions if cache is None else kv.write(cache.positions, positions, start)
         masks = {
             layer_type: causal_mask(
-                positions, key_positions, self.sliding_window_size if layer_type == "sliding_attention" else None
+                positions,
+                key_positions,
+                self.sliding_window_size if layer_type == "sliding_attention" else None,
+                segments,
             )
             for layer_type in set(self.layer_types)
         }
         angles = self.rotary_angles(positions)
         x = self.embedding_scale(self.token_embedding(token_ids))
         keys, values = [], []
-        for i, block in enumerate(self.transformer_layers):
-            mask = masks[block.layer_type]
+        blocks = self.transformer_layers if cache is None else backend.trace_once(self.transformer_layers)
+        for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
+            mask = masks[layer_type]
             if cache is None:
                 x = block(x, angles=angles, attention_mask=mask)
             else:
@@ -188,6 +197,16 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 values.append(value)
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    @property
+    def gradient_checkpointing(self):
+        """Whether blocks keep only their input for the backward pass and compute the rest again."""
+        return self.transformer_layers[0].gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value):
+        for block in self.transformer_layers:
+            block.gradient_checkpointing = bool(value)
 
     def empty_cache(self, batch, slots):
         """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""
@@ -207,6 +226,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 stacklevel=3,
             )
 
+    def default_lora_layer_names(self):
+        return list(lora.DEFAULT_TARGETS)
+
+    def enable_lora(self, rank, target_layer_names=None, alpha=None, dropout=0.0, name="default"):
+        """Freeze the model and train an adapter: `lora.add`, where the arguments are explained."""
+        lora.add(self, rank, target_layer_names, alpha, dropout, name)
+
+    def save_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads")
+
+    def load_lora_weights(self, filepath):
+        raise NotImplementedError("`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT")
+
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
         return {**super().get_config(), **hyperparameters, "layer_types": list(self.layer_types)}
@@ -221,8 +253,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -255,6 +289,45 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         if load_weights:
             checkpoint.warn_if_not_finite(backbone)
         return backbone
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+        preset="vaultgemma_1b",
+        **hyperparameters,
+    ):
+        """How `keras.distribution.ModelParallel` divides a backbone among devices (JAX); distribution.py says how.
+
+        Called before there is a model, since variables are divided when they are made:
+
+        ```python
+        mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), keras.distribution.list_devices())
+        layout_map = VaultGemmaBackbone.get_layout_map(mesh)
+        keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
+        model = VaultGemmaCausalLM.from_preset("vaultgemma_1b")
+        ```
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: the mesh axis along which variables are divided.
+            data_parallel_dim_name: the mesh axis along which the rows of a batch are divided.
+            preset: whose sizes the devices should divide; as for `from_preset`, and only its config is read.
+            **hyperparameters: constructor arguments that replace the preset's.
+
+        Returns:
+            `keras.distribution.LayoutMap`. Heads, MLP or vocabulary that the devices do not divide stay whole on each,
+            and a warning says so.
+
+        Raises:
+            ValueError: for a mesh without these axes, an unknown preset or hyperparameter, or another backend than JAX.
+        """
+        sizes = checkpoint.read_config(presets.find(preset, "config"))
+        if unknown := set(hyperparameters) - set(sizes):
+            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
+        sizes.update(hyperparameters)
+        return distribution.layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)
 
 
 def _check(hyperparameters):

@@ -69,11 +69,95 @@ with without_tensorflow():
 NAME = keras.config.backend()
 
 
-def from_numpy(array):
+def check_that_it_distributes():
+    """Raise ValueError where Keras does not divide variables among devices: everywhere but on JAX."""
+    if NAME != "jax":
+        raise ValueError(
+            "Models are distributed on the JAX backend only: Keras would ignore the layout on another one. "
+            f"Received: KERAS_BACKEND={NAME!r}"
+        )
+
+
+def in_shares(function, divided, whole):
+    """`function(divided, whole)`, on JAX with a distribution set by every device for the rows of a batch that it has.
+
+    Left to itself, the compiler divides neither a sort nor a loop over rows: each device would do the work of all.
+
+    Args:
+        function: returns (what belongs to the rows it was given, what is to be summed over all of them).
+        divided: nested tensors [N, ...]; rows of them stand on their own.
+        whole: nested tensors that all rows need.
+
+    Returns:
+        As `function` of all rows. It is given all where N is no multiple of the devices.
+    """
+    distribution = keras.distribution.distribution() if NAME == "jax" else None
+    if distribution is None:
+        return function(divided, whole)
+    import jax
+
+    shares, axis = distribution.num_model_replicas, distribution.batch_dim_name
+    if shares == 1 or jax.tree.leaves(divided)[0].shape[0] % shares:
+        return function(divided, whole)
+
+    def share(divided, whole):
+        of_rows, sums = function(divided, whole)
+        return of_rows, jax.lax.psum(sums, axis)
+
+    specs = (jax.sharding.PartitionSpec(axis), jax.sharding.PartitionSpec())
+    mesh = distribution.device_mesh.backend_mesh
+    # Other axes of the mesh stay the compiler's.
+    program = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={axis}, check_vma=False)
+    return program(divided, whole)
+
+
+@contextlib.contextmanager
+def gathered(variables):
+    """Inside, variables that are divided among processes (JAX) have their whole values, for the first process to save.
+
+    Every process has to enter, and none goes on before the first one is done.
+
+    Yields:
+        Whether this process is to write: the first one, or any whose variables are all its own.
+    """
+    divided = [v for v in variables if not v.value.is_fully_addressable] if NAME == "jax" else []
+    if not divided:
+        yield True
+        return
+    import jax
+    from jax.experimental import multihost_utils
+
+    is_first = jax.process_index() == 0
+    whole = []
+    for variable in divided:
+        value = multihost_utils.process_allgather(variable.value, tiled=True)
+        whole += [(variable, value)] if is_first else []
+    try:
+        with keras.StatelessScope(state_mapping=whole):
+            yield is_first
+    finally:
+        multihost_utils.sync_global_devices("saved")
+
+
+def from_numpy(array, layout=None):
     """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
 
     Keras brings bfloat16 to PyTorch by way of float32, in three copies; the bits are the same.
+
+    Args:
+        layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
+            set. Each device then gets its own part alone. (Keras itself would put the whole array on one device first,
+            or make it a constant of a compiled program.)
     """
+    if layout is not None:
+        import jax
+
+        mesh = jax.sharding.get_mesh()
+        # Keras asks from inside `explicit_axes`, which knows layouts of such a mesh only.
+        axis_types = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+        sharding = jax.sharding.NamedSharding(mesh, layout.spec)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     if NAME == "torch" and array.dtype.name == "bfloat16":
         import torch
 
@@ -155,6 +239,16 @@ def argument(array):
     return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
 
 
+def value_of(x):
+    """A tensor for a tensor, array or variable. (Keras hands on TensorFlow's variables, which no gradient may be of.)"""
+    x = keras.ops.convert_to_tensor(x)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(x)
+    return x
+
+
 def write_slice(buffer, update, start):
     """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
 
@@ -217,6 +311,28 @@ def seed_global_generator(seed):
         torch.manual_seed(seed)
 
 
+def trace_once(layers):
+    """Layers that differ in nothing but the values of their variables, as functions that call them.
+
+    On JAX they are traced once for all: tracing takes most of a first call whose program is compiled already.
+    Elsewhere, and where the variables' shapes or dtypes differ, the layers themselves.
+    """
+    kinds = {tuple((v.name, tuple(v.shape), v.dtype) for v in layer.variables) for layer in layers}
+    if NAME != "jax" or len(kinds) > 1:
+        return layers
+    import jax
+
+    @jax.jit
+    def call_first(values, args, kwargs):
+        with keras.StatelessScope(state_mapping=zip(layers[0].variables, values, strict=True)):
+            return layers[0](*args, **kwargs)
+
+    def function_of(layer):
+        return lambda *args, **kwargs: call_first([v.value for v in layer.variables], args, kwargs)
+
+    return [function_of(layer) for layer in layers]
+
+
 def cache_compilations(folder):
     """Keep compiled programs in `folder` for the next process (JAX); what the user has configured stands."""
     if NAME == "jax":
@@ -235,6 +351,21 @@ def is_tensorflow(x):
 def is_symbolic_tensorflow(x):
     """Whether `x` is a tensor inside a `tf.function` or a `tf.data` map, which has no value yet."""
     return is_tensorflow(x) and hasattr(x, "graph") and not hasattr(x, "numpy")
+
+
+def tensorflow_dataset(make_batches, structure):
+    """A `tf.data.Dataset` of what `make_batches()` yields, called anew for each epoch; on TensorFlow only.
+
+    Args:
+        make_batches: returns an iterator of nested NumPy arrays.
+        structure: a batch's nest with a `keras.KerasTensor` for each array.
+    """
+    if NAME != "tensorflow":
+        raise ValueError(f"A `tf.data.Dataset` needs the TensorFlow backend. Received: the backend {NAME!r}")
+    import tensorflow as tf
+
+    signature = keras.tree.map_structure(lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), structure)
+    return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
 
 
 def in_tensorflow_graph(function, inputs, shapes, dtypes):

@@ -1,16 +1,23 @@
 """The task: a head on the backbone, and what users do with it: generate, fit, evaluate, predict, score."""
 
+import contextlib
+import functools
+
 import keras
 import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, checkpointing, completion, ids, presets, saving, training_data
+from keras_vaultgemma import backend, checkpointing, completion, distribution, ids, presets, saving, training_data
 from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.generation import Generator
+from keras_vaultgemma.loss import cross_entropy, head_factors
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor, as_texts
 from keras_vaultgemma.prompt_lookup import PromptLookup
 from keras_vaultgemma.search import SearchGenerator
+
+SCORED_ROWS = 32
+"""Rows that `score` computes at a time."""
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
@@ -36,6 +43,7 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self._generators = {}
+        self._returns_hidden_states = False
         super().__init__(inputs=backbone.input, outputs=self.logits(backbone(backbone.input)), **kwargs)
 
     def logits(self, hidden_states):
@@ -77,73 +85,179 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError or OSError: where nothing can be written there.
         """
-        with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+        with backend.gathered(self.variables) as writes:
+            if writes:
+                with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
 
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
-        """As `keras_hub.models.CausalLM.compile`, with two other defaults.
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        gradient_checkpointing=False,
+        **kwargs,
+    ):
+        """As `keras_hub.models.CausalLM.compile`, with other defaults.
 
         Args:
-            loss: "auto" is cross-entropy averaged over the tokens that count, in nats. (Keras's own default divides by
-                padding too, so that the same text has another loss in a longer row.)
+            loss: "auto" is cross-entropy averaged over the tokens that count, in nats, and computed without a
+                [B, T, V] tensor of logits (loss.py). (Keras's own default divides by padding too, so that the same text
+                has another loss in a longer row.)
+            weighted_metrics: "auto" is the share of those tokens that the model ranks first. Metrics of your own are
+                given logits, which then have to be computed and kept, as with a loss of your own.
             sampler: "greedy" unless given.
+            gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again:
+                a part of the memory, for about a third more time.
         """
-        if isinstance(loss, str) and loss == "auto":
+        is_auto = isinstance(loss, str) and loss == "auto"
+        wants_accuracy = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
+        had_own_metrics = not getattr(self, "_loss_takes_hidden_states", True)
+        self._loss_takes_hidden_states = (
+            is_auto and not kwargs.get("metrics") and (wants_accuracy or not weighted_metrics)
+        )
+        self._reports_accuracy = self._loss_takes_hidden_states and wants_accuracy
+        if not hasattr(self, "_accuracy"):
+            self._accuracy = keras.metrics.Mean(name="sparse_categorical_accuracy")
+        if self._loss_takes_hidden_states:
+            # Keras would trace the model once more to build what is not used. None would keep the metrics of before.
+            loss, weighted_metrics = None, [] if had_own_metrics else None
+        elif is_auto:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        self.backbone.gradient_checkpointing = gradient_checkpointing
         self._generators = {}
 
-    def preprocess_samples(self, x, y=None, sample_weight=None):
+    @property
+    def metrics(self):
+        return [metric for metric in super().metrics if metric is not self._accuracy or self._reports_accuracy]
+
+    def call(self, inputs, training=None, mask=None):
+        if self._returns_hidden_states:
+            return self.backbone(inputs, training=training)
+        return super().call(inputs, training=training, mask=mask)
+
+    def train_step(self, *args, **kwargs):
+        with self._in_step():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        with self._in_step():
+            return super().test_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _in_step(self):
+        """Inside, the model returns hidden states, if `compute_loss` takes those."""
+        self._returns_hidden_states = self._loss_takes_hidden_states
+        try:
+            yield
+        finally:
+            self._returns_hidden_states = False
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not self._returns_hidden_states:
+            return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        weights = ops.ones(ops.shape(y), "float32") if sample_weight is None else ops.cast(sample_weight, "float32")
+        while len(weights.shape) < len(y.shape):
+            weights = weights[..., None]
+        weights = ops.reshape(ops.broadcast_to(weights, ops.shape(y)), (-1,))
+        total, _, is_correct = self._cross_entropy(y_pred, ops.reshape(y, (-1,)), weights, training)
+        self._accuracy.update_state(is_correct, weights)
+        count = ops.sum(weights)
+        mean = total / ops.where(count > 0, count, 1.0)
+        return mean + sum(ops.sum(loss) for loss in self.losses)
+
+    def _cross_entropy(self, hidden_states, targets, weights, with_gradient):
+        """`loss.cross_entropy` of hidden states [B, T, D] and flat targets and weights [B * T]."""
+        rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
+        embedding = self.backbone.token_embedding
+        factors = head_factors(embedding, rows)
+        return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None, cut_rows=None):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
-        if self.preprocessor is None or isinstance(x, dict):
+        if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return self.preprocessor(x)
+        # Past `Layer.__call__`, which looks into every string and wraps errors.
+        return self.preprocessor.call(x, cut_rows=cut_rows)
 
     def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
         """Train on next-token prediction; see `keras.Model.fit` for the arguments that are not explained here.
 
         Args:
-            x: strings, a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of strings, or
-                `{"token_ids", "padding_mask"}` with labels `y`.
+            x: one of
+                - strings;
+                - `{"prompts": strings, "responses": strings}`: the loss is on the responses alone;
+                - chats, lists of `{"role", "content"}`: the loss is on what the model says alone;
+                - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of these, or of packed
+                  documents (packing.py);
+                - `{"token_ids", "padding_mask"}` with labels `y`.
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
-            ValueError: for empty data, items that are not strings, or ids outside the vocabulary.
+            ValueError: for empty data, items that are not strings, ids outside the vocabulary, 16-bit weights to train,
+                or a batch that the distribution which is set cannot divide among its devices.
+
+        Warns:
+            UserWarning: how many rows were longer than the preprocessor's `sequence_length` and were cut: of data in
+                memory before training, of streams after it.
         """
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
-        if isinstance(validation_data, tuple):
-            validation_data = self._training_data(*validation_data)
-        elif validation_data is not None:
-            x_val, y_val, weight_val = self._training_data(validation_data)
-            validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
-        kwargs |= dict(x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data)
-        with checkpointing.resumable(self, kwargs) as arguments:
-            # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
-            return keras.Model.fit(self, **arguments)
+        self._check_that_training_moves_weights()
+        with training_data.CutRows() as cut_rows:
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
+            rows = kwargs.get("validation_batch_size") or batch_size
+            if isinstance(validation_data, tuple):
+                validation_data = self._training_data(*validation_data, batch_size=rows, cut_rows=cut_rows)
+            elif validation_data is not None:
+                x_val, y_val, weight_val = self._training_data(validation_data, batch_size=rows, cut_rows=cut_rows)
+                validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
+            cut_rows.report()
+            kwargs |= dict(
+                x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data
+            )
+            with checkpointing.resumable(self, kwargs) as arguments:
+                # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
+                return keras.Model.fit(self, **arguments)
+
+    def _check_that_training_moves_weights(self):
+        for variable in self.trainable_variables:
+            if variable.dtype in ("bfloat16", "float16"):
+                raise ValueError(
+                    "`fit` needs float32 weights to train, for Keras's Adam does not move 16-bit ones at all: load the "
+                    'model with dtype="mixed_bfloat16" or dtype="float32", or call `backbone.enable_lora`, whose '
+                    f"factors are float32. Received: {variable.path} of dtype {variable.dtype}"
+                )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
-        """Loss and metrics on data as for `fit`."""
-        x, y, sample_weight = self._training_data(x, y, sample_weight)
-        return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+        """Loss and metrics on data as for `fit`, with the same warning."""
+        with training_data.CutRows() as cut_rows:
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
+            return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32 [B, T, V], for data as for `fit`."""
-        x, _, _ = self._training_data(x, None, None)
+        x, _, _ = self._training_data(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _training_data(self, x, y=None, sample_weight=None):
-        preprocess = None if self.preprocessor is None else self.preprocess_samples
-        return training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+    def _training_data(self, x, y=None, sample_weight=None, batch_size=None, cut_rows=None):
+        preprocess = (
+            None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
+        )
+        data = training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        distribution.check_batches(data[0], batch_size)
+        return data
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
         """How well the model predicts each token.
 
         Args:
             token_ids: strings, or int [B, T].
-            padding_mask: [B, T], true at tokens; all true if None.
+            padding_mask: [B, T], true at tokens, or the number of each token's segment; all true if None.
             scoring_mode: "loss" or "logits".
             target_ids: int [B, T], what to predict at each place. Defaults to the next token, and then nothing is
-                predicted at a row's last token.
+                predicted at a segment's last token.
 
         Returns:
             NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
@@ -160,16 +274,25 @@ class VaultGemmaCausalLM(keras_hub.models.CausalLM):
         token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
         ids.check_range(token_ids, self.backbone.vocabulary_size)
         mask = np.ones_like(token_ids) if padding_mask is None else np.asarray(ops.convert_to_numpy(padding_mask))
-        logits = keras.Model.predict(self, {"token_ids": token_ids, "padding_mask": mask.astype("int32")}, verbose=0)
+        x = {"token_ids": token_ids, "padding_mask": mask.astype("int32")}
         if scoring_mode == "logits":
-            return logits
+            return keras.Model.predict(self, x, verbose=0)
         if target_ids is None:
-            target_ids, weights = np.roll(token_ids, -1, axis=1), np.roll(mask, -1, axis=1) * mask
-            weights[:, -1] = 0
+            target_ids, weights = np.roll(token_ids, -1, axis=1), (np.roll(mask, -1, axis=1) == mask) & (mask > 0)
+            weights[:, -1] = False
         else:
-            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask
-        losses = keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
-        return ops.convert_to_numpy(losses) * weights.astype("float32")
+            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
+        score = backend.compile_function(self._score_rows, self.variables)
+        arrays = (x["token_ids"], x["padding_mask"], target_ids.astype("int32"), weights.astype("float32"))
+        batches = [[array[i : i + SCORED_ROWS] for array in arrays] for i in range(0, len(token_ids), SCORED_ROWS)]
+        return np.concatenate([ops.convert_to_numpy(score(*map(backend.argument, batch))) for batch in batches])
+
+    def _score_rows(self, token_ids, padding_mask, targets, weights):
+        """[B, T], weighted losses."""
+        hidden_states = self.backbone({"token_ids": token_ids, "padding_mask": padding_mask})
+        targets, flat = ops.reshape(targets, (-1,)), ops.reshape(weights, (-1,))
+        _, losses, _ = self._cross_entropy(hidden_states, targets, flat, with_gradient=False)
+        return ops.reshape(losses, ops.shape(weights)) * weights
 
     def generate(
         self,

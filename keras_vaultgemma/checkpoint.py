@@ -56,7 +56,7 @@ def open_values(folder):
     weights = weight_layout.layout(hyperparameters)
     places = {weight.path: weight.places[layout_format] for weight in weights}
     _check_head(folder, head, tensors.get(EMBEDDING))
-    _check_shapes(folder, {place.name: place.shape for place in places.values()}, tensors)
+    check_shapes(folder, {place.name: place.shape for place in places.values()}, tensors)
     return hyperparameters, {
         weight.path: StoredTensor(tensors[places[weight.path].name], places[weight.path], weight.shape)
         for weight in weights
@@ -76,7 +76,7 @@ def load(backbone, folder):
         ValueError: as `open_values` does; and names the variable that is of another shape or quantized.
     """
     _, values = open_values(folder)
-    variables = {variable.path: variable for variable in backbone.variables}
+    variables = {variable.path: variable for variable in backbone.weights}
     for path, value in values.items():
         shape = tuple(variables[path].shape) if path in variables else None
         if shape != value.shape:
@@ -120,7 +120,8 @@ def _check_that_it_is_plain(folder):
         raise KerasOnly(f"{folder} must have its weights in one file, {H5}. Received: several, listed in {SHARDS}")
 
 
-def _check_shapes(folder, shapes, tensors):
+def check_shapes(folder, shapes, tensors):
+    """Raise ValueError for the first of `tensors` that is missing, unknown or of another shape than in `shapes`."""
     for name in sorted(shapes.keys() | tensors.keys()):
         expected = shapes.get(name)
         found = tensors[name].shape if name in tensors else None

@@ -94,6 +94,15 @@ def info(options):
     return describe(options.preset)
 
 
+def epsilon(options):
+    """What DP-SGD would promise: ε of a noise multiplier, or the noise multiplier of an ε."""
+    from keras_vaultgemma.privacy import budget_report
+
+    return budget_report.report(
+        options.rows, options.batch, options.epochs, options.noise, options.epsilon, options.delta, options.png
+    )
+
+
 COMMANDS = {
     "generate": Command(
         generate,
@@ -145,6 +154,19 @@ COMMANDS = {
         info,
         "describe a preset without loading its weights",
         {"preset": dict(metavar="PRESET", help="a bundled name, a folder, hf:// or kaggle://")},
+    ),
+    "epsilon": Command(
+        epsilon,
+        "plan private training: noise and ε",
+        {
+            "--rows": dict(type=int, required=True, metavar="N", help="of the data set; one row is what is protected"),
+            "--batch": dict(type=int, required=True, metavar="B", help="rows that a step draws on average"),
+            "--epochs": dict(type=int, required=True, metavar="E", help="how often a row takes part on average"),
+            "--noise": dict(type=float, metavar="σ", help="noise multiplier; or"),
+            "--epsilon": dict(type=float, metavar="ε", help="budget, from which the noise multiplier is found"),
+            "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1)"),
+            "--png": dict(metavar="FILE", help="picture of ε against steps, and of σ against ε"),
+        },
     ),
 }
 

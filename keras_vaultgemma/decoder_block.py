@@ -34,6 +34,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         self.layer_type = layer_type
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initial = initial
+        self.gradient_checkpointing = False
         self.attention_norm = self._norm(layer_norm_epsilon, initial, "attention_norm")
         self.attention = attention
         self.mlp_norm = self._norm(layer_norm_epsilon, initial, "mlp_norm")
@@ -52,6 +53,11 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
 
     def call(self, x, angles, attention_mask, cache=None, start=None):
         """As `VaultGemmaAttention.call`: [B, T, D] in and out, with a cache a pair of that and the new cache."""
+        if cache is None and self.gradient_checkpointing:
+            return keras.remat(lambda x: self._apply(x, angles, attention_mask))(x)
+        return self._apply(x, angles, attention_mask, cache, start)
+
+    def _apply(self, x, angles, attention_mask, cache=None, start=None):
         attended = self.attention(
             self.attention_norm(x), angles=angles, attention_mask=attention_mask, cache=cache, start=start
         )
@@ -59,9 +65,16 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
             attended, cache = attended
         x = x + attended
         normed = self.mlp_norm(x)
-        x = x + self.down(keras.activations.gelu(self.gate(normed), approximate=True) * self.up(normed))
+        # As for the scores: gelu keeps several tensors of its own for the backward pass.
+        gated_by = gated if cache is not None else keras.remat(gated)
+        x = x + self.down(gated_by(self.gate(normed), self.up(normed)))
         return x if cache is None else (x, cache)
 
     def compute_output_spec(self, x, **kwargs):
         """Said outright: Keras would trace every block to find out, which takes most of the time to build a model."""
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+
+def gated(gate, up):
+    """gelu(gate) * up."""
+    return keras.activations.gelu(gate, approximate=True) * up

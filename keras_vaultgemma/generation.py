@@ -18,6 +18,9 @@ from keras_vaultgemma.cache import EMPTY, KVCache, write
 CHUNKS = (256, 64, 16)
 """Lengths of prompt chunks, tokens. Below 16 a chunk costs about as much as 16: the time goes into reading weights."""
 
+CHUNK_COST = 32
+"""Tokens that could be read in the time that reading the weights takes, which every chunk does (2 CPU cores)."""
+
 SMALLEST_CACHE, CACHE_GROWTH = 256, 4
 """Slots of the smallest cache, and the ratio of one cache size to the next."""
 
@@ -120,6 +123,7 @@ class Generator:
         self.compile = (lambda function, donate=(): function) if run_eagerly else self._compile_function
         self._empty = self.compile(self._empty_cache)
         self._read_chunk = self.compile(self._read, donate=(2, 3))
+        self._join = self.compile(_join)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.
         self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
         self._go_on = [self.compile(f, donate=(0,)) for f in (self._decode_plain, self._decode_adjusted)]
@@ -199,18 +203,30 @@ class Generator:
         Returns:
             (hidden state [B, D] of each row's last token, cache, first free slot as an int).
         """
-        chunks = chunk_lengths(max(map(len, rows)))
-        start, slots = 0, cache_slots(sum(chunks) + room)
+        lengths = [chunk_lengths(len(row)) for row in rows]
+        longest = max(lengths, key=sum)
+        slots = cache_slots(sum(longest) + room)
+        if sum(prefill_cost(1, chunks) for chunks in lengths) < prefill_cost(len(rows), longest):
+            # Rows of very different lengths are mostly padding when they are read together.
+            parts = [self._read_rows([row], chunks, slots) for row, chunks in zip(rows, lengths, strict=True)]
+            hidden, cache = self._join(*map(list, zip(*parts, strict=True)))
+        else:
+            hidden, cache = self._read_rows(rows, longest, slots)
+        return hidden, cache, sum(longest)
+
+    def _read_rows(self, rows, chunks, slots):
+        """(hidden state [B, D] of each row's last token, a new cache) after reading rows chunk by chunk."""
         token_ids, mask = ids.pad(rows, sum(chunks))
         positions = np.where(mask, np.arange(sum(chunks), dtype="int32"), EMPTY).astype("int32")
         hidden, cache = self._empty(backend.argument(np.zeros((len(rows), slots), "int8")))
+        start = 0
         for length in chunks:
             part = slice(start, start + length)
             hidden, cache = self._read_chunk(
                 _int(token_ids[:, part]), _int(positions[:, part]), hidden, cache, _int(start)
             )
             start += length
-        return hidden, cache, start
+        return hidden, cache
 
     def _first_state(self, rows, limits, stop_token_ids, settings, start, slots):
         """(state before the first choice, controls). The state's cache is left out: the first choice reads none."""
@@ -341,6 +357,19 @@ def chunk_lengths(length):
         chunks += [chunk] * (remaining // chunk)
         remaining %= chunk
     return chunks
+
+
+def prefill_cost(rows, chunks):
+    """Tokens that could be read in the time that reading `rows` rows in these chunks takes."""
+    return sum(rows * length + CHUNK_COST for length in chunks)
+
+
+def _join(hidden, caches):
+    """Hidden states and caches of rows that were read apart, as one of each."""
+    columns = zip(*([*cache.keys, *cache.values, cache.positions] for cache in caches), strict=True)
+    *tensors, positions = [ops.concatenate(column, axis=0) for column in columns]
+    half = len(tensors) // 2
+    return ops.concatenate(hidden, axis=0), KVCache(tuple(tensors[:half]), tuple(tensors[half:]), positions)
 
 
 def cache_slots(needed):

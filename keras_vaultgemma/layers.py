@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.low_rank import LowRankUpdate, low_rank_product
 
 
 class RotaryAngles(keras.layers.Layer):
@@ -59,7 +60,11 @@ class Initial:
     def __call__(self, name, random=None):
         """A Keras initializer for the variable `name`; `random` replaces the normal distribution."""
         if self.values is not None:
-            return lambda shape, dtype: backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype))
+
+            def stored(shape, dtype, layout=None):
+                return backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype), layout)
+
+            return stored
         # A new initializer each time: one instance would give two matrices of a shape the same values.
         return random or keras.initializers.RandomNormal(stddev=self.initializer_range)
 
@@ -77,45 +82,109 @@ def projection(units, name, initial, dtype):
     return Projection(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
 
 
-class Projection(keras.layers.Dense):
-    """A `keras.layers.Dense` without bias whose product is `backend.matmul`."""
+def int8_product(x, weight, scale, quantizer, transposed=False):
+    """`x` [..., in] times the matrix that int8 `weight` [in, out], divided by `scale` [out], stands for; float32.
+
+    `x` is rounded to int8, too, and its gradient is that of the product without this rounding, whose own would be 0.
+
+    Args:
+        quantizer: of `x`, with Keras's interface; None to leave `x` as it is.
+        transposed: whether `weight` is [out, in] instead.
+    """
+    scale = ops.cast(scale, "float32")
+    if quantizer is None:
+        return ops.cast(backend.matmul(x, ops.cast(weight, x.dtype), transposed), "float32") / scale
+
+    @ops.custom_gradient
+    def product(x, weight, scale):
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream
+            # The scale goes to the side that has no more than a row for each token.
+            upstream = ops.cast(upstream / scale, x.dtype)
+            return backend.matmul(upstream, ops.cast(weight, x.dtype), not transposed), None, None
+
+        rounded, x_scale = quantizer(x, axis=-1)
+        products = ops.cast(backend.int8_matmul(rounded, weight, transposed), "float32")
+        return products / (ops.cast(x_scale, "float32") * scale), gradient
+
+    return product(x, ops.convert_to_tensor(weight), scale)
+
+
+class Projection(LowRankUpdate, keras.layers.Dense):
+    """A `keras.layers.Dense` without bias whose products are `backend.matmul` and `int8_product`."""
+
+    @property
+    def kernel(self):
+        """The matrix [in, units]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""
+        if not self.lora_enabled:
+            return super().kernel
+        return self._kernel if self.quantization_mode else self.merged(self._kernel)
 
     def call(self, x, training=None):
-        return backend.matmul(x, ops.convert_to_tensor(self.kernel))
-
-    def quantize(self, mode=None, type_check=True, config=None):
-        # Keras quantises subclasses only where they say so.
-        super().quantize(mode, type_check=False, config=config)
+        return self._with_update(backend.matmul(x, ops.convert_to_tensor(self._kernel)), x, training)
 
     def quantized_call(self, x, training=None):
-        if self.quantization_mode != "int8" or self.inputs_quantizer is None or training or self.lora_enabled:
+        if self.quantization_mode != "int8":
             return super().quantized_call(x, training=training)
-        x, x_scale = self.inputs_quantizer(x, axis=-1)
-        product = ops.cast(backend.int8_matmul(x, ops.convert_to_tensor(self.kernel)), "float32")
-        return ops.cast(product / (x_scale * self.kernel_scale), self.compute_dtype)
+        product = int8_product(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
+        return self._with_update(product, x, training)
+
+    def _with_update(self, product, x, training):
+        if self.lora_enabled:
+            if training and self.lora_dropout:
+                x = keras.random.dropout(ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed)
+            product = ops.cast(product, "float32") + low_rank_product(x, *self.lora_factors, self.lora_scale)
+        return ops.cast(product, self.compute_dtype)
 
 
-class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
-    """A `keras.layers.ReversibleEmbedding` whose product, when it is called in reverse, is `backend.matmul`.
+class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
+    """A `keras.layers.ReversibleEmbedding` whose products in reverse are `backend.matmul` and `int8_product`.
 
-    It keeps the name, which Keras writes into weights files.
+    It keeps the name, which Keras writes into weights files. An adapter changes rows and logits alike; dropout has no
+    part in it, for there is no sense in dropping a part of an id.
     """
 
-    def call(self, x, reverse=False):
-        if not reverse:
-            return super().call(x)
-        logits = backend.matmul(x, ops.convert_to_tensor(self.embeddings), transposed=True)
-        return soft_cap(logits, self.logit_soft_cap)
+    lora_factor_names = ("lora_embeddings_a", "lora_embeddings_b")
 
-    def quantize(self, mode=None, type_check=True, config=None):
-        super().quantize(mode, type_check=False, config=config)
+    @property
+    def table(self):
+        """The variable [V, D], without adapters."""
+        return self._embeddings
+
+    def enable_lora(self, rank, lora_alpha=None, a_initializer="zeros", b_initializer="random_normal", dropout=0.0):
+        # A starts at 0 and not B, as in PEFT: each token moves by B times what it has learned.
+        super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+
+    @property
+    def embeddings(self):
+        """The matrix [V, D]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""
+        if not self.lora_enabled:
+            return super().embeddings
+        return self._embeddings if self.quantization_mode else self.merged(self._embeddings)
+
+    def call(self, x, reverse=False):
+        if reverse:
+            logits = backend.matmul(x, ops.convert_to_tensor(self._embeddings), transposed=True)
+            return self._capped_with_update(logits, x)
+        if not self.lora_enabled:
+            return super().call(x)
+        a, b = self.lora_factors
+        ids = ops.cast(x, "int32")
+        update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b))
+        rows = ops.cast(ops.take(self._embeddings, ids, axis=0), "float32")
+        return ops.cast(rows + update, self.compute_dtype)
 
     def quantized_call(self, x, reverse=False):
-        if self.quantization_mode != "int8" or self.inputs_quantizer is None or not reverse:
+        if self.quantization_mode != "int8" or not reverse:
             return super().quantized_call(x, reverse=reverse)
-        x, x_scale = self.inputs_quantizer(x, axis=-1)
-        logits = backend.int8_matmul(x, ops.convert_to_tensor(self.embeddings), transposed=True)
-        return soft_cap(ops.cast(logits, "float32") / (x_scale * self.embeddings_scale), self.logit_soft_cap)
+        logits = int8_product(x, self._embeddings, self.embeddings_scale, self.inputs_quantizer, transposed=True)
+        return self._capped_with_update(logits, x)
+
+    def _capped_with_update(self, logits, x):
+        if self.lora_enabled:
+            a, b = self.lora_factors
+            logits = ops.cast(logits, "float32") + low_rank_product(x, b, a, self.lora_scale, transposed=True)
+        return soft_cap(logits, self.logit_soft_cap)
 
 
 class RMSNorm(keras.layers.Layer):

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vaultgemma import ids
 from keras_vaultgemma.preprocessor import as_texts
-from keras_vaultgemma.tokenizer import TURN_END, apply_chat_template
+from keras_vaultgemma.tokenizer import TURN_END, apply_chat_template, as_chats
 
 
 class Prompts(NamedTuple):
@@ -45,9 +45,9 @@ def read(inputs, preprocessor, vocabulary_size):
             "Without a preprocessor, `inputs` must be ids: {'token_ids', 'padding_mask'} or lists of ints. "
             f"Received: {inputs!r}"
         )
-    elif isinstance(inputs, (list, tuple)) and len(inputs) and isinstance(inputs[0], (dict, list, tuple)):
-        is_single = isinstance(inputs[0], dict)
-        texts = [apply_chat_template(chat, add_generation_prompt=True) for chat in ([inputs] if is_single else inputs)]
+    elif as_chats(inputs)[0]:
+        chats, is_single = as_chats(inputs)
+        texts = [apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         prompts = Prompts(preprocessor.tokenize_prompts(texts), "chat", is_single)
     else:
         texts, is_single = as_texts(inputs)

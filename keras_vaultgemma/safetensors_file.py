@@ -100,18 +100,19 @@ def write_tensors(folder, tensors, dtype, shard_size, report=lambda name, count:
         shards[-1].append((place, stored))
         room -= size
     if len(shards) == 1:
-        return _write(Path(folder) / SINGLE, shards[0], dtype, report)
+        return write_safetensors(Path(folder) / SINGLE, shards[0], dtype, report)
     names = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         names |= {place.name: file for place, _ in shard}
-        _write(Path(folder) / file, shard, dtype, report)
+        write_safetensors(Path(folder) / file, shard, dtype, report)
     total = sum(dtype.itemsize * math.prod(place.shape) for place, _ in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path, tensors, dtype, report):
+def write_safetensors(path, tensors, dtype, report=lambda name, count: None):
+    """Write one file; the arguments are those of `write_tensors`."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for place, _ in tensors:

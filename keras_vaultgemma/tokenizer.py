@@ -71,9 +71,17 @@ def apply_chat_template(messages, add_generation_prompt=False):
         ValueError: names the message that is empty of a key, out of turn, or holds a turn marker in its content (which
             would let one speaker write another's turn).
     """
+    return "".join(chat_parts(messages)) + (f"{TURN_START}model\n" if add_generation_prompt else "")
+
+
+def chat_parts(messages):
+    """What `apply_chat_template` joins: strings, by turns what is given and what the model answers.
+
+    An answer ends with its `<end_of_turn>`. What is given before it is, to the character, what `generate` continues.
+    """
     if not messages:
         raise ValueError("`messages` must be a list of one or more messages. Received: an empty one")
-    text = ""
+    parts = [""]
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise ValueError(f"`messages[{i}]` must be a dict with 'role' and 'content'. Received: {message!r}")
@@ -88,5 +96,17 @@ def apply_chat_template(messages, add_generation_prompt=False):
                 f"The content of `messages[{i}]` must be a string without {TURN_START} or {TURN_END}. "
                 f"Received: {content!r}"
             )
-        text += f"{TURN_START}{role}\n{content.strip()}{TURN_END}\n"
-    return text + (f"{TURN_START}model\n" if add_generation_prompt else "")
+        opening, said = f"{TURN_START}{role}\n", f"{content.strip()}{TURN_END}"
+        if role == "model":
+            parts[-1] += opening
+            parts += [said, "\n"]
+        else:
+            parts[-1] += f"{opening}{said}\n"
+    return parts
+
+
+def as_chats(x):
+    """(list of chats, whether `x` was a single one) from a chat or a list of chats; (None, False) for anything else."""
+    if not isinstance(x, (list, tuple)) or not len(x) or not isinstance(x[0], (dict, list, tuple)):
+        return None, False
+    return ([x], True) if isinstance(x[0], dict) else (x, False)

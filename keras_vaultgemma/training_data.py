@@ -1,16 +1,21 @@
 """What users hand to `fit`, as what Keras's own data adapters take."""
 
+import warnings
+
 import keras
+import numpy as np
 
 from keras_vaultgemma import backend, ids
-from keras_vaultgemma.preprocessor import as_texts
+
+NO_DATA = "Data must have one batch or more. Received: none"
 
 
 def prepare(x, y, sample_weight, preprocess, vocabulary_size):
     """Raw training data to `(x, y, sample_weight)`.
 
     Args:
-        x: strings; a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of strings; or a dict of ids.
+        x: what the preprocessor is called on; a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of
+            it; or a dict of ids.
         y, sample_weight: labels and weights where `x` is a dict of ids, else None.
         preprocess: function of a batch `(x, y, sample_weight)` to the same, or None to pass everything on.
         vocabulary_size: ids in NumPy arrays are checked against it.
@@ -19,12 +24,16 @@ def prepare(x, y, sample_weight, preprocess, vocabulary_size):
         `(x, y, sample_weight)`. Arrays are preprocessed at once, streams batch by batch as they are read.
 
     Raises:
-        ValueError: for empty data, items that are not strings, or ids outside the vocabulary.
+        ValueError: for empty data (a stream that turns out to be empty raises when it is read), items that are not
+            strings, or ids outside the vocabulary.
     """
-    if isinstance(x, dict):
+    if isinstance(x, dict) and "token_ids" in x:
         if hasattr(x["token_ids"], "shape") and not backend.is_symbolic_tensorflow(x["token_ids"]):
             ids.check_range(keras.ops.convert_to_numpy(x["token_ids"]), vocabulary_size)
         return x, y, sample_weight
+    is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
+    if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (is_tf_data and int(x.cardinality()) == 0):
+        raise ValueError(NO_DATA)
     if preprocess is None or x is None:
         return x, y, sample_weight
 
@@ -34,11 +43,21 @@ def prepare(x, y, sample_weight, preprocess, vocabulary_size):
 
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedDataset(x, preprocess_batch), None, None
-    if backend.is_tensorflow(x) and hasattr(x, "map"):
+    if is_tf_data:
         return x.map(preprocess_batch), None, None
     if hasattr(x, "__next__"):
-        return map(preprocess_batch, x), None, None
-    return preprocess(as_texts(x)[0])
+        return preprocessed(x, preprocess_batch), None, None
+    # A single sample gets the batch axis that Keras wants.
+    return keras.tree.map_structure(np.atleast_2d, preprocess(x))
+
+
+def preprocessed(batches, function):
+    """A generator, for Keras takes no other iterator, of `function(batch)` for each of `batches`."""
+    batch = None
+    for batch in batches:
+        yield function(batch)
+    if batch is None:
+        raise ValueError(NO_DATA)
 
 
 class PreprocessedDataset(keras.utils.PyDataset):
@@ -73,3 +92,45 @@ class PreprocessedDataset(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.dataset.on_epoch_end()
+
+
+class CutRows:
+    """Counts the rows that a preprocessor cut, and warns of them: when `report` is called and on leaving the context.
+
+    A batch counts once, however often Keras reads it; so do two equal batches. Rows that other processes read
+    (`use_multiprocessing=True`) are not counted.
+    """
+
+    def __init__(self):
+        self.counts = {}
+
+    def count(self, rows, weights):
+        """Take note of a batch.
+
+        Args:
+            rows: lists of ids, whole.
+            weights: int [B, T], which labels are learnt of what is left of each row.
+        """
+        self.sequence_length = weights.shape[1]
+        # The last label is one more token.
+        is_cut = np.array([len(row) > self.sequence_length + 1 for row in rows])
+        batch = hash(tuple(map(tuple, rows)))
+        self.counts[batch] = (len(rows), is_cut.sum(), (is_cut & ~weights.any(axis=1)).sum())
+
+    def report(self):
+        """Warn, where rows were cut since the last report."""
+        rows, cut, unanswered = np.sum([*self.counts.values()], axis=0) if self.counts else (0, 0, 0)
+        self.counts = {}
+        if cut:
+            lost = f"; of {unanswered} of them the whole answer was cut away, and they teach nothing"
+            warnings.warn(
+                f"{cut} of {rows} rows were longer than sequence_length={self.sequence_length} and were cut"
+                f"{lost if unanswered else ''}.",
+                stacklevel=3,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.report()

@@ -27,6 +27,29 @@ def to_numpy(x):
     return np.asarray(keras.ops.convert_to_numpy(x))
 
 
+def gradients(loss, variables):
+    """NumPy gradients of the scalar `loss()` with respect to trainable Keras variables."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        def stateless(values):
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                return loss()
+
+        found = jax.grad(stateless)([variable.value for variable in variables])
+    elif keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = loss()
+        found = map(tf.convert_to_tensor, tape.gradient(value, [variable.value for variable in variables]))
+    else:
+        import torch
+
+        found = torch.autograd.grad(loss(), [variable.value for variable in variables])
+    return [to_numpy(gradient) for gradient in found]
+
+
 class count_compilations:
     """A context that counts the programs XLA compiles on JAX; `count` stays None on other backends."""
 

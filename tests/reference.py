@@ -1,6 +1,7 @@
 """VaultGemma in NumPy and float64, one row at a time, every step written out: what the fast model must equal."""
 
 import numpy as np
+from common import to_numpy
 
 
 def rms_norm(x, scale, epsilon):
@@ -25,7 +26,7 @@ def logits(backbone, row):
     """Logits float64 [T, V] of a list of ids."""
 
     def weight(variable):
-        return np.asarray(variable.numpy(), "float64")
+        return to_numpy(variable).astype("float64")
 
     cap = backbone.attention_logit_soft_cap
     group = backbone.num_query_heads // backbone.num_key_value_heads

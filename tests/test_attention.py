@@ -1,9 +1,11 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
 from common import to_numpy
 
-from keras_vaultgemma.attention import attend, causal_mask, positions_of
+from keras_vaultgemma.attention import attend, attend_once, causal_mask, positions_of
 
 _ = 0
 
@@ -43,6 +45,43 @@ def test_slots_and_positions_may_differ():
     assert mask_of([2], [0, 1, -1, -1, 2, -1], window=2) == [[_, 1, _, _, 1, _]]
 
 
+def test_segments_do_not_see_each_other():
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0]], "int32")
+    positions = positions_of(segments)
+
+    def mask_of(window=None):
+        return to_numpy(causal_mask(positions, positions, window, segments)).astype(int)[0].tolist()
+
+    assert mask_of() == [
+        [1, _, _, _, _, _, _],
+        [1, 1, _, _, _, _, _],
+        [1, 1, 1, _, _, _, _],
+        [_, _, _, 1, _, _, _],
+        [_, _, _, 1, 1, _, _],
+        [_, _, _, _, _, 1, _],
+        [_, _, _, _, _, _, _],
+    ]
+    assert mask_of(window=2) == [
+        [1, _, _, _, _, _, _],
+        [1, 1, _, _, _, _, _],
+        [_, 1, 1, _, _, _, _],
+        [_, _, _, 1, _, _, _],
+        [_, _, _, 1, 1, _, _],
+        [_, _, _, _, _, 1, _],
+        [_, _, _, _, _, _, _],
+    ]
+
+
+def test_a_row_that_is_one_text_is_masked_as_without_segments():
+    """Every mask of six places, also with holes: the same positions as counting tokens, the same boolean mask."""
+    masks = np.array([*itertools.product([0, 1], repeat=6)], "int32")
+    positions = positions_of(masks)
+    assert to_numpy(positions).tolist() == np.where(masks, masks.cumsum(1) - 1, -1).tolist()
+    for window in (None, 3):
+        expected = to_numpy(causal_mask(positions, positions, window))
+        np.testing.assert_array_equal(to_numpy(causal_mask(positions, positions, window, masks)), expected)
+
+
 @pytest.mark.parametrize(
     "mask, positions",
     [
@@ -50,10 +89,13 @@ def test_slots_and_positions_may_differ():
         ([1, 1, 0], [0, 1, -1]),
         ([0, 1, 1], [-1, 0, 1]),
         ([0, 0, 0], [-1, -1, -1]),
+        ([1, 1, 2, 2, 2, 3, 0], [0, 1, 0, 1, 2, 0, -1]),
+        ([0, 1, 2, 2], [-1, 0, 0, 1]),
+        ([True, True, False], [0, 1, -1]),
     ],
 )
 def test_positions_of_padded_rows(mask, positions):
-    found = positions_of(np.array([mask], "int32"))
+    found = positions_of(np.array([mask]))
     assert keras.backend.standardize_dtype(found.dtype) == "int32"
     assert to_numpy(found).tolist() == [positions]
 
@@ -81,3 +123,15 @@ def test_a_query_that_sees_nothing_stays_finite():
     value = np.arange(12, dtype="float32").reshape(1, 3, 1, 4)
     arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, np.zeros((1, 1, 3), bool))]
     np.testing.assert_allclose(to_numpy(attend(*arrays, scale=1.0))[0, 0, 0], value.mean((0, 1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_attend_once_equals_attend(heads, cap):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(3, 1, 6, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 3, 5, heads, 8)).astype("float32")
+    mask = np.array([[[1, 1, 1, 0, 0]], [[0, 1, 0, 1, 1]], [[0, 0, 0, 0, 0]]], bool)
+    arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, mask)]
+    expected, found = (to_numpy(function(*arrays, 0.3, cap)) for function in (attend, attend_once))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

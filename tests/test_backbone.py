@@ -53,6 +53,13 @@ def test_padding_on_either_side_changes_nothing(backbone):
     assert np.isfinite(right).all() and np.isfinite(left).all()
 
 
+def test_segments_of_a_row_are_as_if_alone(backbone):
+    found = logits(backbone, [[*ROW, 9]], [[1] * 5 + [2] + [3] * 5 + [0]])[0]
+    for part in (slice(0, 5), slice(5, 6), slice(6, 11)):
+        np.testing.assert_allclose(found[part], reference.logits(backbone, ROW[part]), atol=2e-5)
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize("chunks", [[1] * 11, [4, 4, 3], [6, 5]])
 def test_cached_walk_equals_the_uncached_one(backbone, chunks):
     token_ids = np.array([ROW], "int32")

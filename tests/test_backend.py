@@ -144,3 +144,14 @@ def test_compilations_are_kept_where_nobody_else_said_so(tmp_path):
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_without_a_distribution_one_share_has_all_rows():
+    rows = keras.ops.arange(6, dtype="float32")
+    of_rows, total = backend.in_shares(lambda x, y: (x * y, keras.ops.sum(x)), rows, 2.0)
+    assert to_numpy(of_rows).tolist() == [0, 2, 4, 6, 8, 10] and to_numpy(total) == 15
+
+
+def test_without_a_distribution_every_process_saves_its_own():
+    with backend.gathered([keras.Variable([1.0])]) as writes:
+        assert writes

@@ -226,6 +226,65 @@ def test_predict_gives_logits(tiny):
     np.testing.assert_allclose(tiny.predict(LINES[:2], verbose=0), to_numpy(tiny(x)), atol=1e-4)
 
 
+def small_with_text(sequence_length):
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset("vaultgemma_tiny", sequence_length=sequence_length)
+    return VaultGemmaCausalLM(random_backbone(vocabulary_size=4096, num_layers=1), preprocessor)
+
+
+def test_loss_on_answers_alone():
+    """The loss of pairs and of chats is the mean over the answers' tokens, as `score` gives them."""
+    model = small_with_text(32)
+    pairs = {"prompts": ["The Hare was", "A Crow,"], "responses": [" once boasting of her speed.", " half-dead"]}
+    chat = [{"role": "user", "content": "Who won?"}, {"role": "assistant", "content": "The tortoise."}]
+    for data in (pairs, [chat, chat]):
+        x, _, weight = model.preprocessor(data)
+        losses = model.score(x["token_ids"], x["padding_mask"])
+        assert 0 < weight.sum() < (losses > 0).sum()
+        found = model.evaluate(data, verbose=0, return_dict=True)["loss"]
+        assert found == pytest.approx(losses[weight == 1].mean(), rel=1e-4)
+    history = model.fit(pairs, epochs=5, validation_data=pairs, verbose=0).history
+    assert history["val_loss"][-1] < history["loss"][0]
+
+
+class Lines(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return LINES[2 * index : 2 * index + 2]
+
+
+def test_cut_rows_are_reported_once():
+    model = small_with_text(24)
+    count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
+    assert 0 < count < 4
+    forms = {"texts": lambda: LINES, "PyDataset": Lines, "generator": lambda: iter([LINES[:2], LINES[2:]])}
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        forms["tf.data"] = lambda: tf.data.Dataset.from_tensor_slices(LINES).batch(2)
+    for name, data in forms.items():
+        for run in (model.fit, model.evaluate):
+            with pytest.warns(UserWarning, match="sequence_length") as caught:
+                run(data(), **{"batch_size": 2} if name == "texts" else {}, verbose=0)
+            messages = [str(w.message) for w in caught if "sequence_length" in str(w.message)]
+            assert messages == [f"{count} of 4 rows were longer than sequence_length=24 and were cut."], name
+
+
+def test_rows_that_lose_their_answer_are_reported():
+    model = small_with_text(24)
+    pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
+    with pytest.warns(UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"):
+        loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
+    assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("x", [iter([]), (batch for batch in [])])
+def test_empty_streams(tiny, x):
+    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        tiny.fit(x)
+
+
 @pytest.mark.parametrize("x, message", [([], "non-empty list"), (["a", 1], "item 1 is 1"), (3, "Received: 3")])
 def test_fit_refuses_data(tiny, x, message):
     with pytest.raises(ValueError, match=message):

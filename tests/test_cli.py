@@ -12,6 +12,7 @@ import pytest
 
 import keras_vaultgemma
 from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, description, presets
+from keras_vaultgemma.privacy import budget_report
 
 PROMPT = "Once upon a time"
 
@@ -193,6 +194,13 @@ def test_no_prompt(monkeypatch, capsys, stdin):
         ("generate x --sampler top_k --seed -1", "--seed must be from 0 to 2147483647. Received: -1"),
         ("generate x --sampler top_k --seed 2147483648", "--seed must be from 0 to 2147483647. Received: 2147483648"),
         ("generate x --preset nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
+        (
+            "epsilon --rows 100 --batch 10",
+            "the following arguments are required: --epochs (see keras-vaultgemma epsilon --help)",
+        ),
+        ("epsilon --rows x --batch 10 --epochs 1", "argument --rows: invalid int value: 'x'"),
+        ("epsilon --rows 100 --batch 10 --epochs 1", "Exactly one of `epsilon` and `noise_multiplier` must be given."),
+        ("epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2", "`delta` must be above 0 and below 1."),
         ("info nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
     ],
 )
@@ -313,3 +321,17 @@ def test_convert_fails_in_one_line(capsys, tmp_path):
     assert "argument --to: invalid choice: 'pt'" in error_of(capsys, "convert", "x", "y", "--to", "pt")
     error = error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path / "new"), "--shard-size", "big", "--to", "hf")
     assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"
+
+
+def test_epsilon_prints_the_report(capsys):
+    assert cli.main(["epsilon", "--rows", "100", "--batch", "50", "--epochs", "2", "--noise", "5"]) == 0
+    assert capsys.readouterr().out == budget_report.report(100, 50, 2, noise_multiplier=5.0) + "\n"
+
+
+def test_epsilon_asks_the_library(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(budget_report, "report", lambda *args: asked.append(args) or "the answer")
+    options = ["--rows", "500", "--batch", "50", "--epochs", "2", "--epsilon", "5", "--delta", "1e-3", "--png", "a.png"]
+    assert cli.main(["epsilon", *options]) == 0
+    assert asked == [(500, 50, 2, None, 5.0, 1e-3, "a.png")]
+    assert capsys.readouterr().out == "the answer\n"

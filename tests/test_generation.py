@@ -224,6 +224,21 @@ def test_rows_end_where_the_caller_says(model):
     assert found[3] == full[3][:1]
 
 
+def test_rows_of_very_different_lengths_are_read_apart(model, monkeypatch):
+    read = []
+    rows = [[2, *range(5, 60)], [2, 7], [2, 9, 11]]
+    read_rows = Generator._read_rows
+    monkeypatch.setattr(Generator, "_read_rows", lambda self, *args: read.append(args) or read_rows(self, *args))
+    monkeypatch.setattr("keras_vaultgemma.generation.CHUNK_COST", 1)
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    found = generator.generate(rows, [5] * 3)
+    assert [args[1] for args in read] == [[64], [16], [16]]
+    assert found.tokens == [generator.generate([row], [5]).tokens[0] for row in rows]
+    read.clear()
+    generator.generate(rows[1:], [5] * 2)
+    assert [args[1] for args in read] == [[16]]
+
+
 def test_few_compilations_for_any_lengths(model, monkeypatch):
     """40 calls with prompts of 1 to 400 tokens and 1 to 500 new ones: at most 12 programs."""
     programs = set()

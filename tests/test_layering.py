@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
     ["backend", "ids", "presets", "saving"],
-    ["cache", "layers"],
+    ["cache", "low_rank", "layers"],
     ["attention"],
     ["decoder_block"],
     [
@@ -19,17 +19,32 @@ FLOORS = [
         "h5_file",
         "checkpoint_config",
         "checkpoint",
+        "distribution",
+        "adapter",
+        "adapted_layers",
+        "lora",
         "backbone",
     ],
-    ["tokenizer", "preprocessor", "prompts", "training_data", "text_stream"],
+    ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["batches", "state_file", "training_state", "checkpointing"],
-    ["sampling", "generation", "search", "prompt_lookup", "completion"],
+    ["sampling", "generation", "search", "prompt_lookup", "completion", "loss"],
+    [
+        "secret_key",
+        "noise_seeds",
+        "row_sampling",
+        "fingerprint",
+        "loss_distribution",
+        "accounting",
+        "plan",
+        "ledger",
+        "budget_report",
+    ],
     ["causal_lm"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
     ["cli"],
 ]
-PACKAGES = ("keras_vaultgemma", "keras_vaultgemma.conversion")
+PACKAGES = ("keras_vaultgemma", "keras_vaultgemma.conversion", "keras_vaultgemma.privacy")
 ORDER = [name for floor in FLOORS for name in floor]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
 

@@ -3,10 +3,17 @@ import numpy as np
 import pytest
 from common import to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma import VaultGemmaCausalLMPreprocessor, apply_chat_template
 from keras_vaultgemma.preprocessor import as_texts
 
 TEXTS = ["Once upon a time", "The fox"]
+PAIRS = {"prompts": ["The fox", "Once upon"], "responses": [" ran.", " a time"]}
+CHAT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "The fox"},
+    {"role": "user", "content": "And?"},
+    {"role": "model", "content": "It ran."},
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,55 @@ def test_a_text_that_is_cut_gets_no_end(preprocessor):
     assert weight.tolist() == [1] * 5
 
 
+def test_pairs_teach_the_response_and_its_end(preprocessor):
+    x, y, weight = preprocessor(PAIRS, sequence_length=16)
+    for i in range(2):
+        prompt = [2, *ids_of(preprocessor, PAIRS["prompts"][i])]
+        answer = [*ids_of(preprocessor, PAIRS["responses"][i]), 1]
+        row = prompt + answer
+        assert x["token_ids"][i].tolist() == row + [0] * (16 - len(row))
+        assert x["padding_mask"][i].tolist() == [1] * len(row) + [0] * (16 - len(row))
+        assert y[i][weight[i] == 1].tolist() == answer
+        assert weight[i].tolist() == [0] * (len(prompt) - 1) + [1] * len(answer) + [0] * (17 - len(row))
+    single = preprocessor({key: values[0] for key, values in PAIRS.items()}, sequence_length=16)
+    assert single[0]["token_ids"].tolist() == x["token_ids"][0].tolist()
+    assert single[2].tolist() == weight[0].tolist()
+
+
+def test_chats_teach_what_the_model_says(preprocessor):
+    """What is given is what `generate` reads before each answer; the user's last word teaches nothing."""
+    first, second = (apply_chat_template(CHAT[:n], add_generation_prompt=True) for n in (1, 3))
+    x, y, weight = preprocessor(CHAT, sequence_length=64)
+    row = [2, *ids_of(preprocessor, apply_chat_template(CHAT))[:-1]]  # "\n" follows the last answer
+    assert row[-1] == preprocessor.tokenizer.end_of_turn_id
+    assert x["token_ids"].tolist() == row + [0] * (64 - len(row))
+    answers = [ids_of(preprocessor, text + "<end_of_turn>") for text in ("The fox", "It ran.")]
+    assert y[weight == 1].tolist() == answers[0] + answers[1]
+    for prompt, answer in zip((first, second), answers, strict=True):
+        start = len(ids_of(preprocessor, prompt))
+        assert row[: start + 1] == preprocessor.tokenize_prompts([prompt])[0]
+        assert weight[start : start + len(answer)].all() and not weight[start - 1]
+    batch = preprocessor([CHAT, CHAT + CHAT[:1]], sequence_length=64)
+    assert batch[0]["token_ids"].tolist() == [x["token_ids"].tolist()] * 2
+    assert batch[2].tolist() == [weight.tolist()] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"prompts": ["a"], "responses": ["b", "c"]}, "Received: 1 prompts and 2 responses"),
+        ({"prompts": ["a", 3], "responses": ["b", "c"]}, r"item 1 is 3 \(int\)"),
+        ({"prompts": ["a"]}, r"keys 'prompts' and 'responses'.*Received: \['prompts'\]"),
+        ([CHAT, CHAT[:1]], "message of the model to learn. Received: none in chat 1"),
+        ([CHAT, []], "one or more messages"),
+        ([CHAT[1:]], "must have the role 'user'"),
+    ],
+)
+def test_samples_that_are_refused(preprocessor, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        preprocessor(wrong)
+
+
 def test_without_special_tokens(preprocessor):
     plain = VaultGemmaCausalLMPreprocessor(
         preprocessor.tokenizer, sequence_length=8, add_start_token=False, add_end_token=False
@@ -81,6 +137,10 @@ def test_tf_data_map(preprocessor, batch_size):
     assert stack([y for _, y, _ in mapped]).tolist() == expected[1].tolist()
     spec = dataset.map(preprocessor).element_spec
     assert spec[1].shape.as_list() == ([None, 8] if batch_size else [8])
+    pairs = tf.data.Dataset.from_tensor_slices(PAIRS)
+    pairs = pairs.batch(batch_size) if batch_size else pairs
+    mapped = list(pairs.map(preprocessor).as_numpy_iterator())
+    assert stack([weight for _, _, weight in mapped]).tolist() == preprocessor(PAIRS)[2].tolist()
 
 
 def test_generate_preprocess_and_postprocess(preprocessor):

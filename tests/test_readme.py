@@ -23,14 +23,24 @@ def run(code, folder, **environment):
 
 
 def test_the_promised_snippets_are_there():
-    assert list(SNIPPETS) == ["Generate", "Switch the backend", "Fine-tune", "Load the 1B weights", "Save"]
+    assert list(SNIPPETS) == [
+        "Generate",
+        "Switch the backend",
+        "Fine-tune",
+        "Train on documents or pairs",
+        "On a pod or a GPU cluster",
+        "Load the 1B weights",
+        "Save",
+    ]
 
 
-@pytest.mark.parametrize("title", ["Generate", "Switch the backend", "Fine-tune", "Save"])
+@pytest.mark.parametrize(
+    "title", ["Generate", "Switch the backend", "Fine-tune", "Train on documents or pairs", "Save"]
+)
 def test_snippet_runs(title, tmp_path):
     result = run(SNIPPETS[title], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    if title != "Fine-tune":
+    if title not in ("Fine-tune", "Train on documents or pairs"):
         assert "Once upon a time" in result.stdout
 
 
@@ -40,6 +50,13 @@ def test_the_run_that_survives(tmp_path):
         result = run(SURVIVES, tmp_path)
         assert result.returncode == 0, result.stderr[-2000:]
         assert left in result.stdout and result.stdout.endswith("None\n")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_snippet_for_many_devices_runs_on_jax(devices, tmp_path):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    result = run(SNIPPETS["On a pod or a GPU cluster"], tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=flags)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_snippets_that_need_the_weights_name_what_is_missing(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from common import to_numpy
 
 from keras_vaultgemma import VaultGemmaTokenizer, apply_chat_template
+from keras_vaultgemma.tokenizer import as_chats, chat_parts
 
 GENUINE = os.environ.get("GEMMA_VOCABULARY")
 
@@ -86,6 +87,22 @@ def test_chat_template():
     assert apply_chat_template(messages) == text
     assert apply_chat_template(messages, add_generation_prompt=True) == text + "<start_of_turn>model\n"
     assert apply_chat_template([{**m, "role": m["role"].replace("assistant", "model")} for m in messages]) == text
+
+
+def test_chat_parts_alternate():
+    user, model = {"role": "user", "content": " A "}, {"role": "model", "content": "B\n"}
+    given = "<start_of_turn>user\nA<end_of_turn>\n<start_of_turn>model\n"
+    assert chat_parts([user]) == ["<start_of_turn>user\nA<end_of_turn>\n"]
+    assert chat_parts([user, model]) == [given, "B<end_of_turn>", "\n"]
+    assert chat_parts([user, model] * 2) == [given, "B<end_of_turn>", "\n" + given, "B<end_of_turn>", "\n"]
+
+
+def test_as_chats():
+    chat = [{"role": "user", "content": "A"}]
+    assert as_chats(chat) == ([chat], True)
+    assert as_chats([chat, chat]) == ([chat, chat], False)
+    for other in ("text", ["text"], [], {"prompts": ["text"]}, None):
+        assert as_chats(other) == (None, False)
 
 
 def test_turn_markers_are_single_tokens(tokenizer):

@@ -1,11 +1,13 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
 
-from keras_vaultgemma.training_data import prepare
+from keras_vaultgemma.training_data import CutRows, prepare
 
 
-def count_letters(x, y=None, sample_weight=None):
+def count_letters(x, y=0, sample_weight=0):
     """Stands in for a preprocessor: a batch of texts to the lengths of its texts."""
     return {"token_ids": np.array([[len(text)] for text in x])}, y, sample_weight
 
@@ -35,6 +37,11 @@ def test_streams_are_preprocessed_batch_by_batch():
     assert lengths(first) == [[1]] and lengths(second) == [[2]] and second[1] == 1
 
 
+def test_a_single_sample_gets_a_batch_axis(tiny):
+    x, y, weight = prepare("The fox", None, None, tiny.preprocess_samples, 4096)
+    assert x["token_ids"].shape == x["padding_mask"].shape == y.shape == weight.shape == (1, 256)
+
+
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
 def test_tf_data(tiny):
     import tensorflow as tf
@@ -53,7 +60,58 @@ def test_ids_pass_unchanged_and_are_checked():
         prepare(x, None, None, None, 9)
 
 
-@pytest.mark.parametrize("x, message", [([], "non-empty list"), (["a", None], "item 1 is None")])
-def test_bad_data(x, message):
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        ([], "non-empty list"),
+        (["a", None], "item 1 is None"),
+        ({"prompts": [], "responses": []}, "non-empty list"),
+        ({"prompt": ["a"], "responses": ["b"]}, r"keys 'prompts' and 'responses'.*Received: \['prompt', 'responses'\]"),
+    ],
+)
+def test_bad_data(tiny, x, message):
     with pytest.raises(ValueError, match=message):
-        prepare(x, None, None, count_letters, 10)
+        prepare(x, None, None, tiny.preprocess_samples, 4096)
+
+
+def test_empty_streams_are_refused():
+    class NoBatches(Batches):
+        def __len__(self):
+            return 0
+
+    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        prepare(NoBatches(), None, None, count_letters, 10)
+    stream, _, _ = prepare(iter([]), None, None, count_letters, 10)
+    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        next(stream)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+def test_empty_tf_data_is_refused():
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        prepare(tf.data.Dataset.from_tensor_slices(["a"]).batch(1).take(0), None, None, count_letters, 10)
+
+
+def test_cut_rows_are_counted():
+    """Of three labels: the first row just fits, the second is cut, the third is cut before its answer."""
+    rows, weights = [[1] * 4, [1] * 5, [1] * 9], np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]])
+    cut_rows = CutRows()
+    cut_rows.count(rows, weights)
+    cut_rows.count(rows[:2], weights[:2])
+    cut_rows.count(rows, weights)  # read again
+    message = (
+        "3 of 5 rows were longer than sequence_length=3 and were cut; "
+        "of 1 of them the whole answer was cut away, and they teach nothing."
+    )
+    with pytest.warns(UserWarning) as caught:
+        cut_rows.report()
+    assert [str(warning.message) for warning in caught] == [message]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cut_rows.report()
+        cut_rows.count(rows[:1], weights[:1])
+        cut_rows.report()
+    with pytest.warns(UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were cut\.$"), cut_rows:
+        cut_rows.count(rows[1:2], weights[1:2])

@@ -10,12 +10,9 @@ tokens/s are those of a whole call. Exits with 1 where a measurement failed.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import full_size
 import numpy as np
+import random_model
 
 ROOT = Path(__file__).parents[2]
 RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
@@ -41,34 +39,11 @@ PLAN = {
 }
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 NAMES = {"generate": "keras_vaultgemma", "keras_hub": "keras-hub", "transformers": "transformers"}
-HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=256)
-SIZES = {
-    "1b": dict(vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS),
-    "tiny": dict(vocabulary_size=1000, num_layers=2, hidden_dim=64, intermediate_dim=128, **HEADS),
-}
-
-
-class Tiled:
-    """A block of random numbers, repeated: drawing a billion would take longer than most measurements."""
-
-    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)  # a prime, so that rows of a matrix differ
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def read(self, dtype):
-        return np.resize(self.block.astype(dtype), self.shape)
 
 
 def build(size, dtype):
     """(function of prompt lengths and new tokens that generates with this package, its model)"""
-    from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
-
-    values = {weight.path: Tiled(weight.shape) for weight in weight_layout.layout(size)}
-    floats = "float32" if dtype == "int8" else dtype
-    model = VaultGemmaCausalLM(VaultGemmaBackbone(**size, initial_values=values, dtype=floats))
-    if dtype == "int8":
-        model.quantize("int8")
+    model = random_model.vaultgemma(size, dtype)
 
     def call(lengths, new):
         model.generate([random_ids(size, n) for n in lengths], max_new_tokens=new, stop_token_ids=None)
@@ -78,12 +53,6 @@ def build(size, dtype):
 
 def random_ids(size, length):
     return np.random.default_rng(length).integers(5, size["vocabulary_size"], length).tolist()
-
-
-def parameters(size):
-    from keras_vaultgemma import weight_layout
-
-    return sum(weight.size for weight in weight_layout.layout(size))
 
 
 def on_cpu():
@@ -116,7 +85,7 @@ def limit(size, dtype, corpus):
     data = np.ones(2**28, "float32")
     with ThreadPoolExecutor(2) as pool:
         bandwidth = data.nbytes / min(once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7))
-    tokens_per_s = {name: bandwidth / (parameters(size) * width) for name, width in BYTES.items()}
+    tokens_per_s = {name: bandwidth / (random_model.parameters(size) * width) for name, width in BYTES.items()}
     return {"gb_per_s": bandwidth / 1e9, **tokens_per_s}
 
 
@@ -125,11 +94,9 @@ def generate(size, dtype, corpus):
 
 
 def keras_hub(size, dtype, corpus):
-    from keras_hub.models import GemmaBackbone, GemmaCausalLM
+    from keras_hub.models import GemmaCausalLM
 
-    # It counts both branches of the gated MLP together.
-    backbone = GemmaBackbone(**size | {"intermediate_dim": 2 * size["intermediate_dim"]}, dtype=dtype)
-    model = GemmaCausalLM(backbone, preprocessor=None)
+    model = GemmaCausalLM(random_model.keras_hub_gemma(size, dtype), preprocessor=None)
     model.compile(sampler="greedy")
 
     def call(prompt, new):
@@ -175,25 +142,21 @@ def batch(size, dtype, corpus):
     return {"tokens_per_s_of_8_prompts": together, "x_1_prompt": together / alone}
 
 
-def resident(field):
-    """Bytes of "VmRSS", what is resident now, or "VmHWM", the most that was since it was last reset."""
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def memory(size, dtype, corpus):
-    """Bytes of the variables over float32's; what a first call that fills the context takes beyond the weights."""
+    """Bytes of the variables over float32's; what a call that fills the context takes beyond the weights.
+
+    That is the second such call. The first compiles, which takes memory of its own (on JAX and TensorFlow).
+    """
     call, model = build(size, dtype)
     variable_bytes = sum(math.prod(v.shape) * BYTES.get(v.dtype, 4) for v in model.variables)
-    result = {"variables_over_float32": variable_bytes / (4 * parameters(size))}
+    result = {"variables_over_float32": variable_bytes / (4 * random_model.parameters(size))}
     if sys.platform == "linux" and on_cpu():
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        call([1000], 8)
+        for name in ("gb_above_weights_first_call", "gb_above_weights"):
+            before = random_model.reset_peak()
+            call([1000], 8)
+            result[name] = (random_model.resident("VmHWM") - before) / 1e9
         cache = 2 * size["num_layers"] * CONTEXT * size["num_key_value_heads"] * size["head_dim"]
-        cache_bytes = cache * BYTES["bfloat16" if dtype == "bfloat16" else "float32"]
-        result |= {"gb_above_weights": (resident("VmHWM") - before) / 1e9, "gb_of_cache": cache_bytes / 1e9}
+        result["gb_of_cache"] = cache * BYTES["bfloat16" if dtype == "bfloat16" else "float32"] / 1e9
     return result
 
 
@@ -290,12 +253,12 @@ def main():
     parser.add_argument("--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it")
     parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
     parser.add_argument("--json", type=Path, help="write results into this file, one a line")
-    parser.add_argument("--size", choices=SIZES, default="1b", help=argparse.SUPPRESS)
+    parser.add_argument("--size", choices=random_model.SIZES, default="1b", help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        result = STEPS[options.step](SIZES[options.size], options.dtype, options.corpus)
+        result = STEPS[options.step](random_model.SIZES[options.size], options.dtype, options.corpus)
         return print(json.dumps({**result, "on_cpu": options.step == "limit" or on_cpu()}))
 
     plan = [("limit", options.backends[0], "")]

@@ -1,0 +1,203 @@
+"""Cross-entropy from hidden states and the head's table, a chunk of tokens at a time: never a [B, T, V] tensor.
+
+The logits of one row of 1,024 tokens are 1.05 GB in float32 with a vocabulary of 256,000, before softmax and gradients.
+Here those of a chunk live only until the gradient of its losses is known, and that is known in the forward pass: the
+gradient of a weighted sum of losses with respect to a token's logits, w (softmax - one-hot), needs nothing that comes
+later but one factor. So each product with the table is computed once, the backward pass multiplies by that factor, and
+the loop over chunks, which is not differentiated, ends where the tokens that count end.
+"""
+
+from typing import NamedTuple
+
+from keras import ops
+from keras.quantizers import AbsMaxQuantizer
+
+from keras_vaultgemma import backend
+from keras_vaultgemma.layers import int8_product, soft_cap
+
+CHUNK_LOGITS = 2**24
+"""Logits of a chunk at most: 64 MiB in float32, of which three or four copies are alive at a time."""
+
+PART = 2**14
+"""Rows of an int8 table that are floats at a time."""
+
+
+class Factor(NamedTuple):
+    """One of the products `rows @ table^T` whose sum is the logits before the soft cap.
+
+    Attributes:
+        rows: [N, K], hidden states or what an adapter makes of them.
+        table: [V, K].
+        scale: None; or [V], which the rows of an int8 table were multiplied by before they were rounded.
+        is_trained: whether the table gets a gradient. The rows always do.
+    """
+
+    rows: object
+    table: object
+    scale: object = None
+    is_trained: bool = False
+
+    def product(self):
+        """[N, V], float32."""
+        if self.scale is not None:
+            return int8_product(self.rows, self.table, self.scale, AbsMaxQuantizer(axis=-1), transposed=True)
+        return ops.cast(backend.matmul(self.rows, self.table, transposed=True), "float32")
+
+    def gradients(self, upstream):
+        """(that of rows, that of the table in float32 or None) for the gradient of the product, float32 [N, V]."""
+        if self.scale is not None:
+            # Straight through the rounding of the rows.
+            return _matmul_in_parts(upstream / ops.cast(self.scale, "float32"), self.table), None
+        upstream = ops.cast(upstream, self.rows.dtype)
+        of_rows = ops.matmul(upstream, self.table)
+        if not self.is_trained:
+            return of_rows, None
+        return of_rows, ops.cast(ops.matmul(ops.transpose(upstream), self.rows), "float32")
+
+
+def head_factors(embedding, rows):
+    """The factors of the logits that a `ReversibleEmbedding` makes of `rows` [N, D] in reverse."""
+    is_int8 = embedding.quantization_mode == "int8"
+    table = embedding.table
+    first = Factor(rows, table, embedding.embeddings_scale if is_int8 else None, table.trainable)
+    if not embedding.lora_enabled:
+        return [first]
+    a, b = embedding.lora_factors
+    adapted = embedding.lora_scale * ops.matmul(ops.cast(rows, "float32"), ops.transpose(b))
+    return [first, Factor(adapted, a, is_trained=True)]
+
+
+def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk_size=None):
+    """-log softmax(logits)[target] of each token, for `logits = soft_cap(sum of the factors' products, cap)`.
+
+    Tokens of weight 0 are left out of the work.
+
+    Args:
+        factors: list of `Factor`.
+        targets: int [N], each in [0, V).
+        weights: [N], not negative.
+        cap: soft cap on the logits, or None.
+        with_gradient: False saves the work for gradients.
+        chunk_size: tokens in a chunk. Defaults to `CHUNK_LOGITS / V`.
+
+    Returns:
+        (total, losses, is_correct). The sum of weights * losses, a float32 scalar and the only one of the three with a
+        gradient; float32 [N], in nats, 0 where the weight is 0; float32 [N], 1 where the weight is not 0 and no logit
+        is above the target's.
+    """
+    count = ops.shape(targets)[0]
+    chunk_size = chunk_size or max(1, CHUNK_LOGITS // factors[0].table.shape[0])
+    targets, weights = ops.cast(targets, "int32"), ops.cast(weights, "float32")
+    if not with_gradient:
+        (losses, is_correct, _), _ = _in_shares(factors, targets, weights, cap, with_gradient, chunk_size)
+        return ops.sum(weights * losses), losses, is_correct
+
+    @ops.custom_gradient
+    def packed(targets, weights, *tensors):
+        tensors = iter(tensors)
+        given = [
+            Factor(*[x if x is None else next(tensors) for x in factor[:3]], factor.is_trained) for factor in factors
+        ]
+        (losses, is_correct, of_rows), of_tables = _in_shares(given, targets, weights, cap, with_gradient, chunk_size)
+        gradients = []
+        for of_row, of_table, x in zip(of_rows, of_tables, given, strict=True):
+            gradients += [of_row, of_table, *([] if x.scale is None else [None])]
+
+        def gradient(*args, upstream=None):
+            factor = (args[0] if upstream is None else upstream)[0]
+            return None, None, *(None if g is None else ops.cast(factor, g.dtype) * g for g in gradients)
+
+        # One output, for on PyTorch there can be no more.
+        return ops.concatenate([ops.sum(weights * losses)[None], losses, is_correct]), gradient
+
+    tensors = [backend.value_of(x) for factor in factors for x in factor[:3] if x is not None]
+    result = packed(targets, weights, *tensors)
+    return result[0], result[1 : 1 + count], result[1 + count :]
+
+
+def _in_shares(factors, targets, weights, cap, with_gradient, size):
+    """`_in_chunks`, of which each device of a distribution computes the tokens that it has."""
+
+    def share(divided, whole):
+        rows, targets, weights = divided
+        given = [f._replace(rows=x, table=y, scale=z) for f, x, (y, z) in zip(factors, rows, whole, strict=True)]
+        return _in_chunks(given, targets, weights, cap, with_gradient, size)
+
+    rows = [factor.rows for factor in factors]
+    return backend.in_shares(share, (rows, targets, weights), [(factor.table, factor.scale) for factor in factors])
+
+
+def _in_chunks(factors, targets, weights, cap, with_gradient, size):
+    """((losses [N], is_correct [N], gradients of rows), gradients of tables or None): those of the total."""
+    count = ops.shape(targets)[0]
+    if isinstance(count, int):
+        size = min(size, max(1, count))
+    padded = -(-count // size) * size
+    place = ops.arange(count, dtype="int32")
+    # Tokens that count come first, in their order.
+    order = ops.cast(ops.argsort(ops.where(weights > 0, place, place + count)), "int32")
+    back = ops.argsort(order)
+    order = ops.concatenate([order, ops.zeros((padded - count,), "int32")])
+    used = ops.sum(ops.cast(weights > 0, "int32"))
+    rows = [ops.take(factor.rows, order, axis=0) for factor in factors]
+    # Once, and not for every chunk.
+    tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
+    targets = ops.take(targets, order, axis=0)
+    weights = ops.where(ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0)
+
+    def chunk(start, losses, is_correct, of_rows, of_tables):
+        def part(x):
+            return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
+
+        def write(buffer, update):
+            return backend.write_slice(buffer[None], ops.cast(update, buffer.dtype)[None], start)[0]
+
+        parts = [f._replace(rows=part(x), table=t) for f, x, t in zip(factors, rows, tables, strict=True)]
+        target, weight = part(targets), part(weights)
+        logits = soft_cap(sum(factor.product() for factor in parts), cap)
+        largest = ops.max(logits, axis=1)
+        shares = ops.exp(logits - largest[:, None])
+        total = ops.sum(shares, axis=1)
+        chosen = ops.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        counts = ops.cast(weight > 0, "float32")
+        losses = write(losses, counts * (largest + ops.log(total) - chosen))
+        is_correct = write(is_correct, counts * ops.cast(chosen >= largest, "float32"))
+        if with_gradient:
+            one_hot = ops.arange(logits.shape[1], dtype="int32")[None] == target[:, None]
+            of_logits = shares * (weight / total)[:, None] - ops.where(one_hot, weight[:, None], 0.0)
+            if cap is not None:
+                of_logits = of_logits * (1.0 - ops.square(logits / cap))
+            gradients = [factor.gradients(of_logits) for factor in parts]
+            of_rows = [write(buffer, new) for buffer, (new, _) in zip(of_rows, gradients, strict=True)]
+            new_of_tables = [new for _, new in gradients if new is not None]
+            of_tables = [buffer + new for buffer, new in zip(of_tables, new_of_tables, strict=True)]
+        return start + size, losses, is_correct, of_rows, of_tables
+
+    state = (
+        ops.zeros((), "int32"),
+        ops.zeros((padded,)),
+        ops.zeros((padded,)),
+        [ops.zeros_like(x) for x in rows] if with_gradient else [],
+        [ops.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
+    )
+    _, losses, is_correct, of_rows, of_tables = ops.while_loop(lambda start, *_: start < used, chunk, state)
+    of_tables = iter(of_tables)
+    is_wanted = [with_gradient and factor.is_trained for factor in factors]
+    tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
+    of_rows = [ops.take(x, back, axis=0) for x in of_rows]
+    return (ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows), tables
+
+
+def _matmul_in_parts(x, table):
+    """`x` [n, V] times an int8 `table` [V, K], of which only a part is floats at a time."""
+    vocabulary_size, width = table.shape
+    product = ops.zeros((ops.shape(x)[0], width), x.dtype)
+
+    def add(start, rows, product):
+        part = ops.slice(table, (start, 0), (rows, width))
+        return product + ops.matmul(ops.slice(x, (0, start), (ops.shape(x)[0], rows)), ops.cast(part, x.dtype))
+
+    whole, rest = divmod(vocabulary_size, PART)
+    if whole:
+        product = ops.fori_loop(0, whole, lambda i, product: add(i * PART, PART, product), product)
+    return add(whole * PART, rest, product) if rest else product

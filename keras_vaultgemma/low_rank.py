@@ -1,0 +1,99 @@
+"""The low-rank update of a frozen matrix, W + s A B (LoRA, Hu et al., 2021, arXiv:2106.09685), in a layer."""
+
+import keras
+from keras import ops
+
+from keras_vaultgemma import backend
+
+
+def low_rank_product(x, first, second, scale, transposed=False):
+    """`x` [..., in] times `first` [in, r], `second` [r, out] and `scale`, in float32, without their product [in, out].
+
+    Args:
+        transposed: whether the matrices are [r, in] and [out, r] instead.
+    """
+    x = backend.matmul(ops.cast(x, "float32"), ops.convert_to_tensor(first), transposed)
+    return backend.matmul(x * scale, ops.convert_to_tensor(second), transposed)
+
+
+class LowRankUpdate:
+    """What a Keras layer with a matrix needs beyond Keras's own LoRA; stands before the Keras layer among the bases.
+
+    Keras adds A B, a matrix as large as W, to W in every call. Here the layer computes x W + s (x A) B, in float32 but
+    for x W. Factors are float32 variables under every dtype policy.
+
+    Attributes:
+        lora_enabled: whether the layer has factors.
+        lora_rank, lora_alpha: r, and s times r.
+        lora_dropout: part of the adapter's input that is dropped in training.
+    """
+
+    lora_factor_names = ("lora_kernel_a", "lora_kernel_b")
+    """Keras's names for A [in, r] and B [r, out]."""
+
+    lora_dropout = 0.0
+
+    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0):
+        """Add factors and freeze the matrix.
+
+        Args:
+            rank: r.
+            lora_alpha: s times r. Defaults to `rank`.
+            a_initializer, b_initializer: of the factors.
+            dropout: part of the adapter's input that is dropped in training.
+
+        Raises:
+            ValueError: for a layer that has factors, or whose matrix is quantized to something else than int8.
+        """
+        self.check_base(self.quantization_mode)
+        super().enable_lora(rank, lora_alpha, a_initializer=a_initializer, b_initializer=b_initializer)
+        self.lora_dropout = dropout
+        if dropout and not hasattr(self, "lora_seed"):
+            self._tracker.unlock()  # as Keras's own `enable_lora` does for the factors
+            self.lora_seed = keras.random.SeedGenerator()
+            self._tracker.lock()
+
+    def disable_lora(self):
+        """Take the factors away and leave the matrix frozen."""
+        for variable in self.lora_factors:
+            self._untrack_variable(variable)
+        # Not by `del`: Keras collects garbage for each, which takes longer than everything else together.
+        for name in self.lora_factor_names:
+            setattr(self, name, None)
+        self.trainable = False
+        self.lora_enabled = False
+        self.lora_rank = self.lora_alpha = None
+        self.lora_dropout = 0.0
+
+    @property
+    def lora_factors(self):
+        """The variables A [in, r] and B [r, out]."""
+        return tuple(getattr(self, name) for name in self.lora_factor_names)
+
+    @property
+    def lora_scale(self):
+        """s."""
+        return self.lora_alpha / self.lora_rank
+
+    def add_weight(self, *args, **kwargs):
+        if kwargs.get("name") in self.lora_factor_names:
+            # Else Keras would round the factors to a 16-bit compute dtype in every call.
+            kwargs["autocast"] = False
+        return super().add_weight(*args, **kwargs)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        if self.lora_enabled:
+            self.check_base(mode)
+        # Keras quantises subclasses only where they say so.
+        super().quantize(mode, type_check=False, config=config)
+
+    def merged(self, matrix):
+        """W + s A B in the dtype of `matrix` W, rounded once."""
+        a, b = self.lora_factors
+        update = self.lora_scale * ops.matmul(a, b)
+        return ops.cast(ops.cast(matrix, "float32") + update, matrix.dtype)
+
+    def check_base(self, mode):
+        """Raise ValueError for a quantization mode that no adapter can stand on."""
+        if mode not in (None, "int8"):
+            raise ValueError(f"An adapter needs a base in floating point or int8. Received: {self.path} in {mode}")

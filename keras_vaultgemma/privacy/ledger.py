@@ -1,0 +1,269 @@
+"""The ledger: what was released about which data, in a file beside the checkpoint and inside saved presets.
+
+A line is a JSON object and is only ever added: "statement", a guarantee that others make (VaultGemma's own of its
+pre-training comes first); "run", a run that begins; "steps", how many of its steps may have been released from now on;
+"end", how many were.
+
+**A run that is killed at any point is never under-counted.** A "steps" line is on the disk (`fsync`) before the first
+of its steps releases anything, so that the lines that are whole count every released step. A line that cannot be read
+is one whose write did not end, and counts all the same, as the most steps that a line may add. Steps are written down
+in blocks of 1 % of the planned ones: a run that is killed is over-counted by two blocks at most, one that ends is
+counted exactly.
+
+A resumed run is a new one, of its own secret: what it repeats of the steps before it is counted again, for it was
+released again. Its file has one writer at a time.
+
+Runs on the same data compose. Runs on other data stand beside each other, each with the ε of a row of its own data: a
+row that is in both is protected by the composition of the two, which nobody can see from fingerprints.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from keras_vaultgemma import presets
+from keras_vaultgemma.privacy import accounting, fingerprint
+from keras_vaultgemma.privacy.accounting import Steps
+
+FILE = "privacy_ledger.jsonl"
+BLOCKS = 100
+"""Into how many parts the planned steps are reserved."""
+
+
+class Run(NamedTuple):
+    """What a run is, as it is known when it begins.
+
+    Attributes:
+        rows, sampling_probability, max_batch_size, noise_multiplier: as in `accounting.Steps`.
+        clip_norm: C, the largest norm of a row's gradient.
+        delta: δ at which its ε is meant to be read.
+        planned_steps: how many it will do.
+        unit: what one row is, in words.
+        dataset: as `fingerprint.fingerprint` returns it.
+        package_version: of this package.
+        mechanism, neighbouring: in words.
+        name: unique.
+    """
+
+    rows: int
+    sampling_probability: float
+    max_batch_size: int | None
+    noise_multiplier: float
+    clip_norm: float
+    delta: float
+    planned_steps: int
+    unit: str
+    dataset: str
+    package_version: str
+    mechanism: str = accounting.MECHANISM
+    neighbouring: str = accounting.NEIGHBOURING
+    name: str = ""
+
+    def steps(self, count):
+        """`accounting.Steps` of this run."""
+        return Steps(count, self.rows, self.sampling_probability, self.max_batch_size, self.noise_multiplier)
+
+    @property
+    def block(self):
+        """How many steps a line reserves."""
+        return max(1, self.planned_steps // BLOCKS)
+
+
+class Ledger(NamedTuple):
+    """What a file says.
+
+    Attributes:
+        statements: tuple of dicts, as metadata.json has under "privacy".
+        runs: tuple of pairs of a `Run` and the number of its steps that may have been released.
+    """
+
+    statements: tuple = ()
+    runs: tuple = ()
+
+    def on(self, dataset):
+        """List of `Steps` of the runs on some data, and of those that may be on the same data."""
+        return [run.steps(count) for run, count in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
+
+    def spent(self, delta=None):
+        """{fingerprint: `PrivacySpent`} of each data set.
+
+        Args:
+            delta: in (0, 1); the smallest that the runs on the data were meant for if None.
+        """
+        result = {}
+        for dataset in dict.fromkeys(run.dataset for run, _ in self.runs):
+            runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
+            units = "; ".join(dict.fromkeys(run.unit for run in runs))
+            result[dataset] = accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units)
+        return result
+
+    def lines(self, begun=()):
+        """The same as the bytes of a file, each run ended: for a saved preset, whose weights have no later steps.
+
+        Args:
+            begun: names of runs that the file has already, and of which only the steps are to be added.
+        """
+        lines = [{"kind": "statement", **statement} for statement in self.statements]
+        for run, count in self.runs:
+            lines += [] if run.name in begun else [_run_line(run)]
+            lines += [{"kind": "end", "run": run.name, "steps": count}]
+        return b"".join(_line(content) for content in lines)
+
+
+def of_preset(folder):
+    """The `Ledger` of a preset: its file, or else the privacy statement of its metadata.json."""
+    folder = Path(folder)
+    if (folder / FILE).is_file():
+        return read(folder / FILE)
+    metadata = folder / presets.METADATA
+    statement = presets.read_json(metadata).get("privacy") if metadata.is_file() else None
+    return Ledger((statement,)) if statement else Ledger()
+
+
+def read(path):
+    """The `Ledger` in a file.
+
+    Raises:
+        ValueError: for a line that is whole and makes no sense, such as steps of a run that never began.
+    """
+    path = Path(path)
+    presets.check_link(path)
+    return parse(path.read_bytes(), path)
+
+
+def parse(content, path):
+    """The `Ledger` in the bytes of a file, of which any number may be missing at the end.
+
+    Args:
+        content: bytes.
+        path: what an error names.
+    """
+    statements, runs, counts, latest = [], {}, {}, None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            entry = presets.parse_json(line, f"{path}, line {number}")
+        except ValueError:
+            # Torn: the write never ended, and at most one block was to be added.
+            if latest:
+                counts[latest] += runs[latest].block
+            continue
+        try:
+            kind = entry.pop("kind")
+            if kind == "statement":
+                statements.append(entry)
+            elif kind == "run":
+                run = _run(entry)
+                if run.name in runs:
+                    raise ValueError(f"a second run has the name {run.name!r}")
+                latest = run.name
+                runs[latest], counts[latest] = run, 0
+            elif kind == "steps":
+                counts[entry["run"]] = max(counts[entry["run"]], _count(entry["steps"]))
+            elif kind == "end":
+                _ = counts[entry["run"]]
+                counts[entry["run"]], latest = _count(entry["steps"]), None
+            else:
+                raise ValueError(f"unknown kind {kind!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, line {number} is not an entry of a privacy ledger: {message}") from error
+    return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
+
+
+class OpenRun:
+    """A run that is being written down; a context manager, which ends it.
+
+    Args:
+        path: file; made where there is none.
+        run: `Run`; it is given a name.
+        history: `Ledger` of the model that the run begins with, or None; what the file lacks of it is added first.
+
+    Raises:
+        ValueError: where the file is not a ledger, or the run's numbers are outside their ranges.
+        OSError: where it cannot be written; no step may then be released.
+    """
+
+    def __init__(self, path, run, history=None):
+        accounting.check(run.steps(run.planned_steps))
+        accounting.check_delta(run.delta)
+        if not 0 < run.clip_norm < float("inf"):
+            raise ValueError(f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}")
+        self.path, self.run = Path(path), run._replace(name=uuid.uuid4().hex)
+        self.done, self._reserved = 0, 0
+        history = history or Ledger()
+        there = read(self.path) if self.path.exists() else Ledger()
+        counted = {run.name: count for run, count in there.runs}
+        missing = Ledger(
+            tuple(statement for statement in history.statements if statement not in there.statements),
+            tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        # What a torn line left is closed, so that it spoils no other.
+        torn = self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
+        self._write((b"\n" if torn else b"") + missing.lines(counted) + _line(_run_line(self.run)))
+        _synchronise_folder(self.path.parent)
+
+    def release(self):
+        """Count one more step. It may release something when this has returned, and not before."""
+        if self.done == self._reserved:
+            reserved = min(self.done + self.run.block, max(self.run.planned_steps, self.done + 1))
+            self._write(_line({"kind": "steps", "run": self.run.name, "steps": reserved}))
+            self._reserved = reserved
+        self.done += 1
+
+    def close(self):
+        """End the run: it counts the steps that were released, no more."""
+        if not self._file.closed:
+            self._write(_line({"kind": "end", "run": self.run.name, "steps": self.done}))
+            self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _write(self, content):
+        self._file.write(content)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _line(content):
+    # NumPy's integers are taken for the numbers they are.
+    return json.dumps(content, default=lambda number: number.item()).encode("ascii") + b"\n"
+
+
+def _run_line(run):
+    return {"kind": "run", **run._asdict()}
+
+
+def _run(entry):
+    run = Run(**entry)
+    accounting.check(run.steps(run.planned_steps))
+    accounting.check_delta(run.delta)
+    for name in ("unit", "dataset", "name"):
+        if not isinstance(getattr(run, name), str):
+            raise ValueError(f"{name} must be a string")
+    return run
+
+
+def _count(value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"steps must be 0 or more, not {value!r}")
+    return value
+
+
+def _synchronise_folder(folder):
+    """The name of a new file is on the disk too, where folders can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,240 @@
+"""ε, δ and σ against closed forms, other accountants and the traps that make ε too small."""
+
+import math
+import sys
+import time
+
+import pytest
+from scipy import optimize, special
+
+from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma.privacy.accounting import PrivacySpent, Steps
+
+VAULTGEMMA = Steps(100_000, int(13e12 / 1024), 518e3 / int(13e12 / 1024), None, 0.614)
+
+
+def gaussian_delta(epsilon, mu):
+    """δ of the Gaussian mechanism with sensitivity / deviation = mu (Balle & Wang, 2018, arXiv:1805.06083, Theorem 8)."""
+    return math.exp(special.log_ndtr(mu / 2 - epsilon / mu)) - math.exp(
+        epsilon + special.log_ndtr(-mu / 2 - epsilon / mu)
+    )
+
+
+def gaussian_epsilon(delta, mu):
+    return optimize.brentq(lambda e: gaussian_delta(e, mu) - delta, 0, 500, xtol=1e-12)
+
+
+@pytest.mark.parametrize("count, sigma", [(1, 1.0), (1, 0.5), (30, 4.0), (400, 20.0)])
+@pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-10, 1e-15])
+def test_full_batches_have_a_closed_form(count, sigma, delta):
+    """q = 1: T steps are one Gaussian mechanism with σ / sqrt(T)."""
+    exact = gaussian_epsilon(delta, math.sqrt(count) / sigma)
+    found = accounting.epsilon([Steps(count, 100, 1.0, None, sigma)], delta)
+    assert exact <= found <= exact * 1.001
+    again = accounting.delta([Steps(count, 100, 1.0, None, sigma)], exact)
+    assert delta <= again <= delta * 1.01
+
+
+def test_vaultgemma():
+    """1.7105 is what ever finer grids converge to; ε = 2.00 is reached with 9.8e9 sequences."""
+    assert accounting.epsilon([VAULTGEMMA], 1.1e-10) == pytest.approx(1.7217, abs=1e-3)
+    fewer = VAULTGEMMA._replace(rows=9_800_000_000, sampling_probability=518e3 / 9.8e9)
+    assert accounting.epsilon([fewer], 1.1e-10) == pytest.approx(2.00, abs=2e-3)
+
+
+def test_a_finer_grid_confirms_vaultgemma(monkeypatch):
+    """The grid rounds up: ε falls towards 1.7105, and dp-accounting's 1.7092 is below that (see `loss_distribution`)."""
+    accounting._one_step.cache_clear()
+    monkeypatch.setattr(accounting, "INTERVAL", 1e-4)
+    assert accounting.epsilon([VAULTGEMMA], 1.1e-10) == pytest.approx(1.7111, abs=1e-4)
+    accounting._one_step.cache_clear()
+
+
+def test_vaultgemma_without_head_room():
+    """Batches that are cut off at the expected size are no Poisson samples: ε is 22, not 1.7."""
+    cut = VAULTGEMMA._replace(max_batch_size=518_000)
+    assert accounting.epsilon([cut], 1.1e-10) == pytest.approx(22.2, abs=0.1)
+    assert accounting.epsilon([cut._replace(max_batch_size=523_180)], 1.1e-10) == pytest.approx(1.722, abs=2e-3)
+
+
+OPACUS = [
+    (1.0, 0.01, 1000, 1e-5, 1.8293687315675626),
+    (0.7, 0.005, 600, 1e-5, 2.1833391623525147),
+    (2.0, 0.1, 500, 1e-6, 6.217972685576559),
+    (5.0, 0.5, 200, 1e-5, 6.7025075271783034),
+    (0.8, 0.001, 10000, 1e-7, 1.1718802139529192),
+    (1.5, 0.02, 3000, 1e-8, 4.814604641087898),
+]
+"""σ, q, T, δ and ε of Opacus 1.6.0: `PRVAccountant`, history [(σ, q, T)], `get_epsilon(δ, eps_error=0.001,
+delta_error=δ / 1000)`. Adding or removing a row has the privacy loss of zero-out where nothing is cut off."""
+
+
+@pytest.mark.parametrize("sigma, q, count, delta, epsilon", OPACUS)
+def test_opacus(sigma, q, count, delta, epsilon):
+    assert accounting.epsilon([Steps(count, 10**6, q, None, sigma)], delta) == pytest.approx(epsilon, rel=0.01)
+
+
+def test_opacus_composes_different_runs():
+    """The same with history [(1.0, 0.01, 500), (1.3, 0.02, 300)], δ = 1e-5."""
+    runs = [Steps(500, 10**6, 0.01, None, 1.0), Steps(300, 10**6, 0.02, None, 1.3)]
+    assert accounting.epsilon(runs, 1e-5) == pytest.approx(1.853169652793984, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        Steps(1000, 10_000, 0.01, None, 1.0),
+        Steps(1000, 10_000, 0.01, 130, 1.0),
+        Steps(200, 1000, 0.1, 105, 1.2),
+        Steps(50, 100, 1.0, None, 7.0),
+    ],
+)
+def test_dp_accounting(steps):
+    """Its own accountant, where T and δ leave the round-off of its Fourier transform small."""
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-3)
+    if steps.max_batch_size is None:
+        event = dp_accounting.GaussianDpEvent(steps.noise_multiplier)
+        event = dp_accounting.PoissonSampledDpEvent(steps.sampling_probability, event)
+    else:
+        event = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            steps.rows, steps.sampling_probability, steps.max_batch_size, steps.noise_multiplier
+        )
+    accountant.compose(event, steps.count)
+    assert accounting.epsilon([steps], 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-4)
+    assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=1e-4)
+
+
+def test_accumulated_micro_batches_are_not_one_poisson_sample():
+    """The sum of k independently drawn micro-batches holds a row up to k times. What is released is k steps, each with a
+    k-th of the rows and of the noise's variance, and that costs far more than the one step it looks like."""
+    k = 8
+    claimed = accounting.epsilon([Steps(500, 10_000, 0.0256, None, 1.0)], 1e-5)
+    honest = accounting.epsilon([Steps(k * 500, 10_000, 0.0256 / k, None, 1.0 / math.sqrt(k))], 1e-5)
+    assert claimed == pytest.approx(3.62, abs=0.01)
+    assert honest > 9 * claimed
+
+
+def test_truncation_costs_and_never_pays():
+    base = Steps(500, 10_000, 0.0256, None, 1.0)
+    values = [accounting.epsilon([base._replace(max_batch_size=b)], 1e-5) for b in (256, 280, 300, 320, 400)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 2 * values[-1]
+    assert values[-1] == pytest.approx(accounting.epsilon([base], 1e-5), rel=1e-6)
+    # A batch of all rows cuts nothing off.
+    assert accounting.epsilon([base._replace(max_batch_size=10_000)], 1e-5) == accounting.epsilon([base], 1e-5)
+
+
+def test_runs_compose():
+    steps = Steps(100, 1000, 0.1, None, 1.5)
+    whole = accounting.epsilon([steps._replace(count=200)], 1e-5)
+    assert accounting.epsilon([steps, steps], 1e-5) == pytest.approx(whole, rel=1e-9)
+    assert accounting.epsilon([steps, steps._replace(noise_multiplier=3.0)], 1e-5) < whole
+    assert accounting.epsilon([steps, steps._replace(count=0)], 1e-5) == accounting.epsilon([steps], 1e-5)
+    assert accounting.epsilon([], 1e-5) == accounting.epsilon([steps._replace(count=0)], 1e-5) == 0
+
+
+def test_epsilon_grows_with_every_step():
+    steps = Steps(1, 1000, 0.1, 130, 1.5)
+    values = [accounting.epsilon([steps._replace(count=count)], 1e-5) for count in (1, 2, 5, 20, 100)]
+    assert values == sorted(values) and values[0] > 0
+
+
+@pytest.mark.parametrize("budget", [0.1, 8.0])
+@pytest.mark.parametrize("max_batch_size", [None, 300])
+def test_calibration_keeps_to_the_budget_and_uses_it(budget, max_batch_size):
+    start = time.perf_counter()
+    steps = accounting.calibrate(Steps(1000, 50_000, 256 / 50_000, max_batch_size), budget, 1e-5)
+    assert time.perf_counter() - start < 10
+    assert accounting.epsilon([steps], 1e-5) <= budget
+    less = steps._replace(noise_multiplier=steps.noise_multiplier / (1 + 1.01 * accounting.PRECISION))
+    assert accounting.epsilon([less], 1e-5) > budget
+    assert steps._replace(noise_multiplier=None) == Steps(1000, 50_000, 256 / 50_000, max_batch_size)
+
+
+def test_calibration_counts_earlier_runs():
+    earlier = [Steps(100, 50_000, 256 / 50_000, 336, 1.0)]
+    plan = Steps(500, 50_000, 256 / 50_000, 336)
+    steps = accounting.calibrate(plan, 2.0, 1e-5, earlier)
+    assert 1.98 < accounting.epsilon([*earlier, steps], 1e-5) <= 2.0
+    assert steps.noise_multiplier > accounting.calibrate(plan, 2.0, 1e-5).noise_multiplier
+    used = accounting.epsilon(earlier, 1e-5)
+    with pytest.raises(ValueError, match=r"`epsilon` must be above .*, which earlier runs .* Received: epsilon=0.3"):
+        assert used > 0.3
+        accounting.calibrate(plan, 0.3, 1e-5, earlier)
+
+
+def test_calibration_at_the_ends(monkeypatch):
+    monkeypatch.setattr(accounting, "SMALLEST_NOISE", 0.3)
+    assert accounting.calibrate(Steps(1, 10, 0.1), 20.0, 0.5).noise_multiplier == 0.3
+    steps = accounting.calibrate(Steps(10, 100_000, 0.01), 1e-3, 1e-5)
+    assert accounting.epsilon([steps], 1e-5) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "value, rounded", [(0.0, 0.0), (1.0, 1.0), (2.96541, 2.966), (9.9995, 10.0), (1.23e-5, 1.23e-5)]
+)
+def test_round_up(value, rounded):
+    assert accounting.round_up(value) == rounded
+    assert accounting.round_up(math.inf) == math.inf
+
+
+def test_rounding_never_goes_down():
+    for value in (0.1 + 0.2, math.pi, 1 / 3, 123456.789, math.nextafter(2.0, 3), math.nextafter(0.3, 1)):
+        assert value <= accounting.round_up(value) <= value * 1.001
+
+
+def test_spent():
+    runs = [Steps(100, 1000, 0.1, None, 1.5), Steps(50, 1000, 0.1, None, 2.0)]
+    spent = accounting.spent(runs, 1e-5, "one row")
+    exact = accounting.epsilon(runs, 1e-5)
+    assert exact <= spent.epsilon < exact + 1e-2
+    rest = (1e-5, 150, "DP-SGD with truncated Poisson sampling", "one row", "zero-out")
+    assert spent == PrivacySpent(spent.epsilon, *rest)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(count=-1), "`count` must be an integer of 0 or more. Received: count=-1"),
+        (dict(count=1.5), "`count` must be an integer of 0 or more. Received: count=1.5"),
+        (dict(rows=0), "`rows` must be an integer of 1 or more. Received: rows=0"),
+        (dict(max_batch_size=0), "`max_batch_size` must be an integer of 1 or more. Received: max_batch_size=0"),
+        (dict(sampling_probability=0.0), "`sampling_probability` must be above 0 and at most 1. Received: sampling_p"),
+        (dict(sampling_probability=1.1), "`sampling_probability` must be above 0 and at most 1. Received: sampling_p"),
+        (dict(sampling_probability=math.nan), "`sampling_probability` must be above 0 and at most 1. Received: sam"),
+        (dict(noise_multiplier=0.0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0"),
+        (dict(noise_multiplier=math.inf), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier="),
+        (dict(noise_multiplier=None), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=None"),
+    ],
+)
+def test_impossible_steps(changes, message):
+    with pytest.raises(ValueError) as error:
+        accounting.epsilon([Steps(10, 100, 0.1, 20, 1.0)._replace(**changes)], 1e-5)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_impossible_delta(delta):
+    for call in (accounting.epsilon, lambda runs, delta: accounting.calibrate(runs[0], 1.0, delta)):
+        with pytest.raises(ValueError, match="`delta` must be above 0 and below 1. Received: delta="):
+            call([Steps(10, 100, 0.1, 20, 1.0)], delta)
+
+
+def test_impossible_budget():
+    for budget in (0.0, -1.0, 101.0, math.nan):
+        with pytest.raises(ValueError, match="`epsilon` must be above 0 and at most 100. Received: epsilon="):
+            accounting.calibrate(Steps(10, 100, 0.1), budget, 1e-5)
+    with pytest.raises(ValueError, match="`epsilon` must be 0 or more. Received: epsilon=-1"):
+        accounting.delta([], -1)
+    with pytest.raises(ValueError, match="`count` must be 1 or more for a noise multiplier to be found"):
+        accounting.calibrate(Steps(0, 100, 0.1), 1.0, 1e-5)
+
+
+def test_without_dp_accounting(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    accounting._one_step.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[privacy\]"):
+        accounting.epsilon([Steps(10, 100, 0.1, 20, 1.0)], 1e-5)

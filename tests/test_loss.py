@@ -1,0 +1,179 @@
+import keras
+import numpy as np
+import pytest
+from common import random_backbone, to_numpy
+from keras import ops
+
+from keras_vaultgemma import VaultGemmaCausalLM, backend, loss
+from keras_vaultgemma.layers import ReversibleEmbedding
+
+N, V, D, K = 37, 100, 24, 3
+RANDOM = np.random.default_rng(0)
+ROWS, TABLE = RANDOM.normal(size=(N, D)).astype("float32"), RANDOM.normal(size=(V, D)).astype("float32")
+MORE_ROWS, MORE_TABLE = RANDOM.normal(size=(N, K)).astype("float32"), RANDOM.normal(size=(V, K)).astype("float32")
+TARGETS = RANDOM.integers(0, V, N)
+WEIGHTS = (RANDOM.random(N) * (RANDOM.random(N) > 0.3)).astype("float32")
+IDS = np.random.default_rng(1).integers(1, 128, (4, 11))
+LENGTHS = np.array([11, 7, 2, 5])
+
+
+def plain(logits, cap=None):
+    """(losses, is_correct), from all logits at once in float64."""
+    logits = logits.astype("float64")
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), TARGETS]
+    return losses * (WEIGHTS > 0), (logits.argmax(1) == TARGETS) * (WEIGHTS > 0)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 8, 64])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
+    factors = [loss.Factor(ROWS, TABLE), loss.Factor(MORE_ROWS, MORE_TABLE, is_trained=True)]
+    total, losses, is_correct = loss.cross_entropy(factors, TARGETS, WEIGHTS, cap, with_gradient, chunk_size)
+    expected, expected_is_correct = plain(ROWS @ TABLE.T + MORE_ROWS @ MORE_TABLE.T, cap)
+    np.testing.assert_allclose(to_numpy(losses), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(to_numpy(is_correct), expected_is_correct)
+    np.testing.assert_allclose(to_numpy(total), (WEIGHTS * expected).sum(), rtol=1e-5)
+
+
+def test_tokens_without_weight_are_not_computed():
+    weights = np.zeros(N, "float32")
+    weights[[3, 5, 20, 31]] = 1
+    rows = np.where(weights[:, None] > 0, ROWS, np.nan).astype("float32")
+    total, losses, _ = loss.cross_entropy([loss.Factor(rows, TABLE)], TARGETS, weights, chunk_size=2)
+    logits = ROWS @ TABLE.T
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), TARGETS]
+    np.testing.assert_allclose(to_numpy(losses), expected * weights, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_numpy(total), expected[weights > 0].sum(), rtol=1e-5)
+    total, losses, _ = loss.cross_entropy([loss.Factor(rows, TABLE)], TARGETS, np.zeros(N))
+    assert to_numpy(total) == 0 and not to_numpy(losses).any()
+
+
+def trained(auto, backbone_options=(), dtype=None, lora_rank=None, sample_weight=None, **compile_options):
+    """(values of variables, logs) after one step of gradient descent, by our loss or by Keras's."""
+    keras.utils.set_random_seed(0)
+    model = VaultGemmaCausalLM(random_backbone(dtype=dtype, **dict(backbone_options)))
+    if lora_rank:
+        model.backbone.enable_lora(lora_rank)
+        for variable in model.trainable_variables:  # from zero one of the factors would have no gradient
+            variable.assign(np.random.default_rng(2).normal(0, 0.1, variable.shape))
+    losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    metrics = [keras.metrics.SparseCategoricalAccuracy()]
+    if not auto:
+        compile_options |= dict(loss=losses, weighted_metrics=metrics)
+    model.compile(keras.optimizers.SGD(1.0), **compile_options)
+    mask = (np.arange(10) < LENGTHS[:, None]).astype("int32")
+    weights = mask if sample_weight is None else mask * sample_weight
+    data = dict(x={"token_ids": IDS[:, :-1], "padding_mask": mask}, y=IDS[:, 1:], sample_weight=weights, batch_size=4)
+    logs = model.fit(**data, verbose=0).history
+    return [to_numpy(v) for v in model.trainable_variables], logs | model.evaluate(**data, verbose=0, return_dict=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(backbone_options=dict(final_logit_soft_cap=3.0, attention_logit_soft_cap=2.0)),
+        dict(lora_rank=2, backbone_options=dict(num_key_value_heads=2)),
+        dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
+        dict(run_eagerly=True),
+    ],
+    ids=["full", "caps", "lora", "sample_weight", "eagerly"],
+)
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_one_step_equals_one_by_the_plain_loss(monkeypatch, options, chunk_size):
+    """Step 1.0 makes the weights differ by the gradients: of both ends of the embedding, norms, projections, LoRA."""
+    if chunk_size:
+        monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * chunk_size)
+    weights, logs = trained(True, **options)
+    expected_weights, expected_logs = trained(False, **options)
+    assert len(weights) == len(expected_weights) > 2
+    for value, expected in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    assert logs.keys() == expected_logs.keys() == {"loss", "sparse_categorical_accuracy"}
+    for name in logs:
+        np.testing.assert_allclose(logs[name], expected_logs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision():
+    """Both round to 8 bits on the way, in other places."""
+    weights, logs = trained(True, dtype="mixed_bfloat16")
+    expected_weights, expected_logs = trained(False, dtype="mixed_bfloat16")
+    start = [to_numpy(v) for v in random_weights("mixed_bfloat16")]
+    for value, expected, before in zip(weights, expected_weights, start, strict=True):
+        assert np.abs(value - expected).max() <= 0.03 * np.abs(expected - before).max()
+    np.testing.assert_allclose(logs["loss"], expected_logs["loss"], rtol=1e-2)
+
+
+def random_weights(dtype):
+    keras.utils.set_random_seed(0)
+    return random_backbone(dtype=dtype).trainable_variables
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    weights, logs = trained(True, gradient_checkpointing=True)
+    expected_weights, expected_logs = trained(True)
+    for value, expected in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(logs["loss"], expected_logs["loss"], rtol=1e-6)
+
+
+def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
+    def call(self, x, reverse=False):
+        assert not reverse, "logits of all tokens"
+        return keras.layers.Embedding.call(self, x)
+
+    monkeypatch.setattr(ReversibleEmbedding, "call", call)
+    sizes = []
+    product = loss.Factor.product
+    monkeypatch.setattr(loss.Factor, "product", lambda self: sizes.append(self.rows.shape[0]) or product(self))
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 5)
+    x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit(x, IDS, verbose=0)
+    model.evaluate(x, IDS, verbose=0)
+    model.score(IDS)
+    assert len(sizes) >= 3 and set(sizes) == {5}
+
+
+def test_metrics_of_the_user_are_given_logits(model):
+    x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+    model.compile("sgd", weighted_metrics=[keras.metrics.SparseTopKCategoricalAccuracy(128)])
+    assert model.evaluate(x, IDS, verbose=0, return_dict=True)["sparse_top_k_categorical_accuracy"] == 1
+    model.compile("sgd", weighted_metrics=None)
+    assert set(model.evaluate(x, IDS, verbose=0, return_dict=True)) == {"loss"}
+
+
+@pytest.mark.parametrize("part", [32, 2**14])
+def test_gradient_of_an_int8_table(monkeypatch, part):
+    """As if the table were floats and rows had not been rounded."""
+    monkeypatch.setattr(loss, "PART", part)
+    scale = 127 / np.abs(TABLE).max(1)
+    factor = loss.Factor(ROWS, np.round(TABLE * scale[:, None]).astype("int8"), scale.astype("float32"))
+    upstream = np.random.default_rng(3).normal(size=(N, V)).astype("float32")
+    of_rows, of_table = factor._replace(table=ops.convert_to_tensor(factor.table)).gradients(upstream)
+    np.testing.assert_allclose(to_numpy(of_rows), upstream @ (factor.table / scale[:, None]), rtol=1e-4, atol=1e-4)
+    assert of_table is None
+
+
+def test_int8_model_fits_its_adapter():
+    keras.utils.set_random_seed(0)
+    model = VaultGemmaCausalLM(random_backbone())
+    model.quantize("int8")
+    model.backbone.enable_lora(4)
+    model.compile(keras.optimizers.Adam(0.01))
+    x = {"token_ids": IDS[:, :-1], "padding_mask": np.ones_like(IDS[:, 1:])}
+    losses = model.fit(x, IDS[:, 1:], epochs=30, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX shows a program's arrays")
+def test_no_array_has_all_logits():
+    import jax
+
+    def total(rows, table):
+        return loss.cross_entropy([loss.Factor(rows, table, is_trained=True)], TARGETS, WEIGHTS, 5.0, True, 4)[0]
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(ROWS, TABLE))
+    assert f"[4,{V}]" in text and f"[{N},{V}]" not in text and f"[40,{V}]" not in text

@@ -1,0 +1,65 @@
+"""Models of VaultGemma 1B's size with random weights, and what memory a process has."""
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import numpy as np
+
+HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=256)
+SIZES = {
+    "1b": dict(vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS),
+    "tiny": dict(vocabulary_size=1000, num_layers=2, hidden_dim=64, intermediate_dim=128, **HEADS),
+}
+
+
+class Tiled:
+    """A block of random numbers, repeated: drawing a billion would take longer than most measurements."""
+
+    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)  # a prime, so that rows of a matrix differ
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, dtype):
+        return np.resize(self.block.astype(dtype), self.shape)
+
+
+def vaultgemma(size, dtype):
+    """A `VaultGemmaCausalLM` without preprocessor; for "int8" quantised from float32."""
+    from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
+
+    values = {weight.path: Tiled(weight.shape) for weight in weight_layout.layout(size)}
+    floats = "float32" if dtype == "int8" else dtype
+    model = VaultGemmaCausalLM(VaultGemmaBackbone(**size, initial_values=values, dtype=floats))
+    if dtype == "int8":
+        model.quantize("int8")
+    return model
+
+
+def keras_hub_gemma(size, dtype):
+    """keras-hub's `GemmaBackbone` of the same shapes."""
+    from keras_hub.models import GemmaBackbone
+
+    # It counts both branches of the gated MLP together.
+    return GemmaBackbone(**size | {"intermediate_dim": 2 * size["intermediate_dim"]}, dtype=dtype)
+
+
+def parameters(size):
+    from keras_vaultgemma import weight_layout
+
+    return sum(weight.size for weight in weight_layout.layout(size))
+
+
+def resident(field):
+    """Bytes of "VmRSS", what is resident now, or "VmHWM", the most that was since `reset_peak` (Linux)."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def reset_peak():
+    """Give free memory back to the system, count "VmHWM" anew and return "VmRSS"."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
