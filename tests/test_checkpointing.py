@@ -64,7 +64,7 @@ def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
 
 def lora():
     model = small()
-    model.backbone.enable_lora(2)
+    model.backbone.enable_lora(2, dropout=0.3)
     model.compile(keras.optimizers.Adam(0.01))
     return model
 
@@ -184,7 +184,7 @@ def test_interrupted_in_any_batch(tmp_path):
     assert model.history.history["loss"][2] < model.history.history["loss"][0]
 
 
-def test_interrupted_with_lora(tmp_path):
+def test_interrupted_with_lora_and_its_dropout(tmp_path):
     assert_survives(lora(), tmp_path, [5], save_freq=2)
 
 
