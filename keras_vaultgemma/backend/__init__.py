@@ -1,0 +1,48 @@
+"""The one package that asks which Keras backend runs; the others call what it exports.
+
+Importing it also imports keras-hub for the rest of the package, without letting it pull in TensorFlow on JAX and
+PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs seconds and a gigabyte, and needs it for
+nothing that this package uses.
+"""
+
+from keras_vaultgemma.backend.choice import BACKENDS, NAME, without_tensorflow
+from keras_vaultgemma.backend.compilation import (
+    cache_compilations,
+    compile_function,
+    seed_global_generator,
+    trace_once,
+    update_variables,
+)
+from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
+from keras_vaultgemma.backend.products import int8_matmul, matmul
+from keras_vaultgemma.backend.tensorflow_data import (
+    in_tensorflow_graph,
+    is_symbolic_tensorflow,
+    is_tensorflow,
+    tensorflow_dataset,
+)
+from keras_vaultgemma.backend.tensors import argument, from_numpy, value_of, write_slice
+
+__all__ = [
+    "BACKENDS",
+    "NAME",
+    "argument",
+    "cache_compilations",
+    "check_that_it_distributes",
+    "compile_function",
+    "from_numpy",
+    "gathered",
+    "in_shares",
+    "in_tensorflow_graph",
+    "int8_matmul",
+    "is_symbolic_tensorflow",
+    "is_tensorflow",
+    "matmul",
+    "seed_global_generator",
+    "tensorflow_dataset",
+    "trace_once",
+    "update_variables",
+    "value_of",
+    "without_tensorflow",
+    "write_slice",
+]

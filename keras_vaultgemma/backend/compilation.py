@@ -1,0 +1,85 @@
+"""Compiled functions that read Keras variables, and the state that compiled steps keep apart from them."""
+
+import keras
+
+from keras_vaultgemma.backend.choice import NAME
+
+
+def compile_function(function, variables, donate=()):
+    """Compile `function(*args)`, which reads Keras `variables` and changes none, for repeated calls.
+
+    Args:
+        function: takes and returns nested tensors; every tensor it depends on is an argument or one of `variables`.
+        variables: list of `keras.Variable`, read anew at each call.
+        donate: positions of arguments whose memory the result may reuse (JAX); the caller must not use them again.
+
+    Returns:
+        A function with the same arguments. It compiles once for each combination of argument shapes and dtypes.
+    """
+    if NAME == "jax":
+        import jax
+
+        def stateless(values, *args):
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                return function(*args)
+
+        program = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate))
+        return lambda *args: program([v.value for v in variables], *args)
+
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+
+    import torch
+
+    return torch.no_grad()(function)
+
+
+def trace_once(layers):
+    """Layers that differ in nothing but the values of their variables, as functions that call them.
+
+    On JAX they are traced once for all: tracing takes most of a first call whose program is compiled already.
+    Elsewhere, and where the variables' shapes or dtypes differ, the layers themselves.
+    """
+    kinds = {tuple((v.name, tuple(v.shape), v.dtype) for v in layer.variables) for layer in layers}
+    if NAME != "jax" or len(kinds) > 1:
+        return layers
+    import jax
+
+    @jax.jit
+    def call_first(values, args, kwargs):
+        with keras.StatelessScope(state_mapping=zip(layers[0].variables, values, strict=True)):
+            return layers[0](*args, **kwargs)
+
+    def function_of(layer):
+        return lambda *args, **kwargs: call_first([v.value for v in layer.variables], args, kwargs)
+
+    return [function_of(layer) for layer in layers]
+
+
+def cache_compilations(folder):
+    """Keep compiled programs in `folder` for the next process (JAX); what the user has configured stands."""
+    if NAME == "jax":
+        import jax
+
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def update_variables(model):
+    """In the middle of an epoch of `fit`, give a model's variables the values that JAX keeps apart from them."""
+    if NAME == "jax":
+        model.jax_state_sync()
+
+
+def seed_global_generator(seed):
+    """Seed, from 0 to 2**64 - 1, what layers without a seed of their own draw dropout from on PyTorch.
+
+    Other backends keep all their random numbers in the state of layers.
+    """
+    if NAME == "torch":
+        import torch
+
+        torch.manual_seed(seed)

@@ -1,0 +1,63 @@
+"""Values in and out of tensors without detours."""
+
+import keras
+
+from keras_vaultgemma.backend.choice import NAME
+
+
+def from_numpy(array, layout=None):
+    """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
+
+    Keras brings bfloat16 to PyTorch by way of float32, in three copies; the bits are the same.
+
+    Args:
+        layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
+            set. Each device then gets its own part alone. (Keras itself would put the whole array on one device first,
+            or make it a constant of a compiled program.)
+    """
+    if layout is not None:
+        import jax
+
+        mesh = jax.sharding.get_mesh()
+        # Keras asks from inside `explicit_axes`, which knows layouts of such a mesh only.
+        axis_types = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+        sharding = jax.sharding.NamedSharding(mesh, layout.spec)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    if NAME == "torch" and array.dtype.name == "bfloat16":
+        import torch
+
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return array
+
+
+def argument(array):
+    """A NumPy array as an argument of a compiled function.
+
+    On JAX the array itself: made a tensor by itself, each new shape would compile a program of its own.
+    """
+    return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
+
+
+def value_of(x):
+    """A tensor, for a tensor, array or variable. (Of TensorFlow's variables Keras would return the variable.)"""
+    x = keras.ops.convert_to_tensor(x)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(x)
+    return x
+
+
+def write_slice(buffer, update, start):
+    """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
+
+    The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
+    and layer), XLA reuses the memory of a loop variable or a donated argument.
+    """
+    if NAME == "torch":
+        # What comes out of `repeat` may have rows that share memory.
+        start, buffer = int(start), buffer.contiguous()
+        buffer[:, start : start + update.shape[1]] = update
+        return buffer
+    return keras.ops.slice_update(buffer, [0, start] + [0] * (len(buffer.shape) - 2), update)

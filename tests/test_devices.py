@@ -1,0 +1,15 @@
+import keras
+from common import to_numpy
+
+from keras_vaultgemma import backend
+
+
+def test_without_a_distribution_one_share_has_all_rows():
+    rows = keras.ops.arange(6, dtype="float32")
+    of_rows, total = backend.in_shares(lambda x, y: (x * y, keras.ops.sum(x)), rows, 2.0)
+    assert to_numpy(of_rows).tolist() == [0, 2, 4, 6, 8, 10] and to_numpy(total) == 15
+
+
+def test_without_a_distribution_every_process_saves_its_own():
+    with backend.gathered([keras.Variable([1.0])]) as writes:
+        assert writes
