@@ -280,9 +280,9 @@ def test_weights_are_in_memory_once(tmp_path, form):
     if form == "hugging_face":
         convert(tmp_path / "keras", tmp_path / form, to="hf")
     size = 2 * small.count_params()
-    VaultGemmaBackbone.from_preset(tmp_path / form)
+    VaultGemmaBackbone.from_preset(tmp_path / form, dtype="bfloat16")
     tracemalloc.start()
-    VaultGemmaBackbone.from_preset(tmp_path / form)
+    VaultGemmaBackbone.from_preset(tmp_path / form, dtype="bfloat16")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 25e6 and peak < 1.15 * size + 5e6

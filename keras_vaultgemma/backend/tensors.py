@@ -8,9 +8,9 @@ from keras_vaultgemma.backend.choice import NAME
 def from_numpy(array, layout=None):
     """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
 
-    Keras would copy it, on TensorFlow and JAX twice, and bring bfloat16 to PyTorch by way of float32. PyTorch takes the
-    array's memory over, and TensorFlow does where that begins at a multiple of 64 bytes. JAX copies it once: of memory
-    that is not its own it makes a copy for the first step of training, with all weights in memory twice.
+    PyTorch takes the array's memory over (Keras would copy it, bfloat16 by way of float32), and TensorFlow does where
+    that begins at a multiple of 64 bytes (Keras and TensorFlow would each copy it). For JAX, Keras copies it once, and
+    should: JAX cannot donate memory that is not its own, so the first step of training would have all weights twice.
 
     Args:
         layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
@@ -28,14 +28,10 @@ def from_numpy(array, layout=None):
         # A copy of the part, for a view would keep the whole.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
     is_bfloat16 = array.dtype.name == "bfloat16"
-    if NAME == "jax":
-        import jax
-
-        return jax.device_put(array, may_alias=False)
-    if NAME == "torch" and is_bfloat16:
+    if NAME == "torch":
         import torch
 
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
     if NAME == "tensorflow" and array.ctypes.data % 64 == 0:
         import tensorflow as tf
 
