@@ -13,7 +13,7 @@ DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np
 BLOCK = 2**25
 """Bytes, in float32, that are read, cast and handed on at a time."""
 
-STRIP = 2**18
+STRIP = 300_000
 """Bytes of a file that a thread casts, checks and turns at a time: they stay in its core's cache meanwhile."""
 
 ALIGNMENT = 64
@@ -64,22 +64,29 @@ class StoredTensor:
         dtype = self.dtype if dtype is None else as_dtype(dtype)
         value = _aligned(self.shape, dtype)
         target = _bits(self._place.from_variable(value))
-        rows = max(ALIGNMENT, STRIP // self._tensor[:1].nbytes)
-
-        def fill(start):
-            strip = self._tensor[start : start + rows]
-            if dtype != self.dtype:
-                with np.errstate(over="ignore"):
-                    strip = strip.astype(dtype)
-            target[start : start + rows] = _bits(strip)
-            return _all_finite(strip)
+        # Whole lines of the cache in the turned tensor, too.
+        rows = ALIGNMENT * max(1, STRIP // (ALIGNMENT * self._tensor[:1].nbytes))
 
         starts = range(0, len(target), rows)
-        if len(starts) == 1:
-            self.is_finite = fill(0)
+
+        def fill(share):
+            """Every so many strips; whether they are finite."""
+            finite = True
+            for start in starts[share::THREADS]:
+                strip = self._tensor[start : start + rows]
+                if dtype != self.dtype:
+                    with np.errstate(over="ignore"):
+                        strip = strip.astype(dtype)
+                target[start : start + rows] = _bits(strip)
+                finite = finite and _all_finite(strip)
+            return finite
+
+        if len(starts) < THREADS:
+            finite = [fill(share) for share in range(THREADS)]
         else:
             with ThreadPoolExecutor(THREADS) as pool:
-                self.is_finite = all(list(pool.map(fill, starts)))
+                finite = list(pool.map(fill, range(THREADS)))
+        self.is_finite = all(finite)
         return value
 
     def blocks(self, place, dtype):

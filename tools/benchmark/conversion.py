@@ -140,6 +140,7 @@ def run_in_turns(steps, scratch):
     for _ in range(RUNS):
         for (step, source, backend), of_step in zip(steps, results, strict=True):
             of_step.append(run(step, source, scratch, backend))
+            print(f"{step} of {source.name}, {backend}: {of_step[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
             shutil.rmtree(scratch, ignore_errors=True)
     return [
         (statistics.median(r["seconds"] for r in of_step), max(r["gigabytes"] for r in of_step)) for of_step in results
