@@ -27,8 +27,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     Saved are the trainable weights, the optimizer's variables (step count, moments, accumulated gradients, and the
     learning rate where it is no schedule), the seeds of random layers, the seed of the data's order and the position in
     it, the metrics of the epoch so far, `History`, and what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`
-    remember. So the final weights are those of a run that nobody interrupted: to the bit on JAX and TensorFlow, within
-    1e-6 on PyTorch, whose sums depend on where its memory lies.
+    remember (and what a callback of your own names in an attribute `kept`). So the final weights are those of a run
+    that nobody interrupted: to the bit on JAX and TensorFlow, within 1e-6 on PyTorch, whose sums depend on where its
+    memory lies.
 
     The checkpoint is one file, which gives way to the next only when that is whole and on disk. A save that fails is a
     warning, and training goes on, but for the first save, before the first step. Frozen weights are not saved: the

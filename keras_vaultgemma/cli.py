@@ -94,6 +94,13 @@ def info(options):
     return describe(options.preset)
 
 
+def finetune(options):
+    """Train on a file of texts or of prompts and responses; the same command again goes on where it was killed."""
+    from keras_vaultgemma import finetuning
+
+    return finetuning.finetune(**{name: value for name, value in vars(options).items() if name != "command"})
+
+
 def epsilon(options):
     """What DP-SGD would promise: ε of a noise multiplier, or the noise multiplier of an ε."""
     from keras_vaultgemma.privacy import budget_report
@@ -154,6 +161,63 @@ COMMANDS = {
         info,
         "describe a preset without loading its weights",
         {"preset": dict(metavar="PRESET", help="a bundled name, a folder, hf:// or kaggle://")},
+    ),
+    "finetune": Command(
+        finetune,
+        "train an adapter or all weights on a file",
+        {
+            "--preset": dict(
+                default="vaultgemma_tiny", help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)"
+            ),
+            "--data": dict(
+                required=True,
+                metavar="FILE",
+                help=".txt, where a blank line ends a text; .jsonl, an object a line; or .csv with a header",
+            ),
+            "--validation": dict(metavar="FILE", help="held-out data (default: every tenth row of FILE, at most 100)"),
+            "--text-column": dict(metavar="NAME", help='of texts to learn (default: "text", where it is there)'),
+            "--prompt-column": dict(metavar="NAME", help='of prompts (default: "prompt")'),
+            "--response-column": dict(metavar="NAME", help='of responses, which are learnt (default: "response")'),
+            "--no-packing": dict(
+                dest="packed",
+                action="store_false",
+                help="a row for each text, cut at its length, instead of full rows that texts share",
+            ),
+            "--lora-rank": dict(
+                type=int,
+                default=8,
+                metavar="R",
+                help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
+            ),
+            "--epochs": dict(type=int, default=3, metavar="N", help="(default: %(default)s)"),
+            "--batch-size": dict(type=int, default=8, metavar="N", help="rows of a step (default: %(default)s)"),
+            "--learning-rate": dict(
+                type=float, metavar="RATE", help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)"
+            ),
+            "--sequence-length": dict(type=int, metavar="N", help="tokens of a row (default: the preset's)"),
+            "--dtype": dict(
+                choices=("float32", "bfloat16", "mixed_bfloat16"),
+                help="of the weights; bfloat16 only under an adapter (default: float32)",
+            ),
+            "--gradient-checkpointing": dict(
+                action="store_true", help="less memory, for about a third more time a step"
+            ),
+            "--merge": dict(action="store_true", help="write a preset with the adapter in it, not the adapter alone"),
+            "--save-every": dict(
+                dest="save_freq",
+                type=int,
+                default=100,
+                metavar="N",
+                help="steps from checkpoint to checkpoint (default: %(default)s)",
+            ),
+            "--seed": dict(type=int, default=0, metavar="N", help="(default: %(default)s)"),
+            "--output": dict(
+                default="finetuned",
+                metavar="FOLDER",
+                help="gets adapter or preset, curves.png, run.json and checkpoint (default: %(default)s)",
+            ),
+            "--png": dict(metavar="FILE", help="picture of the curves (default: in FOLDER)"),
+        },
     ),
     "epsilon": Command(
         epsilon,

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it asks the library for, and how it fails."""
 
+import inspect
 import io
 import os
 import subprocess
@@ -11,7 +12,8 @@ import keras_hub
 import pytest
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, description, presets
+from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, description, finetuning, presets
+from keras_vaultgemma.finetuning import recipe
 from keras_vaultgemma.privacy import budget_report
 
 PROMPT = "Once upon a time"
@@ -201,6 +203,10 @@ def test_no_prompt(monkeypatch, capsys, stdin):
         ("epsilon --rows x --batch 10 --epochs 1", "argument --rows: invalid int value: 'x'"),
         ("epsilon --rows 100 --batch 10 --epochs 1", "Exactly one of `epsilon` and `noise_multiplier` must be given."),
         ("epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2", "`delta` must be above 0 and below 1."),
+        ("finetune", "the following arguments are required: --data (see keras-vaultgemma finetune --help)"),
+        ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
+        ("finetune --data a.csv --lora-rank -1", "`lora_rank` must be an integer from 0. Received: lora_rank=-1"),
         ("info nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
     ],
 )
@@ -335,3 +341,41 @@ def test_epsilon_asks_the_library(capsys, monkeypatch):
     assert cli.main(["epsilon", *options]) == 0
     assert asked == [(500, 50, 2, None, 5.0, 1e-3, "a.png")]
     assert capsys.readouterr().out == "the answer\n"
+
+
+def test_finetune_asks_the_library(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(finetuning, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer")
+    assert cli.main(["finetune", "--data", "a.txt"]) == 0
+    assert capsys.readouterr().out == "the answer\n"
+    defaults = inspect.signature(recipe.finetune).parameters
+    assert asked == [{name: "a.txt" if name == "data" else p.default for name, p in defaults.items()}]
+
+    options = dict(
+        preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a", lora_rank=4, epochs=5,
+        batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o", seed=3, png="c.png",
+    )  # fmt: skip
+    arguments = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    flags = ["--gradient-checkpointing", "--merge", "--no-packing", "--save-every", "7"]
+    assert cli.main(["finetune", "--data", "a.txt", *arguments, *flags]) == 0
+    expected = {
+        "data": "a.txt",
+        **options,
+        "gradient_checkpointing": True,
+        "merge": True,
+        "packed": False,
+        "save_freq": 7,
+    }
+    assert asked[1] == expected
+
+
+def test_finetune_from_a_file_to_an_adapter(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"The hare and tortoise {i}\n" for i in range(8)))
+    done = run("finetune", "--data", "a.csv", "--epochs", "2", "--sequence-length", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "vaultgemma_tiny on a.csv: 7 rows to train on, 1 held out\nHeld out, before: perplexity "
+    )
+    assert "finetuned/adapter: for lora.load_adapter" in done.stdout
+    assert "Epoch 2/2" in done.stderr and "loss: " in done.stderr and "tokens_per_second: " in done.stderr
+    assert (tmp_path / "finetuned" / "adapter" / "adapter_config.json").is_file()
