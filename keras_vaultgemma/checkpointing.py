@@ -43,6 +43,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     with a warning that names the batch, and the last good state is put back: that before the batch where the state has
     at most 64 MB, as with LoRA, else the checkpoint's. The file has no other weights than finite ones.
 
+    It is for one process; of several, each would write the same file.
+
     Data must be strings, arrays, or a `keras.utils.PyDataset` that gives the same batch for the same index in every
     epoch. The order is that of `Batches`, not the one in which `fit` shuffles without this callback.
 

@@ -44,7 +44,7 @@ FLOORS = [
     ["rows", "held_out", "pace", "curves", "run_folder", "recipe"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
-    ["cli"],
+    ["commands", "cli"],
 ]
 PACKAGES = tuple("keras_vaultgemma" + name for name in ("", ".backend", ".conversion", ".finetuning", ".privacy"))
 ORDER = [name for floor in FLOORS for name in floor]
