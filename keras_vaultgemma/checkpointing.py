@@ -70,9 +70,23 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self.save_freq = save_freq
         self.failure = None
 
+    @property
+    def position(self):
+        """Where the saved run goes on: {"epoch", "batch", both from 0, "is_finished"}; None where nothing is saved."""
+        return state_file.read_facts(self.path)["position"] if self.path.exists() else None
+
     def on_train_begin(self, logs=None):
         # `resumable` puts a `_Run` in its place.
         raise ValueError("A TrainingCheckpoint must be in the list of `callbacks` of `VaultGemmaCausalLM.fit`")
+
+
+def checkpoint_of(arguments):
+    """The `TrainingCheckpoint` among the callbacks in a dict of arguments of `fit`, or None."""
+    callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
+    checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
+    if len(checkpoints) > 1:
+        raise ValueError(f"A run has one TrainingCheckpoint. Received: {len(checkpoints)} in `callbacks`")
+    return checkpoints[0] if checkpoints else None
 
 
 @contextlib.contextmanager
@@ -87,13 +101,12 @@ def resumable(model, arguments):
         ValueError: as `TrainingCheckpoint` says.
     """
     callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
-    checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
-    if not checkpoints:
+    checkpoint = checkpoint_of(arguments)
+    if checkpoint is None:
         yield arguments
         return
-    if len(checkpoints) > 1 or arguments.get("validation_split"):
-        raise ValueError("A run has one TrainingCheckpoint, and `validation_data` instead of a `validation_split`")
-    (checkpoint,) = checkpoints
+    if arguments.get("validation_split"):
+        raise ValueError("A run with a TrainingCheckpoint takes `validation_data` instead of a `validation_split`")
     checkpoint.failure = None
     saved = state_file.read_facts(checkpoint.path) if checkpoint.path.exists() else None
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
@@ -191,8 +204,9 @@ class _Run(keras.callbacks.Callback):
         # With `steps_per_execution` these are several, and the last of an epoch may be said to be beyond its end.
         self._last = min(batch, len(self._batches) - 1)
         self._unsaved += self._last + 1 - self._first
-        if not np.isfinite(logs["loss"]):
-            self._stop(f"the loss is {logs['loss']}")
+        loss = logs.get("loss", 0.0)  # private training has none: a row without a finite loss has no part in it
+        if not np.isfinite(loss):
+            self._stop(f"the loss is {loss}")
             return
         done = self._batches.done + self._last + 1
         is_due = self._is_due() and done < self._batches.steps  # after an epoch's last batch callbacks come first

@@ -12,7 +12,7 @@ def drawn(monkeypatch, losses, val_losses):
     figures = []
     monkeypatch.setattr(picture, "save", lambda figure, path: figures.append((figure, path)))
     before, after = Likelihood(30.0, 10, 20), Likelihood(20.0, 10, 20)
-    curves.draw("a.png", Outcome(before, after, {"loss": losses[-len(val_losses) :], "val_loss": val_losses}, losses))
+    curves.draw("a.png", Outcome(before, after, {"val_loss": val_losses}, losses))
     ((figure, path),) = figures
     assert path == "a.png"
     return figure.axes[0]

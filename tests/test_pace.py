@@ -44,6 +44,14 @@ def test_an_epoch_of_one_step_has_a_rate(clock):
     assert logs == {"tokens_per_second": 2}
 
 
+def test_losses_of_other_names(clock):
+    pace = Pace(1)
+    pace.on_epoch_begin(0)
+    pace.on_train_batch_end(0, {"count": 7, "unprotected_loss": 2.0})
+    pace.on_train_batch_end(1, {"count": 7})
+    assert pace.losses == [2.0]
+
+
 def test_a_checkpoint_keeps_the_losses():
     pace, again = Pace(1), Pace(1)
     pace.losses = [3.0, 2.0]

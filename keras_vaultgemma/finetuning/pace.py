@@ -31,7 +31,8 @@ class Pace(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         now = time.perf_counter()
-        self.losses.append(float(logs["loss"]))
+        # Private training has one of another name.
+        self.losses += [float(value) for name, value in logs.items() if name.endswith("loss")][:1]
         self._done += 1
         self._rate = self._done * self._tokens_per_step / (now - self._start)
         if not self._is_compiled:
