@@ -27,8 +27,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     Saved are the trainable weights, the optimizer's variables (step count, moments, accumulated gradients, and the
     learning rate where it is no schedule), the seeds of random layers, the seed of the data's order and the position in
     it, the metrics of the epoch so far, `History`, and what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`
-    remember. So the final weights are those of a run that nobody interrupted: to the bit on JAX and TensorFlow, within
-    1e-6 on PyTorch, whose sums depend on where its memory lies.
+    remember (and what a callback of your own names in an attribute `kept`). So the final weights are those of a run
+    that nobody interrupted: to the bit on JAX and TensorFlow, within 1e-6 on PyTorch, whose sums depend on where its
+    memory lies.
 
     The checkpoint is one file, which gives way to the next only when that is whole and on disk. A save that fails is a
     warning, and training goes on, but for the first save, before the first step. Frozen weights are not saved: the
@@ -41,6 +42,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     The loss is watched, too. After a batch whose loss is not finite, or after which a weight is not, training stops
     with a warning that names the batch, and the last good state is put back: that before the batch where the state has
     at most 64 MB, as with LoRA, else the checkpoint's. The file has no other weights than finite ones.
+
+    It is for one process; of several, each would write the same file.
 
     Data must be strings, arrays, or a `keras.utils.PyDataset` that gives the same batch for the same index in every
     epoch. The order is that of `Batches`, not the one in which `fit` shuffles without this callback.

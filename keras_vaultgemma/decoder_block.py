@@ -81,13 +81,15 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
     def _apply(self, x, angles, attention_mask, training, cache=None, start=None):
         # Said to each layer, for in the backward pass, which may compute this again, Keras knows of no training.
         options = dict(angles=angles, attention_mask=attention_mask, cache=cache, start=start, training=training)
-        attended = self.attention(self.attention_norm(x), **options)
+        # What is computed again as a whole need not be computed a third time.
+        recompute = cache is None and not self.gradient_checkpointing
+        attended = self.attention(self.attention_norm(x), recompute=recompute, **options)
         if cache is not None:
             attended, cache = attended
         x = x + attended
         normed = self.mlp_norm(x)
         # As for the scores: gelu keeps several tensors of its own for the backward pass.
-        gated_by = gated if cache is not None else keras.remat(gated)
+        gated_by = keras.remat(gated) if recompute else gated
         gate, up = self.gate(normed, training=training), self.up(normed, training=training)
         x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)

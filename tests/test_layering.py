@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
     ["choice", "compilation", "devices", "gradients", "noise", "products", "tensorflow_data", "tensors", "train_step"],
-    ["ids", "presets", "saving"],
+    ["ids", "presets", "saving", "picture"],
     ["secret_key", "fingerprint", "loss_distribution", "accounting", "ledger", "record"],
     ["cache", "low_rank", "layers"],
     ["attention"],
@@ -33,11 +33,12 @@ FLOORS = [
     ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
     ["dpsgd", "mechanism", "refusals", "training"],
     ["fine_tuning", "causal_lm"],
+    ["rows", "held_out", "pace", "curves", "run_folder", "recipe"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
-    ["cli"],
+    ["commands", "cli"],
 ]
-PACKAGES = tuple("keras_vaultgemma" + name for name in ("", ".backend", ".conversion", ".privacy"))
+PACKAGES = tuple("keras_vaultgemma" + name for name in ("", ".backend", ".conversion", ".finetuning", ".privacy"))
 ORDER = [name for floor in FLOORS for name in floor]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
 
