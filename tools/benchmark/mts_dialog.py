@@ -1,6 +1,7 @@
 """Fine-tunes of the tiny preset on doctors' dialogues (MTS-Dialog): held-out bits per byte before and after, samples.
 
-    python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow] [--runs lora full private_8 private_3] [--json FILE]
+    python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow]
+        [--runs lora full private_8 private_3] [--json FILE]
 
 FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), of which the column `dialogue` is
 learnt. The preset comes from fairy tales. Every run is in a process of its own. Exits with 1 where one failed.
@@ -123,7 +124,8 @@ def main():
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for r in results:
         print(
-            f"| {r['run']} | {r['backend']} | {r['epsilon'] or ''} | {r['before']:.3f} | {r['after']:.3f} | {r['tokens_per_second']:,.0f} "
+            f"| {r['run']} | {r['backend']} | {r['epsilon'] or ''} "
+            f"| {r['before']:.3f} | {r['after']:.3f} | {r['tokens_per_second']:,.0f} "
             f"| {r['seconds']:.0f} |"
         )
     return f"Failed: {', '.join(failed)}" if failed else None
