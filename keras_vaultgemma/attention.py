@@ -131,7 +131,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
 
-    def call(self, x, angles, attention_mask, cache=None, start=None, training=None):
+    def call(self, x, angles, attention_mask, cache=None, start=None, training=None, recompute=True):
         """Attend from `x` to itself, or to a cache that `x` is first written into.
 
         Args:
@@ -141,6 +141,8 @@ class VaultGemmaAttention(keras.layers.Layer):
             cache: (keys, values) of this layer, [B, S, K, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
             training: whether adapters drop out.
+            recompute: whether scores and weights (N T S values each) are computed again for the backward pass rather
+                than kept. Without a cache only, which is when gradients are taken.
 
         Returns:
             [B, T, D]; with a cache, a pair of that and the new (keys, values).
@@ -152,10 +154,8 @@ class VaultGemmaAttention(keras.layers.Layer):
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
-        # Without a cache, which is when gradients are taken, scores and weights (N T S values each) are computed again
-        # for the backward pass rather than kept.
         attend_to = self._attend_to(attention_mask)
-        output = (attend_to if cache is not None else keras.remat(attend_to))(query, key, value)
+        output = (keras.remat(attend_to) if cache is None and recompute else attend_to)(query, key, value)
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
         output = self.attention_output(output, training=training)
         return output if cache is None else (output, (key, value))

@@ -20,6 +20,8 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
 from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles
+from keras_vaultgemma.privacy import ledger
+from keras_vaultgemma.privacy.record import PrivacyRecord
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -110,6 +112,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             setattr(self, name, value)
         self._warned_about_length = False
         self.adapters = lora.Adapters()
+        self.privacy = PrivacyRecord()
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = ReversibleEmbedding(
@@ -257,6 +260,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             if writes:
                 with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
                     super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+                    self.privacy.ledger.write(folder)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -289,6 +293,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
             checkpoint.warn_if_not_finite(backbone, values)
+            backbone.privacy.add(ledger.of_preset(folder, preset, backbone.count_params()))
         return backbone
 
     @staticmethod

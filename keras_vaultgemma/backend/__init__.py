@@ -14,6 +14,8 @@ from keras_vaultgemma.backend.compilation import (
     update_variables,
 )
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
+from keras_vaultgemma.backend.gradients import add, gradients
+from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import int8_matmul, matmul
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -22,25 +24,30 @@ from keras_vaultgemma.backend.tensorflow_data import (
     tensorflow_dataset,
 )
 from keras_vaultgemma.backend.tensors import argument, from_numpy, value_of, write_slice
+from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
     "BACKENDS",
     "NAME",
+    "add",
     "argument",
     "cache_compilations",
     "check_that_it_distributes",
     "compile_function",
     "from_numpy",
     "gathered",
+    "gradients",
     "in_shares",
     "in_tensorflow_graph",
     "int8_matmul",
     "is_symbolic_tensorflow",
     "is_tensorflow",
     "matmul",
+    "normal",
     "seed_global_generator",
     "tensorflow_dataset",
     "trace_once",
+    "train_step",
     "update_variables",
     "value_of",
     "without_tensorflow",
