@@ -106,7 +106,8 @@ COMMANDS = {
             "--response-column": dict(metavar="NAME", help='of responses, which are learnt (default: "response")'),
             "--no-packing": dict(
                 dest="packed",
-                action="store_false",
+                action="store_const",
+                const=False,
                 help="a row for each text, cut at its length, instead of full rows that texts share",
             ),
             "--lora-rank": dict(
@@ -116,7 +117,9 @@ COMMANDS = {
                 help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
             ),
             "--epochs": dict(type=int, default=3, metavar="N", help="(default: %(default)s)"),
-            "--batch-size": dict(type=int, default=8, metavar="N", help="rows of a step (default: %(default)s)"),
+            "--batch-size": dict(
+                type=int, metavar="N", help="rows of a step (default: 8; in private training 128, on average)"
+            ),
             "--learning-rate": dict(
                 type=float, metavar="RATE", help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)"
             ),
@@ -143,6 +146,13 @@ COMMANDS = {
                 help="gets adapter or preset, curves.png, run.json and checkpoint (default: %(default)s)",
             ),
             "--png": dict(metavar="FILE", help="picture of the curves (default: in FOLDER)"),
+            "--private": dict(action="store_true", help="with differential privacy, which protects each row; needs"),
+            "--epsilon": dict(type=float, metavar="ε", help="budget, which all steps together keep to; or"),
+            "--noise": dict(dest="noise_multiplier", type=float, metavar="σ", help="noise multiplier"),
+            "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1 for N rows)"),
+            "--clip-norm": dict(
+                type=float, default=1.0, metavar="C", help="largest norm of a row's gradient (default: %(default)s)"
+            ),
         },
     ),
     "epsilon": Command(

@@ -8,11 +8,11 @@ from keras_vaultgemma.finetuning.held_out import Likelihood
 from keras_vaultgemma.finetuning.recipe import Outcome
 
 
-def drawn(monkeypatch, losses, val_losses):
+def drawn(monkeypatch, losses, val_losses, name="val_loss"):
     figures = []
     monkeypatch.setattr(picture, "save", lambda figure, path: figures.append((figure, path)))
     before, after = Likelihood(30.0, 10, 20), Likelihood(20.0, 10, 20)
-    curves.draw("a.png", Outcome(before, after, {"val_loss": val_losses}, losses))
+    curves.draw("a.png", Outcome(before, after, {name: val_losses}, losses))
     ((figure, path),) = figures
     assert path == "a.png"
     return figure.axes[0]
@@ -29,3 +29,9 @@ def test_both_curves(monkeypatch):
 
 def test_a_loss_that_is_not_a_number(monkeypatch):
     assert drawn(monkeypatch, [4.0, math.nan], [math.nan]).get_ylim() == (0, 4.4)
+
+
+def test_private_training_measures_nothing_on_the_way(monkeypatch):
+    axes = drawn(monkeypatch, [4.0, 3.0], [3.5, 3.0], name="unprotected_loss")
+    assert axes.lines[1].get_xydata().tolist() == [[0.0, 3.0], [2.0, 2.0]]
+    assert axes.lines[0].get_label().endswith("not protected")

@@ -16,7 +16,7 @@ from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.privacy import mechanism
 
 C = 0.7
-SMALL = dict(num_layers=2, vocabulary_size=48, hidden_dim=24, intermediate_dim=32, head_dim=8)
+SMALL = dict(num_layers=1, vocabulary_size=48, hidden_dim=24, intermediate_dim=32, head_dim=8)
 CAPS = dict(attention_logit_soft_cap=3.0, final_logit_soft_cap=4.0)
 MODELS = {
     "full": dict(SMALL),
@@ -134,17 +134,17 @@ def test_what_is_beyond_the_count_has_no_part(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_changes_the_sum_by_c_at_most(name):
-    """Strictly, in float32. 50 cases for each of 4 models; a clipping norm from tiny to larger than any gradient."""
-    models = {clip_norm: private_model(clip_norm=clip_norm, **MODELS[name]) for clip_norm in (0.01, C, 50.0)}
+    """Strictly, in float32. 50 cases for each of 4 models: 200."""
+    model = private_model(**MODELS[name])
 
     @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 5), st.sampled_from([*models]))
-    def check(seed, count, removed, clip_norm):
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 5))
+    def check(seed, count, removed):
         rows, removed = some_rows(6, seed=seed), removed % count
         order = [*range(removed), *range(removed + 1, count), removed, *range(count, 6)]
-        whole = sum_of(models[clip_norm], take(rows, range(6)), count)
-        without = sum_of(models[clip_norm], take(rows, order), count - 1)
-        assert distance(whole.gradients, without.gradients) <= clip_norm
+        whole, without = sum_of(model, rows, count), sum_of(model, take(rows, order), count - 1)
+        assert distance(whole.gradients, without.gradients) <= C
+        assert whole.clipped - without.clipped in (0, 1)
 
     check()
 

@@ -128,6 +128,28 @@ def test_more_epochs_and_other_options(data, tmp_path):
         run(data, tmp_path / "run")
 
 
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_a_private_run(data, tmp_path, monkeypatch):
+    """It keeps to its budget, says so, and the ledger comes with the adapter; killed and resumed, too."""
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
+    options = dict(private=True, epsilon=3.0, delta=1e-3, batch_size=4)
+    text = run(data, tmp_path / "run", **options)
+    (line,) = [line for line in text.splitlines() if line.startswith("Private")]
+    assert line.endswith("zero-out neighbours); metrics are not covered") and "one row of at most 32 tokens" in line
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    lora.load_adapter(model, tmp_path / "run" / "adapter")
+    spent = model.privacy.spent()
+    assert 2.9 < spent.epsilon <= 3.0 and spent.steps == 2 * 3 and f"ε = {spent.epsilon:g} at δ = 0.001" in line
+    assert {"unprotected_loss", "epsilon"} < report(tmp_path / "run")["history"].keys()
+    assert "val_loss" not in report(tmp_path / "run")["history"]
+    # The same rows, cut elsewhere, are the same rows: both runs together are what counts.
+    lines = (tmp_path / "run" / "adapter" / "privacy_ledger.jsonl").read_text().splitlines()
+    fingerprint = json.loads(lines[0])["dataset"]
+    run(data, tmp_path / "other", **{**options, "sequence_length": 16})
+    lines = (tmp_path / "other" / "adapter" / "privacy_ledger.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["dataset"] == fingerprint
+
+
 def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
     """Training stops; what was learnt until then is saved and the error says which batch is to blame."""
     fit = VaultGemmaCausalLM.fit
@@ -171,6 +193,9 @@ def test_pictures(data, tmp_path, monkeypatch):
         ({"sequence_length": 0}, "`sequence_length` must be a positive integer. Received: sequence_length=0"),
         ({"save_freq": 0}, "`save_freq` must be 'epoch' or a positive integer. Received: save_freq=0"),
         ({"seed": -1}, "`seed` must be from 0 to 2147483647. Received: seed=-1"),
+        ({"epsilon": 3.0}, "`epsilon` goes with private=True"),
+        ({"private": True}, "Exactly one of `epsilon` and `noise_multiplier` must be given"),
+        ({"private": True, "epsilon": 3.0, "packed": True}, "documents in a row"),
         ({"lora_rank": 0, "merge": True}, "`merge` needs an adapter. Received: lora_rank=0"),
         ({"text_column": "text"}, "has no columns"),
         ({"preset": "nowhere"}, "`preset` must be a bundled preset"),

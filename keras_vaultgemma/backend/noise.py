@@ -26,7 +26,7 @@ def normal(seed, shape):
         import tensorflow as tf
 
         pairs = tf.bitcast(tf.reshape(seed, (2, 2)), "int64")
-        return tf.random.stateless_normal(shape, pairs, "float32", alg="philox")
+        return tf.random.stateless_normal(shape, pairs, dtype="float32", alg="philox")
     import torch
 
     key = np.ascontiguousarray(seed.cpu().numpy()).view("<u8")

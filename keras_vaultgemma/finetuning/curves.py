@@ -17,15 +17,18 @@ def draw(path, outcome):
     """
     figure = picture.figure((7, 4))
     axes = figure.subplots()
-    losses, epochs = outcome.losses, len(outcome.history["val_loss"])
+    losses, epochs = outcome.losses, len(next(iter(outcome.history.values())))
     axes.plot(
         [epochs * (i + 1) / len(losses) for i in range(len(losses))],
         losses,
         color="#7fb2e5",
-        label="training, mean of the epoch so far",
+        label="training, mean of the epoch so far" + ("" if "val_loss" in outcome.history else "; not protected"),
     )
-    held_out = [outcome.before.nats / outcome.before.tokens, *outcome.history["val_loss"]]
-    axes.plot(range(len(held_out)), held_out, "o-", color="#2a6fbb", label="held out")
+    before, after = (likelihood.nats / likelihood.tokens for likelihood in (outcome.before, outcome.after))
+    # Private training measures nothing on the way.
+    held_out = [before, *outcome.history.get("val_loss", [after])]
+    places = range(len(held_out)) if "val_loss" in outcome.history else (0, epochs)
+    axes.plot(places, held_out, "o-", color="#2a6fbb", label="held out")
     largest = max((loss for loss in (*losses, *held_out) if math.isfinite(loss)), default=1.0)
     axes.set(
         xlabel="epochs",

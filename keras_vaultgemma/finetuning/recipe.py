@@ -11,9 +11,13 @@ from keras_vaultgemma.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.checkpointing import TrainingCheckpoint
 from keras_vaultgemma.finetuning import held_out, rows, run_folder
 from keras_vaultgemma.finetuning.pace import Pace
+from keras_vaultgemma.privacy import DPSGD
 
 LORA_RATE, FULL_RATE = 1e-3, 1e-4
 """Adam's learning rates, where none is given."""
+
+BATCH_SIZE, PRIVATE_BATCH_SIZE = 8, 128
+"""Rows of a batch, where none are given. The noise is the same for few rows and for many."""
 
 LARGEST_SEED = 2**31 - 1
 """The largest that all three backends take."""
@@ -34,14 +38,15 @@ class Outcome(NamedTuple):
     losses: list
 
 
-def train(model, training, validation, compile_options, fit_options):
-    """Compile, fit, and measure the model on held-out data before and after.
+def train(model, training, validation, compile_options, fit_options, samples=None):
+    """Compile, fit, and measure the model on held-out data before and after; after each epoch too, unless privately.
 
     Args:
         model: `VaultGemmaCausalLM` with a preprocessor, and an adapter unless all of it is to be trained.
         training, validation: ids and labels as `Rows.ids` gives them.
         compile_options: for `model.compile`.
         fit_options: for `model.fit`, without data; its `callbacks` are a list.
+        samples: the rows of `training` as `fit` takes them raw, or None. Private training knows them again by these.
 
     Returns:
         `Outcome`.
@@ -51,11 +56,10 @@ def train(model, training, validation, compile_options, fit_options):
     pace = Pace(tokens_per_row * min(fit_options.get("batch_size") or 32, count))
     before = held_out.measure(model, **validation)
     model.compile(**compile_options)
-    history = model.fit(
-        **training,
-        validation_data=(validation["x"], validation["y"], validation["sample_weight"]),
-        **{**fit_options, "callbacks": [pace, *fit_options.get("callbacks", ())]},
-    )
+    given = dict(training) if samples is None else {"x": samples}
+    if compile_options.get("privacy") is None:
+        given["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
+    history = model.fit(**given, **{**fit_options, "callbacks": [pace, *fit_options.get("callbacks", ())]})
     after = held_out.measure(model, **validation)
     return Outcome(before, after, history.history, pace.losses)
 
@@ -69,10 +73,10 @@ def finetune(
     text_column=None,
     prompt_column=None,
     response_column=None,
-    packed=True,
+    packed=None,
     lora_rank=8,
     epochs=3,
-    batch_size=8,
+    batch_size=None,
     learning_rate=None,
     sequence_length=None,
     dtype=None,
@@ -81,6 +85,11 @@ def finetune(
     save_freq=100,
     seed=0,
     png=None,
+    private=False,
+    epsilon=None,
+    delta=None,
+    noise_multiplier=None,
+    clip_norm=1.0,
 ):
     """Fine-tune a preset on a data file, and go on where an earlier call with the same arguments was killed.
 
@@ -93,9 +102,10 @@ def finetune(
         validation: file of held-out rows with the same columns. Without it, every tenth row of `data` is held out, at
             most 100 of them.
         text_column, prompt_column, response_column: as for `rows.read`.
-        packed: whether texts share rows, full ones; else each has its own and is cut at `sequence_length`.
+        packed: whether texts share rows, full ones; else each has its own and is cut at `sequence_length`. Defaults to
+            True, in private training to False, where a row is what is protected.
         lora_rank: of an adapter on query and value; 0 trains all weights.
-        epochs, batch_size: as for `fit`.
+        epochs, batch_size: as for `fit`; batches have 8 rows if None, in private training 128 or all rows.
         learning_rate: of Adam. Defaults to 1e-3 for an adapter, 1e-4 without.
         sequence_length: tokens of a row. Defaults to the preset's.
         dtype: of the weights; Keras's default, float32, if None.
@@ -104,9 +114,13 @@ def finetune(
         save_freq: after how many batches to save the checkpoint, or "epoch".
         seed: of what is random: first values of an adapter, and the order of the data.
         png: file for the picture. Defaults to `curves.png` in `output`, where matplotlib is installed.
+        private: train with differential privacy; `privacy.DPSGD` states the guarantee. The ledger comes with what is
+            written. Held-out rows are measured as ever, and these figures are not covered by the guarantee.
+        epsilon, delta, noise_multiplier, clip_norm: as for `privacy.DPSGD`.
 
     Returns:
-        Text of several lines: the data, held-out perplexity and bits per byte before and after, and what was written.
+        Text of several lines: the data, held-out perplexity and bits per byte before and after, what private training
+        has spent, and what was written.
 
     Raises:
         ValueError: for an argument out of its range, data as `rows.read` says, and an `output` of a run with other
@@ -122,13 +136,18 @@ def finetune(
         raise ValueError(f"`lora_rank` must be an integer from 0. Received: lora_rank={lora_rank!r}")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` must be a number above 0. Received: learning_rate={learning_rate!r}")
-    for name in ("epochs", "batch_size", *(["sequence_length"] if sequence_length is not None else [])):
+    for name in ("epochs", *(name for name in ("batch_size", "sequence_length") if options[name] is not None)):
         if isinstance(options[name], bool) or not isinstance(options[name], int) or options[name] < 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={options[name]!r}")
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"`seed` must be from 0 to {LARGEST_SEED}. Received: seed={seed}")
     if merge and not lora_rank:
         raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
+    for name in ("epsilon", "delta", "noise_multiplier"):
+        if options[name] is not None and not private:
+            raise ValueError(f"`{name}` goes with private=True (--private). Received: {name}={options[name]}")
+    guarantee = DPSGD(epsilon, delta, clip_norm, noise_multiplier=noise_multiplier) if private else None
+    packed = not private if packed is None else packed
     checkpoint = TrainingCheckpoint(output / run_folder.CHECKPOINT, save_freq)
     columns = dict(text_column=text_column, prompt_column=prompt_column, response_column=response_column)
     learnt = rows.read(data, **columns)
@@ -141,6 +160,7 @@ def finetune(
     if sequence_length is not None:
         model.preprocessor.sequence_length = sequence_length
     training, validation = learnt.ids(model.preprocessor, packed), unseen.ids(model.preprocessor, packed=True)
+    batch_size = batch_size or (min(PRIVATE_BATCH_SIZE, len(learnt.texts)) if private else BATCH_SIZE)
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
     rate = learning_rate or (LORA_RATE if lora_rank else FULL_RATE)
@@ -148,7 +168,9 @@ def finetune(
         model,
         training,
         validation,
-        compile_options=dict(optimizer=keras.optimizers.Adam(rate), gradient_checkpointing=gradient_checkpointing),
+        compile_options=dict(
+            optimizer=keras.optimizers.Adam(rate), gradient_checkpointing=gradient_checkpointing, privacy=guarantee
+        ),
         fit_options=dict(
             batch_size=batch_size,
             epochs=epochs,
@@ -156,6 +178,7 @@ def finetune(
             # A bar moves on a terminal alone.
             verbose=1 if sys.stdout.isatty() else 2,
         ),
+        samples=learnt.samples if private and not packed else None,
     )
     written = run_folder.finish(output, options, model, outcome)
     if checkpoint.failure:
@@ -166,6 +189,14 @@ def finetune(
             first + (f", {blank:,} blank ones left out" if blank else ""),
             f"Held out, before: {outcome.before}",
             f"Held out, after:  {outcome.after}",
+            *([_spent(model.privacy.spent())] if private else []),
             *written,
         ]
+    )
+
+
+def _spent(spent):
+    return (
+        f"Private: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after {spent.steps:,} steps "
+        f"({spent.mechanism}, {spent.neighbouring} neighbours); metrics are not covered"
     )

@@ -27,6 +27,11 @@ class Rows(NamedTuple):
     prompts: list | None
     blank: int = 0
 
+    @property
+    def samples(self):
+        """The rows as `VaultGemmaCausalLM.fit` takes them."""
+        return self.texts if self.prompts is None else {"prompts": self.prompts, "responses": self.texts}
+
     def split(self):
         """(rows to train on, rows to hold out): every tenth is held out, at most 100 of them, evenly spread.
 

@@ -97,8 +97,7 @@ class PrivateTraining:
         """
         predicted = self(x, training=True)
         total = ops.cast(self.compute_loss(x, y, predicted, sample_weight, training=True), "float32")
-        if self._own_metrics:
-            self.compute_metrics(x, y, predicted, sample_weight)
+        self.compute_metrics(x, y, predicted, sample_weight)
         return total, ops.reshape(total, (1,))
 
     def private_unit(self, rows, unit):
@@ -120,19 +119,15 @@ class PrivateTraining:
         loss.update_state(clipped.loss / ops.maximum(used, 1.0), used)
         share.update_state(clipped.clipped / ops.maximum(used, 1.0), used)
         not_finite.update_state(clipped.not_finite)
-        return {metric.name: metric.result() for metric in [*self._unprotected, *self._own_metrics]}
-
-    @property
-    def _own_metrics(self):
-        """Metrics that the user compiled, each with the mark that it is not protected."""
-        return [metric for metric in super().metrics if metric.name.startswith(refusals.UNPROTECTED)]
+        told = super().get_metrics_result().items()
+        return {name: value for name, value in told if name.startswith(refusals.UNPROTECTED)}
 
     @property
     def _states(self):
-        """Variables that computing a row may change: seeds of random layers, and metrics that the user compiled."""
-        weights = {id(v) for v in self.weights}
+        """Variables that computing a row may change: seeds of random layers, and metrics."""
+        weights, own = {id(v) for v in self.weights}, {id(v) for m in self._unprotected for v in m.variables}
         seeds = [v for v in self.non_trainable_variables if id(v) not in weights]
-        return seeds + [v for metric in self._own_metrics for v in metric.variables]
+        return seeds + [v for v in self.metrics_variables if id(v) not in own]
 
     def _clipped_sum(self, inputs, count):
         """`mechanism.clipped_sum` of rows, and the values of `_states` after it."""

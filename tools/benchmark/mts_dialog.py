@@ -1,6 +1,7 @@
 """Fine-tunes of the tiny preset on doctors' dialogues (MTS-Dialog): held-out bits per byte before and after, samples.
 
-    python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow] [--runs lora full] [--json FILE]
+    python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow]
+        [--runs lora full private_8 private_3] [--json FILE]
 
 FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), of which the column `dialogue` is
 learnt. The preset comes from fairy tales. Every run is in a process of its own. Exits with 1 where one failed.
@@ -17,6 +18,8 @@ from pathlib import Path
 BACKENDS = ("jax", "torch", "tensorflow")
 COLUMN, PROMPT = "dialogue", "Doctor: What brings you here today?"
 BATCH_SIZE, NEW_TOKENS = 8, 48
+DELTA = 1e-4
+"""Of private training: below 1 / 1,201, the number of rows."""
 
 
 def lora():
@@ -27,7 +30,28 @@ def full():
     return dict(lora_rank=0, learning_rate=5e-4, epochs=3)
 
 
-RUNS = {f.__name__: f for f in (lora, full)}
+def private(epsilon):
+    from keras_vaultgemma.privacy import DPSGD
+
+    return dict(
+        lora_rank=8,
+        learning_rate=5e-3,
+        epochs=10,
+        packed=False,
+        compile_options=dict(privacy=DPSGD(epsilon, DELTA, clip_norm=0.5)),
+        fit_options=dict(batch_size=256),
+    )
+
+
+def private_8():
+    return private(8.0)
+
+
+def private_3():
+    return private(3.0)
+
+
+RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
 """Each returns options of `fine_tune`."""
 
 
@@ -54,11 +78,13 @@ def fine_tune(folder, lora_rank, learning_rate, epochs, packed=True, compile_opt
         {"optimizer": keras.optimizers.Adam(learning_rate), **(compile_options or {})},
         {"batch_size": BATCH_SIZE, "epochs": epochs, "verbose": 0, **(fit_options or {})},
     )
+    spent = model.privacy.spent().epsilon if model.privacy.ledger.runs else None
     seconds = time.perf_counter() - start
     model.compile(sampler="top_p")
     return {
         "before": outcome.before.bits_per_byte,
         "after": outcome.after.bits_per_byte,
+        "epsilon": spent,
         "seconds": seconds,
         "tokens_per_second": outcome.history["tokens_per_second"][-1],
         "sample": model.generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=0),
@@ -94,11 +120,12 @@ def main():
         results.append({"run": name, "backend": backend, **result})
         if options.json:
             options.json.write_text("".join(json.dumps(row) + "\n" for row in results))
-    columns = ("trained", "backend", "bits per byte before", "after", "tokens/s", "whole run, s")
+    columns = ("trained", "backend", "ε spent", "bits per byte before", "after", "tokens/s", "whole run, s")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for r in results:
         print(
-            f"| {r['run']} | {r['backend']} | {r['before']:.3f} | {r['after']:.3f} | {r['tokens_per_second']:,.0f} "
+            f"| {r['run']} | {r['backend']} | {r['epsilon'] or ''} "
+            f"| {r['before']:.3f} | {r['after']:.3f} | {r['tokens_per_second']:,.0f} "
             f"| {r['seconds']:.0f} |"
         )
     return f"Failed: {', '.join(failed)}" if failed else None
