@@ -277,11 +277,12 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         """
         folder = presets.find(preset, "weights" if load_weights else "config")
         saved = presets.read_json(folder / presets.CONFIG)["config"] if presets.is_keras(folder) else {}
+        values = None
         try:
             if load_weights:
                 hyperparameters, values = checkpoint.open_values(folder)
             else:
-                hyperparameters, values = checkpoint.read_config(folder), None
+                hyperparameters = checkpoint.read_config(folder)
         except checkpoint.KerasOnly:
             if saved["dtype"]["class_name"] == "DTypePolicyMap":  # keras-hub would forget it
                 kwargs = {"dtype": saved["dtype"], **kwargs}
@@ -291,7 +292,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
             backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
-            checkpoint.warn_if_not_finite(backbone)
+            checkpoint.warn_if_not_finite(backbone, values)
             backbone.privacy.add(ledger.of_preset(folder, preset, backbone.count_params()))
         return backbone
 

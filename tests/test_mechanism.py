@@ -87,7 +87,7 @@ def plain_gradients(model, rows):
         def loss(x=x, y=y, weight=weight):
             logits = model.logits(model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True))
             each = keras.losses.sparse_categorical_crossentropy(ops.convert_to_tensor(y), logits, from_logits=True)
-            return ops.sum(each * weight) / weight.sum()
+            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(weight.sum())
 
         found.append([g.astype("float64") for g in gradients(loss, model.trainable_variables)])
         losses.append(float(to_numpy(loss())))

@@ -15,12 +15,6 @@ ROWS = 40
 class Private(PrivateTraining, keras.Model):
     """Any Keras model."""
 
-    def fit(self, x=None, y=None, **arguments):
-        from keras_vaultgemma.privacy.training import private
-
-        with private(self, {"x": x, "y": y, **arguments}) as arguments:
-            return super().fit(**arguments)
-
 
 def dense(*layers):
     inputs = keras.Input((3,))
@@ -137,6 +131,12 @@ def test_weights_saved_without_their_ledger(kind, tmp_path):
         ValueError, match=f"must come with their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}"
     ):
         fitted(callbacks=[kind(str(tmp_path / "weights.weights.h5"))])
+
+
+@pytest.mark.parametrize("kind", [keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau])
+def test_decisions_by_unprotected_metrics(kind):
+    with pytest.raises(ValueError, match=f"no noise protects: .* Received: {kind.__name__} of 'unprotected_loss'"):
+        fitted(callbacks=[kind(monitor="unprotected_loss")])
 
 
 def test_a_batch_of_the_users_own():

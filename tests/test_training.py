@@ -373,19 +373,20 @@ def test_a_loss_and_metrics_of_ones_own():
 
 @pytest.mark.parametrize("changes", [dict(), dict(lora_arguments=dict(dropout=0.3)), dict(dtype="bfloat16")])
 def test_gradient_checkpointing_changes_nothing(changes):
-    models = [
-        language_model(4, compile_arguments=dict(gradient_checkpointing=checkpointing), **changes)
-        for checkpointing in (False, True)
-    ]
-    for model in models:
+    found = []
+    for checkpointing in (False, True):
+        model = language_model(4, compile_arguments=dict(gradient_checkpointing=checkpointing), **changes)
         for v in model.trainable_variables:
             v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+        keras.utils.set_random_seed(2)
         fit(model)
-    for one, two in zip(*map(values, models), strict=True):
+        found.append(values(model))
+    for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-4 if "dtype" in changes else 1e-6)
         assert np.abs(one).max() > 0
 
 
+@pytest.mark.skipif(backend.NAME == "torch", reason="PyTorch's dropout draws from a global generator")
 def test_dropout_draws_anew_for_each_microbatch():
     model = language_model(4, lora_arguments=dict(dropout=0.5))
     seeds = [v for v in model.non_trainable_variables if "seed" in v.path]
@@ -454,7 +455,7 @@ from common import random_backbone
 from test_mechanism import SMALL, some_rows
 
 def train(run):
-    model = VaultGemmaCausalLM(random_backbone(**SMALL, num_layers=1))
+    model = VaultGemmaCausalLM(random_backbone(**SMALL))
     model.backbone.enable_lora(2)
     model.compile(keras.optimizers.SGD(0.1), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4))
     def say(batch, logs):

@@ -38,7 +38,7 @@ class DPSGD:
     **Not covered** is whatever else was learnt from the rows and is told to somebody:
     - the choice of hyperparameters, of the best of several runs, or of a checkpoint by looking at results on the rows;
       each run on the rows counts, and the ledger adds up those that it knows of;
-    - the metrics that `fit` shows. They are named "unprotected_..." for that reason;
+    - the metrics that `fit` shows. They are named "unprotected_..." for that reason, and a checkpoint keeps them, too;
     - validation on rows that are not public, and anything that the vocabulary or the preprocessing took from the rows;
     - the time a step takes, which depends on the number of rows it drew;
     - floating-point numbers: noise is a float32 number of a statistical generator (noise_seeds.py).

@@ -77,6 +77,11 @@ def check_fit(arguments, public_validation):
                 "Weights that are saved in the middle of private training must come with their ledger: use "
                 f"`TrainingCheckpoint`. Received: {type(callback).__name__}"
             )
+        if str(getattr(callback, "monitor", "")).startswith(UNPROTECTED):
+            raise ValueError(
+                "What training does next must not depend on metrics that no noise protects: let callbacks monitor a "
+                f"metric on public validation data. Received: {type(callback).__name__} of {callback.monitor!r}"
+            )
     if keras.distribution.distribution() is not None:
         raise ValueError(
             "Private training runs on one device, where each row is clipped and counted once. "

@@ -33,6 +33,7 @@ class PrivateTraining:
 
     _dpsgd = None
     _microbatch = 1
+    _unprotected = ()
 
     @property
     def privacy(self):
@@ -50,20 +51,32 @@ class PrivateTraining:
         Raises:
             ValueError: for an optimizer, layer or metric that private training refuses.
         """
+        if not self._unprotected:
+            names = ("loss", "clipped_share", "not_finite_rows")
+            self._unprotected = [keras.metrics.Mean(name=refusals.UNPROTECTED + name) for name in names]
         super().compile(*args, **kwargs)
         if privacy is not None:
             refusals.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
-            names = ("loss", "clipped_share", "not_finite_rows")
-            self._unprotected = [keras.metrics.Mean(name=refusals.UNPROTECTED + name) for name in names]
         self._dpsgd = privacy
 
     @property
     def metrics(self):
-        return [*super().metrics, *(self._unprotected if self._dpsgd else [])]
+        own = {id(metric) for metric in self._unprotected}
+        return [metric for metric in super().metrics if self._dpsgd or id(metric) not in own]
 
     def get_metrics_result(self):
-        own = {metric.name for metric in self._unprotected} if self._dpsgd else ()
+        own = {metric.name for metric in self._unprotected}
         return {name: value for name, value in super().get_metrics_result().items() if name not in own}
+
+    def fit(self, x=None, y=None, **arguments):
+        """As `keras.Model.fit`; in private training `batch_size` is the expected one.
+
+        Raises:
+            ValueError: for data and arguments that private training refuses, or a budget that is used up.
+        """
+        arguments |= {"x": x, "y": y}
+        with private(self, arguments) as arguments, checkpointing.resumable(self, arguments) as arguments:
+            return super().fit(**arguments)
 
     def train_on_batch(self, *args, **kwargs):
         if self._dpsgd:
