@@ -65,7 +65,7 @@ MODELS = {f.__name__: f for f in (keras_hub, fit, fit_checkpointing)}
 
 
 def measure(model, steps, batch, length, vocabulary_size):
-    """{"gb_above_model", "step_s", "cpu_s" of a step on all cores, "first_step_s", "loss"} of a few steps."""
+    """{"gb_above_model", "peak_gb", "step_s", "cpu_s" of a step on all cores, "first_step_s", "loss"} of a few steps."""
     import keras
 
     seconds, cpu_seconds = [], []
@@ -85,6 +85,7 @@ def measure(model, steps, batch, length, vocabulary_size):
     peak = random_model.resident("VmHWM")
     return {
         "gb_above_model": (peak - before) / 1e9,
+        "peak_gb": peak / 1e9,
         "step_s": statistics.median(seconds[1:] or seconds),
         "cpu_s": statistics.median(cpu_seconds[1:] or cpu_seconds),
         "first_step_s": seconds[0],
