@@ -28,7 +28,7 @@ FLOORS = [
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["batches", "state_file", "training_state", "checkpointing"],
-    ["sampling", "generation", "search", "prompt_lookup", "completion", "loss"],
+    ["sampling", "prefill", "generation", "search", "prompt_lookup", "completion", "loss"],
     [
         "secret_key",
         "noise_seeds",

@@ -9,12 +9,13 @@ from keras_vaultgemma.backend.choice import BACKENDS, NAME, without_tensorflow
 from keras_vaultgemma.backend.compilation import (
     cache_compilations,
     compile_function,
+    compile_step,
     seed_global_generator,
     trace_once,
     update_variables,
 )
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
-from keras_vaultgemma.backend.products import int8_matmul, matmul
+from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
     is_symbolic_tensorflow,
@@ -27,9 +28,11 @@ __all__ = [
     "BACKENDS",
     "NAME",
     "argument",
+    "arrange",
     "cache_compilations",
     "check_that_it_distributes",
     "compile_function",
+    "compile_step",
     "from_numpy",
     "gathered",
     "in_shares",
