@@ -9,6 +9,7 @@ __all__ = [
     "VaultGemmaCausalLMPreprocessor",
     "VaultGemmaTokenizer",
     "apply_chat_template",
+    "privacy",
 ]
 
 try:
@@ -21,6 +22,7 @@ except (ImportError, ValueError) as error:
     def __getattr__(name):
         raise _no_backend
 else:
+    from keras_vaultgemma import privacy
     from keras_vaultgemma.backbone import VaultGemmaBackbone
     from keras_vaultgemma.causal_lm import VaultGemmaCausalLM
     from keras_vaultgemma.checkpointing import TrainingCheckpoint

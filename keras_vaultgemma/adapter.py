@@ -101,7 +101,7 @@ class Adapter(NamedTuple):
     factors: dict
 
 
-def write(folder, adapter, hyperparameters, base_model=None):
+def write(folder, adapter, hyperparameters, base_model=None, ledger=None):
     """Write an adapter as PEFT does: whole, or not at all.
 
     Args:
@@ -109,6 +109,7 @@ def write(folder, adapter, hyperparameters, base_model=None):
         adapter: `Adapter`.
         hyperparameters: of the backbone, as for `weight_layout.layout`.
         base_model: name or folder of the Hugging Face checkpoint that PEFT is to load it onto, or None to name none.
+        ledger: `privacy.ledger.Ledger` of the model, written beside the adapter, or None.
 
     Raises:
         ValueError or OSError: where nothing can be written there.
@@ -142,6 +143,8 @@ def write(folder, adapter, hyperparameters, base_model=None):
     with saving.written_beside(folder) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_safetensors(new / WEIGHTS, tensors, DTYPES["float32"])
+        if ledger is not None:
+            ledger.write(new)
 
 
 def read(folder, hyperparameters):

@@ -122,7 +122,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
 
-    def call(self, x, angles, attention_mask, cache=None, start=None, training=None):
+    def call(self, x, angles, attention_mask, cache=None, start=None, training=None, recompute=True):
         """Attend from `x` to itself, or to a cache that `x` is first written into.
 
         Args:
@@ -132,6 +132,8 @@ class VaultGemmaAttention(keras.layers.Layer):
             cache: (keys, values) of this layer, [B, K, S, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
             training: whether adapters drop out.
+            recompute: whether scores and weights (N T S values each) are computed again for the backward pass rather
+                than kept. Without a cache only, which is when gradients are taken.
 
         Returns:
             [B, T, D]; with a cache, a pair of that and the new (keys, values).
@@ -144,10 +146,8 @@ class VaultGemmaAttention(keras.layers.Layer):
         key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
         if cache is not None:
             key, value = kv.write(cache[0], key, start, axis=2), kv.write(cache[1], value, start, axis=2)
-        # Without a cache, which is when gradients are taken, scores and weights (N T S values each) are computed again
-        # for the backward pass rather than kept.
         attend_to = self._attend_to(attention_mask)
-        output = (attend_to if cache is not None else keras.remat(attend_to))(query, key, value)
+        output = (keras.remat(attend_to) if cache is None and recompute else attend_to)(query, key, value)
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
         output = self.attention_output(output, training=training)
         return output if cache is None else (output, (key, value))

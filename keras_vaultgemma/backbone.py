@@ -20,6 +20,8 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
 from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles
+from keras_vaultgemma.privacy import ledger
+from keras_vaultgemma.privacy.record import PrivacyRecord
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -110,6 +112,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             setattr(self, name, value)
         self._warned_about_length = False
         self.adapters = lora.Adapters()
+        self.privacy = PrivacyRecord()
 
         initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
         self.token_embedding = ReversibleEmbedding(
@@ -263,6 +266,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             if writes:
                 with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
                     super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+                    self.privacy.ledger.write(folder)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -279,11 +283,12 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         """
         folder = presets.find(preset, "weights" if load_weights else "config")
         saved = presets.read_json(folder / presets.CONFIG)["config"] if presets.is_keras(folder) else {}
+        values = None
         try:
             if load_weights:
                 hyperparameters, values = checkpoint.open_values(folder)
             else:
-                hyperparameters, values = checkpoint.read_config(folder), None
+                hyperparameters = checkpoint.read_config(folder)
         except checkpoint.KerasOnly:
             if saved["dtype"]["class_name"] == "DTypePolicyMap":  # keras-hub would forget it
                 kwargs = {"dtype": saved["dtype"], **kwargs}
@@ -293,7 +298,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
             backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
-            checkpoint.warn_if_not_finite(backbone)
+            checkpoint.warn_if_not_finite(backbone, values)
+            backbone.privacy.add(ledger.of_preset(folder, preset, backbone.count_params()))
         return backbone
 
     @staticmethod

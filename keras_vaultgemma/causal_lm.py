@@ -9,6 +9,7 @@ from keras_vaultgemma.backbone import VaultGemmaBackbone
 from keras_vaultgemma.fine_tuning import FineTuning
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma.privacy import ledger
 from keras_vaultgemma.prompt_lookup import PromptLookup
 from keras_vaultgemma.search import SearchGenerator
 
@@ -62,7 +63,10 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
             raise FileNotFoundError(f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids")
         backbone_kwargs = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
         if "backbone" not in kwargs:
-            kwargs["backbone"] = VaultGemmaBackbone.from_preset(folder, load_weights, **backbone_kwargs)
+            backbone = VaultGemmaBackbone.from_preset(folder, load_weights, **backbone_kwargs)
+            if load_weights:  # the backbone was given a folder, by which the release is not known
+                backbone.privacy.add(ledger.of_preset(folder, preset, backbone.count_params()))
+            kwargs["backbone"] = backbone
         if wants_text:
             kwargs["preprocessor"] = VaultGemmaCausalLMPreprocessor.from_preset(folder)
         return cls(**kwargs)
@@ -81,6 +85,7 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
             if writes:
                 with saving.written_beside(preset_dir) as folder, backend.without_tensorflow():
                     super().save_to_preset(str(folder), max_shard_size=max_shard_size)
+                    self.privacy.ledger.write(folder)
 
     def generate(
         self,

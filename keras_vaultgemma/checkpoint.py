@@ -95,10 +95,18 @@ def load(backbone, folder):
         variables[path].assign(value.read(variables[path].dtype))
 
 
-def warn_if_not_finite(backbone):
-    """Warn where weights hold NaN or infinity, naming the first variable that does."""
+def warn_if_not_finite(backbone, values=None):
+    """Warn where weights hold NaN or infinity, naming the first variable that does.
+
+    Args:
+        backbone: `VaultGemmaBackbone`.
+        values: `{path of the variable: StoredTensor}` that the backbone was filled with, which know; None to look at
+            the variables.
+    """
     for variable in backbone.variables:
-        if "float" in variable.dtype and not _is_finite(variable.value):
+        if "float" not in variable.dtype:
+            continue
+        if not (_is_finite(variable.value) if values is None else values[variable.path].is_finite):
             warnings.warn(
                 f"{variable.path} holds NaN or infinite values: the checkpoint is damaged, or too large for "
                 f"{variable.dtype}",

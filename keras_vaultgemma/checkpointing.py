@@ -27,8 +27,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     Saved are the trainable weights, the optimizer's variables (step count, moments, accumulated gradients, and the
     learning rate where it is no schedule), the seeds of random layers, the seed of the data's order and the position in
     it, the metrics of the epoch so far, `History`, and what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`
-    remember. So the final weights are those of a run that nobody interrupted: to the bit on JAX and TensorFlow, within
-    1e-6 on PyTorch, whose sums depend on where its memory lies.
+    remember (and what a callback of your own names in an attribute `kept`). So the final weights are those of a run
+    that nobody interrupted: to the bit on JAX and TensorFlow, within 1e-6 on PyTorch, whose sums depend on where its
+    memory lies.
 
     The checkpoint is one file, which gives way to the next only when that is whole and on disk. A save that fails is a
     warning, and training goes on, but for the first save, before the first step. Frozen weights are not saved: the
@@ -41,6 +42,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     The loss is watched, too. After a batch whose loss is not finite, or after which a weight is not, training stops
     with a warning that names the batch, and the last good state is put back: that before the batch where the state has
     at most 64 MB, as with LoRA, else the checkpoint's. The file has no other weights than finite ones.
+
+    It is for one process; of several, each would write the same file.
 
     Data must be strings, arrays, or a `keras.utils.PyDataset` that gives the same batch for the same index in every
     epoch. The order is that of `Batches`, not the one in which `fit` shuffles without this callback.
@@ -67,9 +70,23 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self.save_freq = save_freq
         self.failure = None
 
+    @property
+    def position(self):
+        """Where the saved run goes on: {"epoch", "batch", both from 0, "is_finished"}; None where nothing is saved."""
+        return state_file.read_facts(self.path)["position"] if self.path.exists() else None
+
     def on_train_begin(self, logs=None):
         # `resumable` puts a `_Run` in its place.
         raise ValueError("A TrainingCheckpoint must be in the list of `callbacks` of `VaultGemmaCausalLM.fit`")
+
+
+def checkpoint_of(arguments):
+    """The `TrainingCheckpoint` among the callbacks in a dict of arguments of `fit`, or None."""
+    callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
+    checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
+    if len(checkpoints) > 1:
+        raise ValueError(f"A run has one TrainingCheckpoint. Received: {len(checkpoints)} in `callbacks`")
+    return checkpoints[0] if checkpoints else None
 
 
 @contextlib.contextmanager
@@ -84,13 +101,12 @@ def resumable(model, arguments):
         ValueError: as `TrainingCheckpoint` says.
     """
     callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
-    checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
-    if not checkpoints:
+    checkpoint = checkpoint_of(arguments)
+    if checkpoint is None:
         yield arguments
         return
-    if len(checkpoints) > 1 or arguments.get("validation_split"):
-        raise ValueError("A run has one TrainingCheckpoint, and `validation_data` instead of a `validation_split`")
-    (checkpoint,) = checkpoints
+    if arguments.get("validation_split"):
+        raise ValueError("A run with a TrainingCheckpoint takes `validation_data` instead of a `validation_split`")
     checkpoint.failure = None
     saved = state_file.read_facts(checkpoint.path) if checkpoint.path.exists() else None
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
@@ -188,8 +204,9 @@ class _Run(keras.callbacks.Callback):
         # With `steps_per_execution` these are several, and the last of an epoch may be said to be beyond its end.
         self._last = min(batch, len(self._batches) - 1)
         self._unsaved += self._last + 1 - self._first
-        if not np.isfinite(logs["loss"]):
-            self._stop(f"the loss is {logs['loss']}")
+        loss = logs.get("loss", 0.0)  # private training has none: a row without a finite loss has no part in it
+        if not np.isfinite(loss):
+            self._stop(f"the loss is {loss}")
             return
         done = self._batches.done + self._last + 1
         is_due = self._is_due() and done < self._batches.steps  # after an epoch's last batch callbacks come first

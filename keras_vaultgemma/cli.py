@@ -2,8 +2,7 @@
 
 A command returns its text, or pieces of it as they come, and nothing else reaches standard output: progress, logs and
 warnings go to standard error.
-Errors are one line there, and exit code 2; `python -X dev -m keras_vaultgemma` shows the traceback instead. Commands
-import what they need when they run, so that a Keras backend that cannot be loaded is such an error too.
+Errors are one line there, and exit code 2; `python -X dev -m keras_vaultgemma` shows the traceback instead.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import sys
 from typing import NamedTuple
 
 from keras_vaultgemma import __version__
+from keras_vaultgemma.commands import SAMPLERS, convert, epsilon, finetune, generate, info
 
 PROGRAM = "keras-vaultgemma"
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -20,19 +20,6 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 LONGEST_ERROR = 2000
 """Characters. Keras puts a whole config into some errors, with the cause at the end."""
-
-SAMPLERS = {
-    "greedy": ("GreedySampler", ()),
-    "random": ("RandomSampler", ("temperature", "seed")),
-    "top_k": ("TopKSampler", ("temperature", "seed")),
-    "top_p": ("TopPSampler", ("temperature", "seed")),
-    "beam": ("BeamSampler", ("temperature",)),
-    "contrastive": ("ContrastiveSampler", ("temperature",)),
-}
-"""Name of a sampler: its class in `keras_hub.samplers`, and the options that change what it chooses."""
-
-LARGEST_SEED = 2**31 - 1
-"""The largest that all three backends take."""
 
 
 class Command(NamedTuple):
@@ -47,60 +34,6 @@ class Command(NamedTuple):
     run: object
     help: str
     options: dict
-
-
-def generate(options):
-    """The prompt and its continuation, as it is generated; for a chat the reply alone."""
-    from keras_vaultgemma import VaultGemmaCausalLM, backend, presets, prompts
-
-    text = _prompt(options.prompt)
-    backend.cache_compilations(presets.cache_home() / "compiled")
-    sampler = _sampler(options.sampler, temperature=options.temperature, seed=options.seed)
-    model = VaultGemmaCausalLM.from_preset(options.preset, **({"dtype": options.dtype} if options.dtype else {}))
-    model.compile(sampler=sampler)
-    inputs = [{"role": "user", "content": text}] if options.chat else text
-    context = model.backbone.max_sequence_length
-    (row,) = prompts.read(inputs, model.preprocessor, model.backbone.vocabulary_size).rows
-    if len(row) >= context:
-        raise ValueError(
-            f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
-            f"Received: {len(row)} tokens"
-        )
-    stream = model.stream(inputs, max_new_tokens=min(options.max_new_tokens, context - len(row)), stop=options.stop)
-    return _continuation("" if options.chat else model.preprocessor.detokenize([row])[0], stream)
-
-
-def _continuation(prompt, stream):
-    """The pieces of a stream behind its prompt; raises what ended it."""
-    yield prompt
-    yield from stream
-    if stream.finish_reason == "interrupted":
-        raise KeyboardInterrupt
-
-
-def convert(options):
-    """Write a checkpoint in another format, tensor by tensor."""
-    from keras_vaultgemma.conversion import convert
-
-    metadata = convert(**{name: value for name, value in vars(options).items() if name != "command"})
-    count, dtype = metadata["parameter_count"], metadata["dtype"]
-    return f"{options.target}: {count:,} parameters in {dtype}" + (", equal to the source" if options.verify else "")
-
-
-def info(options):
-    """What a preset is: architecture, parameters, tokenizer and privacy, from its small files."""
-    from keras_vaultgemma.description import describe
-
-    return describe(options.preset)
-
-
-def epsilon(options):
-    """What DP-SGD would promise: ε of a noise multiplier, or the noise multiplier of an ε."""
-    from keras_vaultgemma.privacy import budget_report
-
-    return budget_report.report(
-        options.rows, options.batch, options.epochs, options.noise, options.epsilon, options.delta, options.png
-    )
 
 
 COMMANDS = {
@@ -154,6 +87,73 @@ COMMANDS = {
         info,
         "describe a preset without loading its weights",
         {"preset": dict(metavar="PRESET", help="a bundled name, a folder, hf:// or kaggle://")},
+    ),
+    "finetune": Command(
+        finetune,
+        "train an adapter or all weights on a file",
+        {
+            "--preset": dict(
+                default="vaultgemma_tiny", help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)"
+            ),
+            "--data": dict(
+                required=True,
+                metavar="FILE",
+                help=".txt, where a blank line ends a text; .jsonl, an object a line; or .csv with a header",
+            ),
+            "--validation": dict(metavar="FILE", help="held-out data (default: every tenth row of FILE, at most 100)"),
+            "--text-column": dict(metavar="NAME", help='of texts to learn (default: "text", where it is there)'),
+            "--prompt-column": dict(metavar="NAME", help='of prompts (default: "prompt")'),
+            "--response-column": dict(metavar="NAME", help='of responses, which are learnt (default: "response")'),
+            "--no-packing": dict(
+                dest="packed",
+                action="store_const",
+                const=False,
+                help="a row for each text, cut at its length, instead of full rows that texts share",
+            ),
+            "--lora-rank": dict(
+                type=int,
+                default=8,
+                metavar="R",
+                help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
+            ),
+            "--epochs": dict(type=int, default=3, metavar="N", help="(default: %(default)s)"),
+            "--batch-size": dict(
+                type=int, metavar="N", help="rows of a step (default: 8; in private training 128, on average)"
+            ),
+            "--learning-rate": dict(
+                type=float, metavar="RATE", help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)"
+            ),
+            "--sequence-length": dict(type=int, metavar="N", help="tokens of a row (default: the preset's)"),
+            "--dtype": dict(
+                choices=("float32", "bfloat16", "mixed_bfloat16"),
+                help="of the weights; bfloat16 only under an adapter (default: float32)",
+            ),
+            "--gradient-checkpointing": dict(
+                action="store_true", help="less memory, for about a third more time a step"
+            ),
+            "--merge": dict(action="store_true", help="write a preset with the adapter in it, not the adapter alone"),
+            "--save-every": dict(
+                dest="save_freq",
+                type=int,
+                default=100,
+                metavar="N",
+                help="steps from checkpoint to checkpoint (default: %(default)s)",
+            ),
+            "--seed": dict(type=int, default=0, metavar="N", help="(default: %(default)s)"),
+            "--output": dict(
+                default="finetuned",
+                metavar="FOLDER",
+                help="gets adapter or preset, curves.png, run.json and checkpoint (default: %(default)s)",
+            ),
+            "--png": dict(metavar="FILE", help="picture of the curves (default: in FOLDER)"),
+            "--private": dict(action="store_true", help="with differential privacy, which protects each row; needs"),
+            "--epsilon": dict(type=float, metavar="ε", help="budget, which all steps together keep to; or"),
+            "--noise": dict(dest="noise_multiplier", type=float, metavar="σ", help="noise multiplier"),
+            "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1 for N rows)"),
+            "--clip-norm": dict(
+                type=float, default=1.0, metavar="C", help="largest norm of a row's gradient (default: %(default)s)"
+            ),
+        },
     ),
     "epsilon": Command(
         epsilon,
@@ -236,33 +236,3 @@ def _write(pieces, output):
             return PIPE_CLOSED
         raise
     return 0
-
-
-def _prompt(argument):
-    """The argument, or what a pipe holds without its last line break."""
-    if argument is not None:
-        return argument
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
-    if not piped:
-        raise ValueError("PROMPT must be an argument or come through a pipe. Received: neither")
-    return piped
-
-
-def _sampler(name, **options):
-    """A sampler of `keras_hub.samplers` with those `options` that are not None."""
-    import keras_hub
-
-    class_name, takes = SAMPLERS[name]
-    options = {option: value for option, value in options.items() if value is not None}
-    for option, value in options.items():
-        if option not in takes:
-            able = ", ".join(other for other, (_, taken) in SAMPLERS.items() if option in taken)
-            raise ValueError(
-                f"--{option} changes nothing with --sampler {name}; it goes with {able}. Received: --{option} {value}"
-            )
-    # Not `<= 0`, so that NaN is refused.
-    if not 0 < options.get("temperature", 1.0) < float("inf"):
-        raise ValueError(f"--temperature must be a number above 0. Received: {options['temperature']}")
-    if not 0 <= options.get("seed", 0) <= LARGEST_SEED:
-        raise ValueError(f"--seed must be from 0 to {LARGEST_SEED}. Received: {options['seed']}")
-    return getattr(keras_hub.samplers, class_name)(**options)

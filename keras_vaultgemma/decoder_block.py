@@ -61,19 +61,21 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
 
     def _apply_twice(self, x, angles, attention_mask, training):
         """`_apply`, of which nothing but the input is kept for the backward pass, which computes it again."""
-        weights = {id(v) for v in self.weights}
+        weights, trained = {id(v) for v in self.weights}, self.trainable_weights
         seeds = [v for v in self.variables if id(v) not in weights]
-        if not seeds:
-            return keras.remat(lambda x: self._apply(x, angles, attention_mask, training))(x)
-        values = [(v, v.value) for v in self.weights]
+        fixed = [(v, backend.value_of(v)) for v in self.non_trainable_weights]
 
-        def apply(x, *states):
-            # Dropout moves its seed on, and what is computed twice must draw the same and change nothing.
-            with keras.StatelessScope(state_mapping=[*values, *zip(seeds, states, strict=True)]) as scope:
+        def apply(x, *values):
+            # What has gradients comes as an argument, since not every backend follows it into a function. Dropout moves
+            # its seed on, and what is computed twice must draw the same and change nothing.
+            with keras.StatelessScope(state_mapping=fixed) as scope:
+                for variable, value in zip([*trained, *seeds], values, strict=True):
+                    scope.add_update((variable, value))
                 x = self._apply(x, angles, attention_mask, training)
-            return x, *[scope.get_current_value(v) for v in seeds]
+                return x, *[scope.get_current_value(v) for v in seeds]
 
-        x, *states = keras.remat(apply)(x, *[ops.copy(backend.value_of(v)) for v in seeds])
+        values = [backend.value_of(v) for v in trained] + [ops.copy(backend.value_of(v)) for v in seeds]
+        x, *states = keras.remat(apply)(x, *values)
         for seed, state in zip(seeds, states, strict=True):
             seed.assign(state)
         return x
@@ -81,13 +83,15 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
     def _apply(self, x, angles, attention_mask, training, cache=None, start=None):
         # Said to each layer, for in the backward pass, which may compute this again, Keras knows of no training.
         options = dict(angles=angles, attention_mask=attention_mask, cache=cache, start=start, training=training)
-        attended = self.attention(self.attention_norm(x), **options)
+        # What is computed again as a whole need not be computed a third time.
+        recompute = cache is None and not self.gradient_checkpointing
+        attended = self.attention(self.attention_norm(x), recompute=recompute, **options)
         if cache is not None:
             attended, cache = attended
         x = x + attended
         normed = self.mlp_norm(x)
         # As for the scores: gelu keeps several tensors of its own for the backward pass.
-        gated_by = gated if cache is not None else keras.remat(gated)
+        gated_by = keras.remat(gated) if recompute else gated
         gate, up = self.gate(normed, training=training), self.up(normed, training=training)
         x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)

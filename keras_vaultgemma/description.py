@@ -5,6 +5,7 @@ import textwrap
 from collections import Counter
 
 from keras_vaultgemma import checkpoint, presets, weight_layout
+from keras_vaultgemma.privacy import ledger
 from keras_vaultgemma.tokenizer import TURN_END, TURN_START, VaultGemmaTokenizer
 
 WIDTH, LABEL = 100, 26
@@ -38,6 +39,7 @@ def describe(preset):
         },
         "Tokenizer": _vocabulary(folder),
         "Privacy": _privacy(metadata),
+        **_private_runs(ledger.of_preset(folder)),
     }
     lines = [preset, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
     for title, section in sections.items():
@@ -68,6 +70,19 @@ def _privacy(metadata):
     if "privacy" not in metadata:
         return "no statement here"
     return metadata["privacy"] or "not privately trained"
+
+
+def _private_runs(ledger):
+    """A section for the runs of a ledger, with the ε that those on the same data amount to; none without runs."""
+    if not ledger.runs:
+        return {}
+    section = {f"run {i}": sentence for i, sentence in enumerate(ledger.describe(), 1)}
+    try:
+        for dataset, spent in ledger.spent().items():
+            section[f"data {dataset[:13]}"] = f"ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
+    except ImportError as error:
+        section["ε"] = str(error)
+    return {"Private training": section}
 
 
 def _table(section):

@@ -7,15 +7,20 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vaultgemma import backend, checkpointing, distribution, ids, training_data
+from keras_vaultgemma import adapted_layers, backend, checkpointing, distribution, ids, training_data
 from keras_vaultgemma.loss import cross_entropy, head_factors
-from keras_vaultgemma.preprocessor import as_texts
+from keras_vaultgemma.preprocessor import as_samples, as_texts
+from keras_vaultgemma.privacy.training import PrivateTraining, private
 
 SCORED_ROWS = 32
 """Rows that `score` computes at a time."""
 
 
-class FineTuning:
+TOKENS_AT_ONCE = 2048
+"""Of the rows that private training computes together."""
+
+
+class FineTuning(PrivateTraining):
     """The part of `VaultGemmaCausalLM` that trains and scores; among its bases it stands before keras-hub's `CausalLM`.
 
     Between the backbone and the loss no logits are made: inside a training or test step the model returns hidden
@@ -32,6 +37,7 @@ class FineTuning:
         weighted_metrics="auto",
         sampler="greedy",
         gradient_checkpointing=False,
+        privacy=None,
         **kwargs,
     ):
         """As `keras_hub.models.CausalLM.compile`, with other defaults.
@@ -45,6 +51,7 @@ class FineTuning:
             sampler: "greedy" unless given.
             gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again:
                 a part of the memory, for about a third more time.
+            privacy: `privacy.DPSGD`, which trains privately and states what that guarantees; None to train as ever.
         """
         is_auto = isinstance(loss, str) and loss == "auto"
         wants_accuracy = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
@@ -60,7 +67,10 @@ class FineTuning:
             loss, weighted_metrics = None, [] if had_own_metrics else None
         elif is_auto:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
-        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        if privacy is not None and isinstance(weighted_metrics, str):
+            weighted_metrics = None  # of the defaults none has the mark that it is not protected
+        options = dict(weighted_metrics=weighted_metrics, sampler=sampler, privacy=privacy)
+        super().compile(optimizer, loss, **options, **kwargs)
         self.backbone.gradient_checkpointing = gradient_checkpointing
         self._generators = {}
 
@@ -110,6 +120,33 @@ class FineTuning:
         factors = head_factors(embedding, rows)
         return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
 
+    @property
+    def privacy(self):
+        return self.backbone.privacy
+
+    def rows_at_once(self, rows):
+        """Several with the default loss, where adapters of projections are all that is trained."""
+        layers = adapted_layers.layers_of(self.backbone).values()
+        factors = [v for layer in layers if layer.takes_row_factors for v in layer.lora_factors]
+        is_alone = {id(v) for v in self.trainable_variables} <= {id(v) for v in factors}
+        length = rows[0]["token_ids"].shape[1]
+        return max(1, TOKENS_AT_ONCE // length) if is_alone and self._loss_takes_hidden_states else 1
+
+    def private_unit(self, rows, unit):
+        return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
+
+    def private_losses(self, x, y=None, sample_weight=None):
+        """A row's loss is the mean over its tokens that count, each times its weight."""
+        if not self._loss_takes_hidden_states:
+            return super().private_losses(x, y, sample_weight)
+        weights = ops.ones(ops.shape(y), "float32") if sample_weight is None else ops.cast(sample_weight, "float32")
+        count = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
+        weights = weights / ops.maximum(count, 1.0)
+        hidden_states = self.backbone(x, training=True)
+        flat = ops.reshape(weights, (-1,))
+        total, losses, _ = self._cross_entropy(hidden_states, ops.reshape(y, (-1,)), flat, with_gradient=True)
+        return total, ops.sum(ops.reshape(losses, ops.shape(weights)) * weights, axis=1)
+
     def preprocess_samples(self, x, y=None, sample_weight=None, cut_rows=None):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
         if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
@@ -140,6 +177,7 @@ class FineTuning:
         """
         self._check_that_training_moves_weights()
         with training_data.CutRows() as cut_rows:
+            records = self._records(x)
             x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
             rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
@@ -151,9 +189,16 @@ class FineTuning:
             kwargs |= dict(
                 x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data
             )
-            with checkpointing.resumable(self, kwargs) as arguments:
+            with private(self, kwargs, records) as arguments, checkpointing.resumable(self, arguments) as arguments:
                 # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
                 return keras.Model.fit(self, **arguments)
+
+    def _records(self, x):
+        """The rows as the user gave them, for private training to know them again; None of ids and of streams."""
+        is_stream = isinstance(x, keras.utils.PyDataset) or hasattr(x, "__next__") or hasattr(x, "cardinality")
+        if self._dpsgd is None or self.preprocessor is None or is_stream or (isinstance(x, dict) and "token_ids" in x):
+            return None
+        return ["\0".join(parts) for parts in as_samples(x)[0]]
 
     def _check_that_training_moves_weights(self):
         for variable in self.trainable_variables:

@@ -115,6 +115,8 @@ def int8_product(x, weight, scale, quantizer, transposed=False):
 class Projection(LowRankUpdate, keras.layers.Dense):
     """A `keras.layers.Dense` without bias whose products are `backend.matmul` and `int8_product`."""
 
+    takes_row_factors = True
+
     @property
     def kernel(self):
         """The matrix [in, units]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""

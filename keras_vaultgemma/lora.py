@@ -20,6 +20,7 @@ import numbers
 from keras_vaultgemma import adapted_layers, backend
 from keras_vaultgemma import adapter as files
 from keras_vaultgemma.adapter import Adapter
+from keras_vaultgemma.privacy import ledger
 
 DEFAULT_TARGETS = ("query", "value")
 
@@ -153,6 +154,8 @@ def unmerge(model):
 def save_adapter(model, folder, name=None, base_model=None):
     """Save an adapter alone, in float32 and PEFT's format; `PeftModel.from_pretrained(base, folder)` loads it.
 
+    The model's privacy ledger, where there is one, stands beside it.
+
     Args:
         folder: made where it does not exist; appears whole or not at all.
         name: of the adapter. Defaults to the active one.
@@ -168,11 +171,14 @@ def save_adapter(model, folder, name=None, base_model=None):
         raise ValueError(f"`name` must be one of {names(model)}. Received: {name!r}")
     with backend.gathered(backbone.trainable_variables) as writes:
         if writes:
-            files.write(folder, _on_host(backbone, name), backbone.get_config(), base_model)
+            adapter = _on_host(backbone, name)
+            files.write(folder, adapter, backbone.get_config(), base_model, backbone.privacy.ledger)
 
 
 def load_adapter(model, folder, name="default"):
     """Load an adapter that `save_adapter` or PEFT wrote. It becomes the active one, and can be trained on.
+
+    What a ledger beside it says is added to the model's.
 
     Raises:
         ValueError: for a name that is taken, a model whose adapter is merged, an adapter of another model or shape
@@ -180,6 +186,7 @@ def load_adapter(model, folder, name="default"):
             files that are missing, cut short or malformed.
     """
     _add(model, name, files.read(folder, _backbone(model).get_config()))
+    _backbone(model).privacy.add(ledger.of_preset(folder))
 
 
 def _backbone(model):

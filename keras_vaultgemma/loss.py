@@ -10,13 +10,16 @@ the loop over chunks, which is not differentiated, ends where the tokens that co
 from typing import NamedTuple
 
 from keras import ops
-from keras.quantizers import AbsMaxQuantizer
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.layers import int8_product, soft_cap
 
-CHUNK_LOGITS = 2**24
-"""Logits of a chunk at most: 64 MiB in float32, of which three or four copies are alive at a time."""
+CHUNK_LOGITS = 2**25
+"""Logits of a chunk at most: 128 MiB in float32, of which three copies are alive at a time.
+
+Every chunk reads the whole table. With VaultGemma's vocabulary these are 131 tokens; half as many take half as long
+again (JAX, 2 cores), twice as many are 15 % faster.
+"""
 
 PART = 2**14
 """Rows of an int8 table that are floats at a time."""
@@ -29,18 +32,20 @@ class Factor(NamedTuple):
         rows: [N, K], hidden states or what an adapter makes of them.
         table: [V, K].
         scale: None; or [V], which the rows of an int8 table were multiplied by before they were rounded.
+        quantizer: of the rows, where the table is int8; None where these stay as they are.
         is_trained: whether the table gets a gradient. The rows always do.
     """
 
     rows: object
     table: object
     scale: object = None
+    quantizer: object = None
     is_trained: bool = False
 
     def product(self):
         """[N, V], float32."""
         if self.scale is not None:
-            return int8_product(self.rows, self.table, self.scale, AbsMaxQuantizer(axis=-1), transposed=True)
+            return int8_product(self.rows, self.table, self.scale, self.quantizer, transposed=True)
         return ops.cast(backend.matmul(self.rows, self.table, transposed=True), "float32")
 
     def gradients(self, upstream):
@@ -59,7 +64,8 @@ def head_factors(embedding, rows):
     """The factors of the logits that a `ReversibleEmbedding` makes of `rows` [N, D] in reverse."""
     is_int8 = embedding.quantization_mode == "int8"
     table = embedding.table
-    first = Factor(rows, table, embedding.embeddings_scale if is_int8 else None, table.trainable)
+    scale, quantizer = (embedding.embeddings_scale, embedding.inputs_quantizer) if is_int8 else (None, None)
+    first = Factor(rows, table, scale, quantizer, table.trainable)
     if not embedding.lora_enabled:
         return [first]
     a, b = embedding.lora_factors
@@ -95,9 +101,7 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
     @ops.custom_gradient
     def packed(targets, weights, *tensors):
         tensors = iter(tensors)
-        given = [
-            Factor(*[x if x is None else next(tensors) for x in factor[:3]], factor.is_trained) for factor in factors
-        ]
+        given = [Factor(*[x if x is None else next(tensors) for x in factor[:3]], *factor[3:]) for factor in factors]
         (losses, is_correct, of_rows), of_tables = _in_shares(given, targets, weights, cap, with_gradient, chunk_size)
         gradients = []
         for of_row, of_table, x in zip(of_rows, of_tables, given, strict=True):
@@ -131,7 +135,9 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     """((losses [N], is_correct [N], gradients of rows), gradients of tables or None): those of the total."""
     count = ops.shape(targets)[0]
     if isinstance(count, int):
-        size = min(size, max(1, count))
+        # All chunks of one size, or nearly: what is beyond the last token is computed, too.
+        chunks = max(1, -(-count // size))
+        size = max(1, -(-count // chunks))
     padded = -(-count // size) * size
     place = ops.arange(count, dtype="int32")
     # Tokens that count come first, in their order.
@@ -155,16 +161,15 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
         parts = [f._replace(rows=part(x), table=t) for f, x, t in zip(factors, rows, tables, strict=True)]
         target, weight = part(targets), part(weights)
         logits = soft_cap(sum(factor.product() for factor in parts), cap)
-        largest = ops.max(logits, axis=1)
-        shares = ops.exp(logits - largest[:, None])
-        total = ops.sum(shares, axis=1)
+        total = ops.logsumexp(logits, axis=1)
         chosen = ops.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         counts = ops.cast(weight > 0, "float32")
-        losses = write(losses, counts * (largest + ops.log(total) - chosen))
-        is_correct = write(is_correct, counts * ops.cast(chosen >= largest, "float32"))
+        losses = write(losses, counts * (total - chosen))
+        is_correct = write(is_correct, counts * ops.cast(chosen >= ops.max(logits, axis=1), "float32"))
         if with_gradient:
             one_hot = ops.arange(logits.shape[1], dtype="int32")[None] == target[:, None]
-            of_logits = shares * (weight / total)[:, None] - ops.where(one_hot, weight[:, None], 0.0)
+            # Exponentials anew, for those of the sum would have to be kept.
+            of_logits = ops.exp(logits - total[:, None]) * weight[:, None] - ops.where(one_hot, weight[:, None], 0.0)
             if cap is not None:
                 of_logits = of_logits * (1.0 - ops.square(logits / cap))
             gradients = [factor.gradients(of_logits) for factor in parts]

@@ -10,10 +10,11 @@ def low_rank_product(x, first, second, scale, transposed=False):
     """`x` [..., in] times `first` [in, r], `second` [r, out] and `scale`, in float32, without their product [in, out].
 
     Args:
+        first, second: variables or tensors; with a first axis B, one matrix for each row of `x` [B, T, in].
         transposed: whether the matrices are [r, in] and [out, r] instead.
     """
-    x = backend.matmul(ops.cast(x, "float32"), ops.convert_to_tensor(first), transposed)
-    return backend.matmul(x * scale, ops.convert_to_tensor(second), transposed)
+    x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
+    return backend.matmul(x * scale, backend.value_of(second), transposed)
 
 
 class LowRankUpdate:
@@ -32,6 +33,9 @@ class LowRankUpdate:
     """Keras's names for A [in, r] and B [r, out]."""
 
     lora_dropout = 0.0
+
+    takes_row_factors = False
+    """Whether the layer also computes with factors [B, in, r] and [B, r, out], one pair for each row of a batch."""
 
     def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0):
         """Add factors and freeze the matrix.
@@ -67,8 +71,8 @@ class LowRankUpdate:
 
     @property
     def lora_factors(self):
-        """The variables A [in, r] and B [r, out]."""
-        return tuple(getattr(self, name) for name in self.lora_factor_names)
+        """The variables A [in, r] and B [r, out]; none without an adapter."""
+        return tuple(getattr(self, name) for name in self.lora_factor_names) if self.lora_enabled else ()
 
     @property
     def lora_scale(self):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 CONFIG = "config.json"
 METADATA = "metadata.json"
+LEDGER = "privacy_ledger.jsonl"
 FILES = {
     "config": (CONFIG,),
     "vocabulary": ("tokenizer.model", "assets/tokenizer/vocabulary.spm"),
@@ -15,14 +16,17 @@ FILES = {
 """What a caller may need of a preset, and the files of which one must be there, in Hugging Face's or Keras's layout."""
 
 DOWNLOADS = {
-    "config": [CONFIG, METADATA],
-    "vocabulary": ["*.json", "*.model", "*.spm"],
-    "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5"],
+    "config": [CONFIG, METADATA, LEDGER],
+    "vocabulary": ["*.json", "*.model", "*.spm", LEDGER],
+    "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5", LEDGER],
 }
 """The same as patterns for a download; the rest of a repository is other formats of the same weights."""
 
 HUBS = {"vaultgemma_1b": ("hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")}
 """Bundled presets whose weights are not bundled, and where they are."""
+
+RELEASE = "vaultgemma_1b"
+"""The bundled preset whose metadata holds what Google states of its release."""
 
 MAX_JSON = 2**23
 """Bytes of a JSON file; a config has thousands and the index of a checkpoint of this model tens of thousands."""
@@ -37,6 +41,20 @@ def bundled():
     # Inside a wheel the presets stand in the package, in a checkout beside it.
     root = next((p for p in (package / "bundled_presets", package.parent / "presets") if p.is_dir()), None)
     return {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG).exists()} if root else {}
+
+
+def release_metadata(preset, parameter_count):
+    """What the bundled metadata states of Google's release, for a preset that is it; {} for any other.
+
+    Args:
+        preset: a name or handle, of any revision.
+        parameter_count: of the model that was found there.
+    """
+    name = re.sub(r"@.*|/\d+$", "", os.fspath(preset))
+    if name != RELEASE and name not in (re.sub(r"/\d+$", "", handle) for handle in HUBS[RELEASE]):
+        return {}
+    release = read_json(bundled()[RELEASE] / METADATA)
+    return release if release["parameter_count"] == parameter_count else {}
 
 
 def cache_home():

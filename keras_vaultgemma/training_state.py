@@ -89,14 +89,15 @@ KEPT = {
     keras.callbacks.ReduceLROnPlateau: ("best", "wait", "cooldown_counter"),
     keras.callbacks.ModelCheckpoint: ("best",),
 }
-"""What Keras's callbacks remember from epoch to epoch; `EarlyStopping` has weights too, if it is to restore them."""
+"""What Keras's callbacks remember from epoch to epoch; `EarlyStopping` has weights too, if it is to restore them.
+
+Other classes of callbacks name the attributes in one of their own, `kept`.
+"""
 
 
 def memories(callbacks):
     """What callbacks remember: {"class number": {attribute: value}} for JSON."""
-    return {
-        key: {name: getattr(callback, name) for name in KEPT[kind]} for key, kind, callback in _with_memory(callbacks)
-    }
+    return {key: {name: getattr(callback, name) for name in names} for key, names, callback in _with_memory(callbacks)}
 
 
 def best_weights(model, callbacks):
@@ -121,6 +122,7 @@ def restore_memories(model, callbacks, memories, best_weights):
 
 
 def _with_memory(callbacks):
-    for kind in KEPT:
+    kinds = KEPT | {type(callback): callback.kept for callback in callbacks if hasattr(callback, "kept")}
+    for kind, names in kinds.items():
         for number, callback in enumerate(callback for callback in callbacks if isinstance(callback, kind)):
-            yield f"{kind.__name__} {number}", kind, callback
+            yield f"{kind.__name__} {number}", names, callback

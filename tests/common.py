@@ -1,9 +1,16 @@
 """Small models that several tests build."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 
-from keras_vaultgemma import VaultGemmaBackbone
+import keras_vaultgemma
+from keras_vaultgemma import VaultGemmaBackbone, cli
 
 RELEASE_LIKE = dict(
     vocabulary_size=128,
@@ -60,6 +67,41 @@ def gradients(loss, variables):
     return [to_numpy(gradient) for gradient in found]
 
 
+def shapes_made(total, *arrays):
+    """Shapes of all arrays on the way from NumPy arrays to the scalar `total(*tensors)` and to its gradients."""
+    shapes = set()
+    if keras.config.backend() == "torch":
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Note(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                shapes.update(tuple(x.shape) for x in keras.tree.flatten(result) if isinstance(x, torch.Tensor))
+                return result
+
+        tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+        with Note():
+            total(*tensors).backward()
+        return shapes
+    if keras.config.backend() == "jax":
+        import jax
+
+        text = str(jax.make_jaxpr(jax.grad(total, argnums=tuple(range(len(arrays)))))(*arrays))
+    else:
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def gradient(*tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                value = total(*tensors)
+            return tape.gradient(value, tensors)
+
+        text = gradient.experimental_get_compiler_ir(*map(tf.constant, arrays))(stage="hlo")
+    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[(\d+(?:,\d+)*)\]", text)}
+
+
 class count_compilations:
     """A context that counts the programs XLA compiles on JAX; `count` stays None on other backends."""
 
@@ -80,3 +122,20 @@ class count_compilations:
     def _listen(self, event, duration, **kwargs):
         if self.is_open and event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
+
+
+def error_of(capsys, *arguments):
+    """The message of a command that has to fail: one line on standard error, nothing on standard output."""
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("keras-vaultgemma: ") and err.endswith("\n") and err.count("\n") == 1
+    return err.removeprefix("keras-vaultgemma: ").removesuffix("\n")
+
+
+def run_command(*arguments, **kwargs):
+    """`python -m keras_vaultgemma` in a process of its own."""
+    root = str(Path(keras_vaultgemma.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, **kwargs.pop("env", {})}
+    command = [sys.executable, "-m", "keras_vaultgemma", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)

@@ -19,6 +19,7 @@ import transformers
 from common import random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, checkpoint
+from keras_vaultgemma.conversion import convert
 from keras_vaultgemma.stored_tensor import StoredTensor
 
 VOCABULARY = Path(__file__).parent.parent / "presets/vaultgemma_tiny/assets/tokenizer/vocabulary.spm"
@@ -267,6 +268,24 @@ def test_finite_weights_do_not_warn(folder, dtype):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*holds NaN or infinite")
         VaultGemmaBackbone.from_preset(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", ["hugging_face", "keras"])
+def test_weights_are_in_memory_once(tmp_path, form):
+    """The bar of the full size, with room for Keras's objects. NumPy's memory is traced; JAX's own is not."""
+    small = random_backbone(
+        num_layers=1, vocabulary_size=16_384, hidden_dim=512, intermediate_dim=4096, dtype="bfloat16"
+    )
+    small.save_to_preset(tmp_path / "keras")
+    if form == "hugging_face":
+        convert(tmp_path / "keras", tmp_path / form, to="hf")
+    size = 2 * small.count_params()
+    VaultGemmaBackbone.from_preset(tmp_path / form, dtype="bfloat16")
+    tracemalloc.start()
+    VaultGemmaBackbone.from_preset(tmp_path / form, dtype="bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 25e6 and peak < 1.15 * size + 5e6
 
 
 # keras-hub's format: `GemmaBackbone` with its post-norms off.

@@ -1,180 +1,14 @@
-"""The command line: what it prints, what it asks the library for, and how it fails."""
+"""The command line: how it parses, what it prints, and how it fails; test_commands.py has what each command does."""
 
-import io
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import keras_hub
 import pytest
+from common import error_of
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, description, presets
-from keras_vaultgemma.privacy import budget_report
-
-PROMPT = "Once upon a time"
-
-
-@pytest.fixture(autouse=True)
-def no_cache(monkeypatch):
-    """The cache of compiled programs is a setting of the whole process, and of the user's."""
-    monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)
-
-
-@pytest.fixture
-def asked(monkeypatch, tiny):
-    """Stands in for the model that `generate` loads, and notes what it was asked for."""
-    asked = SimpleNamespace(backbone=tiny.backbone, preprocessor=tiny.preprocessor, loaded=None)
-
-    def from_preset(preset, **kwargs):
-        asked.loaded = (preset, kwargs)
-        return asked
-
-    class Pieces(list):
-        finish_reason = "length"
-
-    def stream(inputs, max_new_tokens, stop):
-        asked.inputs, asked.max_new_tokens, asked.stop = inputs, max_new_tokens, stop
-        return Pieces([" A", " text."])
-
-    asked.compile = lambda sampler: setattr(asked, "sampler", sampler)
-    asked.stream = stream
-    monkeypatch.setattr(backend, "cache_compilations", lambda folder: setattr(asked, "folder", folder))
-    monkeypatch.setattr(VaultGemmaCausalLM, "from_preset", from_preset)
-    return asked
-
-
-def error_of(capsys, *arguments):
-    """The message of a command that has to fail: one line on standard error, nothing on standard output."""
-    assert cli.main(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("keras-vaultgemma: ") and err.endswith("\n") and err.count("\n") == 1
-    return err.removeprefix("keras-vaultgemma: ").removesuffix("\n")
-
-
-def run(*arguments, **kwargs):
-    """`python -m keras_vaultgemma` in a process of its own."""
-    root = str(Path(keras_vaultgemma.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": root, **kwargs.pop("env", {})}
-    command = [sys.executable, "-m", "keras_vaultgemma", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
-
-
-def test_generate_prints_the_prompt_and_its_continuation(capsys, tiny):
-    assert cli.main(["generate", PROMPT, "--max-new-tokens", "8"]) == 0
-    text = tiny.generate(PROMPT, max_new_tokens=8)
-    assert text.startswith(PROMPT) and text != PROMPT
-    assert capsys.readouterr().out == text + "\n"
-
-
-def test_chat_prints_the_reply_alone(capsys, tiny):
-    assert cli.main(["generate", "Who are you?", "--chat", "--max-new-tokens", "8"]) == 0
-    reply = tiny.generate([{"role": "user", "content": "Who are you?"}], max_new_tokens=8)
-    assert capsys.readouterr().out == reply + "\n"
-
-
-def test_a_pipe_brings_the_prompt(tiny):
-    done = run("generate", "--max-new-tokens", "8", input=PROMPT + "\n")
-    assert done.returncode == 0
-    assert done.stdout == tiny.generate(PROMPT, max_new_tokens=8) + "\n"
-
-
-def test_an_unknown_backend_is_a_usual_error():
-    done = run("info", "vaultgemma_tiny", env={"KERAS_BACKEND": "abacus"})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "keras-vaultgemma: KERAS_BACKEND must be one of jax, torch, tensorflow. Received: KERAS_BACKEND='abacus'\n"
-    )
-
-
-def test_defaults(capsys, asked):
-    assert cli.main(["generate", PROMPT]) == 0
-    assert capsys.readouterr().out == PROMPT + " A text.\n"
-    assert asked.folder == presets.cache_home() / "compiled"
-    assert asked.loaded == ("vaultgemma_tiny", {})
-    assert type(asked.sampler) is keras_hub.samplers.GreedySampler
-    assert (asked.inputs, asked.max_new_tokens, asked.stop) == (PROMPT, 64, [])
-
-
-def test_options_reach_the_library(asked):
-    options = ["--preset", "a/folder", "--dtype", "bfloat16", "--chat", "--stop", "\n\n", "--stop", "END"]
-    assert cli.main(["generate", PROMPT, *options]) == 0
-    assert asked.stop == ["\n\n", "END"]
-    assert asked.loaded == ("a/folder", {"dtype": "bfloat16"})
-    assert asked.inputs == [{"role": "user", "content": PROMPT}]
-
-
-@pytest.mark.parametrize(
-    "name, sampler, takes",
-    [
-        ("greedy", keras_hub.samplers.GreedySampler, ""),
-        ("random", keras_hub.samplers.RandomSampler, "temperature seed"),
-        ("top_k", keras_hub.samplers.TopKSampler, "temperature seed"),
-        ("top_p", keras_hub.samplers.TopPSampler, "temperature seed"),
-        ("beam", keras_hub.samplers.BeamSampler, "temperature"),
-        ("contrastive", keras_hub.samplers.ContrastiveSampler, "temperature"),
-    ],
-)
-def test_samplers(capsys, asked, name, sampler, takes):
-    values = {"temperature": 0.5, "seed": 3}
-    taken = {option: values[option] for option in takes.split()}
-    options = [word for option, value in taken.items() for word in (f"--{option}", str(value))]
-    assert cli.main(["generate", PROMPT, "--sampler", name, *options]) == 0
-    assert type(asked.sampler) is sampler
-    assert {option: asked.sampler.get_config()[option] for option in taken} == taken
-    capsys.readouterr()
-    for option in values.keys() - taken.keys():
-        error = error_of(capsys, "generate", PROMPT, "--sampler", name, f"--{option}", str(values[option]))
-        assert error.startswith(f"--{option} changes nothing with --sampler {name}; it goes with random, top_k, top_p")
-        assert error.endswith(f"Received: --{option} {values[option]}")
-
-
-def test_text_ends_at_the_context(capsys, asked, tiny):
-    context = tiny.backbone.max_sequence_length
-    word = tiny.preprocessor.tokenizer("a")
-    assert len(word) == 1 and len(tiny.preprocessor.tokenizer(" a" * 4)) == 4
-    assert cli.main(["generate", " a" * (context - 3)]) == 0
-    assert asked.max_new_tokens == 2  # what <bos> and the prompt leave
-    capsys.readouterr()
-    error = error_of(capsys, "generate", " a" * (context - 1))
-    assert error == (
-        f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
-        f"Received: {context} tokens"
-    )
-
-
-def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, monkeypatch, asked):
-    class Interrupted(list):
-        finish_reason = "interrupted"
-
-    written = []
-    monkeypatch.setattr(cli, "print", lambda *text, **kwargs: written.append("".join(text)), raising=False)
-    asked.stream = lambda *args, **kwargs: Interrupted([" A", " te"])
-    assert cli.main(["generate", PROMPT]) == 130
-    assert written == [PROMPT, " A", " te", ""]
-
-
-@pytest.mark.parametrize("piped, prompt", [("one\n", "one"), ("one", "one"), ("one\ntwo\n\n", "one\ntwo\n")])
-def test_a_piped_prompt_loses_one_line_break(monkeypatch, asked, piped, prompt):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
-    assert cli.main(["generate"]) == 0
-    assert asked.inputs == prompt
-
-
-def test_an_argument_is_the_prompt_whatever_is_piped(monkeypatch, asked):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
-    assert cli.main(["generate", ""]) == 0
-    assert asked.inputs == ""
-
-
-@pytest.mark.parametrize("stdin", [None, io.StringIO(), SimpleNamespace(isatty=lambda: True)])
-def test_no_prompt(monkeypatch, capsys, stdin):
-    monkeypatch.setattr(sys, "stdin", stdin)
-    error = error_of(capsys, "generate")
-    assert error == "PROMPT must be an argument or come through a pipe. Received: neither"
+from keras_vaultgemma import cli
 
 
 @pytest.mark.parametrize(
@@ -201,6 +35,10 @@ def test_no_prompt(monkeypatch, capsys, stdin):
         ("epsilon --rows x --batch 10 --epochs 1", "argument --rows: invalid int value: 'x'"),
         ("epsilon --rows 100 --batch 10 --epochs 1", "Exactly one of `epsilon` and `noise_multiplier` must be given."),
         ("epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2", "`delta` must be above 0 and below 1."),
+        ("finetune", "the following arguments are required: --data (see keras-vaultgemma finetune --help)"),
+        ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
+        ("finetune --data a.csv --lora-rank -1", "`lora_rank` must be an integer from 0. Received: lora_rank=-1"),
         ("info nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
     ],
 )
@@ -282,56 +120,3 @@ def test_help(capsys, arguments):
         assert name in out
     for option in cli.COMMANDS[arguments[0]].options if arguments[0] in cli.COMMANDS else ():
         assert (option if option.startswith("-") else option.upper()) in out
-
-
-def test_info_prints_the_description(capsys):
-    assert cli.main(["info", "vaultgemma_1b"]) == 0
-    assert capsys.readouterr().out == description.describe("vaultgemma_1b") + "\n"
-
-
-@pytest.mark.parametrize(
-    "options, changes",
-    [
-        ("", {}),
-        (
-            "--to hf --dtype bfloat16 --shard-size 5MB --verify --overwrite",
-            dict(to="hf", dtype="bfloat16", shard_size="5MB", verify=True, overwrite=True),
-        ),
-    ],
-)
-def test_convert_asks_the_library_and_says_what_it_wrote(capsys, monkeypatch, options, changes):
-    asked = {}
-
-    def convert(**kwargs):
-        asked.update(kwargs)
-        return {"parameter_count": 2754240, "dtype": "bfloat16"}
-
-    monkeypatch.setattr(conversion, "convert", convert)
-    assert cli.main(["convert", "from/here", "there", *options.split()]) == 0
-    defaults = dict(to="keras", dtype=None, shard_size=None, verify=False, overwrite=False)
-    assert asked == dict(source="from/here", target="there", **{**defaults, **changes})
-    verified = ", equal to the source" if changes else ""
-    assert capsys.readouterr().out == f"there: 2,754,240 parameters in bfloat16{verified}\n"
-
-
-def test_convert_fails_in_one_line(capsys, tmp_path):
-    assert error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path)).startswith(
-        f"{tmp_path} exists. Pass overwrite"
-    )
-    assert "argument --to: invalid choice: 'pt'" in error_of(capsys, "convert", "x", "y", "--to", "pt")
-    error = error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path / "new"), "--shard-size", "big", "--to", "hf")
-    assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"
-
-
-def test_epsilon_prints_the_report(capsys):
-    assert cli.main(["epsilon", "--rows", "100", "--batch", "50", "--epochs", "2", "--noise", "5"]) == 0
-    assert capsys.readouterr().out == budget_report.report(100, 50, 2, noise_multiplier=5.0) + "\n"
-
-
-def test_epsilon_asks_the_library(capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(budget_report, "report", lambda *args: asked.append(args) or "the answer")
-    options = ["--rows", "500", "--batch", "50", "--epochs", "2", "--epsilon", "5", "--delta", "1e-3", "--png", "a.png"]
-    assert cli.main(["epsilon", *options]) == 0
-    assert asked == [(500, 50, 2, None, 5.0, 1e-3, "a.png")]
-    assert capsys.readouterr().out == "the answer\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +21,7 @@ from common import random_backbone, to_numpy
 from hub_stub import HubStub
 from sentencepiece import SentencePieceProcessor
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, checkpoint, presets
+from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, checkpoint, presets, stored_tensor
 from keras_vaultgemma.conversion import convert, converter, verification
 from keras_vaultgemma.safetensors_file import open_tensors
 from keras_vaultgemma.stored_tensor import DTYPES, equal_bits
@@ -350,6 +351,26 @@ def test_a_difference_fails_the_conversion(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="The logits of source and target must differ by at most 0.001. Received: 1"):
         convert(TINY, tmp_path / "new", to="hf", verify=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("source", "to"), [("hf", "keras"), ("keras", "hf"), ("keras_hub", "keras")])
+def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
+    """Of 10 MB; once before it is measured, for what is imported on the way."""
+    sizes = dict(num_layers=2, num_query_heads=4, num_key_value_heads=4, hidden_dim=256, head_dim=64)
+    if source == "keras_hub":
+        model = keras_hub.models.GemmaBackbone(4096, intermediate_dim=2048, **sizes)
+    else:
+        model = VaultGemmaBackbone(4096, intermediate_dim=1024, **sizes)
+    model.save_to_preset(tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "source", to="hf" if source == "hf" else "keras")
+    place = tmp_path / ("saved" if source == "keras_hub" else "source")
+    convert(place, tmp_path / "warm", to=to)
+    monkeypatch.setattr(stored_tensor, "BLOCK", 2**18)
+    tracemalloc.start()
+    convert(place, tmp_path / "new", to=to)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 4 * model.count_params() > 10e6 and peak < 3e6
 
 
 STOPS = """

@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
-    ["choice", "compilation", "devices", "products", "tensorflow_data", "tensors"],
-    ["ids", "presets", "saving"],
+    ["choice", "compilation", "devices", "gradients", "noise", "products", "tensorflow_data", "tensors", "train_step"],
+    ["ids", "presets", "saving", "picture"],
+    ["secret_key", "fingerprint", "loss_distribution", "accounting", "ledger", "record"],
     ["cache", "low_rank", "layers"],
     ["attention"],
     ["decoder_block"],
@@ -29,23 +30,15 @@ FLOORS = [
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["batches", "state_file", "training_state", "checkpointing"],
     ["sampling", "prefill", "generation", "search", "prompt_lookup", "completion", "loss"],
-    [
-        "secret_key",
-        "noise_seeds",
-        "row_sampling",
-        "fingerprint",
-        "loss_distribution",
-        "accounting",
-        "plan",
-        "ledger",
-        "budget_report",
-    ],
+    ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
+    ["dpsgd", "mechanism", "refusals", "training"],
     ["fine_tuning", "causal_lm"],
+    ["rows", "held_out", "pace", "curves", "run_folder", "recipe"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
-    ["cli"],
+    ["commands", "cli"],
 ]
-PACKAGES = tuple("keras_vaultgemma" + name for name in ("", ".backend", ".conversion", ".privacy"))
+PACKAGES = tuple("keras_vaultgemma" + name for name in ("", ".backend", ".conversion", ".finetuning", ".privacy"))
 ORDER = [name for floor in FLOORS for name in floor]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
 

@@ -9,6 +9,7 @@ import reference
 from common import count_compilations, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, checkpoint, lora
+from keras_vaultgemma.low_rank import LowRankUpdate
 
 ROW = [2, 17, 5, 99, 31]
 IDS = {"token_ids": np.array([ROW, [2, 40, 8, 7, 0]]), "padding_mask": np.array([[1] * 5, [1] * 4 + [0]])}
@@ -87,6 +88,19 @@ def test_equals_the_model_with_merged_weights():
     model.backbone.enable_lora(3, ALL, alpha=6)
     fill(model, scale=0.2)
     np.testing.assert_allclose(logits(model)[0], reference.logits(model.backbone, ROW), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_nothing_but_merging_makes_the_merged_matrix(mode, monkeypatch):
+    """That the product of the factors is not made elsewhere is shown in test_low_rank.py."""
+    model = make_model(mode=mode)
+    model.backbone.enable_lora(2, ALL, dropout=0.1)
+    monkeypatch.setattr(LowRankUpdate, "merged", lambda self, matrix: pytest.fail(self.path))
+    fit(model)
+    model.score(IDS["token_ids"])
+    model.generate(ROW, max_new_tokens=2)
+    monkeypatch.undo()
+    lora.merge(model)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), BASES)

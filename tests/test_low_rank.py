@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import gradients, to_numpy
+from common import gradients, shapes_made, to_numpy
 from keras import ops
 
 from keras_vaultgemma.layers import Initial, ReversibleEmbedding, projection
@@ -131,6 +131,21 @@ def test_product_in_both_layouts():
     np.testing.assert_allclose(to_numpy(low_rank_product(x, a, b, 0.5)), expected, rtol=1e-4, atol=1e-5)
     transposed = low_rank_product(x, a.T.copy(), b.T.copy(), 0.5, transposed=True)
     np.testing.assert_allclose(to_numpy(transposed), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_product_of_the_factors_is_never_made(transposed):
+    """Neither on the way to the layer's output nor in its gradients: it is as large as the matrix it adapts."""
+    shapes = {"x": (5, 20), "a": (20, 3), "b": (3, 28)}
+    x, a, b = (random(*shape) for shape in shapes.values())
+    first, second = (a.T, b.T) if transposed else (a, b)
+
+    def total(x, first, second):
+        return ops.sum(ops.square(low_rank_product(x, first, second, 2.0, transposed)))
+
+    made = shapes_made(total, x, np.ascontiguousarray(first), np.ascontiguousarray(second))
+    assert {(5, 3), (5, 28)} <= made
+    assert not {(20, 28), (28, 20)} & made
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])

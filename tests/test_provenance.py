@@ -48,7 +48,8 @@ def test_digests_of_the_files_of_a_model(folder, monkeypatch):
     ],
 )
 def test_what_the_release_is_called(source, expected):
-    assert provenance.is_release(source) is expected
+    assert bool(presets.release_metadata(source, RELEASED)) is expected
+    assert not presets.release_metadata(source, RELEASED + 1)
 
 
 def test_the_release_is_given_its_statement(tmp_path):

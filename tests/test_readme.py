@@ -28,6 +28,7 @@ def test_the_promised_snippets_are_there():
         "Adapters",
         "Train on documents or pairs",
         "On a pod or a GPU cluster",
+        "Fine-tune privately",
         "Load the 1B weights",
         "Save",
     ]
@@ -41,6 +42,13 @@ def test_snippet_runs(title, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     if title not in ("Fine-tune", "Train on documents or pairs"):
         assert "Once upon a time" in result.stdout
+
+
+def test_the_private_snippet_keeps_to_its_budget(tmp_path):
+    result = run(SNIPPETS["Fine-tune privately"], tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    spent = re.search(r"PrivacySpent\(epsilon=([\d.]+), delta=0.0001, steps=15, .*zero-out", result.stdout)
+    assert 2.9 < float(spent[1]) <= 3.0
 
 
 @pytest.mark.parametrize("devices", [1, 2])

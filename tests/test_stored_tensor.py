@@ -1,5 +1,7 @@
 """Tensors in a file: read whole, in blocks, and in other dtypes."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +37,67 @@ def test_read_gives_memory_of_its_own(tmp_path, place, dtype):
     (tmp_path / "x").write_bytes(bytes(48))
     assert np.array_equal(value, VALUE.astype(value.dtype))
     assert (tensor.name, tensor.shape, tensor.dtype, tensor.nbytes) == ("x", (3, 4), np.dtype("float32"), 48)
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0), (1, 0, 2), (2, 0, 1)])
+def test_strips_that_threads_turn_join_to_the_variable(tmp_path, monkeypatch, source, target, axes):
+    """More rows than a strip has, their number no multiple of it."""
+    monkeypatch.setattr(stored_tensor, "STRIP", 1)
+    shape = (3 * stored_tensor.ALIGNMENT + 5, 6, 4)[: len(axes)]
+    value = np.random.default_rng(0).normal(size=shape).astype(DTYPES[source])
+    value.tofile(tmp_path / "x")
+    merged = [shape[axis] for axis in axes]
+    merged = (*merged[:1], math.prod(merged[1:]))
+    mapped = np.memmap(tmp_path / "x", value.dtype, "r", shape=shape)
+    tensor = StoredTensor(mapped, Place("x", shape, axes), merged)
+    read = tensor.read(target)
+    assert np.array_equal(read, np.transpose(value, axes).reshape(merged).astype(DTYPES[target]))
+    assert read.dtype == DTYPES[target] and read.flags.c_contiguous
+    assert tensor.is_finite is True
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 4), (300, 5)])
+def test_memory_is_aligned_for_a_backend_to_take_over(tmp_path, shape):
+    np.ones(shape, "float32").tofile(tmp_path / "x")
+    mapped = np.memmap(tmp_path / "x", "float32", "r", shape=shape)
+    tensor = StoredTensor(mapped, Place("x", shape, tuple(range(len(shape)))), shape)
+    assert {tensor.read(dtype).ctypes.data % 64 for dtype in DTYPES for _ in range(5)} == {0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("position", [0, 150, 299])
+def test_read_knows_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad, position):
+    monkeypatch.setattr(stored_tensor, "STRIP", 1)
+    limit = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+    value = np.resize(np.array([limit, -limit, 0.0, -0.0], "float32"), (300, 1)).astype(DTYPES[dtype])
+    place = Place("x", (1, 300), (1, 0))
+
+    def read(value):
+        value.T.tofile(tmp_path / "x")
+        tensor = StoredTensor(np.memmap(tmp_path / "x", value.dtype, "r", shape=(1, 300)), place, (300, 1))
+        plain = StoredTensor(
+            np.memmap(tmp_path / "x", value.dtype, "r", shape=(300, 1)), PLAIN._replace(shape=(300, 1)), (300, 1)
+        )
+        assert tensor.is_finite is None
+        tensor.read()
+        plain.read()
+        assert tensor.is_finite is plain.is_finite
+        return tensor.is_finite
+
+    assert read(value) is True
+    value[position] = bad
+    assert read(value) is False
+
+
+def test_finite_is_said_of_what_was_read(tmp_path):
+    tensor = stored(tmp_path, VALUE * 1e6)
+    assert [(tensor.read(dtype).dtype.name, tensor.is_finite) for dtype in ("float16", "float32")] == [
+        ("float16", False),
+        ("float32", True),
+    ]
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path):

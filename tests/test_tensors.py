@@ -21,3 +21,37 @@ def test_variables_start_from_numpy_bit_by_bit(dtype):
     variable = keras.Variable(lambda shape, dtype: backend.from_numpy(array), shape=(4,), dtype=dtype)
     assert variable.dtype == dtype
     np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), array.astype("float32"))
+
+
+def aligned(value, dtype):
+    """`value` in memory that begins at a multiple of 64 bytes."""
+    memory = np.empty(value.size * np.dtype(dtype).itemsize + 64, "u1")
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + memory.size - 64].view(dtype).reshape(value.shape)
+    array[...] = value
+    return array
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_memory_is_taken_over_but_by_jax(dtype):
+    """On JAX, which would copy foreign memory for training, the variable has its own."""
+    value = np.arange(12).reshape(3, 4)
+    array = aligned(value, dtype)
+    variable = keras.Variable(lambda shape, dtype: backend.from_numpy(array), shape=(3, 4), dtype=array.dtype.name)
+    np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), value)
+    array[0, 0] = 7
+    assert float(to_numpy(keras.ops.cast(variable.value, "float32"))[0, 0]) == (0 if backend.NAME == "jax" else 7)
+    variable.assign(variable.value * 2 + 1)
+    expected = value * 2 + 1
+    expected[0, 0] = 1 if backend.NAME == "jax" else 15
+    np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_memory_that_is_not_aligned_will_do(dtype):
+    memory = np.zeros(1024, "u1")
+    start = -memory.ctypes.data % 64 + np.dtype(dtype).itemsize
+    array = memory[start : start + 12 * np.dtype(dtype).itemsize].view(dtype).reshape(3, 4)
+    array[...] = np.arange(12).reshape(3, 4)
+    variable = keras.Variable(lambda shape, dtype: backend.from_numpy(array), shape=(3, 4), dtype=array.dtype.name)
+    np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), np.arange(12).reshape(3, 4))

@@ -15,6 +15,8 @@ from keras_vaultgemma.backend.compilation import (
     update_variables,
 )
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
+from keras_vaultgemma.backend.gradients import add, gradients
+from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -23,10 +25,12 @@ from keras_vaultgemma.backend.tensorflow_data import (
     tensorflow_dataset,
 )
 from keras_vaultgemma.backend.tensors import argument, from_numpy, value_of, write_slice
+from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
     "BACKENDS",
     "NAME",
+    "add",
     "argument",
     "arrange",
     "cache_compilations",
@@ -35,15 +39,18 @@ __all__ = [
     "compile_step",
     "from_numpy",
     "gathered",
+    "gradients",
     "in_shares",
     "in_tensorflow_graph",
     "int8_matmul",
     "is_symbolic_tensorflow",
     "is_tensorflow",
     "matmul",
+    "normal",
     "seed_global_generator",
     "tensorflow_dataset",
     "trace_once",
+    "train_step",
     "update_variables",
     "value_of",
     "without_tensorflow",

@@ -8,7 +8,9 @@ from keras_vaultgemma.backend.choice import NAME
 def from_numpy(array, layout=None):
     """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
 
-    Keras brings bfloat16 to PyTorch by way of float32, in three copies; the bits are the same.
+    PyTorch takes the array's memory over (Keras would copy it, bfloat16 by way of float32), and TensorFlow does where
+    that begins at a multiple of 64 bytes (Keras and TensorFlow would each copy it). For JAX, Keras copies it once, and
+    should: JAX cannot donate memory that is not its own, so the first step of training would have all weights twice.
 
     Args:
         layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
@@ -23,11 +25,18 @@ def from_numpy(array, layout=None):
         axis_types = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
         mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
         sharding = jax.sharding.NamedSharding(mesh, layout.spec)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    if NAME == "torch" and array.dtype.name == "bfloat16":
+        # A copy of the part, for a view would keep the whole.
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
+    is_bfloat16 = array.dtype.name == "bfloat16"
+    if NAME == "torch":
         import torch
 
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
+    if NAME == "tensorflow" and array.ctypes.data % 64 == 0:
+        import tensorflow as tf
+
+        tensor = tf.experimental.dlpack.from_dlpack((array.view("uint16") if is_bfloat16 else array).__dlpack__())
+        return tf.bitcast(tensor, tf.bfloat16) if is_bfloat16 else tensor
     return array
 
 

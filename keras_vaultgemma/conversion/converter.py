@@ -10,6 +10,7 @@ from keras_vaultgemma import checkpoint, presets, saving, weight_layout
 from keras_vaultgemma.conversion import hugging_face_folder, keras_preset, model_card, provenance, verification
 from keras_vaultgemma.conversion.progress import Progress
 from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma.privacy import ledger as ledgers
 from keras_vaultgemma.safetensors_file import write_tensors
 from keras_vaultgemma.stored_tensor import DTYPES, widest
 
@@ -68,7 +69,10 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
         if verify:
             verification.check(folder, new, dtype, bar.report)
         metadata = provenance.metadata(source, folder, source_digests.result(), parameter_count, dtype)
-        card = model_card.model_card(to, metadata, hyperparameters, vocabulary is not None)
+        ledger = ledgers.of_preset(folder)
+        if ledger.runs:  # a statement alone stands in the metadata
+            ledger.write(new)
+        card = model_card.model_card(to, metadata, hyperparameters, vocabulary is not None, ledger.describe())
         (new / "README.md").write_text(card, encoding="utf-8")
         metadata["files"] = provenance.digests(new, bar.report)
         (new / presets.METADATA).write_text(json.dumps(metadata, indent=4, ensure_ascii=False), encoding="utf-8")

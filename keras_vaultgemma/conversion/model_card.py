@@ -26,7 +26,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"){load_tokeniz
 }
 
 
-def model_card(to, metadata, hyperparameters, has_vocabulary):
+def model_card(to, metadata, hyperparameters, has_vocabulary, private_runs=()):
     """Text of a model card.
 
     Args:
@@ -34,6 +34,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary):
         metadata: as metadata.json holds it.
         hyperparameters: of the backbone, as `checkpoint.open_values` returns them.
         has_vocabulary: whether the folder has one.
+        private_runs: what the ledger says of private training since, a sentence each.
     """
     source = metadata["source"]
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
@@ -72,6 +73,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary):
             "## Privacy",
             "",
             *_privacy(metadata),
+            *[f"- trained privately since: {run}" for run in private_runs],
             "",
             "## Licence",
             "",

@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import keras
@@ -15,9 +14,6 @@ from keras_vaultgemma.stored_tensor import dtype_name
 
 PIECE = 2**20
 """Bytes that are hashed at a time."""
-
-RELEASE = "vaultgemma_1b"
-"""The bundled preset whose metadata holds what Google states of its release."""
 
 STATED = ("license", "sources", "privacy")
 
@@ -65,10 +61,9 @@ def metadata(source, folder, source_digests, parameter_count, dtype):
     """
     path = folder / presets.METADATA
     stated = presets.read_json(path) if path.is_file() else {}
-    if not stated and is_release(source):
-        release = presets.read_json(presets.bundled()[RELEASE] / presets.METADATA)
-        if release["parameter_count"] == parameter_count:
-            stated = {key: release[key] for key in STATED}
+    if not stated:
+        release = presets.release_metadata(source, parameter_count)
+        stated = {key: release[key] for key in STATED if key in release}
     name = os.fspath(source)
     earlier = stated.pop("source", None)
     stated.pop("files", None)
@@ -88,12 +83,6 @@ def metadata(source, folder, source_digests, parameter_count, dtype):
             **({"source": earlier} if earlier else {}),
         },
     }
-
-
-def is_release(source):
-    """Whether a source names Google's release: the bundled preset's name or a handle of it, of any revision."""
-    name = re.sub(r"@.*|/\d+$", "", os.fspath(source))
-    return name == RELEASE or name in (re.sub(r"/\d+$", "", handle) for handle in presets.HUBS[RELEASE])
 
 
 def _revision(name, folder):

@@ -1,10 +1,8 @@
 """What a private run would promise, in words and in a picture, before anything is trained."""
 
-from pathlib import Path
-
 import numpy as np
 
-from keras_vaultgemma import saving
+from keras_vaultgemma import picture
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy import plan as planning
 
@@ -27,16 +25,14 @@ def report(rows, batch_size, epochs, noise_multiplier=None, epsilon=None, delta=
         ValueError: for an argument outside its range.
         ImportError: where dp-accounting, or matplotlib for a picture, is not installed.
     """
-    figure = None if png is None else _figure()
+    figure = None if png is None else picture.figure((9, 3.6))
     chosen = planning.default_delta(rows) if delta is None else delta
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
     spent = accounting.epsilon([steps], chosen)
     right = accounting.round_up(50 + 50 * accounting.delta([steps], 0.0), 3)
     if png is not None:
         draw(figure, steps, chosen, spent)
-        path = Path(png).resolve()
-        with saving.written_beside(path.parent) as folder:
-            figure.savefig(folder / path.name, format="png", dpi=150)
+        picture.save(figure, png)
     lines = [
         f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}{' (N^-1.1)' if delta is None else ''}, "
         f"with noise multiplier σ = {steps.noise_multiplier:.4g}, after {steps.count:,} steps",
@@ -81,11 +77,3 @@ def draw(figure, steps, delta, spent):
     right.set(xlabel="ε", ylabel="σ, noise multiplier", title=f"{steps.count:,} steps, δ = {delta:.3g}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-
-
-def _figure():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"A picture needs matplotlib: pip install keras-vaultgemma[plot] ({error})") from error
-    return Figure(figsize=(9, 3.6), layout="constrained")

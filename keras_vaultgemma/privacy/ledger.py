@@ -27,7 +27,7 @@ from keras_vaultgemma import presets
 from keras_vaultgemma.privacy import accounting, fingerprint
 from keras_vaultgemma.privacy.accounting import Steps
 
-FILE = "privacy_ledger.jsonl"
+FILE = presets.LEDGER
 BLOCKS = 100
 """Into how many parts the planned steps are reserved."""
 
@@ -92,12 +92,31 @@ class Ledger(NamedTuple):
         Args:
             delta: in (0, 1); the smallest that the runs on the data were meant for if None.
         """
-        result = {}
-        for dataset in dict.fromkeys(run.dataset for run, _ in self.runs):
-            runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
-            units = "; ".join(dict.fromkeys(run.unit for run in runs))
-            result[dataset] = accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units)
-        return result
+        return {
+            dataset: self.spent_on(dataset, delta) for dataset in dict.fromkeys(run.dataset for run, _ in self.runs)
+        }
+
+    def spent_on(self, dataset, delta=None):
+        """`PrivacySpent` of the runs on some data, and of those that may be on the same; `delta` as for `spent`."""
+        runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
+        if not runs:
+            raise ValueError(f"`dataset` must be the fingerprint of a run's data. Received: dataset={dataset!r}")
+        units = "; ".join(dict.fromkeys(run.unit for run in runs))
+        return accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units)
+
+    def describe(self):
+        """A sentence for each run, in order."""
+        return [
+            f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, clipping norm "
+            f"{run.clip_norm:g}, on {run.rows:,} rows, each with probability {run.sampling_probability:.4g} a step; "
+            f"unit: {run.unit}; neighbours: {run.neighbouring}; data {run.dataset}"
+            for run, count in self.runs
+        ]
+
+    def write(self, folder):
+        """Write the file of a saved model, or none where there is nothing to say."""
+        if self.statements or self.runs:
+            (Path(folder) / FILE).write_bytes(self.lines())
 
     def lines(self, begun=()):
         """The same as the bytes of a file, each run ended: for a saved preset, whose weights have no later steps.
@@ -112,13 +131,29 @@ class Ledger(NamedTuple):
         return b"".join(_line(content) for content in lines)
 
 
-def of_preset(folder):
-    """The `Ledger` of a preset: its file, or else the privacy statement of its metadata.json."""
+def combine(*ledgers):
+    """One `Ledger` of all entries of several; of a run that is in more than one, the most steps."""
+    statements, runs = [], {}
+    for ledger in ledgers:
+        statements += [statement for statement in ledger.statements if statement not in statements]
+        for run, count in ledger.runs:
+            runs[run.name] = (run, max(count, runs.get(run.name, (run, 0))[1]))
+    return Ledger(tuple(statements), tuple(runs.values()))
+
+
+def of_preset(folder, preset="", parameter_count=None):
+    """The `Ledger` of a preset: its file, or else the privacy statement of its metadata.json.
+
+    Args:
+        folder: where the preset was found.
+        preset, parameter_count: by which Google's release is known, which has neither; its statement is bundled.
+    """
     folder = Path(folder)
     if (folder / FILE).is_file():
         return read(folder / FILE)
     metadata = folder / presets.METADATA
-    statement = presets.read_json(metadata).get("privacy") if metadata.is_file() else None
+    stated = presets.read_json(metadata) if metadata.is_file() else presets.release_metadata(preset, parameter_count)
+    statement = stated.get("privacy")
     return Ledger((statement,)) if statement else Ledger()
 
 
@@ -178,7 +213,7 @@ class OpenRun:
     """A run that is being written down; a context manager, which ends it.
 
     Args:
-        path: file; made where there is none.
+        path: file, made where there is none; or None to keep the run in memory, for weights that are nowhere else.
         run: `Run`; it is given a name.
         history: `Ledger` of the model that the run begins with, or None; what the file lacks of it is added first.
 
@@ -192,21 +227,31 @@ class OpenRun:
         accounting.check_delta(run.delta)
         if not 0 < run.clip_norm < float("inf"):
             raise ValueError(f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}")
-        self.path, self.run = Path(path), run._replace(name=uuid.uuid4().hex)
-        self.done, self._reserved = 0, 0
-        history = history or Ledger()
-        there = read(self.path) if self.path.exists() else Ledger()
+        self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
+        self._history, self._file = history or Ledger(), None
+        if path is not None:
+            self._open(Path(path))
+
+    def _open(self, path):
+        history = self._history
+        there = read(path) if path.exists() else Ledger()
+        self._history = combine(there, history)
         counted = {run.name: count for run, count in there.runs}
         missing = Ledger(
             tuple(statement for statement in history.statements if statement not in there.statements),
             tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
         # What a torn line left is closed, so that it spoils no other.
-        torn = self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
+        torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._write((b"\n" if torn else b"") + missing.lines(counted) + _line(_run_line(self.run)))
-        _synchronise_folder(self.path.parent)
+        _synchronise_folder(path.parent)
+
+    @property
+    def ledger(self):
+        """`Ledger` of all entries, with the steps that this run has released so far."""
+        return combine(self._history, Ledger((), ((self.run, self.done),)))
 
     def release(self):
         """Count one more step. It may release something when this has returned, and not before."""
@@ -218,9 +263,10 @@ class OpenRun:
 
     def close(self):
         """End the run: it counts the steps that were released, no more."""
-        if not self._file.closed:
+        if self._file is not None:
             self._write(_line({"kind": "end", "run": self.run.name, "steps": self.done}))
             self._file.close()
+            self._file = None
 
     def __enter__(self):
         return self
@@ -229,6 +275,8 @@ class OpenRun:
         self.close()
 
     def _write(self, content):
+        if self._file is None:
+            return
         self._file.write(content)
         self._file.flush()
         os.fsync(self._file.fileno())

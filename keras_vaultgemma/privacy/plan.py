@@ -10,7 +10,7 @@ HEAD_ROOM_COST = 0.01
 """Part of ε that cutting large batches off may cost."""
 
 
-def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, microbatch=1, earlier=()):
+def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, microbatch=1, earlier=(), done=0):
     """The steps of a run, with room for batches larger than the expected one.
 
     Args:
@@ -22,6 +22,7 @@ def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, m
         noise_multiplier: standard deviation of the noise over the clipping norm, above 0. Exactly one of the two.
         microbatch: rows that are computed at a time; the largest batch is a multiple of it.
         earlier: list of `Steps` already done on the same data, which count towards `epsilon`.
+        done: steps of the epochs that are left out, since an interrupted run has done them.
 
     Returns:
         `Steps`.
@@ -39,7 +40,7 @@ def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, m
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     if batch_size > rows:
         raise ValueError(f"`batch_size` must be at most the {rows} rows. Received: batch_size={batch_size}")
-    steps = Steps(epochs * steps_per_epoch(rows, batch_size), rows, batch_size / rows, None, noise_multiplier)
+    steps = Steps(epochs * steps_per_epoch(rows, batch_size) - done, rows, batch_size / rows, None, noise_multiplier)
     if epsilon is None:
         return steps._replace(max_batch_size=head_room(steps, delta, microbatch))
     steps = accounting.calibrate(steps, epsilon, delta, earlier)

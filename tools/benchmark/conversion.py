@@ -4,8 +4,9 @@
 
 FOLDER holds (or is filled with, 8 GB) a random bfloat16 checkpoint in each format; `full_size.py` writes the first.
 Every step runs in a process of its own, one after the other. Memory is what is resident beyond the interpreter and
-imported libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. A step runs three times;
-the table has the median time and the largest memory.
+imported libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. All steps of a table run
+in turns, three times, since what fresh memory costs changes with the minute, on virtual machines above all; the table
+has median times and the largest memory. The file is read once before each backend's steps, too.
 """
 
 import argparse
@@ -124,23 +125,56 @@ def measure(step, source, target):
     print(json.dumps({"seconds": seconds, "gigabytes": (max(memory.peak, resident()) - memory.before) / 1e9}))
 
 
-def run(step, source, target, backend="jax", keep=False):
-    """(median seconds, most gigabytes) of a step; TARGET is removed before each run, and after the last unless kept."""
-    results = []
-    for _ in range(1 if keep else RUNS):
-        shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, __file__, str(source), "--step", step, "--target", str(target)]
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    if not keep:
-        shutil.rmtree(target, ignore_errors=True)
-    return statistics.median(r["seconds"] for r in results), max(r["gigabytes"] for r in results)
+def run(step, source, target, backend):
+    """{seconds, gigabytes} of a step in a process of its own."""
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, __file__, str(source), "--step", step, "--target", str(target)]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_in_turns(steps, scratch):
+    """List of (median seconds, most gigabytes) of each of `steps`, tuples of step, source and backend."""
+    results = [[] for _ in steps]
+    for _ in range(RUNS):
+        for (step, source, backend), of_step in zip(steps, results, strict=True):
+            of_step.append(run(step, source, scratch, backend))
+            print(f"{step} of {source.name}, {backend}: {of_step[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+    return [
+        (statistics.median(r["seconds"] for r in of_step), max(r["gigabytes"] for r in of_step)) for of_step in results
+    ]
+
+
+def compare_conversions(source, preset, hub, scratch):
+    labels = ("cp and sha256", "Hugging Face to Keras", "Keras to Hugging Face", "keras-hub (Kaggle) to Keras")
+    steps = (("copy", source), ("to_keras", source), ("to_hf", preset), ("to_keras", hub))
+    results = run_in_turns([(*step, "jax") for step in steps], scratch)
+    base, _ = results[0]
+    print(f"{'conversion, bfloat16, 2.08 GB':34}{'time, s':>9}{'x copy':>8}{'memory, GB':>12}")
+    for label, (seconds, memory) in zip(labels, results, strict=True):
+        print(f"{label:34}{seconds:9.2f}{seconds / base:8.2f}{memory:12.2f}")
+
+
+def compare_loading(source, preset, hub, scratch):
+    steps = (("read", source), ("keras_hub_load", hub), ("load", source), ("load", preset))
+    labels = ("reading the file", "keras-hub", "from_preset, Hugging Face", "from_preset, Keras")
+    results = run_in_turns([(*step, backend) for backend in BACKENDS for step in steps], scratch)
+    columns = f"{'time, s':>9}{'x read':>8}{'memory, GB':>12}{'x keras-hub':>13}"
+    print(f"{'loading, bfloat16, 2.08 GB':34}{columns}")
+    for i, backend in enumerate(BACKENDS):
+        of_backend = results[len(steps) * i : len(steps) * (i + 1)]
+        (base, _), (peer, _) = of_backend[:2]
+        for label, (seconds, memory) in zip(labels, of_backend, strict=True):
+            row = f"{f'{label}, {backend}':34}{seconds:9.2f}{seconds / base:8.2f}{memory:12.2f}"
+            print(f"{row}{seconds / peer:13.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoints are, or are written to")
+    parser.add_argument("--table", choices=TABLES, action="append", help="one of the tables; both by default")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -153,33 +187,15 @@ def main():
     if not source.exists():
         full_size.run("write", source, "")
     if not preset.exists():
-        run("to_keras", source, preset, keep=True)
+        run("to_keras", source, preset, "jax")
     if not hub.exists():
-        run("keras_hub_save", source, hub, keep=True)
-
-    base, _ = run("copy", source, scratch)
-    print(f"{'conversion, bfloat16, 2.08 GB':34}{'time, s':>9}{'x copy':>8}{'memory, GB':>12}")
-    print(f"{'cp and sha256':34}{base:9.2f}{1:8.2f}")
-    for label, step, place in (
-        ("Hugging Face to Keras", "to_keras", source),
-        ("Keras to Hugging Face", "to_hf", preset),
-        ("keras-hub (Kaggle) to Keras", "to_keras", hub),
-    ):
-        seconds, memory = run(step, place, scratch)
-        print(f"{label:34}{seconds:9.2f}{seconds / base:8.2f}{memory:12.2f}", flush=True)
-
-    base, _ = run("read", source, scratch)
-    print(f"\n{'loading, bfloat16, 2.08 GB':34}{'time, s':>9}{'x read':>8}{'memory, GB':>12}{'x keras-hub':>13}")
-    print(f"{'reading the file':34}{base:9.2f}{1:8.2f}")
-    for backend in BACKENDS:
-        peer, memory = run("keras_hub_load", hub, scratch, backend)
-        print(f"{f'keras-hub, {backend}':34}{peer:9.2f}{peer / base:8.2f}{memory:12.2f}", flush=True)
-        for label, place in (("Hugging Face", source), ("Keras", preset)):
-            seconds, memory = run("load", place, scratch, backend)
-            row = f"{f'from_preset, {label}, {backend}':34}{seconds:9.2f}{seconds / base:8.2f}{memory:12.2f}"
-            print(f"{row}{seconds / peer:13.2f}", flush=True)
+        run("keras_hub_save", source, hub, "jax")
+    for table in options.table or TABLES:
+        TABLES[table](source, preset, hub, scratch)
     return None
 
+
+TABLES = {"conversion": compare_conversions, "loading": compare_loading}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,53 @@
+"""`model.privacy`: what a model's weights have been told about private data."""
+
+from keras_vaultgemma.privacy.ledger import Ledger, combine
+
+
+class PrivacyRecord:
+    """The ledger of a model, and the ε that it amounts to at any time.
+
+    Attributes:
+        dataset: fingerprint of the data of the last private `fit`, or None.
+        budgets: {fingerprint: ε that `fit` keeps to on these data}.
+        run: `ledger.OpenRun` while a private `fit` goes on, else None.
+    """
+
+    def __init__(self, ledger=None):
+        self._ledger = ledger or Ledger()
+        self.dataset, self.budgets, self.run = None, {}, None
+
+    @property
+    def ledger(self):
+        """`ledger.Ledger`: every run that the weights come from, and statements that others make about them."""
+        return self._ledger if self.run is None else self.run.ledger
+
+    def add(self, ledger):
+        """Take over the entries of weights that have been put into the model."""
+        self._ledger = combine(self._ledger, ledger)
+
+    def begin(self, run):
+        """A private `fit` begins: its `ledger.OpenRun`."""
+        self.run, self.dataset = run, run.run.dataset
+
+    def end(self):
+        """It has ended, however it did; what was released stays on record."""
+        self.run.close()
+        self._ledger, self.run = self.run.ledger, None
+
+    def spent(self, delta=None):
+        """`accounting.PrivacySpent` of all steps done so far on the data of the last private `fit`.
+
+        Of a model that was loaded it is that of the data of the latest run; `ledger.spent()` has all data sets.
+
+        Args:
+            delta: in (0, 1); that of the runs if None.
+
+        Raises:
+            ValueError: for a model that no run of the ledger has trained.
+        """
+        runs = self.ledger.runs
+        if not runs:
+            raise ValueError(
+                "`spent` needs a private run: `compile(privacy=DPSGD(...))` and `fit`. Received: none so far"
+            )
+        return self.ledger.spent_on(self.dataset or runs[-1][0].dataset, delta)

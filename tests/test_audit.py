@@ -1,0 +1,86 @@
+"""An audit: can somebody who sees the trained weights tell who took part? No more than ε says; and far more without clipping.
+
+200 canaries, each in the training data or not by a coin. After training they are guessed by how well the model predicts
+them, and the number of right guesses becomes a lower bound on ε (Steinke et al., 2023, arXiv:2305.08846).
+"""
+
+import keras
+import numpy as np
+import pytest
+from common import random_backbone
+from keras import ops
+from scipy import stats
+
+from keras_vaultgemma import VaultGemmaCausalLM, privacy
+from keras_vaultgemma.privacy import mechanism
+
+CANARIES, LENGTH, VOCABULARY = 200, 8, 64
+EPSILON, DELTA, CLIP_NORM = 1.0, 1e-5, 0.01
+CONFIDENCE = 0.95
+
+
+def canaries():
+    """Random ids: nothing but having seen a row helps to predict it."""
+    ids = np.random.default_rng(1).integers(3, VOCABULARY, (CANARIES, LENGTH + 1)).astype("int32")
+    is_in = np.random.default_rng(2).permutation(CANARIES) < CANARIES // 2
+    return ids, is_in
+
+
+def scores(epochs=20, rate=5e-3):
+    """How much better each canary is predicted after training than before, and whether it took part."""
+    keras.utils.set_random_seed(0)
+    sizes = dict(vocabulary_size=VOCABULARY, num_layers=1, hidden_dim=32, intermediate_dim=64, head_dim=16)
+    model = VaultGemmaCausalLM(random_backbone(**sizes, num_query_heads=2, num_key_value_heads=2))
+    ids, is_in = canaries()
+    before = model.score(ids).sum(axis=1)
+    model.compile(keras.optimizers.Adam(rate), privacy=privacy.DPSGD(epsilon=EPSILON, delta=DELTA, clip_norm=CLIP_NORM))
+    x = {"token_ids": ids[is_in, :-1], "padding_mask": np.ones((is_in.sum(), LENGTH), "int32")}
+    model.fit(x, ids[is_in, 1:], batch_size=25, epochs=epochs, verbose=0)
+    assert 0.95 * EPSILON < model.privacy.spent().epsilon <= EPSILON
+    return before - model.score(ids).sum(axis=1), is_in
+
+
+def lower_bound(gains, is_in):
+    """ε that holds with 95 % confidence against the best of a few numbers of guesses, each of which pays for the others.
+
+    With ε-DP each guess is right with probability e^ε / (1 + e^ε) at most, whatever was guessed before; δ adds at most
+    2 * CANARIES * δ to the probability of so many right ones.
+    """
+    order, best = np.argsort(gains), 0.0
+    numbers = (10, 25, 50, 100)
+    for guesses in numbers:
+        right = is_in[order[-guesses:]].sum() + (~is_in[order[:guesses]]).sum()
+        chance = (1 - CONFIDENCE) / len(numbers) - 2 * CANARIES * DELTA
+        # The smallest p with which so many right ones are not too unlikely (Clopper and Pearson, 1934).
+        p = stats.beta.ppf(chance, right, 2 * guesses - right + 1) if right else 0.0
+        best = max(best, np.log(p / (1 - p)) if p > 0.5 else 0.0)
+    return best
+
+
+def oracle(gains, is_in):
+    auditing = pytest.importorskip("jax_privacy.auditing")
+    auditor = auditing.CanaryScoreAuditor(gains[is_in], gains[~is_in])
+    return auditor.epsilon_one_run(significance=1 - CONFIDENCE, delta=DELTA)
+
+
+@pytest.fixture(autouse=True)
+def own_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path))
+
+
+def test_the_guarantee_holds():
+    gains, is_in = scores()
+    assert lower_bound(gains, is_in) < EPSILON
+    assert oracle(gains, is_in) < EPSILON
+
+
+def test_without_clipping_the_audit_finds_out(monkeypatch):
+    """Same noise, same claim, but every row's gradient at its full length."""
+
+    def whole(gradients, losses, is_present, clip_norm):
+        return ops.cast(is_present, "float32"), is_present, 0.0 * losses
+
+    monkeypatch.setattr(mechanism, "clip_factors", whole)
+    gains, is_in = scores()
+    assert lower_bound(gains, is_in) > 2 * EPSILON
+    assert oracle(gains, is_in) > 2 * EPSILON

@@ -1,0 +1,64 @@
+import pytest
+
+from keras_vaultgemma.privacy import DPSGD, NotPrivateWarning
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "Exactly one of `epsilon` and `noise_multiplier` must be given. Received: epsilon=None"),
+        (dict(epsilon=1, noise_multiplier=1), "Exactly one of .* Received: epsilon=1, noise_multiplier=1"),
+        (dict(epsilon=0), "`epsilon` must be above 0 and at most 100. Received: epsilon=0"),
+        (dict(epsilon=101), "Received: epsilon=101"),
+        (dict(epsilon=float("nan")), "Received: epsilon=nan"),
+        (dict(epsilon=1, delta=0), "`delta` must be above 0 and below 1. Received: delta=0"),
+        (dict(epsilon=1, delta=1.0), "Received: delta=1.0"),
+        (dict(noise_multiplier=0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0"),
+        (dict(noise_multiplier=float("inf")), "Received: noise_multiplier=inf"),
+        (dict(epsilon=1, clip_norm=0), "`clip_norm` must be above 0 and finite. Received: clip_norm=0"),
+        (dict(epsilon=1, clip_norm=float("nan")), "Received: clip_norm=nan"),
+        (dict(epsilon=1, unit="user"), "`unit` must be one of 'row', 'sequence'. Received: unit='user'"),
+        (dict(epsilon=1, microbatch_size=0), "`microbatch_size` must be a positive integer or None. Received: .*=0"),
+        (dict(epsilon=1, microbatch_size=True), "Received: microbatch_size=True"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DPSGD(**arguments)
+
+
+def test_every_fit_has_a_secret_of_its_own():
+    settings = DPSGD(epsilon=1)
+    assert settings.secret() != settings.secret() and len(settings.secret()) == 16
+
+
+def test_a_known_secret_warns():
+    with pytest.warns(NotPrivateWarning, match="NOT private"):
+        one = DPSGD(epsilon=1, seed_for_tests=3).secret()
+    with pytest.warns(NotPrivateWarning):
+        assert one == DPSGD(epsilon=1, seed_for_tests=3).secret()
+    with pytest.warns(NotPrivateWarning):
+        assert one != DPSGD(epsilon=1, seed_for_tests=4).secret()
+
+
+def test_the_docstring_states_the_guarantee():
+    """Mechanism, unit, neighbours, what is released and what is not covered, with references."""
+    said = DPSGD.__doc__
+    for words in (
+        "The guarantee",
+        "zero-out neighbours",
+        "The mechanism",
+        "truncated Poisson",
+        "The unit",
+        "Not covered",
+    ):
+        assert words in said
+    for words in (
+        "hyperparameters",
+        "metrics",
+        "checkpoint",
+        "arXiv:1607.00133",
+        "arXiv:2411.04205",
+        "arXiv:2510.15001",
+    ):
+        assert words in said

@@ -1,0 +1,267 @@
+"""The mechanism: rows are clipped, each by itself, and nobody's part is larger than C."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from common import LINES, gradients, random_backbone, to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
+from keras_vaultgemma.privacy import mechanism
+
+C = 0.7
+SMALL = dict(num_layers=1, vocabulary_size=48, hidden_dim=24, intermediate_dim=32, head_dim=8)
+CAPS = dict(attention_logit_soft_cap=3.0, final_logit_soft_cap=4.0)
+MODELS = {
+    "full": dict(SMALL),
+    "full, both caps": dict(SMALL, **CAPS),
+    "LoRA": dict(SMALL, lora=True),
+    "LoRA, both caps": dict(SMALL, lora=True, **CAPS),
+}
+
+
+def private_model(lora=False, clip_norm=C, **changes):
+    model = VaultGemmaCausalLM(random_backbone(**changes))
+    if lora:
+        model.backbone.enable_lora(4, ["query", "value", "down"])
+        for v in model.trainable_variables:  # B starts at 0, and A would have no gradient
+            v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+    settings = privacy.DPSGD(noise_multiplier=1.0, clip_norm=clip_norm, delta=1e-5)
+    model.compile(keras.optimizers.SGD(1.0), privacy=settings)
+    return model
+
+
+def some_rows(count, length=9, vocabulary_size=48, seed=0):
+    """Rows of different lengths and hardness, so that some gradients are clipped and others are not."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, vocabulary_size, (count, length + 1)).astype("int32")
+    weights = (np.arange(length) < rng.integers(1, length + 1, (count, 1))).astype("int32")
+    mask = np.ones((count, length), "int32")
+    return {"token_ids": ids[:, :-1], "padding_mask": mask}, ids[:, 1:], weights
+
+
+def take(rows, indices):
+    return keras.tree.map_structure(lambda array: array[indices], rows)
+
+
+def sum_of(model, rows, count=None, size=1):
+    """`ClippedSum` of some rows, compiled as in `fit`, with NumPy arrays."""
+    model._microbatch = size
+    total = len(rows[1])
+    padded = -(-total // size) * size
+    rows = keras.tree.map_structure(
+        lambda x: np.concatenate([x, np.zeros((padded - total, *x.shape[1:]), x.dtype)]), rows
+    )
+    found = compiled(model)(rows, np.int32(total if count is None else count))
+    return mechanism.ClippedSum([to_numpy(g) for g in found[0]], C, *map(float, map(to_numpy, found[1:])))
+
+
+def compiled(model):
+    if not hasattr(model, "_compiled_sum"):
+        model._compiled_sum = {}
+    if model._microbatch not in model._compiled_sum:
+
+        def function(rows, count):
+            clipped, _ = model._clipped_sum(rows, count)
+            return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
+
+        run = backend.compile_function(function, [*model.variables, *model.metrics_variables])
+        model._compiled_sum[model._microbatch] = lambda rows, count: run(
+            keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
+        )
+    return model._compiled_sum[model._microbatch]
+
+
+def plain_gradients(model, rows):
+    """Each row's gradient and loss by Keras's own loss on logits: the slow, obvious way."""
+    found, losses = [], []
+    for i in range(len(rows[1])):
+        x, y, weight = take(rows, [i])
+
+        def loss(x=x, y=y, weight=weight):
+            logits = model.logits(model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True))
+            each = keras.losses.sparse_categorical_crossentropy(ops.convert_to_tensor(y), logits, from_logits=True)
+            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(weight.sum())
+
+        found.append([g.astype("float64") for g in gradients(loss, model.trainable_variables)])
+        losses.append(float(to_numpy(loss())))
+    return found, losses
+
+
+def plain_sum(found, clip_norm=C):
+    """Sum of the clipped gradients in float64."""
+    norms = [np.sqrt(sum((g**2).sum() for g in row)) for row in found]
+    parts = [[g * min(1, clip_norm / norm) for g in row] for row, norm in zip(found, norms, strict=True)]
+    return [sum(column) for column in zip(*parts, strict=True)], np.array(norms)
+
+
+def distance(one, other):
+    return np.sqrt(
+        sum(((a.astype("float64") - b.astype("float64")) ** 2).sum() for a, b in zip(one, other, strict=True))
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_to_a_plain_loop_over_rows(name):
+    model, rows = private_model(**MODELS[name]), some_rows(7)
+    found, losses = plain_gradients(model, rows)
+    expected, norms = plain_sum(found, C * (1 - mechanism.ROUNDING))
+    assert 0 < (norms > C).sum() < 7, "the test needs rows on both sides"
+    for size in (1, 3) if "LoRA" in name else (1,):
+        clipped = sum_of(model, rows, size=size)
+        assert clipped.sensitivity == C and clipped.clipped == (norms > C).sum() and clipped.not_finite == 0
+        np.testing.assert_allclose(clipped.loss, sum(losses), rtol=1e-5)
+        for g, e in zip(clipped.gradients, expected, strict=True):
+            np.testing.assert_allclose(g, e, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "LoRA"])
+def test_what_is_beyond_the_count_has_no_part(name):
+    model, rows = private_model(**MODELS[name]), some_rows(6)
+    for size in (1, 4) if name == "LoRA" else (1,):
+        few, cut = sum_of(model, take(rows, range(3)), size=size), sum_of(model, rows, count=3, size=size)
+        np.testing.assert_allclose(cut.loss, few.loss, rtol=1e-6)
+        assert distance(cut.gradients, few.gradients) < 1e-6
+        nothing = sum_of(model, rows, count=0, size=size)
+        assert nothing.loss == 0 and all((g == 0).all() for g in nothing.gradients)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_changes_the_sum_by_c_at_most(name):
+    """Strictly, in float32. 50 cases for each of 4 models: 200."""
+    model = private_model(**MODELS[name])
+
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 5))
+    def check(seed, count, removed):
+        rows, removed = some_rows(6, seed=seed), removed % count
+        order = [*range(removed), *range(removed + 1, count), removed, *range(count, 6)]
+        whole, without = sum_of(model, rows, count), sum_of(model, take(rows, order), count - 1)
+        assert distance(whole.gradients, without.gradients) <= C
+        assert whole.clipped - without.clipped in (0, 1)
+
+    check()
+
+
+def test_many_rows_that_all_point_the_same_way():
+    """What rounding adds when a sum gets long stays within what clipping leaves to it."""
+    model, rows = private_model(**MODELS["LoRA"], clip_norm=0.01), take(some_rows(1), [0] * 180)
+    whole, without = sum_of(model, rows, 180, size=4), sum_of(model, rows, 179, size=4)
+    assert 0.0099 < distance(whole.gradients, without.gradients) <= 0.01
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(size):
+    """Token 7 has an embedding that overflows."""
+    model, rows = private_model(**MODELS["LoRA"]), some_rows(6)
+    for array in (rows[0]["token_ids"], rows[1]):
+        array[array == 7] = 8
+    finite = sum_of(model, take(rows, [0, 1, 3, 4]), size=size)
+    table = to_numpy(model.backbone.token_embedding.embeddings).copy()
+    table[7] = np.inf
+    model.backbone.token_embedding.embeddings.assign(table)
+    rows[0]["token_ids"][[2, 5], 0] = 7
+    # The head reads all of the table: keep what overflows out of it.
+    model.backbone.token_embedding.logit_soft_cap = None
+    both = sum_of(model, rows, size=size)
+    assert both.not_finite in (2, 6)
+    assert all(np.isfinite(g).all() for g in both.gradients)
+    assert both.not_finite == 6 or distance(both.gradients, finite.gradients) < 1e-5
+
+
+def test_clip_factors():
+    x = np.array([[3.0, 4.0], [0.3, 0.4], [0, 0], [np.nan, 1], [np.inf, 1], [3.0, 4.0]], "float32")
+    losses, present = np.array([1, 1, 1, 1, 1, 1], "float32"), np.array([True] * 5 + [False])
+    arrays = [ops.convert_to_tensor(a) for a in (x[:, :1], x[:, 1:], losses, present)]
+    factors, is_finite, norms = map(to_numpy, mechanism.clip_factors(arrays[:2], *arrays[2:], 1.0))
+    np.testing.assert_allclose(factors, [(1 - mechanism.ROUNDING) / 5, 1, 1, 0, 0, 0], rtol=1e-6)
+    assert is_finite.tolist() == [True, True, True, False, False, False]
+    np.testing.assert_allclose(norms[:3], [5, 0.5, 0], rtol=1e-6)
+    losses[1] = np.nan
+    factors, is_finite, _ = map(
+        to_numpy, mechanism.clip_factors(arrays[:2], ops.convert_to_tensor(losses), arrays[3], 1.0)
+    )
+    assert factors[1] == 0 and not is_finite[1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3 * mechanism.STAGE + 5), (2, 2 * mechanism.STAGE, 3), (2, 7), (2,)])
+def test_norms_of_long_variables(shape):
+    """One number of 2^12 and millions of 1: added up one after the other, float32 would lose the ones."""
+    x = np.ones(shape, "float32")
+    x.reshape(2, -1)[:, 0] = 2.0**13
+    found = to_numpy(mechanism._squared_norms(ops.convert_to_tensor(x)))
+    expected = (x.reshape(2, -1).astype("float64") ** 2).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
+def test_an_empty_batch_releases_noise_of_the_right_size():
+    shape, expected = (300, 400), 8.0
+    clipped = mechanism.ClippedSum([ops.zeros(shape), ops.ones((5,))], C, 0.0, 0.0, 0.0)
+    seeds = np.random.default_rng(0).integers(-(2**31), 2**31, (2, 4)).astype("int32")
+    noised, small = map(to_numpy, mechanism.noised_mean(clipped, 1.3, ops.convert_to_tensor(seeds), expected))
+    deviation = 1.3 * C / expected
+    np.testing.assert_allclose(noised.std(), deviation, rtol=0.01)
+    assert abs(noised.mean()) < 4 * deviation / noised.size**0.5
+    noise = to_numpy(backend.normal(ops.convert_to_tensor(seeds[1]), (5,)))
+    np.testing.assert_allclose(small, (1 + 1.3 * C * noise) / expected, rtol=1e-5)
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="jax-privacy is for JAX")
+@pytest.mark.parametrize("name", ["full, both caps", "LoRA"])
+def test_equal_to_jax_privacy(name):
+    clipping = pytest.importorskip("jax_privacy.clipping")
+    model, (x, y, weight) = private_model(**MODELS[name]), some_rows(6)
+    fixed = [(v, v.value) for v in model.non_trainable_variables]
+
+    def loss(values, rows):
+        x, y, weight = keras.tree.map_structure(lambda array: array[None], rows)
+        with keras.StatelessScope([*fixed, *zip(model.trainable_variables, values, strict=True)]):
+            logits = model.logits(model.backbone(x))
+        each = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        return ops.sum(each * weight) / ops.sum(weight)
+
+    gradient = clipping.clipped_grad(
+        loss, l2_clip_norm=C * (1 - mechanism.ROUNDING), batch_argnums=1, keep_batch_dim=False
+    )
+    expected = gradient([v.value for v in model.trainable_variables], (x, y, weight.astype("float32")))
+    for g, e in zip(sum_of(model, (x, y, weight)).gradients, expected, strict=True):
+        np.testing.assert_allclose(g, to_numpy(e), atol=1e-5)
+
+
+DUMP = """
+import sys
+import keras, numpy as np
+from keras_vaultgemma import VaultGemmaCausalLM, privacy
+model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+model.preprocessor.sequence_length = 32
+if sys.argv[2] == "lora":
+    model.backbone.enable_lora(4)
+    for v in model.trainable_variables:
+        v.assign(np.random.default_rng(sum(map(ord, v.path))).normal(0, 0.02, v.shape))
+model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=1.0, clip_norm=0.5))
+rows = keras.utils.unpack_x_y_sample_weight(model.preprocessor(sys.argv[3:]))
+model._microbatch = 2 if sys.argv[2] == "lora" else 1
+rows = keras.tree.map_structure(keras.ops.convert_to_tensor, rows)
+clipped, _ = model._clipped_sum(rows, keras.ops.convert_to_tensor(np.int32(len(sys.argv) - 3)))
+np.savez(sys.argv[1], *[keras.ops.convert_to_numpy(g.detach() if hasattr(g, "detach") else g) for g in clipped.gradients])
+"""
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="it runs all three backends by itself")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_three_backends_agree(tmp_path, kind):
+    found = []
+    for name in backend.BACKENDS:
+        path = tmp_path / f"{name}.npz"
+        command = [sys.executable, "-c", DUMP, str(path), kind, *LINES]
+        subprocess.run(command, env={**os.environ, "KERAS_BACKEND": name}, check=True)
+        found.append([*np.load(path).values()])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5)

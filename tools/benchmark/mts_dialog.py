@@ -1,0 +1,135 @@
+"""Fine-tunes of the tiny preset on doctors' dialogues (MTS-Dialog): held-out bits per byte before and after, samples.
+
+    python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow]
+        [--runs lora full private_8 private_3] [--json FILE]
+
+FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), of which the column `dialogue` is
+learnt. The preset comes from fairy tales. Every run is in a process of its own. Exits with 1 where one failed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BACKENDS = ("jax", "torch", "tensorflow")
+COLUMN, PROMPT = "dialogue", "Doctor: What brings you here today?"
+BATCH_SIZE, NEW_TOKENS = 8, 48
+DELTA = 1e-4
+"""Of private training: below 1 / 1,201, the number of rows."""
+
+
+def lora():
+    return dict(lora_rank=8, learning_rate=1e-3, epochs=3)
+
+
+def full():
+    return dict(lora_rank=0, learning_rate=5e-4, epochs=3)
+
+
+def private(epsilon):
+    from keras_vaultgemma.privacy import DPSGD
+
+    return dict(
+        lora_rank=8,
+        learning_rate=5e-3,
+        epochs=10,
+        packed=False,
+        compile_options=dict(privacy=DPSGD(epsilon, DELTA, clip_norm=0.5)),
+        fit_options=dict(batch_size=256),
+    )
+
+
+def private_8():
+    return private(8.0)
+
+
+def private_3():
+    return private(3.0)
+
+
+RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
+"""Each returns options of `fine_tune`."""
+
+
+def fine_tune(folder, lora_rank, learning_rate, epochs, packed=True, compile_options=None, fit_options=None):
+    """{"before", "after" in bits per byte, "seconds" of it all, "tokens_per_second", "sample"} of one run."""
+    import keras
+
+    from keras_vaultgemma import VaultGemmaCausalLM
+    from keras_vaultgemma.finetuning import recipe, rows
+
+    start = time.perf_counter()
+    keras.utils.set_random_seed(0)
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    if lora_rank:
+        model.backbone.enable_lora(lora_rank)
+    training, held_out = (
+        rows.read(folder / name, text_column=COLUMN).ids(model.preprocessor, is_packed)
+        for name, is_packed in (("train.csv", packed), ("validation.csv", True))
+    )
+    outcome = recipe.train(
+        model,
+        training,
+        held_out,
+        {"optimizer": keras.optimizers.Adam(learning_rate), **(compile_options or {})},
+        {"batch_size": BATCH_SIZE, "epochs": epochs, "verbose": 0, **(fit_options or {})},
+    )
+    spent = model.privacy.spent().epsilon if model.privacy.ledger.runs else None
+    seconds = time.perf_counter() - start
+    model.compile(sampler="top_p")
+    return {
+        "before": outcome.before.bits_per_byte,
+        "after": outcome.after.bits_per_byte,
+        "epsilon": spent,
+        "seconds": seconds,
+        "tokens_per_second": outcome.history["tokens_per_second"][-1],
+        "sample": model.generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=0),
+    }
+
+
+def run(name, backend, folder):
+    """The result of one run in a process of its own, {} where it fails."""
+    command = [sys.executable, __file__, str(folder), "--run", name]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--json", type=Path, help="write results into this file, one a line")
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        return print(json.dumps(fine_tune(options.folder, **RUNS[options.run]())))
+
+    results, failed = [], []
+    for name, backend in ((name, backend) for name in options.runs for backend in options.backends):
+        result = run(name, backend, options.folder)
+        print(f"{name} {backend}: {result or 'failed'}", flush=True)
+        if not result:
+            failed.append(f"{name} {backend}")
+            continue
+        results.append({"run": name, "backend": backend, **result})
+        if options.json:
+            options.json.write_text("".join(json.dumps(row) + "\n" for row in results))
+    columns = ("trained", "backend", "ε spent", "bits per byte before", "after", "tokens/s", "whole run, s")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for r in results:
+        print(
+            f"| {r['run']} | {r['backend']} | {r['epsilon'] or ''} "
+            f"| {r['before']:.3f} | {r['after']:.3f} | {r['tokens_per_second']:,.0f} "
+            f"| {r['seconds']:.0f} |"
+        )
+    return f"Failed: {', '.join(failed)}" if failed else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

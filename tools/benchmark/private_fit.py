@@ -1,0 +1,178 @@
+"""What privacy costs: time and memory of private steps beside plain ones, and beside jax-privacy's Keras API.
+
+    python tools/benchmark/private_fit.py [--backends jax torch tensorflow] [--works lora full tiny] [--json FILE]
+
+- lora: VaultGemma 1B's size, float32, rank 8 on query and value, Adam, 8 rows of 256 tokens a step, in private training
+  on average. A private step's time is that for 8 rows: all steps' time over all rows that were drawn, times 8.
+- full: the same size, all weights, SGD, 2 rows of 64 tokens.
+- tiny: the bundled model's size, rank 8, Adam, 32 rows of 64 tokens; on JAX also keras-hub's Gemma of that shape with
+  jax-privacy.
+
+Random weights, random rows. Every measurement runs in a process of its own; the first step, which compiles, does not
+count. Memory is the most that is resident during `fit` above what the built model takes. Exits with 1 where one failed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import random_model
+
+BACKENDS = ("jax", "torch", "tensorflow")
+HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=64)
+TINY = dict(vocabulary_size=4096, num_layers=4, hidden_dim=192, intermediate_dim=512, **HEADS)
+WORKS = {
+    "lora": dict(size=random_model.SIZES["1b"], rank=8, batch=8, length=256, steps=3, sampling=1 / 100),
+    "full": dict(size=random_model.SIZES["1b"], rank=0, batch=2, length=64, steps=3, sampling=1 / 100),
+    "tiny": dict(size=TINY, rank=8, batch=32, length=64, steps=12, sampling=1 / 20),
+}
+PEERS = ("plain", "private", "jax_privacy")
+
+
+def plain(work):
+    return _fit(work, None)
+
+
+def private(work):
+    from keras_vaultgemma.privacy import DPSGD
+
+    return _fit(work, DPSGD(noise_multiplier=1.0, delta=1e-5))
+
+
+def _fit(work, guarantee):
+    model = random_model.vaultgemma(work["size"], "float32")
+    if work["rank"]:
+        model.backbone.enable_lora(work["rank"])
+    model.compile(_optimizer(work), weighted_metrics=None, privacy=guarantee)
+    return model
+
+
+def jax_privacy(work):
+    import keras
+    from jax_privacy import keras_api
+    from keras_hub.models import GemmaCausalLM
+
+    backbone = random_model.keras_hub_gemma(work["size"], "float32")
+    backbone.enable_lora(work["rank"])
+    model = GemmaCausalLM(backbone, preprocessor=None)
+    model.compile(_optimizer(work), keras.losses.SparseCategoricalCrossentropy(from_logits=True), weighted_metrics=[])
+    settings = keras_api.DPKerasConfig(
+        epsilon=8.0,
+        delta=1e-5,
+        clipping_norm=1.0,
+        batch_size=work["batch"],
+        gradient_accumulation_steps=1,
+        train_steps=10_000,
+        train_size=work["steps"] * work["batch"],
+        noise_multiplier=1.0,
+        rescale_to_unit_norm=False,
+    )
+    return keras_api.make_private(model, settings)
+
+
+def _optimizer(work):
+    import keras
+
+    return keras.optimizers.Adam(1e-4) if work["rank"] else keras.optimizers.SGD(1e-4)
+
+
+def measure(peer, work):
+    """{"step_s", "gb_above_model", "rows" of a step} of a few steps."""
+    import keras
+
+    model = globals()[peer](work)
+    seconds, drawn = [], []
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs=None):
+            float(next(iter(logs.values())))  # waits until the step is done
+            seconds.append(time.perf_counter() - self.start)
+            self.model.stop_training = len(seconds) == work["steps"]
+
+    count = round(work["batch"] / work["sampling"]) if peer == "private" else work["steps"] * work["batch"]
+    ids = np.random.default_rng(0).integers(5, work["size"]["vocabulary_size"], (count, work["length"] + 1))
+    ids = ids.astype("int32")
+    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((count, work["length"]), "int32")}
+    if peer == "private":
+        from keras_vaultgemma.privacy import row_sampling
+
+        draw = row_sampling.rows
+        row_sampling.rows = lambda secret, step, *rest, **more: (
+            drawn.append((step, draw(secret, step, *rest, **more))) or drawn[-1][1]
+        )
+    before = random_model.reset_peak()
+    model.fit(x, ids[:, 1:], batch_size=work["batch"], verbose=0, callbacks=[Clock()])
+    peak = random_model.resident("VmHWM")
+    rows = {step: len(found) for step, found in drawn} or dict.fromkeys(range(len(seconds)), work["batch"])
+    timed = sum(rows[step] for step in range(1, len(seconds)))
+    return {
+        "step_s": sum(seconds[1:]) / timed * work["batch"],
+        "gb_above_model": (peak - before) / 1e9,
+        "rows": timed / (len(seconds) - 1),
+        "first_step_s": seconds[0],
+    }
+
+
+def run(peer, backend, work):
+    """The result of one measurement in a process of its own, {} where it fails."""
+    command = [sys.executable, __file__, "--peer", peer, "--works", work]
+    with tempfile.TemporaryDirectory() as home:
+        environment = {
+            **os.environ,
+            **dict(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", PYTHONWARNINGS="ignore"),
+            "KERAS_VAULTGEMMA_HOME": home,
+        }
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def report(results):
+    """Print the table."""
+    columns = ("work", "what", "a step, s", "x plain", "memory above the model, GB", "x plain")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (peer, backend, work), r in results.items():
+        base = results.get(("plain", backend, work))
+        time_ratio, memory_ratio = (f"{r[key] / base[key]:.2f}" if base else "" for key in ("step_s", "gb_above_model"))
+        name = peer.replace("_", "-")
+        figures = f"{r['step_s']:.3g} | {time_ratio} | {r['gb_above_model']:.2f} | {memory_ratio}"
+        print(f"| {work} | {name}, {backend} | {figures} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--json", type=Path, help="write results into this file, one a line")
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peer:
+        return print(json.dumps(measure(options.peer, WORKS[options.works[0]])))
+
+    results, failed = {}, []
+    for work in options.works:
+        for backend in options.backends:
+            for peer in PEERS if work == "tiny" and backend == "jax" else PEERS[:2]:
+                result = run(peer, backend, work)
+                print(f"{work} {peer} {backend}: {result or 'failed'}", flush=True)
+                if not result:
+                    failed.append(f"{work} {peer} {backend}")
+                    continue
+                results[peer, backend, work] = result
+                if options.json:
+                    rows = (dict(zip(("peer", "backend", "work"), k, strict=True)) | r for k, r in results.items())
+                    options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(results)
+    return f"Failed: {', '.join(failed)}" if failed else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
