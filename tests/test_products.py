@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from common import to_numpy
+from common import gradients, to_numpy
 
 from keras_vaultgemma import backend
 
@@ -57,3 +57,12 @@ def test_arrange_changes_nothing_but_memory():
     np.testing.assert_array_equal(to_numpy(variable), expected + 1)
     if backend.NAME == "torch":
         assert variable.value is value and tuple(value.stride()) == (1, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_gradients_through_a_transposed_product(rows):
+    rng = np.random.default_rng(0)
+    table = keras.Variable(rng.normal(size=(40, 24)).astype("float32"))
+    x = keras.ops.convert_to_tensor(rng.normal(size=(1, rows, 24)).astype("float32"))
+    (found,) = gradients(lambda: keras.ops.sum(backend.matmul(x, keras.ops.convert_to_tensor(table), True)), [table])
+    np.testing.assert_allclose(found, np.broadcast_to(to_numpy(x).sum((0, 1)), (40, 24)), rtol=1e-5, atol=1e-5)
