@@ -11,14 +11,15 @@ from keras_vaultgemma import cache as kv
 from keras_vaultgemma.layers import projection, rotate, soft_cap
 
 
-def causal_mask(query_positions, key_positions, window=None, segments=None):
+def causal_mask(query_positions, key_positions, window=None, segments=None, start=None):
     """Which key each query sees: those not after it, not empty, less than `window` positions back, of its own segment.
 
     Args:
         query_positions: int [B, T].
         key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
         window: number of positions seen, the query's own included; None for all.
-        segments: int [B, T], the segment of each token where S = T; None where a row is one text.
+        segments: int [B, S], the segment of each key; None where a row is one text.
+        start: int scalar, the key that is the first query; None where S = T.
 
     Returns:
         bool [B, T, S].
@@ -26,7 +27,7 @@ def causal_mask(query_positions, key_positions, window=None, segments=None):
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     seen = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv.EMPTY)
     if segments is not None:
-        seen = ops.logical_and(seen, _same(segments))
+        seen = ops.logical_and(seen, _same(segments, start, query_positions.shape[1]))
     return seen if window is None else ops.logical_and(seen, distance < window)
 
 
@@ -42,17 +43,21 @@ def positions_of(padding_mask):
     return ops.where(segments > 0, counted, kv.EMPTY)
 
 
-def _same(segments):
-    """bool [B, T, T]: which pairs of tokens are of one segment."""
-    return ops.equal(segments[:, :, None], segments[:, None, :])
+def _same(segments, start=None, length=None):
+    """bool [B, T, S]: which of `length` tokens from `start` on, or of all, are of one segment with which of all."""
+    queries = segments if start is None else ops.slice(segments, (0, start), (segments.shape[0], length))
+    return ops.equal(queries[:, :, None], segments[:, None, :])
 
 
 def attend(query, key, value, mask, scale, cap=None):
     """Grouped-query attention with an optional soft cap on the scores, softmax in float32.
 
+    Keys and values have heads before slots: a query then reads those of its head as they lie in memory, at the speed of
+    memory for a single query. (With slots before heads, XLA's CPU compiler has them transposed for every token.)
+
     Args:
         query: [B, T, N, H]; query head n reads key-value head n // G.
-        key, value: [B, S, K, H].
+        key, value: [B, K, S, H].
         mask: bool [B, T, S].
         scale: factor on the scores.
         cap: soft cap on the scaled scores, or None.
@@ -61,35 +66,21 @@ def attend(query, key, value, mask, scale, cap=None):
         [B, T, N, H]. A query that sees no key gets the mean of all values: finite, and masked wherever it matters.
     """
     batch, length, num_query_heads, head_dim = ops.shape(query)
-    groups = num_query_heads // key.shape[2]
-    query = ops.reshape(query, (batch, length, key.shape[2], groups, head_dim))
-    scores = ops.einsum("btkgh,bskh->bkgts", query, key)
+    heads, slots = ops.shape(key)[1:3]
+    groups = num_query_heads // heads
+    # A matrix times a vector where a head has one query: XLA's CPU compiler takes 10 times as long over one row of a
+    # matrix.
+    rows, r = ((), "") if query.shape[1] == groups == 1 else ((groups * length,), "r")
+    query = ops.transpose(ops.reshape(query, (batch, length, heads, groups, head_dim)), (0, 2, 3, 1, 4))
+    scores = ops.einsum(f"bk{r}h,bksh->bk{r}s", ops.reshape(query, (batch, heads, *rows, head_dim)), key)
     scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
+    scores = ops.reshape(scores, (batch, heads, groups, length, slots))
     # Finite, so that a row without any key does not turn into NaN.
     scores = ops.where(mask[:, None, None], scores, -1e30)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
-    output = ops.einsum("bkgts,bskh->btkgh", weights, value)
+    output = ops.einsum(f"bk{r}s,bksh->bk{r}h", ops.reshape(weights, (batch, heads, *rows, slots)), value)
+    output = ops.transpose(ops.reshape(output, (batch, heads, groups, length, head_dim)), (0, 3, 1, 2, 4))
     return ops.reshape(output, (batch, length, num_query_heads, head_dim))
-
-
-def attend_once(query, key, value, mask, scale, cap=None):
-    """`attend` for a single query a row, T = 1.
-
-    The heads' queries stand in a matrix [N, K H], each in the columns of its own key-value head and with zeros in the
-    others. So keys and values are read once and as they lie in memory, all heads of a slot together, where `attend` has
-    them transposed first. That is K times the multiplications, and 6 to 10 times the speed on JAX's CPU.
-    """
-    batch, _, num_query_heads, head_dim = ops.shape(query)
-    slots, heads = key.shape[1:3]
-    own = ops.eye(heads, dtype=query.dtype)[None, :, None, :, None]
-    query = ops.reshape(query, (batch, heads, num_query_heads // heads, 1, head_dim)) * own
-    query = ops.reshape(query, (batch, num_query_heads, heads * head_dim))
-    key, value = (ops.reshape(x, (batch, slots, heads * head_dim)) for x in (key, value))
-    scores = ops.matmul(query, ops.transpose(key, (0, 2, 1)))
-    scores = ops.where(mask, soft_cap(ops.cast(scores, "float32") * scale, cap), -1e30)
-    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
-    output = ops.reshape(ops.matmul(weights, value), (batch, heads, -1, heads, head_dim))
-    return ops.reshape(ops.sum(output * own, axis=3), (batch, 1, num_query_heads, head_dim))
 
 
 class VaultGemmaAttention(keras.layers.Layer):
@@ -139,7 +130,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             x: [B, T, D].
             angles: (cos, sin) of the queries' positions, from `layers.RotaryAngles`.
             attention_mask: bool [B, T, S]; S = T without a cache.
-            cache: (keys, values) of this layer, [B, S, K, H] each, or None; consumed.
+            cache: (keys, values) of this layer, [B, K, S, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
             training: whether adapters drop out.
             recompute: whether scores and weights (N T S values each) are computed again for the backward pass rather
@@ -153,8 +144,9 @@ class VaultGemmaAttention(keras.layers.Layer):
         key = ops.reshape(self.key(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
         value = ops.reshape(self.value(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
         query, key = rotate(query, *angles), rotate(key, *angles)
+        key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
         if cache is not None:
-            key, value = kv.write(cache[0], key, start), kv.write(cache[1], value, start)
+            key, value = kv.write(cache[0], key, start, axis=2), kv.write(cache[1], value, start, axis=2)
         attend_to = self._attend_to(attention_mask)
         output = (backend.recomputed(attend_to) if cache is None and recompute else attend_to)(query, key, value)
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
@@ -163,7 +155,6 @@ class VaultGemmaAttention(keras.layers.Layer):
 
     def _attend_to(self, mask):
         def attend_to(query, key, value):
-            function = attend_once if query.shape[1] == 1 else attend
-            return function(query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
+            return attend(query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
 
         return attend_to

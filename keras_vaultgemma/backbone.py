@@ -169,8 +169,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             cache: `KVCache` of S slots that the tokens are written into and attend to, or None to attend to
                 each other only. It is consumed: use the returned one.
             start: int32 scalar, the slot of the first token. Only with a cache.
-            segments: int32 [B, T], tokens see those of the same number only. Only without a cache; None where each row
-                is one text.
+            segments: int32 [B, T], or [B, S] with a cache: tokens see those of the same number only. None where each
+                row is one text.
 
         Returns:
             Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
@@ -182,6 +182,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 key_positions,
                 self.sliding_window_size if layer_type == "sliding_attention" else None,
                 segments,
+                start,
             )
             for layer_type in set(self.layer_types)
         }
@@ -200,6 +201,11 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 values.append(value)
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    def arrange_weights(self):
+        """Lay matrices out in memory as decoding reads them fastest (PyTorch, once: 2 s for 4 GB); values stay."""
+        for block in self.transformer_layers:
+            block.arrange_weights()
 
     @property
     def gradient_checkpointing(self):

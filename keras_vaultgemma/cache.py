@@ -19,7 +19,7 @@ class KVCache(NamedTuple):
     """Keys and values of S slots.
 
     Attributes:
-        keys, values: one [B, S, K, H] tensor for each layer, in the compute dtype. Keys are rotated already.
+        keys, values: one [B, K, S, H] tensor for each layer, in the compute dtype. Keys are rotated already.
         positions: int32 [B, S], `EMPTY` where a slot holds nothing.
     """
 
@@ -30,7 +30,7 @@ class KVCache(NamedTuple):
 
 def empty(num_layers, batch, slots, num_key_value_heads, head_dim, dtype):
     """A cache of `slots` empty slots; 2 * L * B * S * K * H values."""
-    shape = (batch, slots, num_key_value_heads, head_dim)
+    shape = (batch, num_key_value_heads, slots, head_dim)
     return KVCache(
         keys=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
         values=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
@@ -38,6 +38,10 @@ def empty(num_layers, batch, slots, num_key_value_heads, head_dim, dtype):
     )
 
 
-def write(buffer, update, start):
-    """Write `update` [B, T, ...] into slots `start` to `start + T` of `buffer` [B, S, ...], which is consumed."""
-    return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start)
+def write(buffer, update, start, axis=1):
+    """Write `update` into slots `start` to `start + T` of `buffer`, which is consumed.
+
+    Args:
+        buffer, update: of the same shape but for `axis`, which is that of the slots: S and T.
+    """
+    return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start, axis)

@@ -2,8 +2,7 @@
 
 A batch of prompts of different lengths fills slots 0 to P of a cache, padded on the right. From there on all rows write
 the same slot at the same time, each at its own position (cache.py says why that is exact), so a batch takes as many
-steps as its longest answer. Prompts are fed in chunks of a few fixed lengths and caches come in a few sizes: few
-programs are compiled, whatever lengths are asked for.
+steps as its longest answer.
 """
 
 from typing import NamedTuple
@@ -14,15 +13,7 @@ from keras import ops
 
 from keras_vaultgemma import backend, ids, sampling
 from keras_vaultgemma.cache import EMPTY, KVCache, write
-
-CHUNKS = (256, 64, 16)
-"""Lengths of prompt chunks, tokens. Below 16 a chunk costs about as much as 16: the time goes into reading weights."""
-
-CHUNK_COST = 32
-"""Tokens that could be read in the time that reading the weights takes, which every chunk does (2 CPU cores)."""
-
-SMALLEST_CACHE, CACHE_GROWTH = 256, 4
-"""Slots of the smallest cache, and the ratio of one cache size to the next."""
+from keras_vaultgemma.prefill import Prefill
 
 BLOCK = 8
 """Stop ids and biased ids are padded to a multiple of this, so that their number does not cause a compilation."""
@@ -120,13 +111,15 @@ class Generator:
         self.sampler = sampler
         self.rule = sampling.rule_of(sampler)
         self.variables = list(model.variables)
+        model.backbone.arrange_weights()
         self.compile = (lambda function, donate=(): function) if run_eagerly else self._compile_function
-        self._empty = self.compile(self._empty_cache)
-        self._read_chunk = self.compile(self._read, donate=(2, 3))
-        self._join = self.compile(_join)
+        self.prefill = Prefill(model, self.compile)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.
         self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
-        self._go_on = [self.compile(f, donate=(0,)) for f in (self._decode_plain, self._decode_adjusted)]
+        steps = [self._step_plain, self._step_adjusted]
+        if self.rule is not None and not run_eagerly:  # what else a sampler does is its own affair
+            steps = [backend.compile_step(step, self.variables) for step in steps]
+        self._go_on = [self.compile(_loop(step), donate=(0,)) for step in steps]
 
     def _compile_function(self, function, donate=()):
         return backend.compile_function(function, self.variables, donate)
@@ -197,37 +190,6 @@ class Generator:
             start = chosen = slot
             until = min(slot + (length or end), end)
 
-    def prefill(self, rows, room):
-        """Read prompts into a new cache with room for `room` tokens more.
-
-        Returns:
-            (hidden state [B, D] of each row's last token, cache, first free slot as an int).
-        """
-        lengths = [chunk_lengths(len(row)) for row in rows]
-        longest = max(lengths, key=sum)
-        slots = cache_slots(sum(longest) + room)
-        if sum(prefill_cost(1, chunks) for chunks in lengths) < prefill_cost(len(rows), longest):
-            # Rows of very different lengths are mostly padding when they are read together.
-            parts = [self._read_rows([row], chunks, slots) for row, chunks in zip(rows, lengths, strict=True)]
-            hidden, cache = self._join(*map(list, zip(*parts, strict=True)))
-        else:
-            hidden, cache = self._read_rows(rows, longest, slots)
-        return hidden, cache, sum(longest)
-
-    def _read_rows(self, rows, chunks, slots):
-        """(hidden state [B, D] of each row's last token, a new cache) after reading rows chunk by chunk."""
-        token_ids, mask = ids.pad(rows, sum(chunks))
-        positions = np.where(mask, np.arange(sum(chunks), dtype="int32"), EMPTY).astype("int32")
-        hidden, cache = self._empty(backend.argument(np.zeros((len(rows), slots), "int8")))
-        start = 0
-        for length in chunks:
-            part = slice(start, start + length)
-            hidden, cache = self._read_chunk(
-                _int(token_ids[:, part]), _int(positions[:, part]), hidden, cache, _int(start)
-            )
-            start += length
-        return hidden, cache
-
     def _first_state(self, rows, limits, stop_token_ids, settings, start, slots):
         """(state before the first choice, controls). The state's cache is left out: the first choice reads none."""
         tokens, mask = ids.pad(rows, slots)
@@ -256,42 +218,15 @@ class Generator:
         floats = [np.asarray(x, "float32") for x in floats]
         return state, Controls(*map(backend.argument, (_padded(stop_token_ids, "int32"), *floats, bias_ids, bias)))
 
-    def _empty_cache(self, shape):
-        """A hidden state [B, D] and a cache for rows and slots as in `shape` [B, S]."""
-        backbone = self.model.backbone
-        return ops.zeros((shape.shape[0], backbone.hidden_dim), backbone.compute_dtype), backbone.empty_cache(
-            *shape.shape
-        )
+    def _step_plain(self, state, controls):
+        return self._step(state, controls, adjusts=False)
 
-    def _read(self, token_ids, positions, hidden, cache, start):
-        """Read one chunk of the prompts [B, T] into the cache.
-
-        Returns:
-            (hidden state [B, D] of each row's last token so far, cache).
-        """
-        states, cache = self.model.backbone.walk(token_ids, positions, cache=cache, start=start)
-        last = ops.cast(ops.argmax(positions, axis=1), "int32")
-        found = ops.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-        return ops.where(ops.max(positions, axis=1)[:, None] > EMPTY, found, hidden), cache
-
-    def _decode(self, state, controls, until, adjusts):
-        """Step until every row has ended or slot `until` is reached."""
-
-        def goes_on(state):
-            return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
-
-        (state,) = ops.while_loop(goes_on, lambda state: (self._step(state, controls, adjusts),), (state,))
-        return state
-
-    def _decode_plain(self, state, controls, until):
-        return self._decode(state, controls, until, adjusts=False)
-
-    def _decode_adjusted(self, state, controls, until):
-        return self._decode(state, controls, until, adjusts=True)
+    def _step_adjusted(self, state, controls):
+        return self._step(state, controls, adjusts=True)
 
     def _step(self, state, controls, adjusts):
         """Read the last token of each row and choose the next."""
-        last = ops.slice(state.tokens, (0, state.slot - 1), (state.tokens.shape[0], 1))
+        last = ops.take(state.tokens, state.slot - 1, axis=1)[:, None]
         # A row that has ended goes along; what it reads is marked as padding.
         positions = ops.where(state.remaining > 0, state.positions, EMPTY)[:, None]
         states, cache = self.model.backbone.walk(
@@ -336,8 +271,7 @@ class Generator:
         if adjusts:
             probabilities = sampling.min_p(probabilities, controls.min_p)
         if self.rule is not None:
-            uniform = ops.slice(controls.uniforms, (0, state.slot), (logits.shape[0], 1))[:, 0]
-            return sampling.draw(probabilities, uniform), state.seeds
+            return sampling.draw(probabilities, ops.take(controls.uniforms, state.slot, axis=1)), state.seeds
         scope_seeds = zip(self.sampler.variables, state.seeds, strict=True)
         with keras.StatelessScope(state_mapping=scope_seeds) as scope:
             token = self.sampler.get_next_token(probabilities)
@@ -349,35 +283,17 @@ class Generator:
             variable.assign(value)
 
 
-def chunk_lengths(length):
-    """Lengths of the chunks, largest first, that hold a prompt of `length` tokens with the least padding."""
-    chunks = []
-    remaining = -(-int(length) // CHUNKS[-1]) * CHUNKS[-1]
-    for chunk in CHUNKS:
-        chunks += [chunk] * (remaining // chunk)
-        remaining %= chunk
-    return chunks
+def _loop(step):
+    """A function that makes steps until every row has ended or slot `until` is reached."""
 
+    def decode(state, controls, until):
+        def goes_on(state):
+            return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
 
-def prefill_cost(rows, chunks):
-    """Tokens that could be read in the time that reading `rows` rows in these chunks takes."""
-    return sum(rows * length + CHUNK_COST for length in chunks)
+        (state,) = ops.while_loop(goes_on, lambda state: (step(state, controls),), (state,))
+        return state
 
-
-def _join(hidden, caches):
-    """Hidden states and caches of rows that were read apart, as one of each."""
-    columns = zip(*([*cache.keys, *cache.values, cache.positions] for cache in caches), strict=True)
-    *tensors, positions = [ops.concatenate(column, axis=0) for column in columns]
-    half = len(tensors) // 2
-    return ops.concatenate(hidden, axis=0), KVCache(tuple(tensors[:half]), tuple(tensors[half:]), positions)
-
-
-def cache_slots(needed):
-    """The smallest cache size that has `needed` slots."""
-    slots = SMALLEST_CACHE
-    while slots < needed:
-        slots *= CACHE_GROWTH
-    return slots
+    return decode
 
 
 def _int(x):

@@ -25,7 +25,9 @@ class RotaryAngles(keras.layers.Layer):
 
     def call(self, positions):
         """(cos, sin), [B, T, 1, H/2] each, for int positions [B, T]: float32, since bfloat16 ends at position 256."""
-        angles = ops.cast(positions, "float32")[:, :, None, None] * self.frequencies
+        # Not times the NumPy array: PyTorch would leave the multiplication to NumPy, unseen by `backend.compile_step`.
+        frequencies = ops.convert_to_tensor(self.frequencies)
+        angles = ops.cast(positions, "float32")[:, :, None, None] * frequencies
         return ops.cos(angles), ops.sin(angles)
 
 
@@ -121,6 +123,11 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         if not self.lora_enabled:
             return super().kernel
         return self._kernel if self.quantization_mode else self.merged(self._kernel)
+
+    @property
+    def matrix(self):
+        """The variable [in, units], without adapters."""
+        return self._kernel
 
     def call(self, x, training=None):
         return self._with_update(backend.matmul(x, ops.convert_to_tensor(self._kernel)), x, training)

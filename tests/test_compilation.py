@@ -4,6 +4,7 @@ import pytest
 from common import to_numpy
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.backend import compilation
 
 
 def test_compiled_function_reads_variables_anew():
@@ -13,6 +14,38 @@ def test_compiled_function_reads_variables_anew():
     np.testing.assert_array_equal(to_numpy(double(x)), [1, 2])
     variable.assign([3.0, 4.0])
     np.testing.assert_array_equal(to_numpy(double(x)), [3, 8])
+
+
+def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
+    """A state that goes round, a buffer that is written in place, and variables that change meanwhile."""
+    monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
+    variable = keras.Variable(np.array([2.0, 3.0], "float32"))
+
+    def step(state, numbers):
+        buffer, slot = state["buffer"], state["slot"]
+        value = keras.ops.take(numbers, slot, axis=0) * variable
+        return {"buffer": backend.write_slice(buffer, value[None, None], slot), "slot": slot + 1}
+
+    compiled = backend.compile_step(step, [variable])
+    numbers = np.arange(1, 7, dtype="float32")
+    expected = np.zeros((1, 6, 2), "float32")
+    state = {"buffer": keras.ops.zeros((1, 6, 2)), "slot": keras.ops.convert_to_tensor(np.int32(0))}
+    for i in range(6):
+        variable.assign([2.0, i])
+        state = compiled(state, keras.ops.convert_to_tensor(numbers))
+        expected[0, i] = numbers[i] * np.array([2, i])
+        np.testing.assert_array_equal(to_numpy(state["buffer"]), expected)
+        assert int(state["slot"]) == i + 1
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="other backends compile whole loops")
+def test_a_step_is_recorded_once_for_its_shapes():
+    calls = []
+    compiled = backend.compile_step(lambda x: calls.append(1) or x + 1, [])
+    for length in (2, 3):
+        for _ in range(20):
+            compiled(keras.ops.zeros((length,)))
+    assert len(calls) == 2 * (compilation.EAGER_CALLS + 1)
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="other backends have no such generator")

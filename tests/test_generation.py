@@ -5,8 +5,8 @@ import pytest
 import reference
 from common import count_compilations, random_backbone
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend, generation
-from keras_vaultgemma.generation import Generator, Settings, cache_slots, chunk_lengths
+from keras_vaultgemma import VaultGemmaCausalLM, backend
+from keras_vaultgemma.generation import Generator, Settings
 from keras_vaultgemma.search import cut_after_stop
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
@@ -14,6 +14,7 @@ SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_wind
 
 
 def sampler(name, **kwargs):
+    kwargs = {} if name == "greedy" else dict(seed=0) | kwargs
     return keras_hub.samplers.get({"class_name": name, "config": kwargs})
 
 
@@ -55,19 +56,22 @@ def test_rows_stop_at_a_stop_id_and_the_others_go_on(model):
     ]
 
 
+def test_steps_end_with_the_last_row(model):
+    """Rows that have stopped are not carried on to the limit."""
+    generator, states = Generator(model, keras_hub.samplers.GreedySampler()), []
+    full = generator.generate(ROWS, [12] * 4).tokens
+    go_on = generator._go_on[0]
+    generator._go_on[0] = lambda *args: states.append(go_on(*args)) or states[-1]
+    found = generator.generate(ROWS, [200] * 4, {row[5] for row in full}).tokens
+    (state,) = states
+    assert int(state.slot) == max(map(len, ROWS)) + max(map(len, found)) <= max(map(len, ROWS)) + 6
+
+
 def test_more_stop_ids_than_one_block(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS[:1], [6]).tokens[0]
     others = [i for i in range(128) if i not in full][:9]
     assert generator.generate(ROWS[:1], [6], [*others, full[3]]).tokens[0] == cut_after_stop(full, [full[3]])
-
-
-def test_a_prompt_longer_than_a_chunk(backbone, monkeypatch):
-    monkeypatch.setattr(generation, "CHUNKS", (8, 4))
-    model = VaultGemmaCausalLM(backbone)
-    rows = [list(range(2, 23)), [5, 6]]
-    found = Generator(model, keras_hub.samplers.GreedySampler()).generate(rows, [4, 4]).tokens
-    assert found == [reference.greedy(backbone, row, 4) for row in rows]
 
 
 @pytest.mark.parametrize("name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))])
@@ -117,18 +121,6 @@ def test_a_sampler_of_the_users_own(model):
     assert found[0] == int(np.argsort(logits)[-2])
 
 
-def test_chunks_and_caches():
-    assert [chunk_lengths(n) for n in (1, 16, 17, 64, 100, 400)] == [
-        [16],
-        [16],
-        [16, 16],
-        [64],
-        [64, 16, 16, 16],
-        [256, 64, 64, 16],
-    ]
-    assert [cache_slots(n) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 1024, 1024, 4096]
-
-
 def test_bfloat16_generates_from_a_bfloat16_cache():
     model = VaultGemmaCausalLM(random_backbone(dtype="bfloat16"))
     assert keras.backend.standardize_dtype(model.backbone.empty_cache(1, 4).keys[0].dtype) == "bfloat16"
@@ -146,6 +138,19 @@ def test_log_probs_are_those_of_the_model(model):
             logits = reference.logits(model.backbone, row + tokens)[len(row) - 1 : -1]
             expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             np.testing.assert_allclose(log_probs, expected[range(len(tokens)), tokens], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))])
+def test_steps_that_are_played_back_are_those_of_python(model, monkeypatch, name, config):
+    """PyTorch records a step after a few, others compile the loop; the sampler's own seed and every option go along."""
+    settings = Settings(seed=5, repetition_penalty=1.3, min_p=0.01, logit_bias={7: -2.0})
+    for options in ({}, dict(settings=settings)):
+        eager, compiled = (Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False))
+        monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
+        expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
+        assert found.tokens == expected.tokens
+        for a, b in zip(found.log_probs, expected.log_probs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_finish_reasons(model):
@@ -222,21 +227,6 @@ def test_rows_end_where_the_caller_says(model):
     assert found[0] == full[0] and found[2] == full[2]
     assert 3 <= len(found[1]) < 20 and found[1] == full[1][: len(found[1])]
     assert found[3] == full[3][:1]
-
-
-def test_rows_of_very_different_lengths_are_read_apart(model, monkeypatch):
-    read = []
-    rows = [[2, *range(5, 60)], [2, 7], [2, 9, 11]]
-    read_rows = Generator._read_rows
-    monkeypatch.setattr(Generator, "_read_rows", lambda self, *args: read.append(args) or read_rows(self, *args))
-    monkeypatch.setattr("keras_vaultgemma.generation.CHUNK_COST", 1)
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
-    found = generator.generate(rows, [5] * 3)
-    assert [args[1] for args in read] == [[64], [16], [16]]
-    assert found.tokens == [generator.generate([row], [5]).tokens[0] for row in rows]
-    read.clear()
-    generator.generate(rows[1:], [5] * 2)
-    assert [args[1] for args in read] == [[16]]
 
 
 def test_few_compilations_for_any_lengths(model, monkeypatch):

@@ -1,17 +1,17 @@
 import keras
 import numpy as np
 import pytest
-from common import to_numpy
+from common import gradients, to_numpy
 
 from keras_vaultgemma import backend
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (24,)])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (24,), (1, 1, 64), (5, 7, 24)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matmul_with_and_without_gradients(dtype, tolerance, shape, transposed):
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=shape), rng.normal(size=(40, 24) if transposed else (24, 40))
+    x, kernel = rng.normal(size=shape), rng.normal(size=(40, shape[-1]) if transposed else (shape[-1], 40))
     x, kernel = (keras.ops.cast(keras.ops.convert_to_tensor(a.astype("float32")), dtype) for a in (x, kernel))
     exact = [to_numpy(keras.ops.cast(a, "float32")).astype("float64") for a in (x, kernel)]
     expected = exact[0] @ (exact[1].T if transposed else exact[1])
@@ -23,12 +23,46 @@ def test_matmul_with_and_without_gradients(dtype, tolerance, shape, transposed):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * 10)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24)])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (1, 1, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_int8_matmul_is_exact(shape, transposed):
     rng = np.random.default_rng(0)
-    x, kernel = (rng.integers(-127, 128, s).astype("int8") for s in (shape, (40, 24) if transposed else (24, 40)))
+    x, kernel = (
+        rng.integers(-127, 128, s).astype("int8") for s in (shape, (40, shape[-1]) if transposed else (shape[-1], 40))
+    )
     expected = x.astype("int64") @ (kernel.T if transposed else kernel).astype("int64")
     compiled = backend.compile_function(lambda a, b: backend.int8_matmul(a, b, transposed), [])
     found = to_numpy(compiled(*map(keras.ops.convert_to_tensor, (x, kernel))))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (1152, 64)])
+def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
+    """Sums of float32 stand behind it on JAX, which are exact up to 2^24."""
+    size, width = shape
+    for kernel, transposed in ((np.full(shape, -127, "int8"), False), (np.full((width, size), -127, "int8"), True)):
+        compiled = backend.compile_function(lambda a, b, t=transposed: backend.int8_matmul(a, b, t), [])
+        found = to_numpy(compiled(*map(keras.ops.convert_to_tensor, (np.full((1, 1, size), -127, "int8"), kernel))))
+        assert found.shape == (1, 1, width) and (found == size * 127**2).all()
+
+
+def test_arrange_changes_nothing_but_memory():
+    variable = keras.Variable(np.arange(12, dtype="float32").reshape(3, 4))
+    value, expected = variable.value, to_numpy(variable)
+    backend.arrange(variable)
+    np.testing.assert_array_equal(to_numpy(variable), expected)
+    x = keras.ops.ones((2, 3))
+    np.testing.assert_allclose(to_numpy(backend.matmul(x, variable.value)), expected.sum(0)[None].repeat(2, 0))
+    variable.assign(expected + 1)
+    np.testing.assert_array_equal(to_numpy(variable), expected + 1)
+    if backend.NAME == "torch":
+        assert variable.value is value and tuple(value.stride()) == (1, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_gradients_through_a_transposed_product(rows):
+    rng = np.random.default_rng(0)
+    table = keras.Variable(rng.normal(size=(40, 24)).astype("float32"))
+    x = keras.ops.convert_to_tensor(rng.normal(size=(1, rows, 24)).astype("float32"))
+    (found,) = gradients(lambda: keras.ops.sum(backend.matmul(x, keras.ops.convert_to_tensor(table), True)), [table])
+    np.testing.assert_allclose(found, np.broadcast_to(to_numpy(x).sum((0, 1)), (40, 24)), rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from keras_vaultgemma.backend.choice import BACKENDS, NAME, without_tensorflow
 from keras_vaultgemma.backend.compilation import (
     cache_compilations,
     compile_function,
+    compile_step,
     seed_global_generator,
     trace_once,
     update_variables,
@@ -16,7 +17,7 @@ from keras_vaultgemma.backend.compilation import (
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
 from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.noise import normal
-from keras_vaultgemma.backend.products import int8_matmul, matmul
+from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
 from keras_vaultgemma.backend.recomputation import recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -32,9 +33,11 @@ __all__ = [
     "NAME",
     "add",
     "argument",
+    "arrange",
     "cache_compilations",
     "check_that_it_distributes",
     "compile_function",
+    "compile_step",
     "from_numpy",
     "gathered",
     "gradients",

@@ -58,15 +58,23 @@ def value_of(x):
     return x
 
 
-def write_slice(buffer, update, start):
-    """Write `update` [B, T, ...] into `buffer` [B, S, ...] from position `start` of axis 1, and return the result.
+def write_slice(buffer, update, start, axis=1):
+    """Write `update` into `buffer` from position `start` of an axis, and return the result.
 
     The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
     and layer), XLA reuses the memory of a loop variable or a donated argument.
+
+    Args:
+        buffer, update: of the same shape but for `axis`, along which the update is no longer.
     """
     if NAME == "torch":
+        import torch
+
         # What comes out of `repeat` may have rows that share memory.
-        start, buffer = int(start), buffer.contiguous()
-        buffer[:, start : start + update.shape[1]] = update
-        return buffer
-    return keras.ops.slice_update(buffer, [0, start] + [0] * (len(buffer.shape) - 2), update)
+        buffer = buffer.contiguous()
+        # Of a tensor no number is made, so that a recording of this is good for every start (`compile_step`).
+        index = torch.arange(update.shape[axis], device=buffer.device) + torch.as_tensor(start, device=buffer.device)
+        return buffer.index_copy_(axis, index, update)
+    starts = [0] * len(buffer.shape)
+    starts[axis] = start
+    return keras.ops.slice_update(buffer, starts, update)

@@ -1,12 +1,14 @@
 """Generation at VaultGemma 1B's size beside keras-hub, transformers and what the machine's memory allows.
 
-    python tools/benchmark/generate.py [--backends jax torch] [--only limit generate] [--png FILE] [--json FILE]
+    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only limit generate] [--png FILE]
+        [--json FILE]
 
 Weights are random. Every measurement runs in a process of its own, one after the other, and needs up to 10 GB. Times
 are medians of three warm calls, but for a process's first call, which compiles. A step of decoding reads every weight
 once, so memory limits it to the read bandwidth (the best of 7 sums of 1 GiB by NumPy in two threads) over the bytes of
 all weights. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt; its
-tokens/s are those of a whole call. Exits with 1 where a measurement failed.
+tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported too.
+Exits with 1 where a measurement failed.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import full_size
+import generate_report
 import numpy as np
 import random_model
 
@@ -29,16 +32,15 @@ ROOT = Path(__file__).parents[2]
 RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
 BACKENDS = ("jax", "torch", "tensorflow")
 PLAN = {
-    ("jax", "float32"): "generate keras_hub warm_cache batch memory",
+    ("jax", "float32"): "generate keras_hub warm_cache batch prompt_lookup memory",
     ("jax", "bfloat16"): "generate keras_hub warm_cache memory",
     ("jax", "int8"): "generate warm_cache memory",
-    ("torch", "float32"): "generate keras_hub transformers batch memory",
+    ("torch", "float32"): "generate keras_hub transformers batch prompt_lookup memory",
     ("torch", "bfloat16"): "generate transformers memory",
     ("torch", "int8"): "generate memory",
-    ("tensorflow", "float32"): "generate keras_hub batch memory",
+    ("tensorflow", "float32"): "generate keras_hub batch prompt_lookup memory",
 }
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-NAMES = {"generate": "keras_vaultgemma", "keras_hub": "keras-hub", "transformers": "transformers"}
 
 
 def build(size, dtype):
@@ -137,9 +139,28 @@ def warm_cache(size, dtype, corpus):
 def batch(size, dtype, corpus):
     """Eight prompts of 5 to 200 tokens at once, and one of their mean length alone."""
     (call, _), lengths, new = build(size, dtype), np.linspace(5, 200, 8).astype(int).tolist(), 64
-    together = len(lengths) * new / warm(call, lengths, new)
     alone = new / warm(call, [round(statistics.mean(lengths))], new)
+    together = len(lengths) * new / warm(call, lengths, new)
     return {"tokens_per_s_of_8_prompts": together, "x_1_prompt": together / alone}
+
+
+def prompt_lookup(size, dtype, corpus):
+    """Tokens/s with prompt lookup over those without it, where the text repeats its prompt.
+
+    Text of random weights does not, so the guesses are given that lookup would find in such a text: the right ones.
+    """
+    from keras_vaultgemma import prompt_lookup
+
+    _, model = build(size, dtype)
+    ids = random_ids(size, PROMPT)
+
+    def call(**options):
+        return model.generate(ids, max_new_tokens=2 * NEW, stop_token_ids=None, **options)
+
+    text = call()
+    prompt_lookup.draft = lambda found, length: text[len(found) : len(found) + length]
+    same = call(prompt_lookup=True) == text
+    return {"x_without": warm(call) / warm(lambda: call(prompt_lookup=True)), "same_text": same}
 
 
 def memory(size, dtype, corpus):
@@ -177,7 +198,8 @@ def int8_loss(size, dtype, corpus):
     return {"float32": before, "int8": train_tiny_preset.bits_per_byte(model, held_out, processor)}
 
 
-STEPS = {f.__name__: f for f in (limit, generate, keras_hub, transformers, warm_cache, batch, memory, int8_loss)}
+STEPS = (limit, generate, keras_hub, transformers, warm_cache, batch, prompt_lookup, memory, int8_loss)
+STEPS = {f.__name__: f for f in STEPS}
 
 
 def run(step, backend, dtype, options):
@@ -195,64 +217,14 @@ def run(step, backend, dtype, options):
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
-def report(results, limits):
-    """Print the table."""
-    columns = ("what", "first call, s (warm compilation cache)", "first token, s", "tokens/s")
-    columns += ("share of the memory limit", "x keras-hub's speed, first token / decoding")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for (step, backend, dtype), r in results.items():
-        if step not in NAMES:
-            continue
-        first_call, share, speed = f"{r['first_call_s']:.2f}", "", ""
-        if step == "generate" and (cached := results.get(("warm_cache", backend, dtype))):
-            first_call += f" ({cached['first_call_s']:.2f})"
-        if limits and r["on_cpu"]:
-            share = f"{r['tokens_per_s'] / limits[dtype]:.0%}"
-        if hub := results.get(("keras_hub", backend, dtype)):
-            speed = f"{hub['first_token_s'] / r['first_token_s']:.2f} / {r['tokens_per_s'] / hub['tokens_per_s']:.2f}"
-        times = f"{first_call} | {r['first_token_s']:.3f} | {r['tokens_per_s']:.2f}"
-        print(f"| {NAMES[step]}, {backend}, {dtype} | {times} | {share} | {speed} |")
-    if not all(r["on_cpu"] for r in results.values()):
-        print("\nThe memory limit is the CPU's; what ran elsewhere has no share of it.")
-
-
-def draw(results, limits, path):
-    """Write a PNG: a bar for each model's tokens/s, by dtype, and a line at the memory limit of each dtype."""
-    from matplotlib.figure import Figure
-
-    colors = dict(zip(NAMES, ("#2a6fbb", "#a9a9a9", "#d9a441"), strict=True))
-    figure = Figure(figsize=(8, 2 + len(results) / 6), layout="constrained")
-    axes, ticks, place = figure.add_subplot(), {}, 0
-    for dtype in BYTES:
-        start, group = place, {key: r for key, r in results.items() if key[0] in NAMES and key[2] == dtype}
-        for (step, backend, _), r in sorted(group.items(), key=lambda item: -item[1]["tokens_per_s"]):
-            bar = axes.barh(place, r["tokens_per_s"], height=0.75, color=colors[step])
-            axes.bar_label(bar, fmt="%.1f", padding=3, fontsize=8)
-            ticks[place] = f"{NAMES[step]}, {backend}, {dtype}"
-            place += 1
-        if limits and any(r["on_cpu"] for r in group.values()):
-            x = limits[dtype]
-            axes.plot([x, x], [start - 0.5, place - 0.5], color="black", linestyle="--", linewidth=1)
-            axes.text(x, start - 0.6, f"memory limit {x:.1f}", ha="center", fontsize=8)
-        place += 1.5 * bool(group)
-    axes.set_yticks(list(ticks), ticks.values(), fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set_xlabel("tokens/s, decoding one prompt")
-    axes.tick_params(left=False)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=150)
-    unfinished.rename(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=list(BYTES))
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="measurements; default: all")
     parser.add_argument("--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it")
     parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
-    parser.add_argument("--json", type=Path, help="write results into this file, one a line")
+    parser.add_argument("--json", type=Path, help="results are kept in this file, one a line")
     parser.add_argument("--size", choices=random_model.SIZES, default="1b", help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -262,9 +234,11 @@ def main():
         return print(json.dumps({**result, "on_cpu": options.step == "limit" or on_cpu()}))
 
     plan = [("limit", options.backends[0], "")]
-    plan += [(step, *pair) for pair, steps in PLAN.items() if pair[0] in options.backends for step in steps.split()]
+    for (backend, dtype), steps in PLAN.items():
+        if backend in options.backends and dtype in options.dtypes:
+            plan += [(step, backend, dtype) for step in steps.split()]
     plan = [key for key in [*plan, ("int8_loss", options.backends[0], "")] if key[0] in options.only]
-    results, failed = {}, []
+    results, failed = generate_report.read(options.json), []
     for key in plan:
         if key[0] == "int8_loss" and not options.corpus:
             print("int8_loss: left out, since it needs --corpus")
@@ -277,12 +251,10 @@ def main():
             continue
         results[key] = result
         if options.json:
-            rows = (dict(zip(("step", "backend", "dtype"), key, strict=True)) | r for key, r in results.items())
-            options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    limits = next((r for (step, *_), r in results.items() if step == "limit"), None)
-    report(results, limits)
+            generate_report.write(results, options.json)
+    generate_report.print_tables(results)
     if options.png:
-        draw(results, limits, options.png)
+        generate_report.draw(results, options.png)
     return f"Failed: {', '.join(failed)}" if failed else None
 
 

@@ -1,0 +1,169 @@
+"""Prompts into a cache: on which lines they are read, in which chunks, and where their rows end up.
+
+Prompts of a batch that differ in length are mostly padding when each has a line of its own. Where that costs less,
+several are read on one line, one after the other, none seeing another, and their keys and values are then copied to the
+rows of a cache (packing, as in training: Krell et al., 2021, arXiv:2107.02027). Keys are turned by positions in their
+own prompt, so a row's are the same wherever it was read.
+
+Chunks have a few fixed lengths and caches a few sizes: few programs are compiled, whatever lengths are asked for.
+Shapes: C lines, T slots of a chunk, B rows, S slots of a cache.
+"""
+
+import numpy as np
+from keras import ops
+
+from keras_vaultgemma import backend
+from keras_vaultgemma.cache import EMPTY, KVCache
+
+CHUNKS = (256, 64, 16)
+"""Lengths of prompt chunks, tokens. Below 16 a chunk costs about as much as 16: the time goes into reading weights."""
+
+CHUNK_COST = 32
+"""Tokens that could be read in the time that reading the weights takes, which every chunk does (2 CPU cores)."""
+
+SMALLEST_CACHE, CACHE_GROWTH = 256, (4, 2)
+"""Slots of the smallest cache; the ratio of one cache size to the next for one row, and for several, whose slots take a
+larger part of a step's time."""
+
+
+class Prefill:
+    """Compiled reading of prompts for one model.
+
+    Args:
+        model: has `backbone` with `walk` and `empty_cache`.
+        compile: as `backend.compile_function`, for the model's variables.
+    """
+
+    def __init__(self, model, compile):
+        self._backbone = model.backbone
+        self._empty = compile(self._empty_cache)
+        self._read_chunk = compile(self._read, donate=(5, 6))
+        self._unpack = compile(_unpack)
+
+    def __call__(self, rows, room):
+        """Read rows of ids into a new cache with room for `room` tokens more.
+
+        Returns:
+            (hidden state [B, D] of each row's last token, cache, first free slot as an int).
+        """
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        slots = cache_slots(max(longest + room, sum(chunk_lengths(longest))), len(rows))
+        lines = lines_of(lengths, slots)
+        width = max(sum(lengths[i] for i in line) for line in lines)
+        chunks = chunk_lengths(width)
+        token_ids = np.zeros((len(lines), sum(chunks)), "int32")
+        positions, segments = np.full_like(token_ids, EMPTY), np.zeros((len(lines), slots), "int32")
+        places = np.zeros((len(rows), 2), "int32")  # line and slot of each row's last token
+        for number, line in enumerate(lines):
+            start = 0
+            for segment, i in enumerate(line):
+                part = slice(start, start + lengths[i])
+                token_ids[number, part], positions[number, part] = rows[i], np.arange(lengths[i])
+                segments[number, part] = segment
+                start = part.stop
+                places[i] = number, start - 1
+        hidden, cache = self._empty(*(backend.argument(np.zeros(n, "int8")) for n in (len(rows), (len(lines), slots))))
+        segments, at = _int(segments), _int(places)
+        start = 0
+        for length in chunks:
+            part = slice(start, start + length)
+            chunk = _int(token_ids[:, part]), _int(positions[:, part])
+            hidden, cache = self._read_chunk(*chunk, segments, at, _int(start), hidden, cache)
+            start += length
+        if len(lines) < len(rows):
+            slot = np.arange(slots)[None]
+            length = np.array(lengths)[:, None]
+            source = np.where(slot < length, places[:, 1:] + 1 - length + slot, 0)
+            cache = self._unpack(cache, _int(places[:, 0]), _int(source), _int(np.where(slot < length, slot, EMPTY)))
+        return hidden, cache, longest
+
+    def _empty_cache(self, rows, lines):
+        """A hidden state [B, D] and a cache for as many rows, lines and slots as `rows` [B] and `lines` [C, S] have."""
+        hidden = ops.zeros((rows.shape[0], self._backbone.hidden_dim), self._backbone.compute_dtype)
+        return hidden, self._backbone.empty_cache(*lines.shape)
+
+    def _read(self, token_ids, positions, segments, places, start, hidden, cache):
+        """Read one chunk of the lines, [C, T], into slots `start` to `start + T` of the cache.
+
+        Args:
+            segments: int32 [C, S], numbers of the prompts on each line.
+            places: int32 [B, 2], line and slot of each row's last token.
+
+        Returns:
+            (hidden state [B, D] of each row's last token so far, cache).
+        """
+        states, cache = self._backbone.walk(token_ids, positions, cache=cache, start=start, segments=segments)
+        length = token_ids.shape[1]
+        at = places[:, 1] - start
+        found = ops.reshape(states, (-1, states.shape[-1]))
+        found = ops.take(found, places[:, 0] * length + ops.clip(at, 0, length - 1), axis=0)
+        return ops.where(ops.logical_and(at >= 0, at < length)[:, None], found, hidden), cache
+
+
+def _unpack(cache, lines, source, positions):
+    """A cache of rows from one of lines.
+
+    Args:
+        lines: int32 [B], the line of each row.
+        source: int32 [B, S], the slot in that line.
+        positions: int32 [B, S], of the new cache.
+    """
+    _, heads, slots, head_dim = cache.keys[0].shape
+    index = (lines[:, None] * heads + ops.arange(heads, dtype="int32"))[:, :, None] * slots + source[:, None]
+
+    def rows_of(tensor):
+        return ops.take(ops.reshape(tensor, (-1, head_dim)), index, axis=0)
+
+    return KVCache(tuple(map(rows_of, cache.keys)), tuple(map(rows_of, cache.values)), positions)
+
+
+def chunk_lengths(length):
+    """Lengths of the chunks, largest first, that hold `length` tokens with the least padding."""
+    chunks = []
+    remaining = -(-int(length) // CHUNKS[-1]) * CHUNKS[-1]
+    for chunk in CHUNKS:
+        chunks += [chunk] * (remaining // chunk)
+        remaining %= chunk
+    return chunks
+
+
+def prefill_cost(lines, width):
+    """Tokens that could be read in the time that reading lines of `width` tokens takes."""
+    return sum(lines * length + CHUNK_COST for length in chunk_lengths(width))
+
+
+def lines_of(lengths, slots):
+    """Which rows to read on which line: lists of row numbers, as cheap as can be.
+
+    A line has at most `slots` tokens, and there are as many lines as rows, or a power of two: few programs.
+
+    Args:
+        lengths: of the rows, none above `slots`.
+    """
+    best, count = [[i] for i in range(len(lengths))], 1
+    cost = prefill_cost(len(lengths), max(lengths))
+    while count < len(lengths):
+        lines, filled = [[] for _ in range(count)], [0] * count
+        # The longest first, each where there is most room: lines become about equally long.
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            line = filled.index(min(filled))
+            lines[line].append(i)
+            filled[line] += lengths[i]
+        width = max(filled)
+        if sum(chunk_lengths(width)) <= slots and prefill_cost(count, width) < cost:
+            best, cost = lines, prefill_cost(count, width)
+        count *= 2
+    return best
+
+
+def cache_slots(needed, rows):
+    """The smallest cache size for so many rows that has `needed` slots."""
+    slots = SMALLEST_CACHE
+    while slots < needed:
+        slots *= CACHE_GROWTH[rows > 1]
+    return slots
+
+
+def _int(x):
+    return backend.argument(np.asarray(x, "int32"))
