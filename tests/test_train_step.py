@@ -21,7 +21,7 @@ class Halved(keras.Model):
         return backend.train_step(self, self._step, *args)
 
     def _step(self, data):
-        (x,) = data
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         values = [backend.value_of(self.weight)]
         found, _ = backend.gradients(lambda w: (keras.ops.sum((x * w[0]) ** 2), ()), values)
         self.optimizer.apply([0.5 * found[0]], self.trainable_variables)

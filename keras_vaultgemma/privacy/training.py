@@ -32,7 +32,7 @@ class PrivateTraining:
     """
 
     _dpsgd = None
-    _microbatch = 1
+    _microbatch, _row_shapes = 1, None
     _unprotected = ()
 
     @property
@@ -320,8 +320,10 @@ def _prepare(model, rows, microbatch):
     """Make what Keras would make of the first batch, whose structure is another one here."""
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    if microbatch != model._microbatch:
-        model._microbatch, model.train_function = microbatch, None  # it stands in the compiled step
+    shapes = [array.shape[1:] for array in keras.tree.flatten(rows)]
+    if (microbatch, shapes) != (model._microbatch, model._row_shapes):
+        # The compiled step has them; TensorFlow, asked for another shape, would go on with an unknown one.
+        model._microbatch, model._row_shapes, model.train_function = microbatch, shapes, None
     x, y, *weight = keras.tree.map_structure(lambda array: ops.convert_to_tensor(array[:1]), rows)
     if model.loss is None:  # nor are there metrics that would read what was predicted
         model.compute_metrics(x, y, y, *weight)
