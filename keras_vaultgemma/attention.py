@@ -6,6 +6,7 @@ Shapes: B batch, T query length, S key length, D width, N query heads, K key-val
 import keras
 from keras import ops
 
+from keras_vaultgemma import backend
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.layers import projection, rotate, soft_cap
 
@@ -147,7 +148,7 @@ class VaultGemmaAttention(keras.layers.Layer):
         if cache is not None:
             key, value = kv.write(cache[0], key, start, axis=2), kv.write(cache[1], value, start, axis=2)
         attend_to = self._attend_to(attention_mask)
-        output = (keras.remat(attend_to) if cache is None and recompute else attend_to)(query, key, value)
+        output = (backend.recomputed(attend_to) if cache is None and recompute else attend_to)(query, key, value)
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
         output = self.attention_output(output, training=training)
         return output if cache is None else (output, (key, value))

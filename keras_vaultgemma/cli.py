@@ -116,7 +116,7 @@ COMMANDS = {
                 metavar="R",
                 help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
             ),
-            "--epochs": dict(type=int, default=3, metavar="N", help="(default: %(default)s)"),
+            "--epochs": dict(type=int, default=1, metavar="N", help="more go on from the last (default: %(default)s)"),
             "--batch-size": dict(
                 type=int, metavar="N", help="rows of a step (default: 8; in private training 128, on average)"
             ),

@@ -61,9 +61,11 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
 
     def _apply_twice(self, x, angles, attention_mask, training):
         """`_apply`, of which nothing but the input is kept for the backward pass, which computes it again."""
-        weights, trained = {id(v) for v in self.weights}, self.trainable_weights
+        weights = {id(v) for v in self.weights}
         seeds = [v for v in self.variables if id(v) not in weights]
-        fixed = [(v, backend.value_of(v)) for v in self.non_trainable_weights]
+        # Not `trainable_weights`: of a frozen block with adapters Keras says that it has none.
+        trained = [v for v in self.weights if v.trainable]
+        fixed = [(v, backend.value_of(v)) for v in self.weights if not v.trainable]
 
         def apply(x, *values):
             # What has gradients comes as an argument, since not every backend follows it into a function. Dropout moves
@@ -75,7 +77,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
                 return x, *[scope.get_current_value(v) for v in seeds]
 
         values = [backend.value_of(v) for v in trained] + [ops.copy(backend.value_of(v)) for v in seeds]
-        x, *states = keras.remat(apply)(x, *values)
+        x, *states = backend.recomputed(apply)(x, *values)
         for seed, state in zip(seeds, states, strict=True):
             seed.assign(state)
         return x
@@ -91,7 +93,7 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         x = x + attended
         normed = self.mlp_norm(x)
         # As for the scores: gelu keeps several tensors of its own for the backward pass.
-        gated_by = keras.remat(gated) if recompute else gated
+        gated_by = backend.recomputed(gated) if recompute else gated
         gate, up = self.gate(normed, training=training), self.up(normed, training=training)
         x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)

@@ -226,10 +226,13 @@ def test_finetune_asks_the_library(capsys, monkeypatch):
     )  # fmt: skip
     arguments = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))]
     flags = ["--gradient-checkpointing", "--merge", "--no-packing", "--save-every", "7"]
+    flags += ["--private", "--epsilon", "3", "--delta", "1e-5", "--noise", "2", "--clip-norm", "0.5"]
     assert cli.main(["finetune", "--data", "a.txt", *arguments, *flags]) == 0
+    private = dict(private=True, epsilon=3.0, delta=1e-5, noise_multiplier=2.0, clip_norm=0.5)
     expected = {
         "data": "a.txt",
         **options,
+        **private,
         "gradient_checkpointing": True,
         "merge": True,
         "packed": False,

@@ -8,7 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 # A module may import those of lower floors, and of its own floor those before it.
 FLOORS = [
-    ["choice", "compilation", "devices", "gradients", "noise", "products", "tensorflow_data", "tensors", "train_step"],
+    [
+        "choice",
+        "compilation",
+        "devices",
+        "gradients",
+        "noise",
+        "products",
+        "recomputation",
+        "tensorflow_data",
+        "tensors",
+        "train_step",
+    ],
     ["ids", "presets", "saving", "picture"],
     ["secret_key", "fingerprint", "loss_distribution", "accounting", "ledger", "record"],
     ["cache", "low_rank", "layers"],

@@ -98,7 +98,7 @@ def test_nothing_but_merging_makes_the_merged_matrix(mode, monkeypatch):
     monkeypatch.setattr(LowRankUpdate, "merged", lambda self, matrix: pytest.fail(self.path))
     fit(model)
     model.score(IDS["token_ids"])
-    model.generate(ROW, max_new_tokens=2)
+    model.generate(ROW, max_new_tokens=2, stop_token_ids=None)
     monkeypatch.undo()
     lora.merge(model)
 

@@ -371,7 +371,7 @@ def test_a_loss_and_metrics_of_ones_own():
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lora_arguments=dict(dropout=0.3)), dict(dtype="bfloat16")])
+@pytest.mark.parametrize("changes", [dict(), dict(lora_arguments=dict(dropout=0.3))])
 def test_gradient_checkpointing_changes_nothing(changes):
     found = []
     for checkpointing in (False, True):
@@ -382,7 +382,7 @@ def test_gradient_checkpointing_changes_nothing(changes):
         fit(model)
         found.append(values(model))
     for one, two in zip(*found, strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-4 if "dtype" in changes else 1e-6)
+        np.testing.assert_allclose(one, two, atol=1e-6)
         assert np.abs(one).max() > 0
 
 

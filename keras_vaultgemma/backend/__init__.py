@@ -18,6 +18,7 @@ from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered
 from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
+from keras_vaultgemma.backend.recomputation import recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
     is_symbolic_tensorflow,
@@ -47,6 +48,7 @@ __all__ = [
     "is_tensorflow",
     "matmul",
     "normal",
+    "recomputed",
     "seed_global_generator",
     "tensorflow_dataset",
     "trace_once",

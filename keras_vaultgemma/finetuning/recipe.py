@@ -75,7 +75,7 @@ def finetune(
     response_column=None,
     packed=None,
     lora_rank=8,
-    epochs=3,
+    epochs=1,
     batch_size=None,
     learning_rate=None,
     sequence_length=None,

@@ -212,13 +212,14 @@ def private(model, arguments, records=None):
         record.add(ledgers.read(path))
     if records is None:
         records = (b"".join(array[i].tobytes() for array in arrays) for i in range(count))
+    done = _steps_done(arguments, per_epoch)
     run, is_cut_short = _plan(
         record,
         settings,
         fingerprint.fingerprint(records, fingerprint.key()),
         model.private_unit(rows, settings.unit),
         dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=microbatch),
-        _steps_done(arguments, per_epoch),
+        done,
     )
     _prepare(model, rows, microbatch)
     arguments |= {
@@ -233,7 +234,10 @@ def private(model, arguments, records=None):
         ),
         "shuffle": False,
         "steps_per_epoch": per_epoch,
-        "callbacks": [_Counting(record, is_cut_short), *keras.tree.flatten(arguments.get("callbacks") or [])],
+        "callbacks": [
+            _Counting(record, is_cut_short, per_epoch, done),
+            *keras.tree.flatten(arguments.get("callbacks") or []),
+        ],
     }
     record.begin(ledgers.OpenRun(path, run, record.ledger))
     try:
@@ -334,13 +338,22 @@ class _Counting(keras.callbacks.Callback):
     Args:
         record: `PrivacyRecord` with an open run.
         is_cut_short: whether the run ends before `fit` would.
+        per_epoch: steps of an epoch.
+        done: steps before the first.
     """
 
-    def __init__(self, record, is_cut_short):
+    def __init__(self, record, is_cut_short, per_epoch, done):
         super().__init__()
-        self._record, self._is_cut_short = record, is_cut_short
+        self._record, self._is_cut_short, self._per_epoch, self._done = record, is_cut_short, per_epoch, done
+
+    def on_epoch_begin(self, epoch, logs=None):
+        first, before = divmod(self._done, self._per_epoch)
+        self._left = self._per_epoch - (before if epoch == first else 0)
 
     def on_train_batch_begin(self, batch, logs=None):
+        if batch >= self._left:
+            # An epoch that is resumed has fewer steps than Keras thinks, and none may be done that is not counted.
+            raise StopIteration
         self._record.run.release()
 
     def on_train_batch_end(self, batch, logs=None):

@@ -65,27 +65,29 @@ MODELS = {f.__name__: f for f in (keras_hub, fit, fit_checkpointing)}
 
 
 def measure(model, steps, batch, length, vocabulary_size):
-    """{"gb_above_model", "step_s", "first_step_s", "loss"} of a few steps."""
+    """{"gb_above_model", "peak_gb", "step_s", "cpu_s" of a step on all cores, "first_step_s", "loss"} of a few steps."""
     import keras
 
-    seconds = []
+    seconds, cpu_seconds = [], []
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            self.start = time.perf_counter()
+            self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, batch, logs=None):
             seconds.append(time.perf_counter() - self.start)
+            cpu_seconds.append(time.process_time() - self.cpu_start)
 
     ids = np.random.default_rng(0).integers(5, vocabulary_size, (steps * batch, length + 1)).astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((len(ids), length), "int32")}
     before = random_model.reset_peak()
     history = model.fit(x, ids[:, 1:], batch_size=batch, verbose=0, callbacks=[Clock()])
     peak = random_model.resident("VmHWM")
-    step = statistics.median(seconds[1:] or seconds)
     return {
         "gb_above_model": (peak - before) / 1e9,
-        "step_s": step,
+        "peak_gb": peak / 1e9,
+        "step_s": statistics.median(seconds[1:] or seconds),
+        "cpu_s": statistics.median(cpu_seconds[1:] or cpu_seconds),
         "first_step_s": seconds[0],
         **{name: values[0] for name, values in history.history.items()},
     }
