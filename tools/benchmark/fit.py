@@ -65,7 +65,7 @@ MODELS = {f.__name__: f for f in (keras_hub, fit, fit_checkpointing)}
 
 
 def measure(model, steps, batch, length, vocabulary_size):
-    """{"gb_above_model", "peak_gb", "step_s", "cpu_s" of a step on all cores, "first_step_s", "loss"} of some steps."""
+    """Memory, seconds and CPU seconds (of all cores) of a few steps, and the loss."""
     import keras
 
     seconds, cpu_seconds = [], []
