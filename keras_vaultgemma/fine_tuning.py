@@ -10,7 +10,8 @@ from keras import ops
 from keras_vaultgemma import adapted_layers, backend, checkpointing, distribution, ids, training_data
 from keras_vaultgemma.loss import cross_entropy, head_factors
 from keras_vaultgemma.preprocessor import as_samples, as_texts
-from keras_vaultgemma.privacy.training import PrivateTraining, private
+from keras_vaultgemma.privacy.private_run import private
+from keras_vaultgemma.privacy.training import PrivateTraining
 
 SCORED_ROWS = 32
 """Rows that `score` computes at a time."""

@@ -25,3 +25,9 @@ def model():
 def tiny():
     """The bundled preset; a test that changes a model loads its own."""
     return VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+
+
+@pytest.fixture
+def own_key(monkeypatch, tmp_path):
+    """Fingerprints of private data have a key of the test's own, and not the user's."""
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))

@@ -14,6 +14,8 @@ from scipy import stats
 from keras_vaultgemma import VaultGemmaCausalLM, privacy
 from keras_vaultgemma.privacy import mechanism
 
+pytestmark = pytest.mark.usefixtures("own_key")
+
 CANARIES, LENGTH, VOCABULARY = 200, 8, 64
 EPSILON, DELTA, CLIP_NORM = 1.0, 1e-5, 0.01
 CONFIDENCE = 0.95
@@ -61,11 +63,6 @@ def oracle(gains, is_in):
     auditing = pytest.importorskip("jax_privacy.auditing")
     auditor = auditing.CanaryScoreAuditor(gains[is_in], gains[~is_in])
     return auditor.epsilon_one_run(significance=1 - CONFIDENCE, delta=DELTA)
-
-
-@pytest.fixture(autouse=True)
-def own_key(monkeypatch, tmp_path):
-    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path))
 
 
 def test_the_guarantee_holds():

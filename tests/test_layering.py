@@ -42,7 +42,7 @@ FLOORS = [
     ["batches", "state_file", "training_state", "checkpointing"],
     ["sampling", "prefill", "generation", "search", "prompt_lookup", "completion", "loss"],
     ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
-    ["dpsgd", "mechanism", "refusals", "training"],
+    ["dpsgd", "mechanism", "refusals", "private_run", "training"],
     ["fine_tuning", "causal_lm"],
     ["rows", "held_out", "pace", "curves", "run_folder", "recipe"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],

@@ -9,6 +9,8 @@ from test_mechanism import SMALL
 from keras_vaultgemma import VaultGemmaCausalLM, packing, privacy
 from keras_vaultgemma.privacy.training import PrivateTraining
 
+pytestmark = pytest.mark.usefixtures("own_key")
+
 ROWS = 40
 
 
@@ -33,11 +35,6 @@ def fitted(model=None, loss="mse", dpsgd_arguments=None, data=None, **arguments)
     model.compile(keras.optimizers.SGD(0.1), loss, privacy=dpsgd(**(dpsgd_arguments or {})))
     x, y = data or (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"))
     return model.fit(x, y, **{"batch_size": 8, "verbose": 0, **arguments})
-
-
-@pytest.fixture(autouse=True)
-def own_key(monkeypatch, tmp_path):
-    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path))
 
 
 def test_nothing_is_refused_here():

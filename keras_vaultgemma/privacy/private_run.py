@@ -1,0 +1,213 @@
+"""One private call of `fit`: what it is allowed, which batches it gets, what is written down, and where it ends."""
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import keras
+from keras import ops
+
+import keras_vaultgemma
+from keras_vaultgemma import checkpointing
+from keras_vaultgemma.privacy import accounting, fingerprint, refusals
+from keras_vaultgemma.privacy import ledger as ledgers
+from keras_vaultgemma.privacy import plan as planning
+from keras_vaultgemma.privacy.private_batches import PrivateBatches, as_rows
+
+DEFAULT_BATCH_SIZE = 32
+"""Keras's."""
+
+USED_UP = 0.99
+"""Part of a budget after which nothing more is begun: noise for the rest would drown every gradient."""
+
+
+@contextlib.contextmanager
+def private(model, arguments, records=None):
+    """Arguments for `keras.Model.fit` with which a model that was compiled with `DPSGD` is trained privately.
+
+    Args:
+        model: compiled model with `PrivateTraining` among its bases.
+        arguments: dict of arguments of `keras.Model.fit`; used unchanged where there is no `DPSGD`.
+        records: list of str or bytes, the rows as they were before any preprocessing, by which they are known again;
+            the rows of the arrays themselves if None.
+
+    Raises:
+        ValueError: for data or arguments that private training refuses, or a budget that is used up.
+        OSError: where the ledger cannot be written.
+    """
+    settings, record = model._dpsgd, model.privacy
+    if settings is None:
+        yield arguments
+        return
+    arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
+    refusals.check_fit(arguments, settings.public_validation)
+    rows = as_rows(*(arguments.pop(name, None) for name in ("x", "y", "sample_weight")))
+    refusals.check_rows(rows, settings.unit)
+    refusals.check_losses(model, rows)
+    arrays = keras.tree.flatten(rows)
+    count, batch_size = len(arrays[0]), arguments.pop("batch_size", None) or DEFAULT_BATCH_SIZE
+    per_epoch = planning.steps_per_epoch(count, batch_size)
+    # At most a quarter of a batch, for the last microbatch of a step is rarely full.
+    microbatch = settings.microbatch_size or min(model.rows_at_once(rows), max(1, batch_size // 4))
+    path = _ledger_path(settings, arguments)
+    if path is not None and path.exists():
+        record.add(ledgers.read(path))
+    if records is None:
+        records = (b"".join(array[i].tobytes() for array in arrays) for i in range(count))
+    done = _steps_done(arguments, per_epoch)
+    run, is_cut_short = _plan(
+        record,
+        settings,
+        fingerprint.fingerprint(records, fingerprint.key()),
+        model.private_unit(rows, settings.unit),
+        dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=microbatch),
+        done,
+    )
+    _prepare(model, rows, microbatch)
+    arguments |= {
+        "x": PrivateBatches(
+            rows,
+            run.steps(0),
+            arguments["epochs"] * per_epoch,
+            len(model.trainable_variables),
+            microbatch,
+            settings.secret(),
+            int(ops.convert_to_numpy(model.optimizer.iterations)),
+        ),
+        "shuffle": False,
+        "steps_per_epoch": per_epoch,
+        "callbacks": [
+            _Counting(record, is_cut_short, per_epoch, done),
+            *keras.tree.flatten(arguments.get("callbacks") or []),
+        ],
+    }
+    record.begin(ledgers.OpenRun(path, run, record.ledger))
+    try:
+        yield arguments
+    finally:
+        record.end()
+
+
+def _plan(record, settings, dataset, unit, shape, done):
+    """`(ledger.Run, whether it ends before the steps that were asked for)`."""
+    delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
+    earlier = record.ledger.on(dataset)
+    spent = accounting.epsilon(earlier, delta) if earlier else 0.0
+    epsilon, noise = settings.epsilon, settings.noise_multiplier
+    budget = record.budgets.get(dataset) if epsilon is None else epsilon
+    if budget is not None and spent >= USED_UP * budget:
+        if not settings.extend_budget:
+            raise ValueError(_used_up(spent, budget, delta))
+        epsilon, noise = None, noise or earlier[-1].noise_multiplier
+    asked = shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
+    if asked > 0:
+        steps = planning.plan(**shape, delta=delta, epsilon=epsilon, noise_multiplier=noise, earlier=earlier, done=done)
+    else:
+        # All is done, and the run releases nothing; it needs a shape all the same.
+        steps = earlier[-1] if earlier else planning.plan(**shape, delta=delta, noise_multiplier=1.0)
+        steps = steps._replace(count=0)
+    if epsilon is None and not settings.extend_budget:
+        limit = record.budgets.setdefault(dataset, accounting.epsilon([*earlier, steps], delta))
+        steps = steps._replace(count=_steps_within(limit, earlier, steps, delta))
+        if steps.count == 0 < asked:
+            raise ValueError(_used_up(spent, limit, delta))
+    run = ledgers.Run(
+        *steps[1:],
+        clip_norm=settings.clip_norm,
+        delta=delta,
+        planned_steps=steps.count,
+        unit=unit,
+        dataset=dataset,
+        package_version=keras_vaultgemma.__version__,
+    )
+    return run, steps.count < asked
+
+
+def _used_up(spent, budget, delta):
+    return (
+        f"The budget for these rows is used up: ε = {accounting.round_up(spent):g} of {accounting.round_up(budget):g} "
+        f"at δ = {delta:g}. `DPSGD(extend_budget=True)` goes on and tells the larger ε"
+    )
+
+
+def _steps_within(limit, earlier, steps, delta):
+    """How many of some steps keep to a limit on ε."""
+    fits, does_not = 0, steps.count + 1
+    while does_not - fits > 1:
+        # All of them first, since that is what mostly fits.
+        count = steps.count if does_not > steps.count else (fits + does_not) // 2
+        within = accounting.epsilon([*earlier, steps._replace(count=count)], delta) <= limit
+        fits, does_not = (count, does_not) if within else (fits, count)
+    return fits
+
+
+def _ledger_path(settings, arguments):
+    if settings.ledger is not None:
+        return Path(settings.ledger)
+    checkpoint = checkpointing.checkpoint_of(arguments)
+    return checkpoint and checkpoint.path.with_name(ledgers.FILE)
+
+
+def _steps_done(arguments, per_epoch):
+    """Steps before the one that `fit` begins with."""
+    checkpoint, epoch, batch = checkpointing.checkpoint_of(arguments), arguments["initial_epoch"], 0
+    if checkpoint and (position := checkpoint.position):
+        epoch, batch = position["epoch"], position["batch"]
+        if position["is_finished"]:
+            epoch, batch = arguments["epochs"], 0
+    return epoch * per_epoch + batch
+
+
+def _prepare(model, rows, microbatch):
+    """Make what Keras would make of the first batch, whose structure is another one here."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    shapes = [array.shape[1:] for array in keras.tree.flatten(rows)]
+    if (microbatch, shapes) != (model._microbatch, model._row_shapes):
+        # The compiled step has them; TensorFlow, asked for another shape, would go on with an unknown one.
+        model._microbatch, model._row_shapes, model.train_function = microbatch, shapes, None
+    x, y, *weight = keras.tree.map_structure(lambda array: ops.convert_to_tensor(array[:1]), rows)
+    if model.loss is None:  # nor are there metrics that would read what was predicted
+        model.compute_metrics(x, y, y, *weight)
+    else:
+        predicted = model(x)
+        model.compute_loss(x, y, predicted, *weight)
+        model.compute_metrics(x, y, predicted, *weight)
+    model.reset_metrics()
+
+
+class _Counting(keras.callbacks.Callback):
+    """Writes each step into the ledger before it is done, and ends `fit` where the budget ends.
+
+    Args:
+        record: `PrivacyRecord` with an open run.
+        is_cut_short: whether the run ends before `fit` would.
+        per_epoch: steps of an epoch.
+        done: steps before the first.
+    """
+
+    def __init__(self, record, is_cut_short, per_epoch, done):
+        super().__init__()
+        self._record, self._is_cut_short, self._per_epoch, self._done = record, is_cut_short, per_epoch, done
+
+    def on_epoch_begin(self, epoch, logs=None):
+        first, before = divmod(self._done, self._per_epoch)
+        self._left = self._per_epoch - (before if epoch == first else 0)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch >= self._left:
+            # An epoch that is resumed has fewer steps than Keras thinks, and none may be done that is not counted.
+            raise StopIteration
+        self._record.run.release()
+
+    def on_train_batch_end(self, batch, logs=None):
+        run = self._record.run
+        if self._is_cut_short and run.done >= run.run.planned_steps:
+            warnings.warn(
+                f"The budget for these rows ends after {run.done} more steps, and so does `fit`", stacklevel=2
+            )
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs["epsilon"] = self._record.spent().epsilon
