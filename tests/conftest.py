@@ -8,7 +8,7 @@ import keras
 import pytest
 from common import random_backbone
 
-from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma import VaultGemmaCausalLM, backend
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +31,9 @@ def tiny():
 def own_key(monkeypatch, tmp_path):
     """Fingerprints of private data have a key of the test's own, and not the user's."""
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    """The cache of compiled programs is a setting of the whole process, and of the user's."""
+    monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)

@@ -10,6 +10,8 @@ from common import error_of
 import keras_vaultgemma
 from keras_vaultgemma import cli
 
+pytestmark = pytest.mark.usefixtures("no_cache")
+
 
 @pytest.mark.parametrize(
     "arguments, message",

@@ -16,10 +16,7 @@ from keras_vaultgemma.privacy import budget_report
 PROMPT = "Once upon a time"
 
 
-@pytest.fixture(autouse=True)
-def no_cache(monkeypatch):
-    """The cache of compiled programs is a setting of the whole process, and of the user's."""
-    monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 @pytest.fixture
