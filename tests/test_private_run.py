@@ -27,7 +27,7 @@ def test_the_budget_is_kept_and_told():
     model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None))
     history = fit(model, epochs=2)
     spent = model.privacy.spent()
-    assert 1.9 < history["epsilon"][0] < spent.epsilon <= 2.0 or history["epsilon"][0] < spent.epsilon <= 2.0
+    assert history["epsilon"][0] < spent.epsilon <= 2.0
     assert spent.epsilon > 1.95 and spent.epsilon == history["epsilon"][-1]
     assert (spent.delta, spent.steps, spent.unit) == (1e-4, 8, "one row of at most 9 tokens")
     assert (spent.mechanism, spent.neighbouring) == ("DP-SGD with truncated Poisson sampling", "zero-out")

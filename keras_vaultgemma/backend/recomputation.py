@@ -21,14 +21,16 @@ def recomputed(function):
     def call(*args):
         return function(*args)
 
-    def forward(*args):
+    def first_pass(*args):
         return function(*args), args
 
     def backward(args, upstream):
-        # 0, which XLA does not know. Its optimization barriers are gone by the time it schedules.
-        zero = jax.numpy.minimum(abs(jax.tree.leaves(upstream)[0].ravel()[0]), 0)
+        # 0, which XLA does not know. Its optimization barriers are gone by the time it schedules. It is 0 also where a
+        # row's gradient is not finite: no other row may be touched by that, or private training were not private.
+        first = jax.tree.leaves(upstream)[0].ravel()[0]
+        zero = jax.numpy.minimum(jax.numpy.where(jax.numpy.isfinite(first), abs(first), 1), 0)
         _, gradient = jax.vjp(function, args[0] + zero.astype(args[0].dtype), *args[1:])
         return gradient(upstream)
 
-    call.defvjp(forward, backward)
+    call.defvjp(first_pass, backward)
     return call
