@@ -57,7 +57,7 @@ def attend(query, key, value, mask, scale, cap=None):
 
     Args:
         query: [B, T, N, H]; query head n reads key-value head n // G.
-        key, value: [B, K, S, H].
+        key, value: [B, K, S, H], or [B * K, S, H] as a cache has them.
         mask: bool [B, T, S].
         scale: factor on the scores.
         cap: soft cap on the scaled scores, or None.
@@ -66,19 +66,21 @@ def attend(query, key, value, mask, scale, cap=None):
         [B, T, N, H]. A query that sees no key gets the mean of all values: finite, and masked wherever it matters.
     """
     batch, length, num_query_heads, head_dim = ops.shape(query)
-    heads, slots = ops.shape(key)[1:3]
+    *lead, slots, _ = ops.shape(key)
+    heads = key.shape[1] if len(lead) == 2 else key.shape[0] // query.shape[0]
     groups = num_query_heads // heads
     # A matrix times a vector where a head has one query: XLA's CPU compiler takes 10 times as long over one row of a
     # matrix.
     rows, r = ((), "") if query.shape[1] == groups == 1 else ((groups * length,), "r")
     query = ops.transpose(ops.reshape(query, (batch, length, heads, groups, head_dim)), (0, 2, 3, 1, 4))
-    scores = ops.einsum(f"bk{r}h,bksh->bk{r}s", ops.reshape(query, (batch, heads, *rows, head_dim)), key)
+    b = "bk"[: len(lead)]
+    scores = ops.einsum(f"{b}{r}h,{b}sh->{b}{r}s", ops.reshape(query, (*lead, *rows, head_dim)), key)
     scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
     scores = ops.reshape(scores, (batch, heads, groups, length, slots))
     # Finite, so that a row without any key does not turn into NaN.
     scores = ops.where(mask[:, None, None], scores, -1e30)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
-    output = ops.einsum(f"bk{r}s,bksh->bk{r}h", ops.reshape(weights, (batch, heads, *rows, slots)), value)
+    output = ops.einsum(f"{b}{r}s,{b}sh->{b}{r}h", ops.reshape(weights, (*lead, *rows, slots)), value)
     output = ops.transpose(ops.reshape(output, (batch, heads, groups, length, head_dim)), (0, 3, 1, 2, 4))
     return ops.reshape(output, (batch, length, num_query_heads, head_dim))
 
@@ -130,7 +132,7 @@ class VaultGemmaAttention(keras.layers.Layer):
             x: [B, T, D].
             angles: (cos, sin) of the queries' positions, from `layers.RotaryAngles`.
             attention_mask: bool [B, T, S]; S = T without a cache.
-            cache: (keys, values) of this layer, [B, K, S, H] each, or None; consumed.
+            cache: (keys, values) of this layer, [B * K, S, H] each, or None; consumed.
             start: int32 scalar, the first slot to write.
             training: whether adapters drop out.
             recompute: whether scores and weights (N T S values each) are computed again for the backward pass rather
@@ -146,7 +148,10 @@ class VaultGemmaAttention(keras.layers.Layer):
         query, key = rotate(query, *angles), rotate(key, *angles)
         key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
         if cache is not None:
-            key, value = kv.write(cache[0], key, start, axis=2), kv.write(cache[1], value, start, axis=2)
+            key, value = (
+                kv.write(old, ops.reshape(new, (-1, length, self.head_dim)), start)
+                for old, new in zip(cache, (key, value), strict=True)
+            )
         attend_to = self._attend_to(attention_mask)
         output = (backend.recomputed(attend_to) if cache is None and recompute else attend_to)(query, key, value)
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))

@@ -19,7 +19,9 @@ class KVCache(NamedTuple):
     """Keys and values of S slots.
 
     Attributes:
-        keys, values: one [B, K, S, H] tensor for each layer, in the compute dtype. Keys are rotated already.
+        keys, values: one [B * K, S, H] tensor for each layer, in the compute dtype. Keys are rotated already. Rows and
+            heads are one dimension, as matrix products want them: XLA would otherwise write each token once for the
+            product and once for the cache, and copy both caches for that.
         positions: int32 [B, S], `EMPTY` where a slot holds nothing.
     """
 
@@ -30,7 +32,7 @@ class KVCache(NamedTuple):
 
 def empty(num_layers, batch, slots, num_key_value_heads, head_dim, dtype):
     """A cache of `slots` empty slots; 2 * L * B * S * K * H values."""
-    shape = (batch, num_key_value_heads, slots, head_dim)
+    shape = (batch * num_key_value_heads, slots, head_dim)
     return KVCache(
         keys=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
         values=tuple(ops.zeros(shape, dtype) for _ in range(num_layers)),
@@ -38,10 +40,27 @@ def empty(num_layers, batch, slots, num_key_value_heads, head_dim, dtype):
     )
 
 
-def write(buffer, update, start, axis=1):
+def write(buffer, update, start):
     """Write `update` into slots `start` to `start + T` of `buffer`, which is consumed.
 
     Args:
-        buffer, update: of the same shape but for `axis`, which is that of the slots: S and T.
+        buffer, update: [any, S, ...] and [any, T, ...].
     """
-    return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start, axis)
+    return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start)
+
+
+def by_row(cache):
+    """The cache with keys and values [B, K, S, H], for those who rearrange rows; `of_rows` is the way back."""
+    rows = cache.positions.shape[0]
+    keys, values = (
+        tuple(ops.reshape(x, (rows, -1, *x.shape[1:])) for x in tensors) for tensors in (cache.keys, cache.values)
+    )
+    return KVCache(keys, values, cache.positions)
+
+
+def of_rows(cache):
+    """The cache that `by_row` made ready for rearranging."""
+    keys, values = (
+        tuple(ops.reshape(x, (-1, *x.shape[2:])) for x in tensors) for tensors in (cache.keys, cache.values)
+    )
+    return KVCache(keys, values, cache.positions)

@@ -109,8 +109,10 @@ def _unpack(cache, lines, source, positions):
         source: int32 [B, S], the slot in that line.
         positions: int32 [B, S], of the new cache.
     """
-    _, heads, slots, head_dim = cache.keys[0].shape
+    _, slots, head_dim = cache.keys[0].shape
+    heads = cache.keys[0].shape[0] // cache.positions.shape[0]
     index = (lines[:, None] * heads + ops.arange(heads, dtype="int32"))[:, :, None] * slots + source[:, None]
+    index = ops.reshape(index, (-1, slots))
 
     def rows_of(tensor):
         return ops.take(ops.reshape(tensor, (-1, head_dim)), index, axis=0)

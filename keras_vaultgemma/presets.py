@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from keras_vaultgemma import hubs
+
 CONFIG = "config.json"
 METADATA = "metadata.json"
 LEDGER = "privacy_ledger.jsonl"
@@ -30,9 +32,6 @@ RELEASE = "vaultgemma_1b"
 
 MAX_JSON = 2**23
 """Bytes of a JSON file; a config has thousands and the index of a checkpoint of this model tens of thousands."""
-
-PATIENCE = 10
-"""Seconds that Hugging Face has to answer a first question."""
 
 
 def bundled():
@@ -78,7 +77,7 @@ def find(preset, need="weights"):
         ValueError: for a preset that is none of these, a repository or revision that does not exist, or a folder
             without config.json.
         FileNotFoundError: where the folder has not what is needed, or it cannot be fetched: the model is gated, the hub
-            cannot be reached, or the download broke off.
+            cannot be reached, the download broke off, or something else arrived than was announced.
     """
     name = os.fspath(preset) if isinstance(preset, (str, os.PathLike)) else ""
     folders = bundled()
@@ -87,9 +86,9 @@ def find(preset, need="weights"):
         if name in HUBS and not file(folder, need):
             return _fetch(name, need)
     elif name.startswith("hf://"):
-        folder = _from_hugging_face(name, need)
+        folder = hubs.from_hugging_face(name, DOWNLOADS[need])
     elif name.startswith("kaggle://"):
-        folder = _from_kaggle(name)
+        folder = hubs.from_kaggle(name)
     elif name and os.path.isdir(name):
         folder = Path(name)
     else:
@@ -192,59 +191,3 @@ def _fetch(name, need):
         f"   and copy that folder to {home / name} (or name another folder in KERAS_VAULTGEMMA_HOME).\n"
         "Then try again. What was tried:\n" + "\n".join(f"- {line}" for line in tried)
     )
-
-
-def _from_hugging_face(preset, need):
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    name, _, revision = preset.removeprefix("hf://").partition("@")
-    revision = revision or None
-    obstacle = None
-    try:
-        # One question with a time limit. `snapshot_download` has none: it waits for minutes behind a firewall.
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=PATIENCE)
-    except Exception as error:  # whatever it is, a copy in the local cache will do
-        obstacle = error
-    try:
-        offline = obstacle is not None
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=DOWNLOADS[need], local_files_only=offline
-        )
-    except Exception as error:  # also those of the HTTP library, which differs between versions
-        cause = obstacle or error
-        if isinstance(cause, errors.HFValidationError):
-            raise ValueError(f"`preset` must be hf://org/name[@revision]. Received: {preset!r}") from cause
-        if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
-            page = f"https://huggingface.co/{name}"
-            raise FileNotFoundError(f"{preset} is gated: accept its terms at {page}, then `hf auth login`") from cause
-        if isinstance(cause, errors.RepositoryNotFoundError):
-            raise ValueError(f"{preset} does not exist, or is private and needs `hf auth login`") from cause
-        if isinstance(cause, errors.RevisionNotFoundError):
-            raise ValueError(f"{preset} has no revision {revision!r}") from cause
-        problem = "is not in the local cache, and the hub cannot be asked" if offline else "could not be downloaded"
-        raise FileNotFoundError(f"{preset} {problem}: {_one_line(cause)}") from cause
-    return Path(folder)
-
-
-def _from_kaggle(preset):
-    if not re.fullmatch(r"kaggle://([^/]+/){3}[^/]+(/\d+)?", preset):
-        raise ValueError(f"`preset` must be kaggle://org/model/framework/variation[/version]. Received: {preset!r}")
-    try:
-        import kagglehub
-    except ImportError as error:
-        raise ImportError(f"{preset} needs `pip install kagglehub`") from error
-    try:
-        return Path(kagglehub.model_download(preset.removeprefix("kaggle://")))
-    except Exception as error:  # its own, and whatever its HTTP library raises
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            hint = "accept its terms on its page at www.kaggle.com, and set KAGGLE_API_TOKEN"
-            raise FileNotFoundError(f"{preset} is gated or private: {hint}") from error
-        if status == 404:
-            raise ValueError(f"{preset} does not exist, or is private") from error
-        raise FileNotFoundError(f"{preset} could not be downloaded: {_one_line(error)}") from error
-
-
-def _one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend, ids
+from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import positions_of
 from keras_vaultgemma.generation import Generated, Settings
 
@@ -81,8 +82,9 @@ class SearchGenerator:
 
         def next_logits(prompt, cache, index):
             token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
+            cache = kv.of_rows(cache)
             states, cache = backbone.walk(token, ops.zeros_like(token) + index - 1, cache=cache, start=index - 1)
-            return self.model.logits(states)[:, 0], states[:, 0], cache
+            return self.model.logits(states)[:, 0], states[:, 0], kv.by_row(cache)
 
         # On JAX the outer scope holds the model's variables, and an inner scope hides it.
         model_state = [(v, ops.convert_to_tensor(v)) for v in self.variables]
@@ -90,7 +92,7 @@ class SearchGenerator:
             tokens = self.sampler(
                 next=next_logits,
                 prompt=token_ids,
-                cache=cache,
+                cache=kv.by_row(cache),
                 index=index,
                 mask=mask,
                 stop_token_ids=stop_token_ids,

@@ -29,16 +29,18 @@ class HubStub:
         gated: `{"org/name": kinds of request that need `TOKEN`}`; kinds are "revision", "tree" and "resolve".
         broken: names of files whose transfer breaks off in the middle, once; after that they are unavailable.
         resized: names of files that the hub announces with 7 bytes more than it then sends.
+        mistaken: names of files that the hub announces with an ETag of other content.
 
     Attributes:
         requests: list of "METHOD path", as they came.
     """
 
-    def __init__(self, repositories, gated=None, broken=(), resized=()):
+    def __init__(self, repositories, gated=None, broken=(), resized=(), mistaken=()):
         self.repositories = repositories
         self.gated = gated or {}
         self.broken = broken
         self.resized = resized
+        self.mistaken = mistaken
         self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -106,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         file = download[3]
         if file not in files:
             return self._refuse(404, "EntryNotFound", "Entry not found")
-        etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
+        announced = files[file] + b"?" * (file in hub.mistaken)
+        etag = f'"{hashlib.sha256(announced).hexdigest()}"'
         headers = {"ETag": etag, "X-Repo-Commit": commit}
         if file in hub.resized:
             headers["X-Linked-Size"] = len(files[file]) + 7

@@ -116,8 +116,10 @@ def test_attend_equals_a_loop(cap, length, heads):
         scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores)
         expected[b, t, n] = weights @ value[b, head, seen] / weights.sum()
-    arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, mask)]
-    np.testing.assert_allclose(to_numpy(attend(*arrays, scale=0.7, cap=cap)), expected, atol=1e-6)
+    for shape in ((2, heads, 5, 8), (2 * heads, 5, 8)):
+        arrays = (query, key.reshape(shape), value.reshape(shape), mask)
+        found = attend(*map(keras.ops.convert_to_tensor, arrays), scale=0.7, cap=cap)
+        np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_stays_finite():

@@ -8,7 +8,7 @@ from keras_vaultgemma import cache
 def test_an_empty_cache_has_nothing_to_attend_to():
     empty = cache.empty(num_layers=2, batch=3, slots=4, num_key_value_heads=1, head_dim=2, dtype="float32")
     assert (to_numpy(empty.positions) == np.full((3, 4), cache.EMPTY)).all()
-    assert [tuple(x.shape) for x in (*empty.keys, *empty.values)] == [(3, 1, 4, 2)] * 4
+    assert [tuple(x.shape) for x in (*empty.keys, *empty.values)] == [(3, 4, 2)] * 4
 
 
 def test_write_puts_tokens_into_their_slots_and_casts():
@@ -23,7 +23,13 @@ def test_write_puts_tokens_into_their_slots_and_casts():
     np.testing.assert_array_equal(to_numpy(again), expected)
 
 
-def test_write_along_another_axis():
-    buffer, update = keras.ops.zeros((2, 1, 4, 3), "float32"), np.ones((2, 1, 2, 3), "float32")
-    written = to_numpy(cache.write(buffer, keras.ops.convert_to_tensor(update), 1, axis=2))
-    np.testing.assert_array_equal(written[:, 0, :, 0], [[0, 1, 1, 0]] * 2)
+def test_a_cache_by_row_and_back():
+    x = np.arange(48, dtype="float32").reshape(6, 4, 2)
+    positions = keras.ops.zeros((3, 4), "int32")
+    by_row = cache.by_row(
+        cache.KVCache((keras.ops.convert_to_tensor(x),), (keras.ops.convert_to_tensor(-x),), positions)
+    )
+    np.testing.assert_array_equal(to_numpy(by_row.keys[0]), x.reshape(3, 2, 4, 2))
+    again = cache.of_rows(by_row)
+    np.testing.assert_array_equal(to_numpy(again.keys[0]), x)
+    np.testing.assert_array_equal(to_numpy(again.values[0]), -x)

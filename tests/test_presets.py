@@ -1,5 +1,6 @@
 """A preset's name or handle to a folder: bundled, local, from stand-ins for the hubs. Saving whole or not at all."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,14 +15,15 @@ from common import random_backbone
 from hub_stub import TOKEN, HubStub
 from safetensors.numpy import save_file
 
-from keras_vaultgemma import VaultGemmaBackbone, checkpoint, presets
+from keras_vaultgemma import VaultGemmaBackbone, checkpoint, hubs, presets
 
-# Without the package around it, so that no test has to wait for a Keras backend in a new process.
+# Without what the package imports, so that no test has to wait for a Keras backend in a new process.
 FIND = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("presets", sys.argv[1])
-presets = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(presets)
+import json, os, sys, types
+package = types.ModuleType("keras_vaultgemma")
+package.__path__ = [os.path.dirname(sys.argv[1])]
+sys.modules[package.__name__] = package
+from keras_vaultgemma import presets
 answers = []
 for handle in sys.argv[3:]:
     try:
@@ -212,7 +214,7 @@ def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, r
     changes = {"gated": {}, "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_HUB_OFFLINE": {reason: "1"}}
     start = time.monotonic()
     answer = find("vaultgemma_1b", env=hub.environment(tmp_path, **changes[reason]))
-    assert time.monotonic() - start < presets.PATIENCE
+    assert time.monotonic() - start < hubs.PATIENCE
     assert answer["error"] == "FileNotFoundError"
     message = answer["message"]
     assert "gated" in message
@@ -299,7 +301,7 @@ def test_commit_that_cannot_be_asked_for_fails_at_once(hub, tmp_path):
     handle = f"hf://test/open@{'a' * 40}"
     start = time.monotonic()
     answer = find(handle, env=hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
-    assert time.monotonic() - start < presets.PATIENCE
+    assert time.monotonic() - start < hubs.PATIENCE
     assert answer["error"] == "FileNotFoundError"
     assert answer["message"].startswith(
         f"{handle} is not in the local cache, and the hub cannot be asked: ConnectError"
@@ -330,6 +332,22 @@ def test_file_of_another_size_than_announced_is_not_kept(checkpoints, tmp_path):
         assert str(size + 7) in answer["message"] and str(size) in answer["message"]
         assert not list(tmp_path.rglob("model.safetensors"))
         hub.resized = []
+        assert find("hf://test/open", env=env)["folder"]
+
+
+def test_file_of_another_etag_than_its_content_is_not_kept(checkpoints, tmp_path):
+    with HubStub({"test/open": checkpoints}, mistaken=["model.safetensors"]) as hub:
+        env = hub.environment(tmp_path)
+        answer = find("hf://test/open", env=env)
+        sent = (checkpoints["main"] / "model.safetensors").read_bytes()
+        announced, found = (hashlib.sha256(content).hexdigest() for content in (sent + b"?", sent))
+        assert answer["error"] == "FileNotFoundError"
+        assert answer["message"] == (
+            "hf://test/open could not be downloaded: model.safetensors must have the SHA-256 "
+            f"{announced}. Received: {found}"
+        )
+        assert not list(tmp_path.rglob("model.safetensors")) and not list(tmp_path.rglob(announced))
+        hub.mistaken = []
         assert find("hf://test/open", env=env)["folder"]
 
 

@@ -23,6 +23,17 @@ def test_matmul_with_and_without_gradients(dtype, tolerance, shape, transposed):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * 10)
 
 
+@pytest.mark.parametrize("size", [576, 600, 577, 1152])
+@pytest.mark.parametrize("width", [40, 2000])
+def test_a_long_row(size, width):
+    """It is multiplied in parts on JAX, in one part where the size is a prime."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 1, size)).astype("float32"), rng.normal(size=(size, width)).astype("float32")
+    compiled = backend.compile_function(lambda a, b: backend.matmul(a, b), [])
+    found = to_numpy(compiled(*map(keras.ops.convert_to_tensor, (x, kernel))))
+    np.testing.assert_allclose(found, x.astype("float64") @ kernel, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (1, 1, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_int8_matmul_is_exact(shape, transposed):

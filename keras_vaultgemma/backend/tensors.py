@@ -58,14 +58,14 @@ def value_of(x):
     return x
 
 
-def write_slice(buffer, update, start, axis=1):
-    """Write `update` into `buffer` from position `start` of an axis, and return the result.
+def write_slice(buffer, update, start):
+    """Write `update` into `buffer` from position `start` of the second axis, and return the result.
 
     The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
     and layer), XLA reuses the memory of a loop variable or a donated argument.
 
     Args:
-        buffer, update: of the same shape but for `axis`, along which the update is no longer.
+        buffer, update: of the same shape but for that axis, along which the update is no longer.
     """
     if NAME == "torch":
         import torch
@@ -73,8 +73,6 @@ def write_slice(buffer, update, start, axis=1):
         # What comes out of `repeat` may have rows that share memory.
         buffer = buffer.contiguous()
         # Of a tensor no number is made, so that a recording of this is good for every start (`compile_step`).
-        index = torch.arange(update.shape[axis], device=buffer.device) + torch.as_tensor(start, device=buffer.device)
-        return buffer.index_copy_(axis, index, update)
-    starts = [0] * len(buffer.shape)
-    starts[axis] = start
-    return keras.ops.slice_update(buffer, starts, update)
+        index = torch.arange(update.shape[1], device=buffer.device) + torch.as_tensor(start, device=buffer.device)
+        return buffer.index_copy_(1, index, update)
+    return keras.ops.slice_update(buffer, [0, start, *[0] * (len(buffer.shape) - 2)], update)

@@ -1,13 +1,14 @@
 """Generation at VaultGemma 1B's size beside keras-hub, transformers and what the machine's memory allows.
 
-    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only limit generate] [--png FILE]
+    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only generate batch] [--png FILE]
         [--json FILE]
 
 Weights are random. Every measurement runs in a process of its own, one after the other, and needs up to 10 GB. Times
 are medians of three warm calls, but for a process's first call, which compiles. A step of decoding reads every weight
-once, so memory limits it to the read bandwidth (the best of 7 sums of 1 GiB by NumPy in two threads) over the bytes of
-all weights. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt; its
-tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported too.
+once, so memory limits it to the read bandwidth over the bytes of all weights. The bandwidth is the best of 7 sums of
+1 GiB by NumPy in two threads, taken right before and after decoding, in the same process: on shared machines it changes
+from minute to minute. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt;
+its tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported too.
 Exits with 1 where a measurement failed.
 """
 
@@ -75,24 +76,31 @@ def warm(call, *args):
     return statistics.median(once(call, *args) for _ in range(RUNS))
 
 
-def first_call_and_decoding(call):
-    """Three figures for `call([prompt length], new tokens)`; a token's time is what NEW more tokens take."""
-    first_call, first_token = once(call, [PROMPT], NEW), warm(call, [PROMPT], 1)
-    tokens_per_s = NEW / (warm(call, [PROMPT], 1 + NEW) - first_token)
-    return {"first_call_s": first_call, "first_token_s": first_token, "tokens_per_s": tokens_per_s}
-
-
-def limit(size, dtype, corpus):
-    """The CPU's read bandwidth and the tokens a second that it allows."""
+def bandwidth():
+    """Bytes a second that the CPU reads."""
     data = np.ones(2**28, "float32")
     with ThreadPoolExecutor(2) as pool:
-        bandwidth = data.nbytes / min(once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7))
-    tokens_per_s = {name: bandwidth / (random_model.parameters(size) * width) for name, width in BYTES.items()}
-    return {"gb_per_s": bandwidth / 1e9, **tokens_per_s}
+        return data.nbytes / min(once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7))
+
+
+def within_limit(measure, size, dtype):
+    """What `measure()` returns, tokens/s, beside what memory allowed meanwhile."""
+    if not on_cpu():
+        return {"tokens_per_s": measure()}
+    before, tokens_per_s, after = bandwidth(), measure(), bandwidth()
+    limit = max(before, after) / (random_model.parameters(size) * BYTES[dtype])
+    return {"tokens_per_s": tokens_per_s, "limit_tokens_per_s": limit}
+
+
+def first_call_and_decoding(call, size, dtype):
+    """Figures for `call([prompt length], new tokens)`; a token's time is what NEW more tokens take."""
+    first_call, first_token = once(call, [PROMPT], NEW), warm(call, [PROMPT], 1)
+    decoding = within_limit(lambda: NEW / (warm(call, [PROMPT], 1 + NEW) - first_token), size, dtype)
+    return {"first_call_s": first_call, "first_token_s": first_token, **decoding}
 
 
 def generate(size, dtype, corpus):
-    return first_call_and_decoding(build(size, dtype)[0])
+    return first_call_and_decoding(build(size, dtype)[0], size, dtype)
 
 
 def keras_hub(size, dtype, corpus):
@@ -106,8 +114,9 @@ def keras_hub(size, dtype, corpus):
         padding_mask = np.array([[1] * prompt + [0] * new], "int32")
         model.generate({"token_ids": token_ids, "padding_mask": padding_mask}, stop_token_ids=None)
 
-    first_call, tokens_per_s = once(call, PROMPT, NEW), NEW / warm(call, PROMPT, NEW)
-    return {"first_call_s": first_call, "first_token_s": warm(call, CONTEXT - 1, 1), "tokens_per_s": tokens_per_s}
+    first_call = once(call, PROMPT, NEW)
+    decoding = within_limit(lambda: NEW / warm(call, PROMPT, NEW), size, dtype)
+    return {"first_call_s": first_call, "first_token_s": warm(call, CONTEXT - 1, 1), **decoding}
 
 
 def transformers(size, dtype, corpus):
@@ -128,7 +137,7 @@ def transformers(size, dtype, corpus):
         options = dict(min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0)
         model.generate(ids, attention_mask=torch.ones_like(ids), **options).cpu()
 
-    return first_call_and_decoding(call)
+    return first_call_and_decoding(call, size, dtype)
 
 
 def warm_cache(size, dtype, corpus):
@@ -198,7 +207,7 @@ def int8_loss(size, dtype, corpus):
     return {"float32": before, "int8": train_tiny_preset.bits_per_byte(model, held_out, processor)}
 
 
-STEPS = (limit, generate, keras_hub, transformers, warm_cache, batch, prompt_lookup, memory, int8_loss)
+STEPS = (generate, keras_hub, transformers, warm_cache, batch, prompt_lookup, memory, int8_loss)
 STEPS = {f.__name__: f for f in STEPS}
 
 
@@ -231,9 +240,9 @@ def main():
     options = parser.parse_args()
     if options.step:
         result = STEPS[options.step](random_model.SIZES[options.size], options.dtype, options.corpus)
-        return print(json.dumps({**result, "on_cpu": options.step == "limit" or on_cpu()}))
+        return print(json.dumps(result))
 
-    plan = [("limit", options.backends[0], "")]
+    plan = []
     for (backend, dtype), steps in PLAN.items():
         if backend in options.backends and dtype in options.dtypes:
             plan += [(step, backend, dtype) for step in steps.split()]
@@ -244,7 +253,7 @@ def main():
             print("int8_loss: left out, since it needs --corpus")
             continue
         label, result = " ".join(key).strip(), run(*key, options)
-        figures = [f"{name} {value:.5g}" for name, value in result.items() if name != "on_cpu"]
+        figures = [f"{name} {value:.5g}" for name, value in result.items()]
         print(f"{label}: {', '.join(figures) or 'failed'}", flush=True)
         if not result:
             failed.append(label)
