@@ -51,16 +51,14 @@ def write(buffer, update, start):
 
 def by_row(cache):
     """The cache with keys and values [B, K, S, H], for those who rearrange rows; `of_rows` is the way back."""
-    rows = cache.positions.shape[0]
-    keys, values = (
-        tuple(ops.reshape(x, (rows, -1, *x.shape[1:])) for x in tensors) for tensors in (cache.keys, cache.values)
-    )
-    return KVCache(keys, values, cache.positions)
+    return _reshaped(cache, lambda shape: (cache.positions.shape[0], -1, *shape[1:]))
 
 
 def of_rows(cache):
     """The cache that `by_row` made ready for rearranging."""
-    keys, values = (
-        tuple(ops.reshape(x, (-1, *x.shape[2:])) for x in tensors) for tensors in (cache.keys, cache.values)
-    )
+    return _reshaped(cache, lambda shape: (-1, *shape[2:]))
+
+
+def _reshaped(cache, new_shape):
+    keys, values = (tuple(ops.reshape(x, new_shape(x.shape)) for x in tensors) for tensors in cache[:2])
     return KVCache(keys, values, cache.positions)

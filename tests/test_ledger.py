@@ -13,8 +13,9 @@ import pytest
 
 import keras_vaultgemma
 from keras_vaultgemma import presets
-from keras_vaultgemma.privacy import accounting, ledger
-from keras_vaultgemma.privacy.ledger import Ledger, OpenRun, Run
+from keras_vaultgemma.privacy import accounting, ledger, open_run
+from keras_vaultgemma.privacy.ledger import Ledger, Run
+from keras_vaultgemma.privacy.open_run import OpenRun
 
 DATA, OTHER_DATA, OTHER_KEY = "aaaaaaaa:01", "aaaaaaaa:02", "bbbbbbbb:03"
 
@@ -49,7 +50,7 @@ def test_what_is_written_can_be_read(tmp_path):
 def test_a_step_is_on_the_disk_before_it_is_released(tmp_path, monkeypatch):
     """`release` returns after fsync, and the steps of a block share one line."""
     path, synchronised = tmp_path / ledger.FILE, []
-    monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes()))
+    monkeypatch.setattr(open_run.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes()))
     run = OpenRun(path, a_run(planned_steps=1000))
     for step in range(1, 26):
         run.release()
@@ -99,7 +100,8 @@ import os, sys, types
 package = types.ModuleType("keras_vaultgemma")
 package.__path__ = [sys.argv[2]]  # without Keras, which takes seconds to import
 sys.modules["keras_vaultgemma"] = package
-from keras_vaultgemma.privacy.ledger import OpenRun, Run
+from keras_vaultgemma.privacy.ledger import Run
+from keras_vaultgemma.privacy.open_run import OpenRun
 run = OpenRun(sys.argv[1], Run(1000, 0.05, 80, 1.0, 1.0, 1e-5, 2000, "row", "aaaaaaaa:01", "0"))
 while True:
     run.release()
@@ -132,7 +134,7 @@ def test_nothing_is_released_where_nothing_can_be_written(tmp_path, monkeypatch)
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger.os, "fsync", full)
+    monkeypatch.setattr(open_run.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         run.release()
     assert run.done == 0

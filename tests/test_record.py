@@ -2,7 +2,8 @@ import pytest
 from test_ledger import DATA, OTHER_DATA, a_run
 
 from keras_vaultgemma.privacy import accounting
-from keras_vaultgemma.privacy.ledger import FILE, Ledger, OpenRun
+from keras_vaultgemma.privacy.ledger import FILE, Ledger
+from keras_vaultgemma.privacy.open_run import OpenRun
 from keras_vaultgemma.privacy.record import PrivacyRecord
 
 

@@ -79,6 +79,8 @@ def _is_short_row(x, divisor):
 
 def _parts(x, kernel):
     """How many parts to multiply a single row in: 1 where it is no single row, or the matrix is wide or small."""
+    if len(kernel.shape) > 2:  # a matrix for each row of a batch
+        return 1
     size, width = kernel.shape
     if x.size != size or width > 2 * size or size < 2 * PART:
         return 1

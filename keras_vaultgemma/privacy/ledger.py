@@ -18,8 +18,6 @@ row that is in both is protected by the composition of the two, which nobody can
 """
 
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,9 +124,9 @@ class Ledger(NamedTuple):
         """
         lines = [{"kind": "statement", **statement} for statement in self.statements]
         for run, count in self.runs:
-            lines += [] if run.name in begun else [_run_line(run)]
+            lines += [] if run.name in begun else [run_line(run)]
             lines += [{"kind": "end", "run": run.name, "steps": count}]
-        return b"".join(_line(content) for content in lines)
+        return b"".join(line(content) for content in lines)
 
 
 def combine(*ledgers):
@@ -209,85 +207,14 @@ def parse(content, path):
     return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
 
 
-class OpenRun:
-    """A run that is being written down; a context manager, which ends it.
-
-    Args:
-        path: file, made where there is none; or None to keep the run in memory, for weights that are nowhere else.
-        run: `Run`; it is given a name.
-        history: `Ledger` of the model that the run begins with, or None; what the file lacks of it is added first.
-
-    Raises:
-        ValueError: where the file is not a ledger, or the run's numbers are outside their ranges.
-        OSError: where it cannot be written; no step may then be released.
-    """
-
-    def __init__(self, path, run, history=None):
-        accounting.check(run.steps(run.planned_steps))
-        accounting.check_delta(run.delta)
-        if not 0 < run.clip_norm < float("inf"):
-            raise ValueError(f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}")
-        self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
-        self._history, self._file = history or Ledger(), None
-        if path is not None:
-            self._open(Path(path))
-
-    def _open(self, path):
-        history = self._history
-        there = read(path) if path.exists() else Ledger()
-        self._history = combine(there, history)
-        counted = {run.name: count for run, count in there.runs}
-        missing = Ledger(
-            tuple(statement for statement in history.statements if statement not in there.statements),
-            tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        # What a torn line left is closed, so that it spoils no other.
-        torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._write((b"\n" if torn else b"") + missing.lines(counted) + _line(_run_line(self.run)))
-        _synchronise_folder(path.parent)
-
-    @property
-    def ledger(self):
-        """`Ledger` of all entries, with the steps that this run has released so far."""
-        return combine(self._history, Ledger((), ((self.run, self.done),)))
-
-    def release(self):
-        """Count one more step. It may release something when this has returned, and not before."""
-        if self.done == self._reserved:
-            reserved = min(self.done + self.run.block, max(self.run.planned_steps, self.done + 1))
-            self._write(_line({"kind": "steps", "run": self.run.name, "steps": reserved}))
-            self._reserved = reserved
-        self.done += 1
-
-    def close(self):
-        """End the run: it counts the steps that were released, no more."""
-        if self._file is not None:
-            self._write(_line({"kind": "end", "run": self.run.name, "steps": self.done}))
-            self._file.close()
-            self._file = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def _write(self, content):
-        if self._file is None:
-            return
-        self._file.write(content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _line(content):
+def line(content):
+    """An entry as the bytes of its line."""
     # NumPy's integers are taken for the numbers they are.
     return json.dumps(content, default=lambda number: number.item()).encode("ascii") + b"\n"
 
 
-def _run_line(run):
+def run_line(run):
+    """The entry of a run that begins."""
     return {"kind": "run", **run._asdict()}
 
 
@@ -305,13 +232,3 @@ def _count(value):
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"steps must be 0 or more, not {value!r}")
     return value
-
-
-def _synchronise_folder(folder):
-    """The name of a new file is on the disk too, where folders can be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

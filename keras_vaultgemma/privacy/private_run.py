@@ -12,6 +12,7 @@ from keras_vaultgemma import checkpointing
 from keras_vaultgemma.privacy import accounting, fingerprint, refusals
 from keras_vaultgemma.privacy import ledger as ledgers
 from keras_vaultgemma.privacy import plan as planning
+from keras_vaultgemma.privacy.open_run import OpenRun
 from keras_vaultgemma.privacy.private_batches import PrivateBatches, as_rows
 
 DEFAULT_BATCH_SIZE = 32
@@ -81,7 +82,7 @@ def private(model, arguments, records=None):
             *keras.tree.flatten(arguments.get("callbacks") or []),
         ],
     }
-    record.begin(ledgers.OpenRun(path, run, record.ledger))
+    record.begin(OpenRun(path, run, record.ledger))
     try:
         yield arguments
     finally:

@@ -9,7 +9,7 @@ class PrivacyRecord:
     Attributes:
         dataset: fingerprint of the data of the last private `fit`, or None.
         budgets: {fingerprint: ε that `fit` keeps to on these data}.
-        run: `ledger.OpenRun` while a private `fit` goes on, else None.
+        run: `open_run.OpenRun` while a private `fit` goes on, else None.
     """
 
     def __init__(self, ledger=None):
@@ -26,7 +26,7 @@ class PrivacyRecord:
         self._ledger = combine(self._ledger, ledger)
 
     def begin(self, run):
-        """A private `fit` begins: its `ledger.OpenRun`."""
+        """A private `fit` begins: its `open_run.OpenRun`."""
         self.run, self.dataset = run, run.run.dataset
 
     def end(self):

@@ -8,8 +8,8 @@ are medians of three warm calls, but for a process's first call, which compiles.
 once, so memory limits it to the read bandwidth over the bytes of all weights. The bandwidth is the best of 7 sums of
 1 GiB by NumPy in two threads, taken right before and after decoding, in the same process: on shared machines it changes
 from minute to minute. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt;
-its tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported too.
-Exits with 1 where a measurement failed.
+its tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported
+too. Exits with 1 where a measurement failed.
 """
 
 import argparse

@@ -36,8 +36,8 @@ def private(epsilon):
     return dict(
         lora_rank=8,
         learning_rate=5e-3,
-        epochs=10,
-        packed=False,
+        epochs=8,
+        row_length=128,
         compile_options=dict(privacy=DPSGD(epsilon, DELTA, clip_norm=0.5)),
         fit_options=dict(batch_size=256),
     )
@@ -55,8 +55,13 @@ RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
 """Each returns options of `fine_tune`."""
 
 
-def fine_tune(folder, lora_rank, learning_rate, epochs, packed=True, compile_options=None, fit_options=None):
-    """{"before", "after" in bits per byte, "seconds" of it all, "tokens_per_second", "sample"} of one run."""
+def fine_tune(folder, lora_rank, learning_rate, epochs, row_length=None, compile_options=None, fit_options=None):
+    """{"before", "after" in bits per byte, "seconds" of it all, "tokens_per_second", "sample"} of one run.
+
+    Args:
+        row_length: None to pack dialogues into full rows; or of rows of one dialogue each, in tokens, which is what
+            private training protects.
+    """
     import keras
 
     from keras_vaultgemma import VaultGemmaCausalLM
@@ -67,10 +72,10 @@ def fine_tune(folder, lora_rank, learning_rate, epochs, packed=True, compile_opt
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
-    training, held_out = (
-        rows.read(folder / name, text_column=COLUMN).ids(model.preprocessor, is_packed)
-        for name, is_packed in (("train.csv", packed), ("validation.csv", True))
-    )
+    files = [rows.read(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")]
+    held_out = files[1].ids(model.preprocessor, True)
+    model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
+    training = files[0].ids(model.preprocessor, row_length is None)
     outcome = recipe.train(
         model,
         training,
