@@ -55,3 +55,10 @@ def test_memory_that_is_not_aligned_will_do(dtype):
     array[...] = np.arange(12).reshape(3, 4)
     variable = keras.Variable(lambda shape, dtype: backend.from_numpy(array), shape=(3, 4), dtype=array.dtype.name)
     np.testing.assert_array_equal(to_numpy(keras.ops.cast(variable.value, "float32")), np.arange(12).reshape(3, 4))
+
+
+@pytest.mark.parametrize("other", [1.0, np.nan, np.inf, -np.inf])
+def test_after_changes_nothing(other):
+    x, other = np.array([1, -(2**31), 2**31 - 1], "int32"), np.full((2, 3), other, "float32")
+    compiled = backend.compile_function(backend.after, [])
+    np.testing.assert_array_equal(to_numpy(compiled(*map(keras.ops.convert_to_tensor, (x, other)))), x)

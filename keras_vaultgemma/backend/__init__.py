@@ -25,13 +25,14 @@ from keras_vaultgemma.backend.tensorflow_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.tensors import argument, from_numpy, value_of, write_slice
+from keras_vaultgemma.backend.tensors import after, argument, from_numpy, value_of, write_slice
 from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
     "BACKENDS",
     "NAME",
     "add",
+    "after",
     "argument",
     "arrange",
     "cache_compilations",

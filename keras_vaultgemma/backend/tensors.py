@@ -58,6 +58,17 @@ def value_of(x):
     return x
 
 
+def after(x, other):
+    """`x`, but not before the float tensor `other` has been computed, nor what is made from `x`.
+
+    XLA computes early what waits for nothing, whatever memory that takes, and its CPU compiler drops barriers.
+    """
+    if NAME == "torch":
+        return x
+    # 0, which XLA cannot know.
+    return x + keras.ops.cast(keras.ops.reshape(other, (-1,))[0] > float("inf"), x.dtype)
+
+
 def write_slice(buffer, update, start):
     """Write `update` into `buffer` from position `start` of the second axis, and return the result.
 

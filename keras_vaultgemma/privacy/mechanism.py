@@ -122,10 +122,12 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
         List of float32 tensors, one for each variable.
     """
     deviation = noise_multiplier * clipped.sensitivity
-    return [
-        (gradient + deviation * backend.normal(seeds[i], gradient.shape)) / expected_rows
-        for i, gradient in enumerate(clipped.gradients)
-    ]
+    noised = []
+    for i, gradient in enumerate(clipped.gradients):
+        # One after the other, and after the sum: all noise at once would take the memory of another gradient.
+        seed = backend.after(seeds[i], noised[-1] if noised else gradient)
+        noised.append((gradient + deviation * backend.normal(seed, gradient.shape)) / expected_rows)
+    return noised
 
 
 def _squared_norms(x):
