@@ -7,6 +7,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import pytest
 from common import random_backbone
+from hub_client import write_checkpoint
+from hub_stub import HubStub
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend
 
@@ -37,3 +39,22 @@ def own_key(monkeypatch, tmp_path):
 def no_cache(monkeypatch):
     """The cache of compiled programs is a setting of the whole process, and of the user's."""
     monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders of two revisions of a repository."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    (write_checkpoint(root / "main", 1) / "training.bin").write_bytes(b"not for inference")
+    write_checkpoint(root / "v2", 2)
+    return {"main": root / "main", "v2": root / "v2"}
+
+
+@pytest.fixture
+def hub(checkpoints):
+    """A hub with open and gated repositories."""
+    gated = {"test/gated": {"resolve"}, "test/closed": {"revision", "tree", "resolve"}}
+    repositories = dict.fromkeys(("test/open", *gated, "google/vaultgemma-1b"), checkpoints)
+    gated["google/vaultgemma-1b"] = {"resolve"}
+    with HubStub(repositories, gated) as hub:
+        yield hub

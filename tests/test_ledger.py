@@ -1,19 +1,11 @@
 """The ledger: whatever happens to a run, its steps are counted."""
 
 import json
-import os
-import random
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-import keras_vaultgemma
 from keras_vaultgemma import presets
-from keras_vaultgemma.privacy import accounting, ledger, open_run
+from keras_vaultgemma.privacy import accounting, ledger
 from keras_vaultgemma.privacy.ledger import Ledger, Run
 from keras_vaultgemma.privacy.open_run import OpenRun
 
@@ -35,6 +27,13 @@ def counts(path):
     return [count for _, count in ledger.read(path).runs]
 
 
+def cut_after(path, run, steps, released):
+    """Release steps, and note the file's length when each of them was released."""
+    for _ in range(steps):
+        run.release()
+        released.append(path.stat().st_size)
+
+
 def test_what_is_written_can_be_read(tmp_path):
     path = tmp_path / "run" / ledger.FILE
     with OpenRun(path, a_run()) as run:
@@ -45,99 +44,6 @@ def test_what_is_written_can_be_read(tmp_path):
     assert found.steps(count) == accounting.Steps(50, 1000, 0.05, 80, 1.0)
     assert (found.mechanism, found.neighbouring) == ("DP-SGD with truncated Poisson sampling", "zero-out")
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["run", *["steps"] * 50, "end"]
-
-
-def test_a_step_is_on_the_disk_before_it_is_released(tmp_path, monkeypatch):
-    """`release` returns after fsync, and the steps of a block share one line."""
-    path, synchronised = tmp_path / ledger.FILE, []
-    monkeypatch.setattr(open_run.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes()))
-    run = OpenRun(path, a_run(planned_steps=1000))
-    for step in range(1, 26):
-        run.release()
-        assert ledger.parse(synchronised[-1], path).runs[0][1] >= step
-    # The run's line, its folder, and blocks of 10 steps.
-    assert len(synchronised) == 2 + 3
-
-
-def cut_after(path, run, steps, released):
-    """Release steps, and note the file's length when each of them was released."""
-    for _ in range(steps):
-        run.release()
-        released.append(path.stat().st_size)
-
-
-@pytest.mark.parametrize("planned", [5, 700])
-def test_a_file_that_is_cut_at_any_byte_counts_every_step(tmp_path, planned):
-    """A step was released when the file was at least so long; two runs, so that a cut may fall into the second's lines."""
-    path, released = tmp_path / ledger.FILE, []
-    for steps in (4, 3):
-        with OpenRun(path, a_run(planned_steps=planned)) as run:
-            cut_after(path, run, steps, released)
-    content, block = path.read_bytes(), run.run.block
-    for length in range(len(content) + 1):
-        counted = sum(count for _, count in ledger.parse(content[:length], path).runs)
-        true = sum(size <= length for size in released)
-        assert true <= counted <= true + 2 * block, length
-    assert counts(path) == [4, 3]
-
-
-@pytest.mark.parametrize("rest", [b"", b'{"kind": "st', b"\0\0\0\0", "σ".encode()[:1]])
-def test_a_run_after_a_killed_one_spoils_nothing(tmp_path, rest):
-    """Neither what was torn nor what follows is lost; the new run's line begins a line."""
-    path = tmp_path / ledger.FILE
-    run = OpenRun(path, a_run())
-    cut_after(path, run, 7, [])
-    run._file.close()
-    with path.open("ab") as file:
-        file.write(rest)
-    with OpenRun(path, a_run()) as second:
-        cut_after(path, second, 2, [])
-    assert counts(path) == [7 + bool(rest), 2]
-
-
-KILLED = """
-import os, sys, types
-package = types.ModuleType("keras_vaultgemma")
-package.__path__ = [sys.argv[2]]  # without Keras, which takes seconds to import
-sys.modules["keras_vaultgemma"] = package
-from keras_vaultgemma.privacy.ledger import Run
-from keras_vaultgemma.privacy.open_run import OpenRun
-run = OpenRun(sys.argv[1], Run(1000, 0.05, 80, 1.0, 1.0, 1e-5, 2000, "row", "aaaaaaaa:01", "0"))
-while True:
-    run.release()
-    os.write(1, b".")
-"""
-
-
-def test_kill_minus_nine(tmp_path):
-    """Eight runs into one file, each killed at a random moment: the file counts what each has released, and no run counts
-    more than two blocks that it has not."""
-    path, released, rng = tmp_path / ledger.FILE, [], random.Random(5)
-    for _ in range(8):
-        command = [sys.executable, "-c", KILLED, str(path), str(Path(keras_vaultgemma.__file__).parent)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        first = os.read(process.stdout.fileno(), 1)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        rest = process.stdout.read()
-        process.wait()
-        released.append(len(first + rest))
-    found = counts(path)
-    assert len(found) == 8 and min(released) > 0
-    for true, counted in zip(released, found, strict=True):
-        assert true <= counted <= true + 2 * 20
-
-
-def test_nothing_is_released_where_nothing_can_be_written(tmp_path, monkeypatch):
-    run = OpenRun(tmp_path / ledger.FILE, a_run())
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(open_run.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        run.release()
-    assert run.done == 0
 
 
 def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
@@ -197,43 +103,6 @@ def test_a_saved_preset_carries_the_ledger_on(tmp_path):
         second.release()
     assert ledger.read(new).statements == history.statements
     assert [(run.name, count) for run, count in ledger.read(new).runs] == [(run.run.name, 30), (second.run.name, 1)]
-
-
-def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
-    """Such as one from a backup: the model's own history has more steps of the same run, and those count."""
-    path = tmp_path / ledger.FILE
-    with OpenRun(path, a_run()) as run:
-        cut_after(path, run, 10, [])
-        older = path.read_bytes()
-        cut_after(path, run, 20, [])
-    history = ledger.read(path)
-    path.write_bytes(older)
-    assert counts(path) == [10]
-    OpenRun(path, a_run(), history).close()
-    assert counts(path) == [30, 0]
-
-
-def test_numbers_of_numpy(tmp_path):
-    run = a_run(rows=np.int64(1000), planned_steps=np.int32(50), noise_multiplier=np.float64(1.1))
-    OpenRun(tmp_path / ledger.FILE, run).close()
-    ((found, _),) = ledger.read(tmp_path / ledger.FILE).runs
-    assert found[:-1] == run[:-1] and type(found.rows) is int
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(noise_multiplier=0.0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0"),
-        (dict(delta=1.0), "`delta` must be above 0 and below 1. Received: delta=1.0"),
-        (dict(clip_norm=0.0), "`clip_norm` must be above 0 and finite. Received: clip_norm=0.0"),
-        (dict(planned_steps=-1), "`count` must be an integer of 0 or more. Received: count=-1"),
-    ],
-)
-def test_impossible_runs_leave_no_file(tmp_path, changes, message):
-    with pytest.raises(ValueError) as error:
-        OpenRun(tmp_path / ledger.FILE, a_run(**changes))
-    assert str(error.value) == message
-    assert not (tmp_path / ledger.FILE).exists()
 
 
 RUN = json.dumps({"kind": "run", **a_run(name="1")._asdict()})
