@@ -34,6 +34,13 @@ def test_a_long_row(size, width):
     np.testing.assert_allclose(found, x.astype("float64") @ kernel, rtol=1e-4, atol=1e-3)
 
 
+def test_a_matrix_for_each_row():
+    rng = np.random.default_rng(0)
+    x, kernels = rng.normal(size=(2, 3, 600)).astype("float32"), rng.normal(size=(2, 600, 8)).astype("float32")
+    found = to_numpy(backend.matmul(*map(keras.ops.convert_to_tensor, (x, kernels))))
+    np.testing.assert_allclose(found, x.astype("float64") @ kernels, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (1, 1, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_int8_matmul_is_exact(shape, transposed):
