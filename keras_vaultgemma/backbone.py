@@ -22,6 +22,7 @@ from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
 from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles
 from keras_vaultgemma.privacy import ledger
 from keras_vaultgemma.privacy.record import PrivacyRecord
+from keras_vaultgemma.read_ahead import read_ahead
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -296,7 +297,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         else:
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
-            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
+            with read_ahead(values) as initial_values:
+                backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=initial_values)
         if load_weights:
             checkpoint.warn_if_not_finite(backbone, values)
             backbone.privacy.add(ledger.of_preset(folder, preset, backbone.count_params()))

@@ -13,8 +13,11 @@ DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np
 BLOCK = 2**25
 """Bytes, in float32, that are read, cast and handed on at a time."""
 
-STRIP = 300_000
-"""Bytes of a file that a thread casts, checks and turns at a time: they stay in its core's cache meanwhile."""
+STRIP = 2_000_000
+"""Bytes of a file that a thread casts, checks and turns at a time.
+
+Few enough to stay in a cache meanwhile; enough to be worth waiting for Python's lock, which the thread that builds the
+model holds."""
 
 ALIGNMENT = 64
 """Bytes. XLA and TensorFlow take over memory that begins at a multiple of it."""

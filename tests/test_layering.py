@@ -36,6 +36,7 @@ FLOORS = [
         "adapter",
         "adapted_layers",
         "lora",
+        "read_ahead",
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
