@@ -121,8 +121,6 @@ def resumable(model, arguments):
     others = [callback for callback in callbacks if callback is not checkpoint]
     if not any(isinstance(callback, keras.callbacks.History) for callback in others):
         others.append(keras.callbacks.History())
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     run = _Run(checkpoint, model, batches, others, saved, arguments["initial_epoch"])
     with warnings.catch_warnings():
         if run.start["batch"]:

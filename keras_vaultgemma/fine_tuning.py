@@ -187,6 +187,9 @@ class FineTuning(PrivateTraining):
                 x_val, y_val, weight_val = self._training_data(validation_data, batch_size=rows, cut_rows=cut_rows)
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
             cut_rows.report()
+            if self.optimizer and not self.optimizer.built:
+                # TensorFlow traces a step that makes variables twice: a second for each block, and 8 MB.
+                self.optimizer.build(self.trainable_variables)
             kwargs |= dict(
                 x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data
             )

@@ -185,7 +185,7 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
         [ops.zeros_like(x) for x in rows] if with_gradient else [],
         [ops.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
     )
-    _, losses, is_correct, of_rows, of_tables = ops.while_loop(lambda start, *_: start < used, chunk, state)
+    _, losses, is_correct, of_rows, of_tables = backend.while_loop(lambda start, *_: start < used, chunk, state)
     of_tables = iter(of_tables)
     is_wanted = [with_gradient and factor.is_trained for factor in factors]
     tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
@@ -204,5 +204,9 @@ def _matmul_in_parts(x, table):
 
     whole, rest = divmod(vocabulary_size, PART)
     if whole:
-        product = ops.fori_loop(0, whole, lambda i, product: add(i * PART, PART, product), product)
+        _, product = backend.while_loop(
+            lambda start, _: start < whole * PART,
+            lambda start, product: (start + PART, add(start, PART, product)),
+            (ops.zeros((), "int32"), product),
+        )
     return add(whole * PART, rest, product) if rest else product

@@ -16,6 +16,7 @@ from keras_vaultgemma.backend.compilation import (
 )
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
 from keras_vaultgemma.backend.gradients import add, gradients
+from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
 from keras_vaultgemma.backend.recomputation import recomputed
@@ -56,6 +57,7 @@ __all__ = [
     "train_step",
     "update_variables",
     "value_of",
+    "while_loop",
     "without_tensorflow",
     "write_slice",
 ]

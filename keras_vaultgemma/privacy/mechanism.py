@@ -84,7 +84,7 @@ def clipped_sum(row_gradients, shapes, count, size, clip_norm, state):
 
     zeros = [ops.zeros(shape, "float32") for shape in shapes]
     start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
-    _, total, statistics, state = ops.while_loop(
+    _, total, statistics, state = backend.while_loop(
         lambda start, *_: start < count, add_microbatch, (start, zeros, statistics, list(state))
     )
     return ClippedSum(list(total), clip_norm, *statistics), list(state)

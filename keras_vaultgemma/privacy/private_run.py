@@ -161,8 +161,6 @@ def _steps_done(arguments, per_epoch):
 
 def _prepare(model, rows, microbatch):
     """Make what Keras would make of the first batch, whose structure is another one here."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     shapes = [array.shape[1:] for array in keras.tree.flatten(rows)]
     if (microbatch, shapes) != (model._microbatch, model._row_shapes):
         # The compiled step has them; TensorFlow, asked for another shape, would go on with an unknown one.

@@ -5,8 +5,9 @@
 FOLDER holds (or is filled with, 8 GB) a random bfloat16 checkpoint in each format; `full_size.py` writes the first.
 Every step runs in a process of its own, one after the other. Memory is what is resident beyond the interpreter and
 imported libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. All steps of a table run
-in turns, three times, since what fresh memory costs changes with the minute, on virtual machines above all; the table
-has median times and the largest memory. The file is read once before each backend's steps, too.
+in turns, three times; the table has median times and the largest memory. Before the clock starts, each process writes
+and frees `WARM` bytes: the host of a virtual machine takes back what lay free for seconds, and getting 2 GB anew takes
+up to two seconds more, mostly for steps whose libraries take long to import.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import time
 from pathlib import Path
 
 import full_size
+import numpy as np
 
 RUNS = 3
+WARM = 3 * 2**30
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
@@ -115,6 +118,7 @@ def measure(step, source, target):
         import keras_hub  # noqa: F401
     else:
         import keras_vaultgemma.conversion  # noqa: F401
+    np.ones(WARM, "u1")
     memory = Memory()
     memory.start()
     start = time.perf_counter()
