@@ -9,7 +9,6 @@ The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm 
 """
 
 import math
-import numbers
 import warnings
 
 import keras
@@ -19,12 +18,11 @@ from keras_vaultgemma import backend, checkpoint, distribution, lora, presets, s
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import VaultGemmaAttention, causal_mask, positions_of
 from keras_vaultgemma.decoder_block import VaultGemmaDecoderBlock
+from keras_vaultgemma.hyperparameters import check_hyperparameters, is_count
 from keras_vaultgemma.layers import Initial, ReversibleEmbedding, RMSNorm, RotaryAngles
 from keras_vaultgemma.privacy import ledger
 from keras_vaultgemma.privacy.record import PrivacyRecord
 from keras_vaultgemma.read_ahead import read_ahead
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
@@ -87,9 +85,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
     ):
         if unknown := set(kwargs) - {"name", "trainable"}:
             raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
-        if layer_types is None and _is_count(num_layers):
+        if layer_types is None and is_count(num_layers):
             layer_types = ["full_attention"] * num_layers
-        hyperparameters = dict(
+        arguments = dict(
             vocabulary_size=vocabulary_size,
             num_layers=num_layers,
             num_query_heads=num_query_heads,
@@ -107,9 +105,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             max_sequence_length=max_sequence_length,
             initializer_range=initializer_range,
         )
-        _check(hyperparameters)
-        self._hyperparameters = tuple(hyperparameters)
-        for name, value in hyperparameters.items():
+        check_hyperparameters(arguments)
+        self._hyperparameters = tuple(arguments)
+        for name, value in arguments.items():
             setattr(self, name, value)
         self._warned_about_length = False
         self.adapters = lora.Adapters()
@@ -342,38 +340,3 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
         sizes.update(hyperparameters)
         return distribution.layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)
-
-
-def _check(hyperparameters):
-    """Raise ValueError for the first hyperparameter out of its range."""
-
-    def require(name, legal, fine):
-        if not fine:
-            raise ValueError(f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}")
-
-    def is_positive(value):
-        return isinstance(value, numbers.Real) and value > 0
-
-    h = hyperparameters
-    for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim"):
-        require(name, "a positive integer", _is_count(h[name]))
-    for name in ("intermediate_dim", "head_dim", "max_sequence_length"):
-        require(name, "a positive integer", _is_count(h[name]))
-    for name in ("query_pre_attn_scalar", "rope_theta", "layer_norm_epsilon", "initializer_range"):
-        require(name, "a number above 0", is_positive(h[name]))
-    for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
-        require(name, "None or a number above 0", h[name] is None or is_positive(h[name]))
-    heads = h["num_key_value_heads"]
-    require("num_query_heads", f"a multiple of num_key_value_heads={heads}", h["num_query_heads"] % heads == 0)
-    require("head_dim", "even, for rotary positions turn pairs of channels", h["head_dim"] % 2 == 0)
-    count = h["num_layers"]
-    fine = isinstance(h["layer_types"], (list, tuple)) and len(h["layer_types"]) == count
-    fine = fine and all(layer_type in LAYER_TYPES for layer_type in h["layer_types"])
-    require("layer_types", f"{count} (num_layers) of {' or '.join(map(repr, LAYER_TYPES))}", fine)
-    slides = "sliding_attention" in h["layer_types"]
-    fine = _is_count(h["sliding_window_size"]) or (h["sliding_window_size"] is None and not slides)
-    require("sliding_window_size", "a positive integer" + ("" if slides else " or None"), fine)
-
-
-def _is_count(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0

@@ -5,12 +5,12 @@ import warnings
 from pathlib import Path
 
 from keras_vaultgemma import presets
+from keras_vaultgemma.hyperparameters import LAYER_TYPES
 
 MODEL_TYPE = "vaultgemma"
 ACTIVATION = "gelu_pytorch_tanh"
 KERAS_HUB = "keras_hub>GemmaBackbone"
 KERAS = "keras_vaultgemma>VaultGemmaBackbone"
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def _is_count(value):

@@ -156,28 +156,12 @@ def test_longer_input_warns_once():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (
-            dict(num_query_heads=3, num_key_value_heads=2),
-            "`num_query_heads` must be a multiple of num_key_value_heads=2. Received: num_query_heads=3",
-        ),
         (dict(head_dim=15), "`head_dim` must be even.*head_dim=15"),
-        (dict(vocabulary_size=0), "`vocabulary_size` must be a positive integer. Received: vocabulary_size=0"),
         (dict(num_layers=2.5), "`num_layers` must be a positive integer. Received: num_layers=2.5"),
-        (dict(hidden_dim="48"), "`hidden_dim` must be a positive integer. Received: hidden_dim='48'"),
-        (dict(rope_theta=0), "`rope_theta` must be a number above 0. Received: rope_theta=0"),
-        (dict(query_pre_attn_scalar=-1), "`query_pre_attn_scalar` must be a number above 0"),
-        (dict(layer_norm_epsilon="small"), "`layer_norm_epsilon` must be a number above 0. Received.*'small'"),
-        (dict(final_logit_soft_cap=0.0), "`final_logit_soft_cap` must be None or a number above 0"),
-        (dict(layer_types=["full_attention"]), r"`layer_types` must be 3 \(num_layers\) of .*Received: layer_types="),
-        (dict(layer_types=["full_attention"] * 2 + ["local"]), "`layer_types` must be .*'local'"),
-        (
-            dict(layer_types=["sliding_attention"] * 3),
-            "`sliding_window_size` must be a positive integer. Received.*None",
-        ),
         (dict(attention_heads=4), "attention_heads"),
     ],
 )
-def test_contradictory_arguments_are_refused(changes, message):
+def test_arguments_that_are_wrong_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         random_backbone(**changes)
 

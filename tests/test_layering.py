@@ -31,6 +31,7 @@ FLOORS = [
         "stored_tensor",
         "safetensors_file",
         "h5_file",
+        "hyperparameters",
         "checkpoint_config",
         "checkpoint",
         "distribution",
