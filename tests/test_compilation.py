@@ -79,3 +79,27 @@ def test_compilations_are_kept_where_nobody_else_said_so(tmp_path):
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.parametrize("widths, traces", [((3, 3, 3), 1), ((3, 3, 4), 3)])
+def test_layers_of_a_kind_are_traced_once(widths, traces):
+    calls = []
+
+    class Counted(keras.layers.Dense):
+        def call(self, x):
+            calls.append(self.name)
+            return super().call(x)
+
+    layers = [Counted(3, use_bias=False, name="dense") for _ in widths]
+    xs = [np.full((1, width), i + 1.0, "float32") for i, width in enumerate(widths)]
+    expected = [to_numpy(layer(x)) for layer, x in zip(layers, xs, strict=True)]
+    variables = [layer.kernel for layer in layers]
+
+    def apply(*xs):
+        return [function(x) for function, x in zip(backend.trace_once(layers), xs, strict=True)]
+
+    calls.clear()
+    found = backend.compile_function(apply, variables)(*map(keras.ops.convert_to_tensor, xs))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), other, rtol=1e-5)
+    assert len(calls) == (len(widths) if backend.NAME == "torch" else traces)

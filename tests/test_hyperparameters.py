@@ -26,7 +26,7 @@ HYPERPARAMETERS = dict(
 
 def test_what_is_fine():
     check_hyperparameters(HYPERPARAMETERS)
-    check(
+    check_hyperparameters(
         HYPERPARAMETERS
         | dict(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window_size=2)
     )

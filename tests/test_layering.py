@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "keras_vaultgemma"
 FLOORS = [
     [
         "choice",
+        "tensors",
         "compilation",
         "devices",
         "gradients",
@@ -17,7 +18,6 @@ FLOORS = [
         "noise",
         "products",
         "tensorflow_data",
-        "tensors",
         "recomputation",
         "train_step",
     ],

@@ -1,8 +1,11 @@
 """Compiled functions that read Keras variables, and the state that compiled steps keep apart from them."""
 
+import functools
+
 import keras
 
 from keras_vaultgemma.backend.choice import NAME
+from keras_vaultgemma.backend.tensors import value_of
 
 EAGER_CALLS = 8
 """Calls of a step before it is recorded on PyTorch, which takes about as long as the calls it speeds up by then."""
@@ -86,21 +89,33 @@ def compile_step(function, variables):
 def trace_once(layers):
     """Layers that differ in nothing but the values of their variables, as functions that call them.
 
-    On JAX they are traced once for all: tracing takes most of a first call whose program is compiled already.
-    Elsewhere, and where the variables' shapes or dtypes differ, the layers themselves.
+    On JAX, and in a compiled function of TensorFlow, they are traced once for all: tracing takes most of a first call
+    whose program is compiled already. Elsewhere, and where the variables' shapes or dtypes differ, the layers
+    themselves.
     """
     kinds = {tuple((v.name, tuple(v.shape), v.dtype) for v in layer.variables) for layer in layers}
-    if NAME != "jax" or len(kinds) > 1:
+    if len(kinds) > 1:
         return layers
-    import jax
+    if NAME == "jax":
+        import jax
 
-    @jax.jit
+        compiled = jax.jit
+    elif NAME == "tensorflow":
+        import tensorflow as tf
+
+        if tf.executing_eagerly():
+            return layers
+        compiled = functools.partial(tf.function, autograph=False)
+    else:
+        return layers
+
+    @compiled
     def call_first(values, args, kwargs):
         with keras.StatelessScope(state_mapping=zip(layers[0].variables, values, strict=True)):
             return layers[0](*args, **kwargs)
 
     def function_of(layer):
-        return lambda *args, **kwargs: call_first([v.value for v in layer.variables], args, kwargs)
+        return lambda *args, **kwargs: call_first([value_of(v) for v in layer.variables], args, kwargs)
 
     return [function_of(layer) for layer in layers]
 
