@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from keras_vaultgemma import ids, prompts
-from keras_vaultgemma.generation import Settings
+from keras_vaultgemma.decode_state import Settings
 from keras_vaultgemma.text_stream import TextStream
 from keras_vaultgemma.tokenizer import TURN_END
 
@@ -32,7 +32,7 @@ class Request(NamedTuple):
         limits: list of ints, tokens that each row may get.
         stop_token_ids: tuple of ids.
         stop: tuple of strings.
-        settings: `generation.Settings`.
+        settings: `decode_state.Settings`.
     """
 
     asked: prompts.Prompts

@@ -13,7 +13,8 @@ from keras import ops
 
 from keras_vaultgemma import backend, sampling
 from keras_vaultgemma.cache import EMPTY
-from keras_vaultgemma.generation import Generated, Generator
+from keras_vaultgemma.decode_state import Generated
+from keras_vaultgemma.generation import Generator
 
 DRAFT = 7
 """Tokens guessed at once. With the last token known that is a pass of 8 rows."""

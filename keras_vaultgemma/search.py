@@ -12,7 +12,7 @@ from keras import ops
 from keras_vaultgemma import backend, ids
 from keras_vaultgemma import cache as kv
 from keras_vaultgemma.attention import positions_of
-from keras_vaultgemma.generation import Generated, Settings
+from keras_vaultgemma.decode_state import Generated, Settings
 
 
 class SearchGenerator:

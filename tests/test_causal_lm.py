@@ -6,7 +6,7 @@ import reference
 from common import IDS, LINES, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
-from keras_vaultgemma.generation import Generated
+from keras_vaultgemma.decode_state import Generated
 
 
 def load_tiny(**kwargs):

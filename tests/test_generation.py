@@ -6,7 +6,8 @@ import reference
 from common import count_compilations, random_backbone
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend
-from keras_vaultgemma.generation import Generator, Settings
+from keras_vaultgemma.decode_state import Settings
+from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.search import cut_after_stop
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]

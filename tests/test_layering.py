@@ -43,7 +43,7 @@ FLOORS = [
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
     ["batches", "state_file", "training_state", "checkpointing"],
-    ["sampling", "prefill", "generation", "search", "prompt_lookup", "completion", "loss"],
+    ["sampling", "prefill", "decode_state", "generation", "search", "prompt_lookup", "completion", "loss"],
     ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
     ["dpsgd", "mechanism", "refusals", "private_run", "training"],
     ["fine_tuning", "causal_lm"],

@@ -5,7 +5,8 @@ import reference
 from common import random_backbone
 
 from keras_vaultgemma import VaultGemmaCausalLM
-from keras_vaultgemma.generation import Generator, Settings
+from keras_vaultgemma.decode_state import Settings
+from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.prompt_lookup import PromptLookup, draft
 
 ROWS = [[2, 17, 5, 99, 17, 5], [2, 4], [2, *range(30, 55), 30, 31]]

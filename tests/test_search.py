@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from common import to_numpy
 
-from keras_vaultgemma.generation import Generator, Settings
+from keras_vaultgemma.decode_state import Settings
+from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.search import SearchGenerator, cut_after_stop
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
