@@ -297,68 +297,6 @@ def test_going_on_says_where(tmp_path, capsys):
     assert f"{tmp_path}/run/training.state: going on after epoch 2, batch 2" in capsys.readouterr().out
 
 
-# What is not finite.
-
-
-def bad_loss(labels, logits):
-    """Not a number for a row that begins with label 2."""
-    losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-    return losses + keras.ops.where(labels[:, :1] == 2, np.nan, 0.0)
-
-
-def with_bad_loss():
-    return small(loss=bad_loss)
-
-
-BAD_LABELS = LABELS.copy()
-BAD_LABELS[6, 0] = 2
-
-
-def after(steps, folder):
-    """The state after so many steps, each with one row in order."""
-    model = fresh(with_bad_loss)
-    x, y = {name: array[:steps] for name, array in IDS.items()}, LABELS[:steps]
-    fit(model, folder, x, y, epochs=1, batch_size=1, shuffle=False)
-    return training_state.copy(state(model))
-
-
-@pytest.mark.parametrize(
-    "limit, restored, words",
-    [(checkpointing.COPY_LIMIT, 6, "before it"), (0, 4, "after epoch 1, batch 4, the last checkpoint")],
-)
-def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, words):
-    """Training stops with the batch that is to blame, and the state before it comes back; where it is large, a saved
-    one. Only that is on disk, so that the run may be gone on with."""
-    expected = after(restored, tmp_path / "good")
-    monkeypatch.setattr(checkpointing, "COPY_LIMIT", limit)
-    model = fresh(with_bad_loss)
-    options = {"batch_size": 1, "shuffle": False, "save_freq": 4, "validation_data": (IDS, LABELS)}
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="Training stops") as caught:
-            checkpoint = fit(model, tmp_path / "run", y=BAD_LABELS, **options)
-        assert messages(caught) == [checkpoint.failure]
-        assert checkpoint.failure == (
-            "Epoch 1, batch 7 of 10 (rows [6] of the data): the loss is nan. Training stops; weights and optimizer are "
-            f"again as they were {words}"
-        )
-        assert_equal(training_state.copy(state(model)), expected)
-        assert model.history.epoch == [0] and np.isfinite(model.history.history["val_loss"]).all()
-        assert state_file.read_facts(checkpoint.path)["position"] == {"epoch": 0, "batch": 4, "is_finished": False}
-        forget(model)
-    assert fit(model, tmp_path / "other", {k: v[:4] for k, v in IDS.items()}, LABELS[:4]).failure is None
-
-
-@pytest.mark.parametrize("limit", [checkpointing.COPY_LIMIT, 0])
-def test_weights_that_are_not_finite_are_neither_kept_nor_saved(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(checkpointing, "COPY_LIMIT", limit)
-    model = small(keras.optimizers.SGD(np.inf))
-    begin = training_state.copy(state(model))
-    with pytest.warns(UserWarning, match="Epoch 1, batch 1 of 3 .*: it leaves weights that are not finite"):
-        fit(model, tmp_path / "run")
-    assert_equal(training_state.copy(state(model)), begin)
-    assert_equal(dict(state_file.read_arrays(tmp_path / "run" / checkpointing.FILE, "weight", "optimizer")), begin)
-
-
 # Bad checkpoints and bad places.
 
 

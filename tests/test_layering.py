@@ -42,7 +42,7 @@ FLOORS = [
         "backbone",
     ],
     ["tokenizer", "preprocessor", "prompts", "training_data", "packing", "text_stream"],
-    ["batches", "state_file", "training_state", "checkpointing"],
+    ["batches", "state_file", "training_state", "checkpointed_run", "checkpointing"],
     ["sampling", "prefill", "decode_state", "generation", "search", "prompt_lookup", "completion", "loss"],
     ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
     ["dpsgd", "mechanism", "refusals", "private_run", "training"],
