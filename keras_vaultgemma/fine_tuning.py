@@ -51,7 +51,8 @@ class FineTuning(PrivateTraining):
                 given logits, which then have to be computed and kept, as with a loss of your own.
             sampler: "greedy" unless given.
             gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again:
-                a part of the memory, for about a third more time.
+                a part of the memory, for about a quarter more time. Also has glibc return freed memory at once, in the
+                whole process.
             privacy: `privacy.DPSGD`, which trains privately and states what that guarantees; None to train as ever.
         """
         is_auto = isinstance(loss, str) and loss == "auto"
@@ -73,6 +74,8 @@ class FineTuning(PrivateTraining):
         options = dict(weighted_metrics=weighted_metrics, sampler=sampler, privacy=privacy)
         super().compile(optimizer, loss, **options, **kwargs)
         self.backbone.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            backend.return_freed_memory()
         self._generators = {}
 
     @property

@@ -15,6 +15,7 @@ FLOORS = [
         "devices",
         "gradients",
         "loops",
+        "memory",
         "noise",
         "products",
         "tensorflow_data",

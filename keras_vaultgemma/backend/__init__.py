@@ -17,6 +17,7 @@ from keras_vaultgemma.backend.compilation import (
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
 from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.loops import while_loop
+from keras_vaultgemma.backend.memory import return_freed_memory
 from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
 from keras_vaultgemma.backend.recomputation import recomputed
@@ -51,6 +52,7 @@ __all__ = [
     "matmul",
     "normal",
     "recomputed",
+    "return_freed_memory",
     "seed_global_generator",
     "tensorflow_dataset",
     "trace_once",
