@@ -1,11 +1,9 @@
 """What is computed twice: the same gradients, and not all of it in memory at once."""
 
-import time
-
 import keras
 import numpy as np
 import pytest
-from common import gradients, to_numpy
+from common import gradients
 from keras import ops
 
 from keras_vaultgemma import backend
@@ -73,42 +71,3 @@ def test_one_layer_is_in_memory_at_a_time():
         return program.memory_analysis().temp_size_in_bytes
 
     assert memory(12) - memory(4) < 4 * ROWS * INNER
-
-
-@pytest.mark.skipif(backend.NAME != "tensorflow", reason="JAX tells the memory; PyTorch does one thing after the other")
-def test_nothing_is_computed_again_before_its_gradient_is_asked_for():
-    import tensorflow as tf
-
-    log = []
-
-    def block(name):
-        def gradient(upstream):
-            def write(x):
-                time.sleep(0.01)  # long enough for another thread to go ahead
-                log.append(f"gradient of {name}")
-                return x
-
-            return tf.ensure_shape(tf.numpy_function(write, [upstream], tf.float32, stateful=False), upstream.shape)
-
-        @tf.custom_gradient
-        def logged(x):
-            def write(x):
-                log.append(name)
-                return x
-
-            return tf.ensure_shape(tf.numpy_function(write, [x], tf.float32, stateful=False), x.shape), gradient
-
-        return lambda x: ops.square(logged(x))  # whose gradient needs the value
-
-    @tf.function
-    def run(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = x
-            for name in "abc":
-                y = backend.recomputed(block(name))(y)
-        return y, tape.gradient(y, x)
-
-    y, gradient = run(tf.ones(3))
-    assert to_numpy(y).tolist() == [1, 1, 1] and to_numpy(gradient).tolist() == [8, 8, 8]
-    assert log == ["a", "b", "c", "c", "gradient of c", "b", "gradient of b", "a", "gradient of a"]
