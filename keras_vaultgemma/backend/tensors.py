@@ -65,7 +65,7 @@ def after(x, other):
     """
     if NAME == "torch":
         return x
-    # 0, which XLA cannot know.
+    # 0, which XLA cannot know. Also where `other` is not finite: in private training one row must not touch another.
     return x + keras.ops.cast(keras.ops.reshape(other, (-1,))[0] > float("inf"), x.dtype)
 
 
