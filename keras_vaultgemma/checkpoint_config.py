@@ -22,7 +22,7 @@ def _is_number(value):
 
 
 COUNT = ("an integer from 1 to 2147483647", _is_count)
-LAYERS = ("an integer from 1 to 10000", lambda value: _is_count(value) and value <= 10_000)
+LAYERS = ("an integer from 1 to 1000", lambda value: _is_count(value) and value <= 1000)
 """More would be a list of types, and a table of weights, that takes memory before the file can be asked for either."""
 
 NUMBER = ("a finite number above 0", _is_number)

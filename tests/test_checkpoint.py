@@ -518,9 +518,7 @@ def test_a_preset_in_several_files_is_for_keras(tmp_path):
     assert issubclass(checkpoint.KerasOnly, ValueError)
 
 
-@pytest.mark.parametrize(
-    "change", [dict(num_layers=10_000), dict(hidden_dim=2**31 - 2), dict(vocabulary_size=2**31 - 1)]
-)
+@pytest.mark.parametrize("change", [dict(num_layers=1000), dict(hidden_dim=2**31 - 2), dict(vocabulary_size=2**31 - 1)])
 def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
     folder = shutil.copytree(own_preset[1], tmp_path / "own")
     config = json.loads((folder / "config.json").read_text())
@@ -532,7 +530,7 @@ def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
         checkpoint.open_values(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200e6 and time.monotonic() - start < 10
+    assert peak < 20e6 and time.monotonic() - start < 10
 
 
 def test_a_keras_preset_without_its_file_is_named(own_preset, tmp_path):
