@@ -1,17 +1,12 @@
 """Every size and constant has a range, and an error that names it."""
 
 import pytest
+from common import RELEASE_LIKE
 
 from keras_vaultgemma.hyperparameters import check_hyperparameters, is_count
 
 HYPERPARAMETERS = dict(
-    vocabulary_size=16,
-    num_layers=3,
-    num_query_heads=4,
-    num_key_value_heads=4,
-    hidden_dim=8,
-    intermediate_dim=8,
-    head_dim=16,
+    RELEASE_LIKE,
     query_pre_attn_scalar=16,
     attention_logit_soft_cap=None,
     final_logit_soft_cap=None,
@@ -19,8 +14,6 @@ HYPERPARAMETERS = dict(
     sliding_window_size=None,
     rope_theta=10_000.0,
     layer_norm_epsilon=1e-6,
-    max_sequence_length=8,
-    initializer_range=0.02,
 )
 
 

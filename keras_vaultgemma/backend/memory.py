@@ -10,7 +10,7 @@ def return_freed_memory():
     """Have freed blocks of a megabyte or more go back to the system at once; for the whole process, once and for all.
 
     glibc otherwise takes blocks of up to 32 MB from its heap as soon as one such was freed, and layers' intermediate
-    values then leave gaps there that the next ones do not fit into: half a gigabyte on PyTorch at VaultGemma's size.
+    values then leave gaps there that the next ones do not fit into: a gigabyte on PyTorch at VaultGemma 1B's size.
     Does nothing with another C library.
     """
     try:
