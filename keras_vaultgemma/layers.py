@@ -175,13 +175,13 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         if reverse:
             logits = backend.matmul(x, ops.convert_to_tensor(self._embeddings), transposed=True)
             return self._capped_with_update(logits, x)
-        if not self.lora_enabled:
-            return super().call(x)
-        a, b = self.lora_factors
         ids = ops.cast(x, "int32")
-        update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b))
-        rows = ops.cast(ops.take(self._embeddings, ids, axis=0), "float32")
-        return ops.cast(rows + update, self.compute_dtype)
+        rows = backend.take_rows(ops.convert_to_tensor(self._embeddings), ids)
+        if self.lora_enabled:
+            a, b = self.lora_factors
+            update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b))
+            rows = ops.cast(rows, "float32") + update
+        return ops.cast(rows, self.compute_dtype)
 
     def quantized_call(self, x, reverse=False):
         if self.quantization_mode != "int8" or not reverse:

@@ -64,6 +64,40 @@ def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
         assert found.shape == (1, 1, width) and (found == size * 127**2).all()
 
 
+@pytest.mark.skipif(backend.NAME != "jax", reason="XLA is asked what it compiled")
+@pytest.mark.parametrize(
+    "function, dtype, rows, transposed",
+    [
+        ("matmul", "bfloat16", 1, False),
+        ("matmul", "bfloat16", 1, True),
+        ("matmul", "bfloat16", 4, False),
+        ("matmul", "bfloat16", 4, True),
+        ("int8_matmul", "int8", 1, False),
+        ("int8_matmul", "int8", 1, True),
+        ("int8_matmul", "int8", 4, False),
+        ("int8_matmul", "int8", 4, True),
+        ("take_rows", "bfloat16", 1, False),
+        ("take_rows", "bfloat16", 4, False),
+    ],
+)
+def test_a_loop_keeps_no_float32_copy_of_a_matrix(function, dtype, rows, transposed):
+    """Decoding would otherwise take, and read, four times the memory of int8 weights."""
+    import jax
+
+    def step(x, kernel):
+        if function == "take_rows":
+            return backend.take_rows(kernel, keras.ops.cast(x[:, 0], "int32")) * 0.5
+        product = getattr(backend, function)(x, kernel, transposed)
+        return keras.ops.cast(keras.ops.tanh(keras.ops.cast(product, "float32")) * 9, dtype)
+
+    def loop(x, kernel):
+        return keras.ops.fori_loop(0, 5, lambda _, x: step(x, kernel), x)
+
+    x, kernel = jax.ShapeDtypeStruct((rows, 1152), dtype), jax.ShapeDtypeStruct((1152, 1152), dtype)
+    compiled = jax.jit(loop).lower(x, kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 1152 * 1152 * 4
+
+
 def test_arrange_changes_nothing_but_memory():
     variable = keras.Variable(np.arange(12, dtype="float32").reshape(3, 4))
     value, expected = variable.value, to_numpy(variable)

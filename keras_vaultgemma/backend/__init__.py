@@ -19,7 +19,7 @@ from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory
 from keras_vaultgemma.backend.noise import normal
-from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul
+from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.recomputation import recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -54,6 +54,7 @@ __all__ = [
     "recomputed",
     "return_freed_memory",
     "seed_global_generator",
+    "take_rows",
     "tensorflow_dataset",
     "trace_once",
     "train_step",

@@ -8,6 +8,9 @@ ROWS, LANES = {"int8": 16, "bfloat16": 8}, 32
 """Rows of a matrix that JAX's CPU adds up in one go for a single row of `x`, and columns of a transposed one. With 16
 rows of bfloat16, or 6, the loop is no longer made of vector instructions, and takes 5 to 20 times as long."""
 
+EXACT_PRODUCTS = 2**24 // 128**2
+"""Products of two int8 numbers whose sum is exact in float32, in any order."""
+
 MOST_FEW_ROWS = 16
 """Rows of `x` up to which reading the matrix takes most of the time of a product."""
 
@@ -48,6 +51,14 @@ def matmul(x, kernel, transposed=False):
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
 
 
+def take_rows(table, ids):
+    """Rows `ids` [...] of `table` [V, D]: [..., D]."""
+    if NAME == "jax" and table.dtype.itemsize == 2 and _is_jax_cpu():
+        # Else XLA would, before a loop over ids, make a float32 copy of the table, as it widens 16-bit numbers to move.
+        ids, table = _kept_together(ids, table)
+    return keras.ops.take(table, ids, axis=0)
+
+
 def arrange(kernel):
     """Lay the Keras variable `kernel` [in, out] out in memory as `matmul` reads it fastest; its values stay.
 
@@ -85,7 +96,12 @@ def _parts(x, kernel):
     if x.size != size or width > 2 * size or size < 2 * PART:
         return 1
     least = -(-size // PART)
-    return next((parts for parts in range(least, 2 * least) if size % parts == 0), 1)
+    parts = _divisor(size, least)
+    return parts if parts < 2 * least else 1
+
+
+def _divisor(number, at_least):
+    return next(n for n in range(at_least, number + 1) if number % n == 0)
 
 
 def _jax_row_in_parts(x, kernel, parts):
@@ -103,30 +119,46 @@ def _jax_row(x, kernel):
     the numbers a second that a float32 product reads.
 
     Returns:
-        int32 for int8, exact: the terms are float32, but a sum of up to 1,040 products stays below 2^24. Else float32.
+        int32 for int8, exact: the sums are float32, but one of up to `EXACT_PRODUCTS` stays below 2^24. Else float32.
     """
     import jax.numpy as jnp
 
+    x, kernel = _kept_together(x, kernel)
     rows = ROWS[kernel.dtype.name]
     x, out = x.astype("float32").reshape(-1, rows, 1), (*x.shape[:-1], kernel.shape[1])
+    is_int8 = kernel.dtype == "int8"
     # Widened before it is cut: 16-bit slices would be widened, narrowed and widened again.
-    kernel = kernel if kernel.dtype == "int8" else kernel.astype("float32")
+    kernel = kernel if is_int8 else kernel.astype("float32")
     kernel = kernel.reshape(-1, rows, kernel.shape[1])
     partial = _added_up([x[:, i] * kernel[:, i].astype("float32") for i in range(rows)])
-    if kernel.dtype == "int8":
-        return jnp.sum(partial.astype("int32"), axis=0).reshape(out)
-    # A product and not a sum, which XLA would run number by number.
-    return jnp.matmul(jnp.ones((1, len(partial))), partial).reshape(out)
+    # Products and not sums, which XLA would run number by number.
+    if not is_int8:
+        return jnp.matmul(jnp.ones((1, len(partial))), partial).reshape(out)
+    parts = _divisor(len(partial), at_least=-(-len(partial) * rows // EXACT_PRODUCTS))
+    partial = partial.reshape(parts, -1, partial.shape[1])
+    sums = jnp.einsum("pk,pkn->pn", jnp.ones(partial.shape[:2]), partial)
+    return jnp.sum(sums.astype("int32"), axis=0).reshape(out)
 
 
 def _jax_transposed_int8_row(x, kernel):
     """As `_jax_row` for int8 [out, in], along the rows: about 4.5 times the numbers of a float32 product."""
     import jax.numpy as jnp
 
+    x, kernel = _kept_together(x, kernel)
     row = x.astype("float32").reshape(-1)
     parts = [slice(start, start + LANES) for start in range(0, x.size, LANES)]
     partial = _added_up([row[part] * kernel[:, part].astype("float32") for part in parts])
     return jnp.sum(partial.astype("int32"), axis=1).reshape(*x.shape[:-1], -1)
+
+
+def _kept_together(x, kernel):
+    """Both, so that XLA cannot see that in a loop over x the kernel stays.
+
+    It would widen the kernel before the loop, once for all steps: float32 copies of all weights, which each step reads.
+    """
+    import jax
+
+    return jax.lax.optimization_barrier((x, kernel))
 
 
 def _added_up(terms):
@@ -166,10 +198,10 @@ def _jax_product(x, kernel, transposed, dtype, least_rows=1):
     if count < least_rows:
         # The barrier keeps XLA from seeing that the two rows are one.
         rows = jax.lax.optimization_barrier(jax.numpy.concatenate([rows, rows]))
-    if transposed and rows.dtype == "float32" and 1 < count <= MOST_FEW_ROWS:
+    if transposed and rows.dtype != "int8" and 1 < len(rows) <= MOST_FEW_ROWS:
         # The large matrix first: twice the speed on a CPU. Another barrier keeps XLA from turning it round again.
         product = jax.lax.dot_general(kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-        product = jax.lax.optimization_barrier(product).T
+        product = jax.lax.optimization_barrier(product).T[:count]
     else:
         axes = (((1,), (1 if transposed else 0,)), ((), ()))
         product = jax.lax.dot_general(rows, kernel, axes, preferred_element_type=dtype)[:count]
