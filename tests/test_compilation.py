@@ -48,6 +48,17 @@ def test_a_step_is_recorded_once_for_its_shapes():
     assert len(calls) == 2 * (compilation.EAGER_CALLS + 1)
 
 
+@pytest.mark.skipif(backend.NAME != "torch", reason="other backends compile whole loops")
+def test_recording_a_step_copies_no_argument():
+    """A cache would be in memory twice."""
+    compiled = backend.compile_step(lambda x: x.add_(1), [])
+    x = start = keras.ops.zeros((3,))
+    for i in range(2 * compilation.EAGER_CALLS):
+        x = compiled(x)
+        assert x.data_ptr() == start.data_ptr()
+        assert to_numpy(x).tolist() == [i + 1] * 3
+
+
 @pytest.mark.skipif(backend.NAME != "torch", reason="other backends have no such generator")
 def test_global_generator_is_what_a_layer_without_a_seed_draws_from():
     layer, x, found = keras.layers.Dropout(0.5), np.ones((1, 64), "float32"), []

@@ -68,20 +68,21 @@ def compile_step(function, variables):
         if calls[key] <= EAGER_CALLS:
             return function(*args)
         values = [v.value.detach() for v in variables]
-        if key not in programs:
-            structure = []
+        if key in programs:
+            program, structure = programs[key]
+            return keras.tree.pack_sequence_as(structure, program(values, leaves))
+        results = []
 
-            def stateless(values, leaves):
-                with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
-                    result = function(*keras.tree.pack_sequence_as(args, leaves))
-                structure.append(result)
-                return keras.tree.flatten(result)
+        def stateless(values, leaves):
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                results.append(function(*keras.tree.pack_sequence_as(args, leaves)))
+            return keras.tree.flatten(results[0])
 
-            # Recorded with copies: what is recorded is also done.
-            program = make_fx(stateless)(values, [x.clone() for x in leaves])
-            programs[key] = program.forward, keras.tree.map_structure(lambda x: None, structure[0])
-        program, structure = programs[key]
-        return keras.tree.pack_sequence_as(structure, program(values, leaves))
+        # What is recorded is also done: this is the call, whose arguments need not be copied.
+        program = make_fx(stateless)(values, leaves)
+        result = results.pop()  # nothing of it stays with the program
+        programs[key] = program.forward, keras.tree.map_structure(lambda x: None, result)
+        return result
 
     return call
 
