@@ -50,9 +50,9 @@ class FineTuning(PrivateTraining):
             weighted_metrics: "auto" is the share of those tokens that the model ranks first. Metrics of your own are
                 given logits, which then have to be computed and kept, as with a loss of your own.
             sampler: "greedy" unless given.
-            gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again:
-                a part of the memory, for about a quarter more time. Also has glibc return freed memory at once, in the
-                whole process.
+            gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again,
+                and make smaller chunks of the loss: a part of the memory, for about a quarter more time. Also has glibc
+                return freed memory at once, in the whole process.
             privacy: `privacy.DPSGD`, which trains privately and states what that guarantees; None to train as ever.
         """
         is_auto = isinstance(loss, str) and loss == "auto"
@@ -121,8 +121,14 @@ class FineTuning(PrivateTraining):
         """`loss.cross_entropy` of hidden states [B, T, D] and flat targets and weights [B * T]."""
         rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
         embedding = self.backbone.token_embedding
-        factors = head_factors(embedding, rows)
-        return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
+        return cross_entropy(
+            head_factors(embedding, rows),
+            targets,
+            weights,
+            embedding.logit_soft_cap,
+            with_gradient,
+            saves_memory=self.backbone.gradient_checkpointing,
+        )
 
     @property
     def privacy(self):

@@ -116,7 +116,8 @@ def _jax_row(x, kernel):
 
     Otherwise it multiplies a single row number by number, or by way of a copy of the matrix in another order. Sums of a
     few rows of the matrix, written out term by term, are a loop over its columns instead, which reads about 2.5 times
-    the numbers a second that a float32 product reads.
+    the numbers a second that a float32 product reads. The rows of a sum are far apart, so that memory is read in as many
+    streams: up to twice as fast as rows that follow one another.
 
     Returns:
         int32 for int8, exact: the sums are float32, but one of up to `EXACT_PRODUCTS` stays below 2^24. Else float32.
@@ -125,12 +126,12 @@ def _jax_row(x, kernel):
 
     x, kernel = _kept_together(x, kernel)
     rows = ROWS[kernel.dtype.name]
-    x, out = x.astype("float32").reshape(-1, rows, 1), (*x.shape[:-1], kernel.shape[1])
+    x, out = x.astype("float32").reshape(rows, -1, 1), (*x.shape[:-1], kernel.shape[1])
     is_int8 = kernel.dtype == "int8"
     # Widened before it is cut: 16-bit slices would be widened, narrowed and widened again.
     kernel = kernel if is_int8 else kernel.astype("float32")
-    kernel = kernel.reshape(-1, rows, kernel.shape[1])
-    partial = _added_up([x[:, i] * kernel[:, i].astype("float32") for i in range(rows)])
+    kernel = kernel.reshape(rows, -1, kernel.shape[1])
+    partial = _added_up([x[i] * kernel[i].astype("float32") for i in range(rows)])
     # Products and not sums, which XLA would run number by number.
     if not is_int8:
         return jnp.matmul(jnp.ones((1, len(partial))), partial).reshape(out)
