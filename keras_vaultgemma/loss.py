@@ -15,8 +15,8 @@ from keras_vaultgemma import backend
 from keras_vaultgemma.layers import int8_product, soft_cap
 
 CHUNK_LOGITS, SMALL_CHUNK_LOGITS = 2**26, 2**25
-"""Logits of a chunk at most, by default and where memory matters more than time: 256 and 128 MiB in float32, of which up
-to three copies are alive at a time.
+"""Logits of a chunk at most, by default and where memory matters more than time: 256 and 128 MiB in float32, of which
+up to three copies are alive at a time.
 
 Every chunk reads the whole table. With VaultGemma's vocabulary these are 262 and 131 tokens. The smaller chunk takes a
 quarter longer (TensorFlow and JAX, 2 cores), half of that twice as long; one twice as large is 13 % faster.

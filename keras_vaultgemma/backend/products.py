@@ -116,8 +116,8 @@ def _jax_row(x, kernel):
 
     Otherwise it multiplies a single row number by number, or by way of a copy of the matrix in another order. Sums of a
     few rows of the matrix, written out term by term, are a loop over its columns instead, which reads about 2.5 times
-    the numbers a second that a float32 product reads. The rows of a sum are far apart, so that memory is read in as many
-    streams: up to twice as fast as rows that follow one another.
+    the numbers a second that a float32 product reads. The rows of a sum are far apart, so that memory is read
+    in as many streams: up to twice as fast as rows that follow one another.
 
     Returns:
         int32 for int8, exact: the sums are float32, but one of up to `EXACT_PRODUCTS` stays below 2^24. Else float32.
