@@ -86,7 +86,8 @@ def own_values(layer):
 
 
 def _initializer(value):
-    return lambda shape, dtype: backend.from_numpy(np.array(value))
+    # By the name `layout` Keras knows that it need not compile a program that makes the parts for the devices.
+    return lambda shape, dtype, layout=None: backend.from_numpy(np.array(value), layout)
 
 
 def _copy(value):

@@ -215,7 +215,9 @@ def _is_chosen(module, config, tensors):
         # A stranger's regular expression can run for ever: what is there was chosen.
         return any(name.startswith(f"{PREFIX}{module}.lora_") for name in tensors)
     layers, layer = config.get("layers_to_transform"), re.match(r"model\.layers\.(\d+)\.", module)
-    if layers not in (None, []) and layer and int(layer[1]) not in (layers if isinstance(layers, list) else [layers]):
+    layers = [layers] if isinstance(layers, int) else layers
+    # What a whole name targets is not asked for its layer. The embedding is in none.
+    if layers and module not in targets and not (layer and int(layer[1]) in layers):
         return False
     return _is_named(module, targets) and not _is_named(module, exceptions)
 

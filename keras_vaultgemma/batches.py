@@ -17,7 +17,8 @@ class Batches(keras.utils.PyDataset):
 
     Args:
         data: nested arrays with one first axis, of which rows are shuffled, or a `keras.utils.PyDataset`, of which
-            whole batches are. The latter must return the same batch for an index whenever it is asked.
+            whole batches are. The latter must return the same batch for an index whenever it is asked; its `workers`
+            are not used.
         batch_size: rows of a batch of arrays; the last of a pass may have fewer.
         shuffle: whether each pass has an order of its own, or all the data's.
         seed: int from 0.
@@ -28,13 +29,14 @@ class Batches(keras.utils.PyDataset):
     """
 
     def __init__(self, data, batch_size, shuffle, seed, steps_per_epoch=None):
+        # Without the dataset's workers: on JAX and PyTorch Keras looks at a batch before the first epoch, and what
+        # they have read ahead until then is trained on again, or comes from before the place where a run goes on.
+        super().__init__()
         self._is_dataset = isinstance(data, keras.utils.PyDataset)
         if self._is_dataset:
-            super().__init__(data.workers, data.use_multiprocessing, data.max_queue_size)
             self.items_are = "batches"
             self._data, self._count, self._batch_size = data, data.num_batches, 1
         else:
-            super().__init__()
             self.items_are = "rows"
             self._data = keras.tree.map_structure(_as_array, data)
             self._count, self._batch_size = len(keras.tree.flatten(self._data)[0]), _positive("batch_size", batch_size)

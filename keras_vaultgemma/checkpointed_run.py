@@ -79,7 +79,9 @@ class CheckpointedRun(keras.callbacks.Callback):
         self._unsaved += self._last + 1 - self._first
         loss = logs.get("loss", 0.0)  # private training has none: a row without a finite loss has no part in it
         if not np.isfinite(loss):
-            self._stop(f"the loss is {loss}")
+            # The update before is known to be good where its weights were looked at.
+            since = " (by this batch, or by the update after the one before)" if self._batches_unseen() else ""
+            self._stop(f"the loss is {loss}{since}")
             return
         done = self._batches.done + self._last + 1
         is_due = self._is_due() and done < self._batches.steps  # after an epoch's last batch callbacks come first
@@ -103,12 +105,17 @@ class CheckpointedRun(keras.callbacks.Callback):
         if self._checkpoint.failure is None and self._epoch is not None:
             self._save({"epoch": self._epoch + 1, "batch": 0, "is_finished": self.model.stop_training})
 
+    def _batches_unseen(self):
+        """How many batches before the last one have left weights that nobody has looked at."""
+        return 0 if self._keeps_copy else self._unsaved - (self._last + 1 - self._first)
+
     def _is_due(self):
         return self._checkpoint.save_freq != "epoch" and self._unsaved >= self._checkpoint.save_freq
 
     def _save(self, position):
         if not self._keeps_copy and not training_state.is_finite(self._variables):
-            self._stop("it leaves weights that are not finite")
+            unseen = self._batches_unseen()
+            self._stop(f"it{f' or one of the {unseen} before' * bool(unseen)} leaves weights that are not finite")
             return
         self._unsaved = 0
         try:

@@ -39,12 +39,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     The loss is watched, too. After a batch whose loss is not finite, or after which a weight is not, training stops
     with a warning that names the batch, and the last good state is put back: that before the batch where the state has
-    at most 64 MB, as with LoRA, else the checkpoint's. The file has no other weights than finite ones.
+    at most 64 MB, as with LoRA, else the checkpoint's. (Larger weights are looked at only when they are saved: then it
+    may be an earlier batch that spoiled them, as the warning says.) The file has no other weights than finite ones.
 
     It is for one process; of several, each would write the same file.
 
     Data must be strings, arrays, or a `keras.utils.PyDataset` that gives the same batch for the same index in every
-    epoch. The order is that of `Batches`, not the one in which `fit` shuffles without this callback.
+    epoch, and whose `workers` are not used. The order is that of `Batches`, not the one in which `fit` shuffles without
+    this callback.
 
     Args:
         folder: of the checkpoint; made where it does not exist.

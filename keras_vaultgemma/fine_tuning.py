@@ -8,14 +8,13 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import adapted_layers, backend, checkpointing, distribution, ids, training_data
-from keras_vaultgemma.loss import cross_entropy, head_factors
+from keras_vaultgemma.loss import check_table, cross_entropy, head_factors
 from keras_vaultgemma.preprocessor import as_samples, as_texts
 from keras_vaultgemma.privacy.private_run import private
 from keras_vaultgemma.privacy.training import PrivateTraining
 
 SCORED_ROWS = 32
 """Rows that `score` computes at a time."""
-
 
 TOKENS_AT_ONCE = 2048
 """Of the rows that private training computes together."""
@@ -161,6 +160,7 @@ class FineTuning(PrivateTraining):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
         if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        training_data.check_alone(y, sample_weight)
         # Past `Layer.__call__`, which looks into every string and wraps errors.
         return self.preprocessor.call(x, cut_rows=cut_rows)
 
@@ -174,18 +174,21 @@ class FineTuning(PrivateTraining):
                 - chats, lists of `{"role", "content"}`: the loss is on what the model says alone;
                 - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of these, or of packed
                   documents (packing.py);
-                - `{"token_ids", "padding_mask"}` with labels `y`.
+                - `{"token_ids", "padding_mask"}` with labels `y`, of any value where `sample_weight` is 0.
+            y, sample_weight: of ids alone; the other forms have their own.
             validation_data: like `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
 
         Raises:
-            ValueError: for empty data, items that are not strings, ids outside the vocabulary, 16-bit weights to train,
-                or a batch that the distribution which is set cannot divide among its devices.
+            ValueError: for empty data, items that are not strings, ids or labels outside the vocabulary, labels or
+                weights beside data that have their own, 16-bit weights to train, or a batch that the distribution which
+                is set cannot divide among its devices.
 
         Warns:
             UserWarning: how many rows were longer than the preprocessor's `sequence_length` and were cut: of data in
                 memory before training, of streams after it.
         """
         self._check_that_training_moves_weights()
+        self._check_that_there_is_a_loss()
         with training_data.CutRows() as cut_rows:
             records = self._records(x)
             x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
@@ -213,6 +216,11 @@ class FineTuning(PrivateTraining):
             return None
         return ["\0".join(parts) for parts in as_samples(x)[0]]
 
+    def _check_that_there_is_a_loss(self):
+        # Before Keras begins: on JAX an error within its step leaves the model without values.
+        if self._loss_takes_hidden_states:
+            check_table(self.backbone.token_embedding)
+
     def _check_that_training_moves_weights(self):
         for variable in self.trainable_variables:
             if variable.dtype in ("bfloat16", "float16"):
@@ -224,6 +232,7 @@ class FineTuning(PrivateTraining):
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`, with the same warning."""
+        self._check_that_there_is_a_loss()
         with training_data.CutRows() as cut_rows:
             x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
             return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
@@ -237,7 +246,9 @@ class FineTuning(PrivateTraining):
         preprocess = (
             None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
         )
-        data = training_data.prepare(x, y, sample_weight, preprocess, self.backbone.vocabulary_size)
+        # To a loss of the user's own labels may mean something else, such as classes to ignore.
+        size, labels_are_ids = self.backbone.vocabulary_size, self._loss_takes_hidden_states
+        data = training_data.prepare(x, y, sample_weight, preprocess, size, labels_are_ids)
         distribution.check_batches(data[0], batch_size)
         return data
 
@@ -255,7 +266,8 @@ class FineTuning(PrivateTraining):
             NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
 
         Raises:
-            ValueError: for another mode or ids outside the vocabulary.
+            ValueError: for another mode, ids outside the vocabulary (of targets, where the mask is true), or "loss" of
+                an embedding that is quantized to something else than int8.
         """
         if scoring_mode not in ("loss", "logits"):
             raise ValueError(f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}")
@@ -274,6 +286,8 @@ class FineTuning(PrivateTraining):
             weights[:, -1] = False
         else:
             target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
+            ids.check_range(target_ids[weights], self.backbone.vocabulary_size, "`target_ids` where the mask is true")
+        check_table(self.backbone.token_embedding)
         score = backend.compile_function(self._score_rows, self.variables)
         arrays = (x["token_ids"], x["padding_mask"], target_ids.astype("int32"), weights.astype("float32"))
         batches = [[array[i : i + SCORED_ROWS] for array in arrays] for i in range(0, len(token_ids), SCORED_ROWS)]

@@ -27,12 +27,16 @@ def unpad(ids, mask):
     return [row[kept.astype(bool)].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
-def check_range(ids, vocabulary_size):
-    """Raise ValueError where ids are outside [0, vocabulary_size): a lookup would clamp or wrap them in silence."""
+def check_range(ids, vocabulary_size, what="Token ids"):
+    """Raise ValueError where ids are outside [0, vocabulary_size): a lookup would clamp or wrap them in silence.
+
+    Args:
+        what: the ids are, for the error.
+    """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
         wrong = ids[(ids < 0) | (ids >= vocabulary_size)].flat[0]
-        raise ValueError(f"Token ids must be from 0 to {vocabulary_size - 1}. Received: {wrong}")
+        raise ValueError(f"{what} must be from 0 to {vocabulary_size - 1}. Received: {wrong}")
 
 
 def check_lengths(rows, max_length):

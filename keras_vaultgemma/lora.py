@@ -183,10 +183,12 @@ def load_adapter(model, folder, name="default"):
     Raises:
         ValueError: for a name that is taken, a model whose adapter is merged, an adapter of another model or shape
             (with the tensor that is missing, unknown or misshapen, and both shapes), another method than plain LoRA, or
-            files that are missing, cut short or malformed.
+            files that are missing, cut short or malformed. The model then stays as it was.
     """
-    _add(model, name, files.read(folder, _backbone(model).get_config()))
-    _backbone(model).privacy.add(ledger.of_preset(folder))
+    adapter = files.read(folder, _backbone(model).get_config())
+    history = ledger.of_preset(folder)
+    _add(model, name, adapter)
+    _backbone(model).privacy.add(history)
 
 
 def _backbone(model):

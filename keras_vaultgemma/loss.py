@@ -61,6 +61,15 @@ class Factor(NamedTuple):
         return of_rows, ops.cast(ops.matmul(ops.transpose(upstream), self.rows), "float32")
 
 
+def check_table(embedding):
+    """Raise ValueError for a `ReversibleEmbedding` whose table is neither in floating point nor int8."""
+    if embedding.quantization_mode not in (None, "int8"):
+        raise ValueError(
+            "The loss needs an embedding in floating point or int8; `predict` and `score` with scoring_mode='logits' "
+            f"work with others. Received: {embedding.path} in {embedding.quantization_mode}"
+        )
+
+
 def head_factors(embedding, rows):
     """The factors of the logits that a `ReversibleEmbedding` makes of `rows` [N, D] in reverse."""
     is_int8 = embedding.quantization_mode == "int8"
@@ -81,7 +90,7 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
 
     Args:
         factors: list of `Factor`.
-        targets: int [N], each in [0, V).
+        targets: int [N], each in [0, V) where the weight is not 0.
         weights: [N], not negative.
         cap: soft cap on the logits, or None.
         with_gradient: False saves the work for gradients.
@@ -91,7 +100,7 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
     Returns:
         (total, losses, is_correct). The sum of weights * losses, a float32 scalar and the only one of the three with a
         gradient; float32 [N], in nats, 0 where the weight is 0; float32 [N], 1 where the weight is not 0 and no logit
-        is above the target's.
+        is above the target's, nor an earlier one equal to it: as argmax, and Keras's accuracy, decide.
     """
     count = ops.shape(targets)[0]
     logits = SMALL_CHUNK_LOGITS if saves_memory else CHUNK_LOGITS
@@ -153,6 +162,8 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
     targets = ops.take(targets, order, axis=0)
     weights = ops.where(ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0)
+    # Those of weight 0 may be no token at all; out of range their loss, and 0 times it, would be no number.
+    targets = ops.where(weights > 0, targets, 0)
 
     def chunk(start, losses, is_correct, of_rows, of_tables):
         def part(x):
@@ -168,7 +179,7 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
         chosen = ops.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         counts = ops.cast(weight > 0, "float32")
         losses = write(losses, counts * (total - chosen))
-        is_correct = write(is_correct, counts * ops.cast(chosen >= ops.max(logits, axis=1), "float32"))
+        is_correct = write(is_correct, counts * ops.cast(backend.is_argmax(logits, target), "float32"))
         if with_gradient:
             one_hot = ops.arange(logits.shape[1], dtype="int32")[None] == target[:, None]
             # Exponentials anew, for those of the sum would have to be kept.

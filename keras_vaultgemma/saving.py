@@ -49,17 +49,25 @@ def written_beside(folder):
 
 
 def _move_files(new, target, old):
-    """Move the files of `new` into `target`, and those they replace into `old`; where one cannot be moved, undo all."""
+    """Move the files of `new` into `target`, and those they replace into `old`; where one cannot be moved, undo all.
 
-    def set_aside(name):
+    Nor does a process that is killed leave a file missing: the old one is in its place until the new one is.
+    """
+
+    def keep(name):
         (old / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(target / name, old / name)
+        try:
+            os.link(target / name, old / name)
+        except OSError:  # a file system without links
+            os.replace(target / name, old / name)
         undo.callback(os.replace, old / name, target / name)
 
+    superseded = [
+        single
+        for index, single in SUPERSEDED.items()
+        if (new / index).is_file() and not (new / single).exists() and (target / single).is_file()
+    ]
     with contextlib.ExitStack() as undo:
-        for index, single in SUPERSEDED.items():
-            if (new / index).is_file() and not (new / single).exists() and (target / single).is_file():
-                set_aside(single)
         for path in sorted(new.rglob("*")):
             place = target / path.relative_to(new)
             if path.is_dir():
@@ -68,7 +76,11 @@ def _move_files(new, target, old):
                     undo.callback(place.rmdir)
                 continue
             if place.is_file():
-                set_aside(path.relative_to(new))
+                keep(path.relative_to(new))
             os.replace(path, place)
             undo.callback(os.replace, place, path)
+        for name in superseded:
+            old.mkdir(exist_ok=True)
+            os.replace(target / name, old / name)
+            undo.callback(os.replace, old / name, target / name)
         undo.pop_all()

@@ -10,7 +10,7 @@ from keras_vaultgemma import backend, ids
 NO_DATA = "Data must have one batch or more. Received: none"
 
 
-def prepare(x, y, sample_weight, preprocess, vocabulary_size):
+def prepare(x, y, sample_weight, preprocess, vocabulary_size, labels_are_ids=True):
     """Raw training data to `(x, y, sample_weight)`.
 
     Args:
@@ -18,28 +18,41 @@ def prepare(x, y, sample_weight, preprocess, vocabulary_size):
             it; or a dict of ids.
         y, sample_weight: labels and weights where `x` is a dict of ids, else None.
         preprocess: function of a batch `(x, y, sample_weight)` to the same, or None to pass everything on.
-        vocabulary_size: ids in NumPy arrays are checked against it.
+        vocabulary_size: ids in arrays are checked against it.
+        labels_are_ids: whether `y` is checked, too, where its weight is not 0.
 
     Returns:
         `(x, y, sample_weight)`. Arrays are preprocessed at once, streams batch by batch as they are read.
 
     Raises:
         ValueError: for empty data (a stream that turns out to be empty raises when it is read), items that are not
-            strings, or ids outside the vocabulary.
+            strings, ids outside the vocabulary, or labels or weights beside data that have their own.
     """
+
+    def check_ids(x, y=None, sample_weight=None):
+        token_ids = _array(x["token_ids"])
+        if token_ids is not None:
+            ids.check_range(token_ids, vocabulary_size)
+        if labels_are_ids:
+            _check_labels(_array(y), _array(sample_weight), vocabulary_size)
+
     if isinstance(x, dict) and "token_ids" in x:
-        if hasattr(x["token_ids"], "shape") and not backend.is_symbolic_tensorflow(x["token_ids"]):
-            ids.check_range(keras.ops.convert_to_numpy(x["token_ids"]), vocabulary_size)
+        if hasattr(x["token_ids"], "shape") and x["token_ids"].shape[0] == 0:
+            raise ValueError(NO_DATA)
+        check_ids(x, y, sample_weight)
         return x, y, sample_weight
     is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
     if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (is_tf_data and int(x.cardinality()) == 0):
         raise ValueError(NO_DATA)
     if preprocess is None or x is None:
         return x, y, sample_weight
+    check_alone(y, sample_weight)
 
     def preprocess_batch(*batch):
         # A PyDataset or generator yields a tuple, `tf.data` spreads it.
-        return preprocess(*(batch[0] if len(batch) == 1 and isinstance(batch[0], tuple) else batch))
+        data = preprocess(*(batch[0] if len(batch) == 1 and isinstance(batch[0], tuple) else batch))
+        check_ids(*keras.utils.unpack_x_y_sample_weight(data))
+        return data
 
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedDataset(x, preprocess_batch), None, None
@@ -49,6 +62,33 @@ def prepare(x, y, sample_weight, preprocess, vocabulary_size):
         return preprocessed(x, preprocess_batch), None, None
     # A single sample gets the batch axis that Keras wants.
     return keras.tree.map_structure(np.atleast_2d, preprocess(x))
+
+
+def check_alone(y, sample_weight):
+    """Raise ValueError for labels or weights beside raw samples or a stream, which would have no effect."""
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None beside texts, pairs, chats and streams, which have their own. To weigh tokens, "
+                "call `preprocessor(texts)`, and give `fit` the arrays of ids that it returns, with other weights. "
+                f"Received: {name} of type {type(value).__name__}"
+            )
+
+
+def _array(x):
+    """NumPy array of an array or tensor that has a value, else None."""
+    return keras.ops.convert_to_numpy(x) if hasattr(x, "shape") and not backend.is_symbolic_tensorflow(x) else None
+
+
+def _check_labels(y, weights, vocabulary_size):
+    """Raise ValueError for labels outside the vocabulary whose weight is not 0; None is not looked at."""
+    if y is None:
+        return
+    if weights is not None:
+        # As the loss does: a weight may be of a row.
+        weights = weights.reshape(*weights.shape, *[1] * (y.ndim - weights.ndim))
+        y = y[np.broadcast_to(weights, y.shape) != 0]
+    ids.check_range(y, vocabulary_size, "Labels `y` whose sample weight is not 0")
 
 
 def preprocessed(batches, function):

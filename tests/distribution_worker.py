@@ -16,8 +16,8 @@ from common import RELEASE_LIKE, random_backbone
 from jax.experimental import multihost_utils
 from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, adapter, backend, weight_layout
-from keras_vaultgemma.lora import save_adapter
+from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, adapted_layers, adapter, backend, weight_layout
+from keras_vaultgemma.lora import load_adapter, merge, save_adapter
 
 ROWS, LENGTH = 8, 12
 SIZES = {**RELEASE_LIKE, "num_layers": 1}
@@ -64,9 +64,9 @@ def layout(variable):
     return np.array(str(axes + (None,) * (len(variable.shape) - len(axes))))
 
 
-def fit(model, optimizer, steps=1):
+def fit(model, optimizer, steps=1, **compile_options):
     """Losses of `steps` epochs of one step."""
-    model.compile(optimizer=optimizer)
+    model.compile(optimizer=optimizer, **compile_options)
     x, y, weight = batch()
     distribution = keras.distribution.distribution()
     shares = 1 if distribution is None else min(distribution.num_model_replicas, jax.process_count())
@@ -110,6 +110,28 @@ def lora(results, quantized=False):
         results.update({f"saved/{path}/{i}": value for i, value in enumerate(values)})
 
 
+def loaded(results):
+    """An adapter from a file, trained with gradient checkpointing, and merged."""
+    rng, folder, trained = np.random.default_rng(2), f"{sys.argv[1]}.loaded", model()
+    layers = adapted_layers.layers_of(trained.backbone)
+    paths = [path for path, layer in layers.items() if layer.name in ("up", "attention_output", "token_embedding")]
+    sizes = {path: layers[path].weights[0].shape for path in paths}
+    factors = {
+        path: tuple(rng.normal(size=size).astype("float32") * 0.1 for size in ((width, 2), (2, units)))
+        for path, (width, units) in sizes.items()
+    }
+    adapter.write(folder, adapter.Adapter(2, 4.0, 0.0, factors), trained.backbone.get_config())
+    load_adapter(trained, folder)
+    results["loss"] = fit(trained, keras.optimizers.SGD(0.5), steps=2, gradient_checkpointing=True)
+    for v in trained.backbone.trainable_variables:
+        results[f"trained/{v.path}"] = whole(v)
+    merge(trained)
+    for path in paths:
+        (matrix,) = layers[path].weights
+        results[f"layout/{matrix.path}"] = layout(matrix)
+        results[f"merged/{matrix.path}"] = whole(matrix)
+
+
 def generate(results):
     results["greedy"] = generated(model())
 
@@ -144,6 +166,7 @@ TASKS = {
     "full": full,
     "lora": lora,
     "qlora": lambda results: lora(results, quantized=True),
+    "loaded": loaded,
     "generate": generate,
     "save": save,
     "shares": shares,

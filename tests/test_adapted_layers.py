@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 from common import random_backbone, to_numpy
+from keras.distribution import DeviceMesh, LayoutMap, ModelParallel
 
-from keras_vaultgemma import adapted_layers
+from keras_vaultgemma import adapted_layers, backend
 from keras_vaultgemma.adapter import Adapter
 
 
@@ -79,3 +80,21 @@ def test_in_and_out_to_the_bit():
     np.testing.assert_allclose(merged["0"], base + 0.5 * a @ b, rtol=1e-5, atol=1e-5)
     adapted_layers.take_away(backbone)
     assert backbone.trainable_variables == [] and not any("lora" in v.path for v in backbone.variables)
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="Keras distributes models on JAX only")
+def test_each_device_is_given_its_part_of_a_factor(monkeypatch):
+    """And not by a program that Keras compiles, in which a large factor is a constant."""
+    layouts, from_numpy = [], backend.from_numpy
+    monkeypatch.setattr(
+        backend, "from_numpy", lambda array, layout=None: layouts.append(layout) or from_numpy(array, layout)
+    )
+    map_of = LayoutMap(DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"]))
+    map_of["decoder_block_0/gate/lora_kernel_b"] = (None, "model")
+    factors = {"decoder_block_0/gate": (np.ones((48, 2), "float32"), np.full((2, 96), 3, "float32"))}
+    with ModelParallel(layout_map=map_of, auto_shard_dataset=False).scope():
+        backbone = random_backbone(num_layers=1)
+        adapted_layers.put_in(backbone, Adapter(2, 2.0, 0.0, factors))
+    assert [tuple(layout.spec) for layout in layouts] == [(None, None), (None, "model")]
+    found = adapted_layers.layers_of(backbone)["decoder_block_0/gate"].lora_factors
+    assert all(np.array_equal(to_numpy(x), y) for x, y in zip(found, factors["decoder_block_0/gate"], strict=True))

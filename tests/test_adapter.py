@@ -130,6 +130,9 @@ def test_peft_loads_ours(model, base, targets, tmp_path):
         dict(target_modules=["k_proj", "q_proj"], exclude_modules=["model.layers.1.self_attn.k_proj"]),
         dict(target_modules=["embed_tokens", "o_proj"], ensure_weight_tying=True),
         dict(target_modules=["lm_head"], ensure_weight_tying=True),
+        dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0]),
+        dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0], ensure_weight_tying=True),
+        dict(target_modules=["k_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=0),
     ],
 )
 def test_ours_loads_one_of_peft(model, base, options, tmp_path):

@@ -81,7 +81,8 @@ def test_epochs_of_another_length_go_round_the_data(steps):
 def test_batches_of_a_dataset_are_shuffled_whole():
     dataset = Dataset(workers=2, use_multiprocessing=True, max_queue_size=3)
     batches = Batches(dataset, 32, True, seed=3)
-    assert (batches.workers, batches.use_multiprocessing, batches.max_queue_size) == (2, True, 3)
+    # What workers read ahead would not be of the place where a run goes on.
+    assert (batches.workers, batches.use_multiprocessing) == (1, False)
     assert epoch_of(batches) == [[i] for i in np.random.default_rng([3, 0]).permutation(6)]
     assert epoch_of(Batches(dataset, 32, False, seed=3)) == [[0], [1], [2], [3], [4], [5]]
     batches.on_epoch_begin()

@@ -33,10 +33,18 @@ def after(steps, folder):
 
 
 @pytest.mark.parametrize(
-    "limit, restored, words",
-    [(COPY_LIMIT, 6, "before it"), (0, 4, "after epoch 1, batch 4, the last checkpoint")],
+    "limit, restored, since, words",
+    [
+        (COPY_LIMIT, 6, "", "before it"),
+        (
+            0,
+            4,
+            " (by this batch, or by the update after the one before)",
+            "after epoch 1, batch 4, the last checkpoint",
+        ),
+    ],
 )
-def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, words):
+def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, since, words):
     """Training stops with the batch that is to blame, and the state before it comes back; where it is large, a saved
     one. Only that is on disk, so that the run may be gone on with."""
     expected = after(restored, tmp_path / "good")
@@ -48,8 +56,8 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, wor
             checkpoint = fit(model, tmp_path / "run", y=BAD_LABELS, **options)
         assert messages(caught) == [checkpoint.failure]
         assert checkpoint.failure == (
-            "Epoch 1, batch 7 of 10 (rows [6] of the data): the loss is nan. Training stops; weights and optimizer are "
-            f"again as they were {words}"
+            f"Epoch 1, batch 7 of 10 (rows [6] of the data): the loss is nan{since}. Training stops; weights and "
+            f"optimizer are again as they were {words}"
         )
         assert_equal(training_state.copy(state(model)), expected)
         assert model.history.epoch == [0] and np.isfinite(model.history.history["val_loss"]).all()
@@ -67,3 +75,27 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_saved(tmp_path, monkey
         fit(model, tmp_path / "run")
     assert_equal(training_state.copy(state(model)), begin)
     assert_equal(dict(state_file.read_arrays(tmp_path / "run" / FILE, "weight", "optimizer")), begin)
+
+
+@pytest.mark.parametrize("limit, batch, since", [(COPY_LIMIT, 1, False), (0, 2, True)])
+def test_weights_that_one_batch_spoils_and_the_next_one_meets(tmp_path, monkeypatch, limit, batch, since):
+    """Where no step is looked at, it is the next loss that tells, and the batch of that one may be innocent."""
+    monkeypatch.setattr(checkpointed_run, "COPY_LIMIT", limit)
+    model = small(keras.optimizers.SGD(np.inf))
+    with pytest.warns(UserWarning, match=f"Epoch 1, batch {batch} of 3") as caught:
+        checkpoint = fit(model, tmp_path / "run", save_freq=3)
+    assert messages(caught) == [checkpoint.failure]
+    assert ("the loss is nan (by this batch, or by the update after the one before)" in checkpoint.failure) == since
+
+
+def test_a_save_that_finds_weights_of_several_batches_spoiled(tmp_path, monkeypatch):
+    """The loss of the rows after the first is 0, whatever the weights are."""
+    monkeypatch.setattr(checkpointed_run, "COPY_LIMIT", 0)
+    model = small(loss=lambda labels, logits: keras.ops.where(labels == 2, 0.0, keras.ops.sum(logits, -1)))
+    model.optimizer.learning_rate.assign(np.inf)
+    labels = LABELS * 0 + 2
+    labels[0] = 3
+    with pytest.warns(
+        UserWarning, match="batch 3 of 3 .*: it or one of the 2 before leaves weights that are not finite"
+    ):
+        fit(model, tmp_path / "run", y=labels, save_freq=3, shuffle=False)

@@ -31,6 +31,11 @@ class Batches(keras.utils.PyDataset):
         return {name: array[rows] for name, array in IDS.items()}, LABELS[rows]
 
 
+class WithWorkers(Batches):
+    def __init__(self):
+        super().__init__(workers=3)
+
+
 class Interrupt(keras.callbacks.Callback):
     """Ends a run, as a kill would, at the end of the given batches, counted from the start of the run."""
 
@@ -202,6 +207,26 @@ def test_interrupted_with_several_steps_in_one(tmp_path):
 
 def test_interrupted_on_a_dataset(tmp_path):
     assert_survives(fresh(small), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
+
+
+def test_interrupted_on_a_dataset_with_workers(tmp_path):
+    """Keras builds a loss of the user's own from a batch that it reads before the first epoch."""
+
+    def model():
+        return small(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    def run(name, interruptions=()):
+        keras.utils.set_random_seed(0)
+        trained = model()
+        for step in interruptions:
+            with pytest.raises(InterruptedError):
+                fit(trained, tmp_path / name, WithWorkers(), None, callbacks=[Interrupt(step)])
+            forget(trained)
+            trained = model()
+        fit(trained, tmp_path / name, WithWorkers(), None)
+        return training_state.copy(state(trained))
+
+    assert_equal(run("broken", [2, 4]), run("whole"))
 
 
 def test_interrupted_with_dropout_and_metrics(tmp_path):

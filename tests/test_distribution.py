@@ -20,7 +20,14 @@ ON_JAX = keras.config.backend() == "jax"
 needs_jax = pytest.mark.skipif(not ON_JAX, reason="Keras distributes models on JAX only")
 ONE_B = read_config(find("vaultgemma_1b", "config"))
 MESHES = ["2", "4", "8", "1x2", "1x4", "1x8", "2x4"]
-TASK_MESHES = {"lora": [], "qlora": ["2x2"], "generate": ["2", "1x4"], "save": ["1x4"], "shares": ["4", "2x4", "1x2"]}
+TASK_MESHES = {
+    "lora": ["1x2"],
+    "qlora": ["2x2"],
+    "loaded": ["1x2", "2x2"],
+    "generate": ["2", "1x4"],
+    "save": ["1x4"],
+    "shares": ["4", "2x4", "1x2"],
+}
 PROCESS_MESHES = ["4", "1x4"]
 
 
@@ -263,6 +270,16 @@ def test_weights_are_loaded_in_parts(one_process):
     assert layouts["layout/decoder_block_0/down/kernel"] == "('model', None)"
     assert layouts["layout/final_norm/scale"] == "(None,)"
     assert one_process["1x8:full"]["layout/decoder_block_0/attention/value/kernel"] == "(None, None)"
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh", ["1x2", "2x2"])
+def test_what_an_adapter_is_merged_into_stays_divided(one_process, mesh):
+    found = one_process[f"{mesh}:loaded"]
+    assert found["loss"][1] < found["loss"][0]
+    assert found["layout/token_embedding/embeddings"] == "('model', None)"
+    assert found["layout/decoder_block_0/up/kernel"] == "(None, 'model')"
+    assert found["layout/decoder_block_0/attention/attention_output/kernel"] == "('model', None)"
 
 
 @needs_jax

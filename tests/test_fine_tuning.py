@@ -106,6 +106,44 @@ class Lines(keras.utils.PyDataset):
         return LINES[2 * index : 2 * index + 2]
 
 
+PAIRS = {"prompts": ["The Hare was", "A Crow,"] * 2, "responses": [" once boasting.", " half-dead", " so", " an Ass"]}
+CHATS = [
+    [{"role": "user", "content": f"Who won {i} times?"}, {"role": "assistant", "content": f"The {i} tortoises."}]
+    for i in range(4)
+]
+
+
+class InTwo(keras.utils.PyDataset):
+    """Pairs or chats in two batches of two."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rows = slice(2 * index, 2 * index + 2)
+        if isinstance(self.data, dict):
+            return {name: texts[rows] for name, texts in self.data.items()}
+        return self.data[rows]
+
+
+@pytest.mark.parametrize("data", [PAIRS, CHATS], ids=["pairs", "chats"])
+def test_pairs_and_chats_in_a_dataset(data):
+    """The same training as on all of them in memory."""
+    losses = []
+    for x, options in ((data, dict(batch_size=2)), (InTwo(data), {})):
+        keras.utils.set_random_seed(0)
+        model = small_with_text(32)
+        model.compile(keras.optimizers.SGD(0.1))
+        logs = model.fit(x, epochs=2, shuffle=False, verbose=0, validation_data=x, **options).history
+        losses.append([*logs["loss"], *logs["val_loss"]])
+    assert losses[0][1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
 def test_cut_rows_are_reported_once():
     model = small_with_text(24)
     count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
@@ -129,6 +167,76 @@ def test_rows_that_lose_their_answer_are_reported():
     with pytest.warns(UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"):
         loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
     assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("labels", [dict(y=[1, 2]), dict(sample_weight=[1, 0])])
+def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
+    (name,) = labels
+    for call in (tiny.fit, tiny.evaluate):
+        with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+            call(LINES[:2], **labels)
+    with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+        tiny.fit(LINES[:2], validation_data=(LINES[:2], labels.get("y"), labels.get("sample_weight")))
+    with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+        tiny.fit(iter([(LINES[:2], labels.get("y"), labels.get("sample_weight"))]))
+
+
+@pytest.mark.parametrize("label", [-100, 10**6])
+def test_labels_without_weight_may_be_anything(label):
+    """Loss, accuracy, score and the step, which is the gradient, are those with a label of the vocabulary."""
+    x = {"token_ids": IDS["token_ids"], "padding_mask": np.ones((2, 5), "int32")}
+    weights, found = IDS["padding_mask"].astype("float32"), []
+    for masked in (label, 7):
+        keras.utils.set_random_seed(0)
+        model = VaultGemmaCausalLM(random_backbone(num_layers=1))
+        model.compile(keras.optimizers.SGD(1.0))
+        y = np.where(weights > 0, np.roll(IDS["token_ids"], -1, 1), masked)
+        scores = [model.score(x["token_ids"], weights, target_ids=y)]
+        scores += [
+            np.array([*logs.values()]) for logs in [model.evaluate(x, y, 2, weights, verbose=0, return_dict=True)]
+        ]
+        scores += [np.array(model.fit(x, y, sample_weight=weights, batch_size=2, verbose=0).history["loss"])]
+        found.append([*scores, *(to_numpy(v).copy() for v in model.trainable_variables)])
+    for one, other in zip(*found, strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("label", [-100, 128])
+def test_labels_and_targets_that_count_are_checked(model, label):
+    y = np.full((2, 5), label)
+    message = f"Labels `y` whose sample weight is not 0 must be from 0 to 127. Received: {label}"
+    for call in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=message):
+            call(IDS, y)
+    with pytest.raises(ValueError, match=message):
+        model.fit(IDS, IDS["token_ids"], validation_data=(IDS, y))
+    with pytest.raises(ValueError, match=f"`target_ids` where the mask is true must be .*127. Received: {label}"):
+        model.score(**IDS, target_ids=y)
+
+
+def test_labels_of_a_loss_that_ignores_some(model):
+    y = np.where(IDS["padding_mask"] > 0, IDS["token_ids"], -100)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    assert np.isfinite(model.fit(IDS, y, verbose=0).history["loss"]).all()
+
+
+@pytest.mark.parametrize("call", ["fit", "evaluate", "score"])
+def test_an_embedding_in_int4_has_no_loss(call):
+    model = VaultGemmaCausalLM(random_backbone(num_layers=1))
+    model.quantize("int4")
+    message = "The loss needs an embedding in floating point or int8.*Received: token_embedding in int4"
+    with pytest.raises(ValueError, match=message):
+        model.score(IDS["token_ids"]) if call == "score" else getattr(model, call)(IDS, IDS["token_ids"], verbose=0)
+    assert model.score(IDS["token_ids"], scoring_mode="logits").shape == (2, 5, 128)
+
+
+def test_fit_refuses_no_rows(model):
+    x = {"token_ids": np.zeros((0, 5), "int32"), "padding_mask": np.zeros((0, 5), "int32")}
+    for call in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match="one batch or more. Received: none"):
+            call(x, np.zeros((0, 5), "int32"))
 
 
 @pytest.mark.parametrize("x", [iter([]), (batch for batch in [])])

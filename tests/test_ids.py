@@ -26,6 +26,8 @@ def test_range(wrong):
     ids.check_range([0, 9], 10)
     with pytest.raises(ValueError, match=f"from 0 to 9. Received: {wrong}"):
         ids.check_range([[0, wrong]], 10)
+    with pytest.raises(ValueError, match=f"^Labels must be from 0 to 9. Received: {wrong}"):
+        ids.check_range([[0, wrong]], 10, "Labels")
 
 
 def test_lengths():

@@ -10,6 +10,7 @@ from common import count_compilations, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, checkpoint, lora
 from keras_vaultgemma.low_rank import LowRankUpdate
+from keras_vaultgemma.privacy import ledger
 
 ROW = [2, 17, 5, 99, 31]
 IDS = {"token_ids": np.array([ROW, [2, 40, 8, 7, 0]]), "padding_mask": np.array([[1] * 5, [1] * 4 + [0]])}
@@ -277,6 +278,21 @@ def test_a_failed_load_changes_nothing(tmp_path):
     ):
         lora.load_adapter(model, tmp_path / "other", name="other")
     assert lora.names(model) == ["default"]
+    np.testing.assert_array_equal(logits(model), before)
+
+
+def test_a_damaged_ledger_changes_nothing(tmp_path):
+    model = make_model()
+    before, variables = logits(model), [v.path for v in model.variables]
+    other = make_model()
+    other.backbone.enable_lora(2)
+    fill(other)
+    lora.save_adapter(other, tmp_path / "other")
+    (tmp_path / "other" / ledger.FILE).write_bytes(b'{"kind": "steps", "run": "none", "steps": 3}\n')
+    with pytest.raises(ValueError, match="line 1 is not an entry of a privacy ledger"):
+        lora.load_adapter(model, tmp_path / "other")
+    assert lora.names(model) == [] and lora.active(model) is None
+    assert [v.path for v in model.variables] == variables and len(model.trainable_variables) > 2
     np.testing.assert_array_equal(logits(model), before)
 
 

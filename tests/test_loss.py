@@ -3,7 +3,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import random_backbone, shapes_made, to_numpy
+from common import gradients, random_backbone, shapes_made, to_numpy
 from keras import ops
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, loss
@@ -17,6 +17,7 @@ TARGETS = RANDOM.integers(0, V, N)
 WEIGHTS = (RANDOM.random(N) * (RANDOM.random(N) > 0.3)).astype("float32")
 IDS = np.random.default_rng(1).integers(1, 128, (4, 11))
 LENGTHS = np.array([11, 7, 2, 5])
+WEIGHTS_ALONE = keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
 
 
 def plain(logits, cap=None):
@@ -52,12 +53,61 @@ def test_tokens_without_weight_are_not_computed():
     assert to_numpy(total) == 0 and not to_numpy(losses).any()
 
 
-def trained(auto, backbone_options=(), dtype=None, lora_rank=None, sample_weight=None, **compile_options):
+def test_a_tie_is_decided_as_argmax_does():
+    """Two equal logits are the largest: the first is right, the second is not. 16-bit logits often are equal."""
+    table = np.array([[0.0], [1.0], [-1.0], [1.0]], "float32")
+    rows = np.ones((4, 1), "float32")
+    _, _, is_correct = loss.cross_entropy([loss.Factor(rows, table)], np.arange(4), np.ones(4))
+    assert to_numpy(is_correct).tolist() == [0, 1, 0, 0]
+
+
+def test_accuracy_of_logits_in_bfloat16_is_that_of_argmax():
+    random = np.random.default_rng(4)
+    rows, table = random.integers(-2, 3, (N, 3)).astype("float32"), random.integers(-2, 3, (V, 3)).astype("float32")
+    logits = rows @ table.T
+    ties = (logits == logits.max(1, keepdims=True)).sum(1)
+    assert (ties > 1).sum() > N / 2
+    targets = np.where(np.arange(N) % 2, logits.argmax(1), V - 1 - logits[:, ::-1].argmax(1))  # the first or the last
+    rows, table = ops.cast(rows, "bfloat16"), ops.cast(table, "bfloat16")
+    _, _, is_correct = loss.cross_entropy([loss.Factor(rows, table)], targets, np.ones(N), chunk_size=7)
+    np.testing.assert_array_equal(to_numpy(is_correct), logits.argmax(1) == targets)
+
+
+@pytest.mark.parametrize("target", [-100, V, 10**6])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_targets_without_weight_may_be_anything(target, chunk_size):
+    """They share chunks with tokens that count."""
+    rows, table = keras.Variable(ROWS), keras.Variable(TABLE)
+
+    def total(targets):
+        factor = loss.Factor(rows.value, table.value, is_trained=True)
+        return loss.cross_entropy([factor], targets, WEIGHTS, 5.0, True, chunk_size)[0]
+
+    targets = np.where(WEIGHTS > 0, TARGETS, target)
+    assert to_numpy(total(targets)) == to_numpy(total(TARGETS))
+    found, expected = (gradients(lambda y=y: total(y), [rows, table]) for y in (targets, TARGETS))
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one).max() > 0.1
+        np.testing.assert_array_equal(one, other)
+
+
+def trained(
+    auto,
+    backbone_options=(),
+    dtype=None,
+    lora_rank=None,
+    targets=None,
+    sample_weight=None,
+    mode=None,
+    **compile_options,
+):
     """(values of variables, logs) after one step of gradient descent, by our loss or by Keras's."""
     keras.utils.set_random_seed(0)
     model = VaultGemmaCausalLM(random_backbone(dtype=dtype, **dict(backbone_options)))
+    if mode:
+        model.quantize("int8", config=mode)
     if lora_rank:
-        model.backbone.enable_lora(lora_rank)
+        model.backbone.enable_lora(lora_rank, targets)
         for variable in model.trainable_variables:  # from zero one of the factors would have no gradient
             variable.assign(np.random.default_rng(2).normal(0, 0.1, variable.shape))
     losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
@@ -80,8 +130,10 @@ def trained(auto, backbone_options=(), dtype=None, lora_rank=None, sample_weight
         dict(lora_rank=2, backbone_options=dict(num_key_value_heads=2)),
         dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
         dict(run_eagerly=True),
+        dict(lora_rank=2, targets=["token_embedding", "up"], backbone_options=dict(final_logit_soft_cap=3.0)),
+        dict(lora_rank=2, targets=["token_embedding", "up"], mode=WEIGHTS_ALONE),
     ],
-    ids=["full", "caps", "lora", "sample_weight", "eagerly"],
+    ids=["full", "caps", "lora", "sample_weight", "eagerly", "lora of the embedding", "lora on int8"],
 )
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_one_step_equals_one_by_the_plain_loss(monkeypatch, options, chunk_size):
@@ -160,7 +212,37 @@ def test_gradient_of_an_int8_table(monkeypatch, part):
     assert of_table is None
 
 
-WEIGHTS_ALONE = keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
+@pytest.mark.parametrize("rounds_rows", [True, False])
+def test_gradients_with_an_int8_table_are_those_of_the_straight_through_formula(rounds_rows):
+    """With an adapter's factors beside it; the logits are the rounded ones, their gradient is that of the others."""
+    quantizer = keras.quantizers.AbsMaxQuantizer(axis=-1) if rounds_rows else None
+    scale = (127 / np.abs(TABLE).max(1)).astype("float32")
+    table = ops.convert_to_tensor(np.round(TABLE * scale[:, None]).astype("int8"))
+    rows, more_rows, more_table = (keras.Variable(x) for x in (ROWS, MORE_ROWS, MORE_TABLE))
+
+    def chunked():
+        first = loss.Factor(rows.value, table, ops.convert_to_tensor(scale), quantizer)
+        factors = [first, loss.Factor(more_rows.value, more_table.value, is_trained=True)]
+        return loss.cross_entropy(factors, TARGETS, WEIGHTS, 5.0, chunk_size=7)[0]
+
+    def plainly():
+        smooth = ops.matmul(rows.value, ops.transpose(ops.cast(table, "float32") / scale[:, None]))
+        logits = smooth
+        if rounds_rows:
+            rounded = np.round(ROWS * 127 / np.abs(ROWS).max(1, keepdims=True)).clip(-127, 127)
+            rounded = rounded * np.abs(ROWS).max(1, keepdims=True) / 127
+            logits = logits + (
+                rounded @ (to_numpy(table).astype("float32") / scale[:, None]).T - ops.stop_gradient(smooth)
+            )
+        logits = logits + ops.matmul(more_rows.value, ops.transpose(more_table.value))
+        log_p = ops.log_softmax(5.0 * ops.tanh(logits / 5.0), axis=-1)
+        return ops.sum(-ops.take_along_axis(log_p, TARGETS[:, None], axis=1)[:, 0] * WEIGHTS)
+
+    np.testing.assert_allclose(to_numpy(chunked()), to_numpy(plainly()), rtol=1e-5)
+    found, expected = (gradients(total, [rows, more_rows, more_table]) for total in (chunked, plainly))
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(other).max() > 0.1
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [None, WEIGHTS_ALONE], ids=["int8", "weights_alone"])

@@ -75,8 +75,15 @@ def test_nothing_changes_where_writing_fails(tmp_path, error, exists):
     assert os.listdir(tmp_path) == (["saved"] if exists else [])
 
 
-def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch):
+def refuse_link(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch, has_links):
     """New files, replaced ones, a new subfolder and a superseded file: each step fails once, and all are undone."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_link)
     old = {**OLD, "model.weights.json": "old index"}
     new = {"assets/a.txt": "a", "config.json": "new", "model.weights.json": "new index", "model_0.weights.h5": "part"}
     replace = os.replace
@@ -101,8 +108,36 @@ def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch):
             assert os.listdir(target.parent) == ["saved"]
         else:
             break
-    assert step == 7  # three set aside, four put in
+    assert step == (5 if has_links else 7)  # four put in, one or three set aside
     assert texts(target) == {"notes.txt": "mine", **new}
+
+
+def test_no_file_is_missing_at_any_moment(tmp_path, monkeypatch):
+    """Whenever the process is killed: each file is the old one or the new one, and the weights that load are whole."""
+    target, moments = tmp_path / "saved", []
+    replace, link = os.replace, os.link
+
+    def note():
+        found = texts(target)
+        moments.append(found)
+        assert all(found.get(name) in (OLD[name], NEW.get(name)) for name in OLD)
+
+    def then_note(function):
+        return lambda *args: (function(*args), note())
+
+    monkeypatch.setattr(os, "replace", then_note(replace))
+    monkeypatch.setattr(os, "link", then_note(link))
+    write(target, OLD)
+    with saving.written_beside(target) as folder:
+        write(folder, NEW)
+    assert moments[-1] == {"notes.txt": "mine", **NEW} and len(moments) == 5
+    # One file gives way to several, and is there until they are.
+    with saving.written_beside(target) as folder:
+        monkeypatch.setattr(os, "replace", lambda *args: (replace(*args), moments.append(texts(target))))
+        write(folder, {"model.weights.json": "index", "model_0.weights.h5": "part"})
+    several = {"model.weights.json", "model_0.weights.h5"}
+    assert all("model.weights.h5" in found or several <= found.keys() for found in moments)
+    assert "model.weights.h5" not in texts(target)
 
 
 def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):

@@ -62,3 +62,10 @@ def test_after_changes_nothing(other):
     x, other = np.array([1, -(2**31), 2**31 - 1], "int32"), np.full((2, 3), other, "float32")
     compiled = backend.compile_function(backend.after, [])
     np.testing.assert_array_equal(to_numpy(compiled(*map(keras.ops.convert_to_tensor, (x, other)))), x)
+
+
+def test_argmax_is_the_first_of_equal_numbers():
+    x = np.random.default_rng(0).integers(0, 3, (50, 7)).astype("float32")
+    for index in range(7):
+        found = backend.is_argmax(keras.ops.convert_to_tensor(x), keras.ops.full((50,), index, "int32"))
+        np.testing.assert_array_equal(to_numpy(found), x.argmax(1) == index)

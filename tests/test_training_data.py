@@ -60,6 +60,41 @@ def test_ids_pass_unchanged_and_are_checked():
         prepare(x, None, None, None, 9)
 
 
+@pytest.mark.parametrize("weights", [None, np.ones(2), np.ones((2, 1)), np.array([[1, 0], [1, 1]])])
+@pytest.mark.parametrize("label", [-100, 10])
+def test_labels_that_count_are_checked(label, weights):
+    x = {"token_ids": np.array([[1, 9], [2, 3]])}
+    message = f"^Labels `y` whose sample weight is not 0 must be from 0 to 9. Received: {label}$"
+    with pytest.raises(ValueError, match=message):
+        prepare(x, np.array([[label, 1], [3, 4]]), weights, None, 10)
+    with pytest.raises(ValueError, match=message):
+        next(prepare(iter([(x, np.array([[label, 1], [3, 4]]), weights)]), None, None, lambda *batch: batch, 10)[0])
+    y = np.array([[label, 1], [3, 4]])
+    assert prepare(x, y, weights, None, 10, labels_are_ids=False) == (x, y, weights)
+
+
+@pytest.mark.parametrize("weights", [np.array([0, 1]), np.array([[0], [1]]), np.array([[0, 1], [1, 1]])])
+def test_labels_without_weight_may_be_anything(weights):
+    x, y = {"token_ids": np.array([[1, 9], [2, 3]])}, np.array([[-100, 1], [3, 4]])
+    assert prepare(x, y, weights, None, 10) == (x, y, weights)
+
+
+@pytest.mark.parametrize("name", ["y", "sample_weight"])
+@pytest.mark.parametrize(
+    "make", [lambda: ["a", "b"], Batches, lambda: iter([["a"]])], ids=["texts", "PyDataset", "iter"]
+)
+def test_labels_and_weights_beside_texts_are_refused(make, name):
+    labels = {"y": None, "sample_weight": None, name: [1, 0]}
+    with pytest.raises(ValueError, match=f"^`{name}` must be None beside texts.*Received: {name} of type list"):
+        prepare(make(), preprocess=count_letters, vocabulary_size=10, **labels)
+
+
+def test_no_rows_are_refused():
+    x = {"token_ids": np.zeros((0, 5), int), "padding_mask": np.zeros((0, 5), int)}
+    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        prepare(x, np.zeros((0, 5), int), None, None, 10)
+
+
 @pytest.mark.parametrize(
     "x, message",
     [

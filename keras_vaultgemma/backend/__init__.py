@@ -27,7 +27,7 @@ from keras_vaultgemma.backend.tensorflow_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.tensors import after, argument, from_numpy, value_of, write_slice
+from keras_vaultgemma.backend.tensors import after, argument, from_numpy, is_argmax, value_of, write_slice
 from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "in_shares",
     "in_tensorflow_graph",
     "int8_matmul",
+    "is_argmax",
     "is_symbolic_tensorflow",
     "is_tensorflow",
     "matmul",

@@ -58,6 +58,20 @@ def value_of(x):
     return x
 
 
+def is_argmax(x, index):
+    """Whether `index` [N] is the argmax of each row of `x` [N, V], the first of equal ones.
+
+    XLA's argmax for CPUs takes three times as long as two comparisons and an "and" over the row (256,000 numbers, 2
+    cores); PyTorch's takes half as long.
+    """
+    if NAME == "torch":
+        return keras.ops.argmax(x, axis=1) == index
+    index = index[:, None]
+    chosen = keras.ops.take_along_axis(x, index, axis=1)
+    is_earlier = keras.ops.arange(x.shape[1], dtype=index.dtype) < index
+    return keras.ops.all(keras.ops.where(is_earlier, x < chosen, x <= chosen), axis=1)
+
+
 def after(x, other):
     """`x`, but not before the float tensor `other` has been computed, nor what is made from `x`.
 
