@@ -9,6 +9,7 @@ from common import random_backbone
 from test_mechanism import SMALL
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, packing, privacy
+from keras_vaultgemma.privacy import mechanism
 from keras_vaultgemma.privacy.training import PrivateTraining
 
 pytestmark = pytest.mark.usefixtures("own_key")
@@ -131,7 +132,8 @@ class Several(PrivateTraining, keras.Model):
         return keras.ops.sum(losses), losses
 
 
-def test_several_rows_of_a_model_that_can():
+def test_several_rows_of_a_model_that_can(monkeypatch):
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)  # which depends on the microbatch
     found = []
     for size in (1, 4):
         model, rng = Several(), np.random.default_rng(0)
