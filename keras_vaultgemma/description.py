@@ -6,6 +6,7 @@ from collections import Counter
 
 from keras_vaultgemma import checkpoint, presets, weight_layout
 from keras_vaultgemma.privacy import ledger
+from keras_vaultgemma.privacy.accounting import SEEDED
 from keras_vaultgemma.tokenizer import TURN_END, TURN_START, VaultGemmaTokenizer
 
 WIDTH, LABEL = 100, 26
@@ -79,7 +80,8 @@ def _private_runs(ledger):
     section = {f"run {i}": sentence for i, sentence in enumerate(ledger.describe(), 1)}
     try:
         for dataset, spent in ledger.spent().items():
-            section[f"data {dataset[:13]}"] = f"ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
+            mark = "" if spent.is_private else f"{SEEDED}: "
+            section[f"data {dataset[:13]}"] = f"{mark}ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
     except ImportError as error:
         section["ε"] = str(error)
     return {"Private training": section}

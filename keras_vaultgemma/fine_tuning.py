@@ -133,13 +133,16 @@ class FineTuning(PrivateTraining):
     def privacy(self):
         return self.backbone.privacy
 
-    def rows_at_once(self, rows):
-        """Several with the default loss, where adapters of projections are all that is trained."""
+    @property
+    def takes_row_variables(self):
+        """With the default loss, where adapters of projections are all that is trained."""
         layers = adapted_layers.layers_of(self.backbone).values()
         factors = [v for layer in layers if layer.takes_row_factors for v in layer.lora_factors]
         is_alone = {id(v) for v in self.trainable_variables} <= {id(v) for v in factors}
-        length = rows[0]["token_ids"].shape[1]
-        return max(1, TOKENS_AT_ONCE // length) if is_alone and self._loss_takes_hidden_states else 1
+        return is_alone and self._loss_takes_hidden_states
+
+    def rows_at_once(self, rows):
+        return max(1, TOKENS_AT_ONCE // rows[0]["token_ids"].shape[1])
 
     def private_unit(self, rows, unit):
         return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"

@@ -10,6 +10,14 @@ def test_without_a_distribution_one_share_has_all_rows():
     assert to_numpy(of_rows).tolist() == [0, 2, 4, 6, 8, 10] and to_numpy(total) == 15
 
 
+def test_a_model_runs_by_itself_unless_told_otherwise():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert backend.other_executor(model) is None
+    model.compile("sgd", "mse", jit_compile=True)
+    assert backend.other_executor(model) == ("torch.compile" if backend.NAME == "torch" else None)
+
+
 def test_without_a_distribution_every_process_saves_its_own():
     with backend.gathered([keras.Variable([1.0])]) as writes:
         assert writes

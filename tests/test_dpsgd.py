@@ -32,6 +32,12 @@ def test_every_fit_has_a_secret_of_its_own():
     assert settings.secret() != settings.secret() and len(settings.secret()) == 16
 
 
+def test_a_known_secret_is_in_the_mechanism():
+    assert DPSGD(epsilon=1).mechanism == "DP-SGD with truncated Poisson sampling"
+    seeded = DPSGD(epsilon=1, seed_for_tests=0).mechanism
+    assert seeded == "NOT private, seeded for tests: DP-SGD with truncated Poisson sampling"
+
+
 def test_a_known_secret_warns():
     with pytest.warns(NotPrivateWarning, match="NOT private"):
         one = DPSGD(epsilon=1, seed_for_tests=3).secret()

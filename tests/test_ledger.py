@@ -62,6 +62,17 @@ def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
     assert ledger.read(path).on(DATA) == both
 
 
+def test_a_seeded_run_marks_all_that_it_composes_with():
+    seeded = f"{accounting.SEEDED}: {accounting.MECHANISM}"
+    runs = ((a_run(name="1"), 2), (a_run(name="2", mechanism=seeded), 2), (a_run(name="3", dataset=OTHER_DATA), 2))
+    spent = Ledger(runs=runs).spent()
+    assert spent[DATA].mechanism == f"{accounting.MECHANISM}; {seeded}" and not spent[DATA].is_private
+    assert spent[OTHER_DATA].mechanism == accounting.MECHANISM and spent[OTHER_DATA].is_private
+    written = ledger.parse(Ledger(runs=runs).lines(), "a file")
+    assert written.describe()[1].startswith("2 steps of NOT private, seeded for tests: DP-SGD")
+    assert written.spent() == spent
+
+
 def test_data_that_cannot_be_compared_counts_as_the_same():
     runs = ((a_run(name="1"), 20), (a_run(name="2", dataset=OTHER_KEY), 10))
     spent = Ledger(runs=runs).spent()
@@ -121,6 +132,10 @@ RUN = json.dumps({"kind": "run", **a_run(name="1")._asdict()})
         ('{"kind": "run", "rows": 3}', "missing"),
         (RUN, "a second run has the name '1'"),
         (RUN.replace('"name": "1"', '"name": 1'), "name must be a string"),
+        (
+            RUN.replace(f'"{accounting.MECHANISM}"', "1").replace('"name": "1"', '"name": "2"'),
+            "mechanism must be a str",
+        ),
         (RUN.replace("0.05", "5"), "`sampling_probability` must be above 0 and at most 1"),
         (RUN.replace("0.05", '"5"'), "not supported between"),
     ],

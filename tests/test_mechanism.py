@@ -163,6 +163,83 @@ def test_many_rows_that_all_point_the_same_way():
     assert 0.0099 < distance(whole.gradients, without.gradients) <= 0.01
 
 
+def adversarial_rows(count, longest):
+    """float32 [count, 1] of which the first changes the computed sum by as much as possible.
+
+    Half of the rows bring the sum to a power of two: just above it with the first row, just below without. Then each
+    row is so small that the one sum, a multiple of 2 u, is rounded up, while the other, of u, is exact.
+    """
+    half = count // 2
+    power = 2.0 ** np.floor(np.log2(half * longest))
+    rows = [longest, *[(power - longest / 2) / half] * half]
+    with_first, without = (np.cumsum(np.float32(part), dtype="float32")[-1] for part in (rows, rows[1:]))
+    assert without < power < with_first
+    unit = np.float32(power * 2.0**-24)
+    while len(rows) < count:
+        row = max((unit, 3 * unit), key=lambda x: (with_first + x) - (without + x))
+        with_first, without = with_first + row, without + row
+        rows.append(row)
+    return np.float32(rows)[:, None]
+
+
+@pytest.mark.parametrize("count", [100, 600])
+def test_rows_that_make_the_most_of_rounding(count):
+    """Each row is as long as rows can be, or shorter: the sum changes by more than that, and by C at most."""
+    longest = np.float32(
+        (1 - mechanism.ROUNDING) / (1 + float(to_numpy(mechanism.sum_rounding(count, 1)))) * (1 - 1e-6)
+    )
+    rows, found = adversarial_rows(count, longest), []
+    for first in (rows[:1], 0 * rows[:1]):
+        gradients = ops.convert_to_tensor(np.concatenate([first, rows[1:]]))
+
+        def row_gradients(start, state, gradients=gradients):
+            return [ops.slice(gradients, (start, 0), (1, 1))], ops.zeros((1,)), state
+
+        sums, _ = mechanism.clipped_sum(
+            row_gradients, [(1,)], ops.convert_to_tensor(np.int32(count)), count, 1, 1.0, [ops.zeros(())]
+        )
+        found.append(float(to_numpy(sums.gradients[0])[0]))
+    change = found[0] - found[1]
+    assert float(longest) * (1 + count**2 * 2.0**-28) < change <= 1
+    if count == 600:
+        # A share of 2^-10 for everything, whatever the number of rows, would not have been enough.
+        assert change / float(longest) * (1 - mechanism.ROUNDING) > 1
+
+
+@pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (1000, 1), (1000, 8), (7, 3)])
+def test_the_bound_of_rounding_counts_every_addition(rows, size):
+    """Twice the sum over all rows of the additions that each goes through, whatever the order in a microbatch."""
+    microbatches = -(-rows // size)
+    additions = sum(size - 1 + microbatches - j for j in range(microbatches) for _ in range(size))
+    found = float(to_numpy(mechanism.sum_rounding(rows, size)))
+    deepest = size - 1 + microbatches
+    np.testing.assert_allclose(found, 2 * additions * 2.0**-24 / (1 - deepest * 2.0**-24), rtol=1e-5)
+    np.testing.assert_allclose(float(to_numpy(mechanism.sum_rounding(ops.convert_to_tensor(rows), size))), found)
+
+
+@pytest.mark.parametrize("name", ["full", "LoRA"])
+def test_bfloat16_computes_what_a_plain_loop_does(name):
+    """Gradients from a bfloat16 computation, one row at a time by Keras's own loss; norms and sums are float32."""
+    model, rows = private_model(**MODELS[name], dtype="mixed_bfloat16"), some_rows(7)
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    found, losses = plain_gradients(model, rows)
+    _, norms = plain_sum(found)
+    model._dpsgd.clip_norm = clip_norm = float(np.mean(np.sort(norms)[3:5]))
+    expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
+    length = np.sqrt(sum((e**2).sum() for e in expected))
+    for size in (1, 3) if name == "LoRA" else (1,):
+        clipped = sum_of(model, rows, size=size)
+        assert (clipped.clipped, clipped.not_finite) == (3, 0)
+        np.testing.assert_allclose(clipped.loss, sum(losses), rtol=0.02)
+        assert distance(clipped.gradients, expected) < 0.02 * length
+        assert {g.dtype for g in clipped.gradients} == {np.dtype("float32")}
+        # Each row by itself is of the length that clipping says.
+        for i in range(7):
+            alone = sum_of(model, take(rows, [i]), size=size).gradients
+            norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in alone))
+            assert norm <= clip_norm and (norms[i] < clip_norm or norm > 0.998 * clip_norm)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(size):
     """Nor does it touch the rows that are computed with it: it is the first of them, with a weight that overflows."""

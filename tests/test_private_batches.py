@@ -13,7 +13,7 @@ def batches(first_step=0, max_batch_size=12, microbatch=5):
     x = {"token_ids": np.arange(1, 41)[:, None].repeat(3, 1), "padding_mask": np.ones((40, 3), "int32")}
     rows = (x, np.arange(1, 41), np.full(40, 0.5, "float32"))
     steps = Steps(0, 40, 0.2, max_batch_size, 1.5)
-    return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step)
+    return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step, 3)
 
 
 def test_a_batch_has_the_rows_of_its_step_and_zeros():
@@ -28,12 +28,15 @@ def test_a_batch_has_the_rows_of_its_step_and_zeros():
         assert (step["sample_weight"] == 0.5 * (y > 0)).all()
         seeds = [noise_seeds.seed(SECRET, 7 + i, variable) for variable in (0, 1)]
         np.testing.assert_array_equal(step["noise_seeds"].view("uint32"), seeds)
+        seeds = [noise_seeds.layer_seed(SECRET, 7 + i, layer) for layer in range(4)]
+        np.testing.assert_array_equal(step["layer_seeds"], seeds)
         assert step["noise_multiplier"] == [np.float32(1.5)] and step["expected_rows"] == [8]
 
 
 def test_no_seed_comes_twice():
     data = batches()
     assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["noise_seeds"]}) == 100
+    assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["layer_seeds"]}) == 200
 
 
 def test_the_same_index_is_the_same_batch():

@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def test_the_budget_is_kept_and_told():
-    model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None))
+    model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None, seed_for_tests=None))
     history = fit(model, epochs=2)
     spent = model.privacy.spent()
     assert history["epsilon"][0] < spent.epsilon <= 2.0
@@ -35,6 +35,29 @@ def test_the_budget_is_kept_and_told():
     expected = accounting.epsilon([run.steps(count)], 1e-4)
     assert spent.epsilon == accounting.round_up(expected)
     assert (run.rows, run.sampling_probability, run.clip_norm, run.planned_steps) == (ROWS, BATCH / ROWS, C, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
+    """In `spent`, the ledger, saved presets and what `info` tells; and so does all that it is composed with."""
+    from keras_vaultgemma.description import describe
+
+    model = tiny_model(extend_budget=True)
+    model.fit(LINES, batch_size=2, verbose=0)
+    assert model.privacy.spent().is_private
+    settings = privacy.DPSGD(noise_multiplier=1.0, delta=1e-4, extend_budget=True, seed_for_tests=3)
+    model.compile(keras.optimizers.Adam(1e-3), privacy=settings)
+    model.fit(LINES, batch_size=2, verbose=0)
+    spent = model.privacy.spent()
+    assert not spent.is_private and spent.steps == 4
+    kind = "DP-SGD with truncated Poisson sampling"
+    assert spent.mechanism == f"{kind}; NOT private, seeded for tests: {kind}"
+    lora.merge(model)
+    model.save_to_preset(tmp_path / "preset")
+    assert ledger.of_preset(tmp_path / "preset") == model.privacy.ledger
+    assert "NOT private" in model.privacy.ledger.describe()[1] and "NOT" not in model.privacy.ledger.describe()[0]
+    said = " ".join(describe(str(tmp_path / "preset")).split())
+    assert f"NOT private, seeded for tests: ε = {spent.epsilon:g} at δ" in said
 
 
 @pytest.mark.parametrize("budget", [dict(epsilon=2.0, noise_multiplier=None), dict(noise_multiplier=1.0)])

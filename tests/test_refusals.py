@@ -1,12 +1,15 @@
 """Each refusal, through `compile` and `fit` as users meet it, with its one sentence."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 from common import random_backbone
 from test_mechanism import SMALL
 
-from keras_vaultgemma import VaultGemmaCausalLM, packing, privacy
+from keras_vaultgemma import VaultGemmaCausalLM, backend, packing, privacy
+from keras_vaultgemma.privacy import mechanism
 from keras_vaultgemma.privacy.training import PrivateTraining
 
 pytestmark = pytest.mark.usefixtures("own_key")
@@ -68,6 +71,98 @@ def test_several_steps_at_once():
 def test_batch_normalization():
     with pytest.raises(ValueError, match="BatchNormalization mixes the rows of a batch and keeps their mean"):
         dense(keras.layers.BatchNormalization()).compile("sgd", "mse", privacy=dpsgd())
+
+
+SEVERAL_ROWS = "`microbatch_size` must be 1 or None unless .* each by itself.* Received: microbatch_size=4"
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+def test_several_rows_with_layers_that_give_each_copy_every_row(shape):
+    """Kernels [4, 3, 2] broadcast against rows [4, 3] and [4, 4, 3] without a complaint."""
+    inputs = keras.Input(shape)
+    model = Private(inputs, keras.layers.Dense(2)(inputs))
+    data = (np.ones((ROWS, *shape), "float32"), np.ones((ROWS, *shape[:-1], 2), "float32"))
+    with pytest.raises(ValueError, match=SEVERAL_ROWS):
+        fitted(model, data=data, dpsgd_arguments=dict(microbatch_size=4))
+    fitted(model, data=data, dpsgd_arguments=dict(microbatch_size=1))
+
+
+OWN = {
+    "loss": lambda: dict(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+    "metric": lambda: dict(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")]),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_several_rows_with_a_loss_or_metric_of_ones_own(own):
+    """They give one number for all rows of a microbatch."""
+    model = VaultGemmaCausalLM(random_backbone(**SMALL))
+    model.backbone.enable_lora(2)
+    x = packed(1)
+    for arguments, size in ((OWN[own](), 4), (OWN[own](), 1), ({}, 4)):
+        model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=size, extend_budget=True), **arguments)
+        if size > 1 and arguments:
+            with pytest.raises(ValueError, match=SEVERAL_ROWS):
+                model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+        else:
+            model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+
+
+def test_several_rows_of_weights_that_have_no_copies():
+    model = language_model()
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
+    with pytest.raises(ValueError, match=SEVERAL_ROWS):
+        model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
+
+
+class Several(PrivateTraining, keras.Model):
+    """A model that says it can: its one layer multiplies each row by the row's own copy."""
+
+    takes_row_variables = True
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = self.add_weight(shape=(3,), initializer="ones", name="kernel")
+
+    def call(self, x):
+        return keras.ops.sum(x * self.kernel, axis=-1, keepdims=True)
+
+    def private_losses(self, x, y=None, sample_weight=None):
+        losses = keras.ops.mean((self(x) - y) ** 2, axis=-1)
+        return keras.ops.sum(losses), losses
+
+
+def test_several_rows_of_a_model_that_can(monkeypatch):
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)  # which depends on the microbatch
+    found = []
+    for size in (1, 4):
+        model, rng = Several(), np.random.default_rng(0)
+        data = (rng.normal(size=(ROWS, 3)).astype("float32"), rng.normal(size=(ROWS, 1)).astype("float32"))
+        with pytest.warns(privacy.NotPrivateWarning):
+            fitted(model, data=data, batch_size=ROWS, dpsgd_arguments=dict(microbatch_size=size, seed_for_tests=1))
+        found.append(keras.ops.convert_to_numpy(model.kernel))
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["a generic model", "VaultGemma"])
+@pytest.mark.parametrize("before", ["nothing", "a compile without privacy"])
+def test_nothing_is_trained_after_a_compile_that_was_refused(kind, before):
+    model = dense() if kind == "a generic model" else VaultGemmaCausalLM(random_backbone(**SMALL))
+    loss = dict(loss="mse") if kind == "a generic model" else {}
+    x, y = (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32")) if loss else (packed(1), np.ones((ROWS, 4)))
+    if before != "nothing":
+        model.compile(keras.optimizers.SGD(0.1), **loss)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+        model.compile(optimizer, privacy=dpsgd(), **loss)
+    weights = [np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables]
+    with pytest.raises(ValueError, match=r"You must call `compile\(\)` before"):
+        model.fit(x, y, batch_size=8, verbose=0)
+    for old, v in zip(weights, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(v))
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(), **loss)
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert model.privacy.spent().steps == 5
 
 
 class Remembers(keras.layers.Layer):
@@ -182,6 +277,42 @@ def test_data_that_cannot_be_drawn_by_row():
     ids = {"token_ids": np.ones((8, 5), "int32"), "padding_mask": np.ones((8, 5), "int32")}
     with pytest.raises(ValueError, match="draws its rows one by one"):
         language_model().fit(batch for batch in [(ids, ids["token_ids"])])
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="data of TensorFlow")
+def test_a_dataset_of_tensorflow():
+    import tensorflow as tf
+
+    ids = {"token_ids": np.ones((8, 5), "int32"), "padding_mask": np.ones((8, 5), "int32")}
+    for model, rows in (
+        (language_model(), (ids, ids["token_ids"])),
+        (dense(), (np.ones((8, 3), "float32"), np.ones((8, 2), "float32"))),
+    ):
+        model.compile(keras.optimizers.SGD(0.1), "mse" if len(model.layers) == 2 else "auto", privacy=dpsgd())
+        with pytest.raises(ValueError, match="draws its rows one by one: .* Received: "):
+            model.fit(tf.data.Dataset.from_tensor_slices(rows).batch(4), verbose=0)
+        assert not model.privacy.ledger.runs
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="strategies of TensorFlow")
+@pytest.mark.parametrize("inside", ["the model", "`fit`"])
+def test_a_strategy_of_tensorflow(inside):
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+    with strategy.scope() if inside == "the model" else contextlib.nullcontext():
+        model = dense()
+    around_fit = contextlib.nullcontext() if inside == "the model" else strategy.scope()
+    with around_fit, pytest.raises(ValueError, match="outside of a `tf.distribute` .* Received: MirroredStrategy"):
+        fitted(model)
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="XLA compiles steps as they are")
+def test_a_compiler_of_pytorch():
+    model = dense()
+    model.compile(keras.optimizers.SGD(0.1), "mse", privacy=dpsgd(), jit_compile=True)
+    with pytest.raises(ValueError, match="on PyTorch without `jit_compile=True`. Received: torch.compile"):
+        model.fit(np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"), verbose=0)
 
 
 def packed(count):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from common import LINES, random_backbone, to_numpy
 from keras import ops
-from test_mechanism import SMALL, C, plain_gradients, plain_sum, some_rows, take
+from test_mechanism import SMALL, C, distance, plain_gradients, plain_sum, some_rows, sum_of, take
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.privacy import mechanism, noise_seeds, plan, row_sampling, secret_key
@@ -49,7 +49,8 @@ def test_a_step_is_what_the_docstring_says(rank):
     drawn = row_sampling.rows(secret, 0, ROWS, BATCH / ROWS, model_room(1.0))
     assert 0 < len(drawn) < ROWS
     found, losses = plain_gradients(model, take(rows, drawn))
-    clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING))
+    rounding = float(to_numpy(mechanism.sum_rounding(min(model_room(1.0), ROWS), 1)))
+    clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING) / (1 + rounding))
     seeds = [ops.convert_to_tensor(noise_seeds.seed(secret, 0, i).view("int32")) for i in range(len(before))]
     noise = [to_numpy(backend.normal(seed, v.shape)) for seed, v in zip(seeds, before, strict=True)]
     # SGD with rate 1, of which an epoch's first step is looked at.
@@ -100,6 +101,10 @@ def test_empty_batches_are_steps():
     assert counts.count(0) > 5
     steps = [np.abs(new - old).max() for new, old in zip(seen[1:], seen, strict=False)]
     assert min(steps) > 0 and model.privacy.spent().steps == 30
+    # Of a step without rows the update is the noise of its seed, σ C, over the one row that is expected.
+    for i in [i for i in range(1, 30) if counts[i] == 0]:
+        seed = ops.convert_to_tensor(noise_seeds.seed(secret_key.fixed(5), i, 0).view("int32"))
+        np.testing.assert_allclose(seen[i - 1] - seen[i], C * to_numpy(backend.normal(seed, seen[i].shape)), atol=1e-6)
 
 
 def tiny_model(**settings):
@@ -163,13 +168,48 @@ def test_gradient_checkpointing_changes_nothing(changes):
         assert np.abs(one).max() > 0
 
 
-@pytest.mark.skipif(backend.NAME == "torch", reason="PyTorch's dropout draws from a global generator")
+def dropping_model(**arguments):
+    """Adapters with dropout and without privacy's noise to speak of, all of whose factors matter."""
+    model = language_model(4, lora_arguments=dict(dropout=0.5), **arguments)
+    for v in model.trainable_variables:
+        v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+    return model
+
+
 def test_dropout_draws_anew_for_each_microbatch():
-    model = language_model(4, lora_arguments=dict(dropout=0.5))
-    seeds = [v for v in model.non_trainable_variables if "seed" in v.path]
-    before = [to_numpy(v).copy() for v in seeds]
-    fit(model)
-    assert seeds and all((to_numpy(v) != old).any() for v, old in zip(seeds, before, strict=True))
+    """Were its masks the same for the same row, two of it would have twice the gradient of one."""
+    model, rows = dropping_model(), take(some_rows(1), [0, 0])
+    backend.seed_global_generator(1)  # PyTorch's dropout draws from it
+    one = sum_of(model, rows, 1).gradients
+    backend.seed_global_generator(1)
+    two = sum_of(model, rows, 2).gradients
+    assert distance([2 * g for g in one], two) > 0.1 * C
+
+
+def test_seeds_of_layers_tell_nothing_of_how_many_rows_were_drawn():
+    """Checkpoints save them: two runs that draw other numbers of rows leave the same ones."""
+    left, drawn = [], []
+    for secret in (5, 6):
+        model = language_model(4, lora_arguments=dict(dropout=0.5), dpsgd=dict(seed_for_tests=secret))
+        fit(model)
+        left.append([to_numpy(v).tolist() for v in model.non_trainable_variables if "seed" in v.path])
+        room = model.privacy.ledger.runs[0][0].max_batch_size
+        steps = [row_sampling.rows(secret_key.fixed(secret), i, ROWS, BATCH / ROWS, room) for i in range(4)]
+        drawn.append(sum(map(len, steps)))
+    assert drawn[0] != drawn[1]
+    assert len(left[0]) > 0 and left[0] == left[1]
+
+
+def test_dropout_follows_the_seeds_of_the_step():
+    """The same seeds give the same masks, others give others."""
+    model, rows = dropping_model(), keras.tree.map_structure(ops.convert_to_tensor, some_rows(1))
+    found = []
+    for seed in (1, 2, 1):
+        backend.seed_global_generator(seed)
+        seeds = ops.convert_to_tensor(np.full((len(model._seeds), 2), seed, "int32"))
+        clipped, _ = model._clipped_sum(rows, ops.convert_to_tensor(np.int32(1)), seeds)
+        found.append([to_numpy(g) for g in clipped.gradients])
+    assert distance(found[0], found[2]) == 0 and distance(found[0], found[1]) > 0.1 * C
 
 
 @pytest.mark.parametrize("base", ["bfloat16", "int8", "mixed_bfloat16"])
@@ -209,8 +249,9 @@ def test_evaluation_says_nothing_of_training():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_microbatches_change_nothing(size):
-    """But for Bmax, which is a multiple of them, and with rows enough for all of it never matters."""
+def test_microbatches_change_nothing(size, monkeypatch):
+    """But for Bmax, which is a multiple of them, and with rows enough for all of it never matters, and for rounding."""
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)
     models = [language_model(4, dpsgd=dict(microbatch_size=m)) for m in (1, size)]
     for model in models:
         for v in model.trainable_variables:

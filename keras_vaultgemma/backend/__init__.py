@@ -14,7 +14,7 @@ from keras_vaultgemma.backend.compilation import (
     trace_once,
     update_variables,
 )
-from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares
+from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares, other_executor
 from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory
@@ -52,6 +52,7 @@ __all__ = [
     "is_tensorflow",
     "matmul",
     "normal",
+    "other_executor",
     "recomputed",
     "return_freed_memory",
     "seed_global_generator",

@@ -141,8 +141,11 @@ def seed_global_generator(seed):
     """Seed, from 0 to 2**64 - 1, what layers without a seed of their own draw dropout from on PyTorch.
 
     Other backends keep all their random numbers in the state of layers.
+
+    Args:
+        seed: int, or an integer scalar tensor.
     """
     if NAME == "torch":
         import torch
 
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))

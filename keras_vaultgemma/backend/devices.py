@@ -16,6 +16,26 @@ def check_that_it_distributes():
         )
 
 
+def other_executor(model):
+    """What `fit` would run a model's steps with, other than as they are and on one device; None for nothing.
+
+    Args:
+        model: compiled `keras.Model`.
+
+    Returns:
+        A name: of a `tf.distribute.Strategy` (TensorFlow), or `torch.compile` (PyTorch).
+    """
+    if NAME == "torch" and model.jit_compile:
+        return "torch.compile"
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        strategy = model.distribute_strategy
+        with strategy.scope():
+            return type(strategy).__name__ if tf.distribute.has_strategy() else None
+    return None
+
+
 def in_shares(function, divided, whole):
     """`function(divided, whole)`, on JAX with a distribution set by every device for the rows of a batch that it has.
 

@@ -196,7 +196,8 @@ def finetune(
 
 
 def _spent(spent):
+    kind = "Private" if spent.is_private else "NOT private"
     return (
-        f"Private: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after {spent.steps:,} steps "
+        f"{kind}: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after {spent.steps:,} steps "
         f"({spent.mechanism}, {spent.neighbouring} neighbours); metrics are not covered"
     )

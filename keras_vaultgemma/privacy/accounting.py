@@ -27,6 +27,8 @@ from keras_vaultgemma.privacy import loss_distribution
 from keras_vaultgemma.privacy.loss_distribution import LossDistribution
 
 MECHANISM = "DP-SGD with truncated Poisson sampling"
+SEEDED = "NOT private, seeded for tests"
+"""What the mechanism of a run begins with whose random numbers anybody can compute."""
 NEIGHBOURING = "zero-out"
 INTERVAL = 1e-3
 """Distance of two privacy losses that are told apart; coarser ones are rounded up."""
@@ -60,7 +62,8 @@ class PrivacySpent(NamedTuple):
     """What was promised about some steps.
 
     Attributes:
-        epsilon, delta: of the guarantee in this module's docstring; ε is rounded up to four digits.
+        epsilon, delta: of the guarantee in this module's docstring; ε is rounded up to four digits. Where the steps are
+            not `is_private`, what ε would be had nobody known their random numbers.
         steps: how many steps it covers.
         mechanism: in words.
         unit: what one row is, in words.
@@ -74,17 +77,22 @@ class PrivacySpent(NamedTuple):
     unit: str
     neighbouring: str
 
+    @property
+    def is_private(self):
+        """False where a run had `DPSGD(seed_for_tests=...)`: nothing is promised then."""
+        return SEEDED not in self.mechanism
 
-def spent(runs, delta, unit):
+
+def spent(runs, delta, unit, mechanism=MECHANISM):
     """`PrivacySpent` of `Steps` that were done on the same data.
 
     Args:
         runs: list of `Steps`.
         delta: in (0, 1).
-        unit: what one row is, in words.
+        unit, mechanism: in words.
     """
     value = round_up(epsilon(runs, delta))
-    return PrivacySpent(value, delta, sum(steps.count for steps in runs), MECHANISM, unit, NEIGHBOURING)
+    return PrivacySpent(value, delta, sum(steps.count for steps in runs), mechanism, unit, NEIGHBOURING)
 
 
 def epsilon(runs, delta):

@@ -41,6 +41,7 @@ class DPSGD:
     - the metrics that `fit` shows. They are named "unprotected_..." for that reason, and a checkpoint keeps them, too;
     - validation on rows that are not public, and anything that the vocabulary or the preprocessing took from the rows;
     - the time a step takes, which depends on the number of rows it drew;
+    - the masks of dropout on PyTorch, whose generator takes 32 bits of the secret alone;
     - floating-point numbers: noise is a float32 number of a statistical generator (noise_seeds.py).
     And nobody's row is safe where the secret of the run's random numbers is known: it is 128 bits from the operating
     system for each `fit`, and written nowhere (secret_key.py).
@@ -52,12 +53,13 @@ class DPSGD:
         delta: δ, in (0, 1); N^-1.1 if None.
         clip_norm: C, above 0.
         unit: "row" or "sequence".
-        microbatch_size: rows that are computed at a time; None for as many as pay off.
+        microbatch_size: rows that are computed at a time; None for as many as pay off. More than 1 only where the model
+            can compute each by itself, as with LoRA on projections and the default loss.
         extend_budget: let another `fit` on the same data go beyond the budget; `spent` and the ledger say how far.
         public_validation: says that validation data given to `fit` is public, and its metrics may be known to all.
         ledger: file that every step is written down in before it is done. Defaults to one beside the checkpoint of a
             `TrainingCheckpoint` given to `fit`, and to memory alone without one.
-        seed_for_tests: makes the run repeatable and NOT private; a warning says so.
+        seed_for_tests: makes the run repeatable and NOT private; a warning, the ledger and `spent` say so.
 
     Raises:
         ValueError: for an argument outside its range; by `compile` and `fit` for what they cannot do privately.
@@ -102,6 +104,12 @@ class DPSGD:
         self.unit, self.microbatch_size = unit, microbatch_size
         self.extend_budget, self.public_validation = extend_budget, public_validation
         self.ledger, self.seed_for_tests = ledger, seed_for_tests
+
+    @property
+    def mechanism(self):
+        """What the ledger says that a run does, in words."""
+        is_private = self.seed_for_tests is None
+        return accounting.MECHANISM if is_private else f"{accounting.SEEDED}: {accounting.MECHANISM}"
 
     def secret(self):
         """A new secret for one call of `fit`; with `seed_for_tests` a known one, and a warning."""

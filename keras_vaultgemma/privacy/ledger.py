@@ -41,7 +41,8 @@ class Run(NamedTuple):
         unit: what one row is, in words.
         dataset: as `fingerprint.fingerprint` returns it.
         package_version: of this package.
-        mechanism, neighbouring: in words.
+        mechanism, neighbouring: in words; the mechanism of a run with `DPSGD(seed_for_tests=...)` begins with
+            `accounting.SEEDED`.
         name: unique.
     """
 
@@ -99,8 +100,8 @@ class Ledger(NamedTuple):
         runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
         if not runs:
             raise ValueError(f"`dataset` must be the fingerprint of a run's data. Received: dataset={dataset!r}")
-        units = "; ".join(dict.fromkeys(run.unit for run in runs))
-        return accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units)
+        units, mechanisms = ("; ".join(dict.fromkeys(getattr(r, name) for r in runs)) for name in ("unit", "mechanism"))
+        return accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units, mechanisms)
 
     def describe(self):
         """A sentence for each run, in order."""
@@ -222,7 +223,7 @@ def _run(entry):
     run = Run(**entry)
     accounting.check(run.steps(run.planned_steps))
     accounting.check_delta(run.delta)
-    for name in ("unit", "dataset", "name"):
+    for name in ("unit", "dataset", "mechanism", "name"):
         if not isinstance(getattr(run, name), str):
             raise ValueError(f"{name} must be a string")
     return run

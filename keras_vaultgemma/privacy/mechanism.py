@@ -8,9 +8,10 @@ where B is the expected number of sampled rows, not the actual one, which is its
 whatever the model computes in.
 
 **Sensitivity.** Replacing one row by a row without a gradient changes the sum by at most C in the Euclidean norm, since
-the row's own term is all that changes. In float32 as well: rows are clipped to C (1 - `ROUNDING`), and rounding adds
-less than that. (A norm is summed up in stages of `STAGE` numbers at most, which leaves it right to 2e-4. Adding rows up
-rounds by 2^-24 of what has been added: 1e-3 C in all for 180 rows that point the same way, or 30,000 that do not.)
+the row's own term is all that changes. In float32 as well, for rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
+`ROUNDING` is for norms, which are summed up in stages of `STAGE` numbers at most and so right to 4e-4, and ρ
+(`sum_rounding`) for the sum, which with the row and without it may be rounded in opposite directions at each addition:
+1e-3 for 128 rows that are computed one by one, 0.06 for 1,000; 0.008 for 1,000 that are computed 8 at a time.
 `clipped_sum` returns C with the sum, and `noised_mean` computes the noise from that; nothing else knows how much noise
 is needed.
 
@@ -24,7 +25,10 @@ from keras import ops
 from keras_vaultgemma import backend
 
 ROUNDING = 2.0**-10
-"""Part of the clipping norm that is left to rounding."""
+"""Part of the clipping norm that is left to the rounding of a row's norm and of its clipped gradient."""
+
+UNIT = 2.0**-24
+"""Largest relative error of one float32 addition."""
 
 STAGE = 2**12
 """Numbers that are added up one after the other."""
@@ -48,7 +52,7 @@ class ClippedSum(NamedTuple):
     not_finite: object
 
 
-def clipped_sum(row_gradients, shapes, count, size, clip_norm, state):
+def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
     """Sum of the clipped gradients of a batch, a microbatch at a time.
 
     Args:
@@ -56,6 +60,7 @@ def clipped_sum(row_gradients, shapes, count, size, clip_norm, state):
             (gradients, losses, state): a list of [size, *shape] for each variable, [size], and what the next call gets.
         shapes: shape of each variable.
         count: int32 scalar, how many rows the batch has; what a microbatch has beyond them is computed and ignored.
+        rows: int or int32 scalar, the most rows that a batch can have; public, as `count` is not.
         size: rows of a microbatch.
         clip_norm: C, above 0.
         state: list of tensors.
@@ -63,12 +68,13 @@ def clipped_sum(row_gradients, shapes, count, size, clip_norm, state):
     Returns:
         `(ClippedSum, state)`.
     """
+    longest = clip_norm / (1 + sum_rounding(rows, size))
 
     def add_microbatch(start, total, statistics, state):
         gradients, losses, state = row_gradients(start, state)
         is_present = start + ops.arange(size, dtype="int32") < count
         gradients = [ops.cast(gradient, "float32") for gradient in gradients]
-        factors, is_finite, norms = clip_factors(gradients, losses, is_present, clip_norm)
+        factors, is_finite, norms = clip_factors(gradients, losses, is_present, longest)
         total = list(total)
         for i in range(len(total)):
             # In the memory of the sum, and so that no second gradient stays alive.
@@ -88,6 +94,26 @@ def clipped_sum(row_gradients, shapes, count, size, clip_norm, state):
         lambda start, *_: start < count, add_microbatch, (start, zeros, statistics, list(state))
     )
     return ClippedSum(list(total), clip_norm, *statistics), list(state)
+
+
+def sum_rounding(rows, size):
+    """ρ: what rounding may add to the sum's sensitivity, as a part of the rows' largest norm c.
+
+    A term that goes through d additions is in the computed sum with a factor of 1 + δ in each coordinate, |δ| <= γ_d =
+    d u / (1 - d u) with u = `UNIT` (Higham, 2002, section 4.2). So the computed sum is off by at most the sum of
+    γ_d c over the rows, in the Euclidean norm, and the difference of two sums by twice that. Of n microbatches of m
+    rows, a row in the j-th goes through m - 1 additions at most within it, in whatever order, and n - j + 1 after it.
+
+    Args:
+        rows: int or int32 scalar, how many rows are added up at most.
+        size: m.
+
+    Returns:
+        float32 scalar.
+    """
+    n = ops.cast(-(-rows // size), "float32")
+    additions = n * size * (size - 1 + (n + 1) / 2)
+    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + n))
 
 
 def clip_factors(gradients, losses, is_present, clip_norm):

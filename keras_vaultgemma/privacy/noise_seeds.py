@@ -1,4 +1,4 @@
-"""Seeds of the noise: one for each step and variable, and none twice.
+"""Seeds of the noise, one for each step and variable, and of random layers; none twice.
 
 `keras.random` is not used: its seeds have 30 bits by default, and on PyTorch two of its streams meet. A generator
 should take all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, two are equal with probability 1e-5.
@@ -25,3 +25,19 @@ def seed(secret, step, variable):
         uint32 [4]: 128 bits.
     """
     return np.frombuffer(secret_key.derive(secret, "noise", step, variable)[:16], "<u4").astype("uint32")
+
+
+def layer_seed(secret, step, layer):
+    """The seed of what a random layer draws in one step, such as dropout.
+
+    From the secret, too, and left in no variable: a saved seed that each microbatch has moved on would tell how many
+    rows were drawn, and a known one which rows were computed with which part of the weights.
+
+    Args:
+        secret, step: as for `seed`.
+        layer: int, 0 or more.
+
+    Returns:
+        int32 [2], not negative: of 62 bits, as Keras's own seeds are two numbers.
+    """
+    return (np.frombuffer(secret_key.derive(secret, "layers", step, layer)[:8], "<u4") >> 1).astype("int32")

@@ -14,6 +14,7 @@ class PrivateBatches(keras.utils.PyDataset):
     - sample_weight: those of the rows, where there are any;
     - count: int32 [1], how many were drawn;
     - noise_seeds: int32 [V, 4];
+    - layer_seeds: int32 [1 + S, 2], of PyTorch's global generator and of the model's own seeds;
     - noise_multiplier, expected_rows: float32 [1].
 
     Args:
@@ -24,11 +25,13 @@ class PrivateBatches(keras.utils.PyDataset):
         microbatch: the shape has a multiple of so many rows.
         secret: 16 bytes (secret_key.py).
         first_step: int, 0 or more.
+        layers: S, how many seeds the model's random layers have.
     """
 
-    def __init__(self, rows, steps, length, variables, microbatch, secret, first_step):
+    def __init__(self, rows, steps, length, variables, microbatch, secret, first_step, layers=0):
         super().__init__()
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
+        self._layers = layers
         self._secret, self._first_step = secret, first_step
         self._capacity = -(-min(steps.max_batch_size, steps.rows) // microbatch) * microbatch
 
@@ -41,6 +44,7 @@ class PrivateBatches(keras.utils.PyDataset):
             self._secret, step, steps.rows, steps.sampling_probability, max_batch_size=steps.max_batch_size
         )
         seeds = [noise_seeds.seed(self._secret, step, i) for i in range(self._variables)]
+        layer_seeds = [noise_seeds.layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
 
         def take(array):
             taken = np.zeros((self._capacity, *array.shape[1:]), array.dtype)
@@ -54,6 +58,7 @@ class PrivateBatches(keras.utils.PyDataset):
             {
                 "count": np.array([len(drawn)], "int32"),
                 "noise_seeds": np.stack(seeds).view("int32"),
+                "layer_seeds": np.stack(layer_seeds),
                 "noise_multiplier": np.array([steps.noise_multiplier], "float32"),
                 "expected_rows": np.array([steps.rows * steps.sampling_probability], "float32"),
                 **({"sample_weight": weight[0]} if weight else {}),

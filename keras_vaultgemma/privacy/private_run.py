@@ -42,14 +42,17 @@ def private(model, arguments, records=None):
         return
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     refusals.check_fit(arguments, settings.public_validation)
+    refusals.check_execution(model)
     rows = as_rows(*(arguments.pop(name, None) for name in ("x", "y", "sample_weight")))
     refusals.check_rows(rows, settings.unit)
     refusals.check_losses(model, rows)
     arrays = keras.tree.flatten(rows)
     count, batch_size = len(arrays[0]), arguments.pop("batch_size", None) or DEFAULT_BATCH_SIZE
     per_epoch = planning.steps_per_epoch(count, batch_size)
+    refusals.check_microbatch(model, settings.microbatch_size)
     # At most a quarter of a batch, for the last microbatch of a step is rarely full.
-    microbatch = settings.microbatch_size or min(model.rows_at_once(rows), max(1, batch_size // 4))
+    at_once = min(model.rows_at_once(rows), max(1, batch_size // 4)) if model.takes_row_variables else 1
+    microbatch = settings.microbatch_size or at_once
     path = _ledger_path(settings, arguments)
     if path is not None and path.exists():
         record.add(ledgers.read(path))
@@ -74,6 +77,7 @@ def private(model, arguments, records=None):
             microbatch,
             settings.secret(),
             int(ops.convert_to_numpy(model.optimizer.iterations)),
+            len(model._seeds),
         ),
         "shuffle": False,
         "steps_per_epoch": per_epoch,
@@ -120,6 +124,7 @@ def _plan(record, settings, dataset, unit, shape, done):
         unit=unit,
         dataset=dataset,
         package_version=keras_vaultgemma.__version__,
+        mechanism=settings.mechanism,
     )
     return run, steps.count < asked
 

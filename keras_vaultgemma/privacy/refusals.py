@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from keras_vaultgemma import backend
+
 UNPROTECTED = "unprotected_"
 """What names of metrics on private rows begin with: the mark that no noise protects them."""
 
@@ -86,6 +88,32 @@ def check_fit(arguments, public_validation):
         raise ValueError(
             "Private training runs on one device, where each row is clipped and counted once. "
             f"Received: {type(keras.distribution.distribution()).__name__}"
+        )
+
+
+def check_execution(model):
+    """Raise ValueError for a compiled `keras.Model` whose steps would not be done as they are written."""
+    executor = backend.other_executor(model)
+    if executor:
+        raise ValueError(
+            "Private training does its steps as they are and on one device, where each row is clipped and counted once "
+            "and no noise is drawn twice: build, compile and fit the model outside of a `tf.distribute` strategy, and "
+            f"on PyTorch without `jit_compile=True`. Received: {executor}"
+        )
+
+
+def check_microbatch(model, size):
+    """Raise ValueError for several rows at a time with a model whose rows would then not be clipped one by one.
+
+    Args:
+        model: compiled `keras.Model` with `PrivateTraining` among its bases.
+        size: what the user gave as `microbatch_size`.
+    """
+    if size not in (None, 1) and not model.takes_row_variables:
+        raise ValueError(
+            "`microbatch_size` must be 1 or None unless the model can compute several rows each by itself, as "
+            "`VaultGemmaCausalLM` does with the default loss and metrics where LoRA on projections is all that is "
+            f"trained. Received: microbatch_size={size}"
         )
 
 

@@ -14,8 +14,9 @@ class PrivateTraining:
 
     Stands before Keras's class among the bases. Without `privacy` everything is Keras's own.
 
-    A model may say how rows are computed faster than one by one (`rows_at_once`) and what their losses are
-    (`private_losses`). As it is here, a row is a batch of its own with the compiled loss.
+    A model may say that it computes several rows each with variables of its own (`takes_row_variables`), how many pay
+    off (`rows_at_once`) and what their losses are (`private_losses`). As it is here, a row is a batch of its own with
+    the compiled loss.
     """
 
     _dpsgd = None
@@ -41,9 +42,13 @@ class PrivateTraining:
         if not self._unprotected:
             names = ("loss", "clipped_share", "not_finite_rows")
             self._unprotected = [keras.metrics.Mean(name=refusals.UNPROTECTED + name) for name in names]
-        super().compile(*args, **kwargs)
-        if privacy is not None:
-            refusals.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
+        try:
+            super().compile(*args, **kwargs)
+            if privacy is not None:
+                refusals.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
+        except BaseException:
+            self.compiled = False  # else `fit` would go on with half of it, and without what was refused
+            raise
         self._dpsgd = privacy
 
     @property
@@ -75,11 +80,17 @@ class PrivateTraining:
             return super().train_step(*args, **kwargs)
         return backend.train_step(self, self._private_step, *args)
 
-    def rows_at_once(self, rows):
-        """How many rows pay off to be computed together, each with a copy of the trainable variables of its own.
+    @property
+    def takes_row_variables(self):
+        """Whether `private_losses` can compute R rows, each with a copy of the trainable variables of its own.
 
-        More than 1 needs layers that take variables with a first axis for the rows; `private_losses` is then called
-        with such variables, of [R, *shape].
+        True needs layers that take variables with a first axis for the rows, of [R, *shape]: a row's gradient is that
+        of its copy. Any other layer would give every copy a part of every row.
+        """
+        return False
+
+    def rows_at_once(self, rows):
+        """How many rows pay off to be computed together, where the model `takes_row_variables`.
 
         Args:
             rows: training data, nested arrays.
@@ -90,7 +101,7 @@ class PrivateTraining:
         """The losses of some rows.
 
         Args:
-            x, y, sample_weight: R rows; R is 1 unless `rows_at_once` says otherwise.
+            x, y, sample_weight: R rows; R is 1 unless the model `takes_row_variables`.
 
         Returns:
             `(total, losses)`, float32 scalar and [R]. Each row's part of the total is a function of the row alone.
@@ -107,8 +118,10 @@ class PrivateTraining:
     def _private_step(self, data):
         x, y, step = data
         inputs = (x, y, step["sample_weight"]) if "sample_weight" in step else (x, y)
-        clipped, states = self._clipped_sum(inputs, step["count"][0])
-        for variable, value in zip(self._states, states, strict=True):
+        backend.seed_global_generator(step["layer_seeds"][0, 0])
+        clipped, states = self._clipped_sum(inputs, step["count"][0], step["layer_seeds"][1:])
+        own = len(self._seeds)  # which stay as they are, whatever was drawn (noise_seeds.py)
+        for variable, value in zip(self._states[own:], states[own:], strict=True):
             variable.assign(value)
         multiplier, expected = step["noise_multiplier"][0], step["expected_rows"][0]
         gradients = mechanism.noised_mean(clipped, multiplier, step["noise_seeds"], expected)
@@ -123,14 +136,25 @@ class PrivateTraining:
         return {name: value for name, value in told if name.startswith(refusals.UNPROTECTED)}
 
     @property
-    def _states(self):
-        """Variables that computing a row may change: seeds of random layers, and metrics."""
-        weights, own = {id(v) for v in self.weights}, {id(v) for m in self._unprotected for v in m.variables}
-        seeds = [v for v in self.non_trainable_variables if id(v) not in weights]
-        return seeds + [v for v in self.metrics_variables if id(v) not in own]
+    def _seeds(self):
+        """Variables that are seeds of random layers."""
+        weights = {id(v) for v in self.weights}
+        return [v for v in self.non_trainable_variables if id(v) not in weights]
 
-    def _clipped_sum(self, inputs, count):
-        """`mechanism.clipped_sum` of rows, and the values of `_states` after it."""
+    @property
+    def _states(self):
+        """Variables that computing a row may change: seeds of random layers, then metrics."""
+        own = {id(v) for m in self._unprotected for v in m.variables}
+        return self._seeds + [v for v in self.metrics_variables if id(v) not in own]
+
+    def _clipped_sum(self, inputs, count, seeds=None):
+        """`mechanism.clipped_sum` of rows, and the values of `_states` after it.
+
+        Args:
+            inputs: nested tensors, of which the first `count` rows are a batch.
+            count: int32 scalar.
+            seeds: int32 [S, 2], what `_seeds` are at the first row; what they are now if None.
+        """
         size, trained, states = self._microbatch, self.trainable_variables, self._states
         now = [(v, backend.value_of(v)) for v in [*self.variables, *self.metrics_variables]]
         values = [backend.value_of(v) for v in trained]
@@ -163,4 +187,7 @@ class PrivateTraining:
             return [g if size > 1 else g[None] for g in gradients], losses, after
 
         start, shapes = [backend.value_of(v) for v in states], [tuple(v.shape) for v in trained]
-        return mechanism.clipped_sum(row_gradients, shapes, count, size, self._dpsgd.clip_norm, start)
+        for i, variable in enumerate([] if seeds is None else self._seeds):
+            start[i] = ops.cast(seeds[i], variable.dtype)
+        rows = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        return mechanism.clipped_sum(row_gradients, shapes, count, rows, size, self._dpsgd.clip_norm, start)
