@@ -57,12 +57,15 @@ class Batches(keras.utils.PyDataset):
 
     @property
     def facts(self):
-        """What must be the same for a run to go on: a dict for JSON. Of a dataset it is the number of batches."""
+        """What must be the same for a run to go on: a dict for JSON.
+
+        Of a dataset it is its own `run_facts`, or the number of batches where it has none.
+        """
         digest = hashlib.sha256()
         for array in [] if self._is_dataset else keras.tree.flatten(self._data):
             digest.update(np.ascontiguousarray(array))
         return {
-            "items": self._count,
+            **getattr(self._data, "run_facts", {"items": self._count}),
             "SHA-256": digest.hexdigest(),
             "batch_size": self._batch_size,
             "shuffle": self._shuffle,

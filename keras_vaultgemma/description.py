@@ -74,8 +74,9 @@ def _privacy(metadata):
 
 
 def _private_runs(ledger):
-    """A section for the runs of a ledger, with the ε that those on the same data amount to; none without runs."""
-    if not ledger.runs:
+    """A section for the training that a ledger knows of, with the ε that runs on the same data amount to."""
+    plain = ledger.without_privacy()
+    if not ledger.runs and not plain:
         return {}
     section = {f"run {i}": sentence for i, sentence in enumerate(ledger.describe(), 1)}
     try:
@@ -84,6 +85,8 @@ def _private_runs(ledger):
             section[f"data {dataset[:13]}"] = f"{mark}ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
     except ImportError as error:
         section["ε"] = str(error)
+    if plain:
+        section["without privacy"] = plain
     return {"Private training": section}
 
 

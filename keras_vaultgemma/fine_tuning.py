@@ -214,10 +214,18 @@ class FineTuning(PrivateTraining):
 
     def _records(self, x):
         """The rows as the user gave them, for private training to know them again; None of ids and of streams."""
-        is_stream = isinstance(x, keras.utils.PyDataset) or hasattr(x, "__next__") or hasattr(x, "cardinality")
-        if self._dpsgd is None or self.preprocessor is None or is_stream or (isinstance(x, dict) and "token_ids" in x):
+        if self._dpsgd is None or self.preprocessor is None or hasattr(x, "__next__") or hasattr(x, "cardinality"):
             return None
-        return ["\0".join(parts) for parts in as_samples(x)[0]]
+        batches = [x]
+        if isinstance(x, keras.utils.PyDataset):
+            batches = (x[i] for i in range(x.num_batches or 0))
+            batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
+        records = []
+        for batch in batches:
+            if isinstance(batch, dict) and "token_ids" in batch:
+                return None
+            records += ["\0".join(parts) for parts in as_samples(batch)[0]]
+        return records
 
     def _check_that_there_is_a_loss(self):
         # Before Keras begins: on JAX an error within its step leaves the model without values.

@@ -24,6 +24,16 @@ def test_kinds_of_rows_are_kept_apart():
     assert fingerprint.fingerprint([ids.astype("int32")], KEY) == fingerprint.fingerprint([ids.tolist()], KEY)
 
 
+def test_rows_of_arrays_are_their_numbers():
+    arrays = [np.arange(6).reshape(2, 3), np.array([0.0, 1.0])]
+    found = fingerprint.fingerprint(fingerprint.rows_of(arrays), KEY)
+    for dtype in ("int32", "uint8", "float32"):
+        others = [array.astype(dtype) for array in arrays]
+        assert fingerprint.fingerprint(fingerprint.rows_of(others), KEY) == found
+    assert fingerprint.fingerprint(fingerprint.rows_of([arrays[0], -arrays[1] * [1, -1]]), KEY) == found
+    assert fingerprint.fingerprint(fingerprint.rows_of([arrays[0], arrays[1] + 1]), KEY) != found
+
+
 def test_without_the_key_a_fingerprint_says_nothing():
     """Whoever tries candidates for a row has to know the key: under another one all of it differs."""
     one, other = fingerprint.fingerprint(ROWS, KEY), fingerprint.fingerprint(ROWS, OTHER)

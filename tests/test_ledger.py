@@ -93,6 +93,16 @@ def test_pre_training_is_the_first_entry(tmp_path):
     assert json.loads(path.read_text().splitlines()[0]) == {"kind": "statement", **statement}
 
 
+def test_training_without_privacy(tmp_path):
+    """Each call of `fit` counts; what somebody else's metadata.json states in its place is no error."""
+    plain = tuple(ledger.plain_training(steps) for steps in (5, 5, 1000))
+    strange = ("private", {"training": "without privacy"}, {"training": "without privacy", "steps": "5"})
+    assert Ledger((*strange, *plain)).without_privacy() == "1,010 steps, whose rows no guarantee here covers"
+    assert Ledger(strange).without_privacy() == ""
+    Ledger(plain).write(tmp_path)
+    assert ledger.combine(ledger.of_preset(tmp_path), Ledger(plain)) == Ledger(plain)
+
+
 def test_a_preset_without_a_statement_makes_none(tmp_path):
     assert ledger.of_preset(presets.bundled()["vaultgemma_tiny"]) == Ledger()
     assert ledger.of_preset(tmp_path) == Ledger()

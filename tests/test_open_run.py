@@ -116,6 +116,37 @@ def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
     assert counts(path) == [30, 0]
 
 
+def test_one_run_at_a_time(tmp_path):
+    """Of this process or of another one; a lock ends with the run, or with the process that is killed."""
+    path = tmp_path / ledger.FILE
+    message = f"{path} must have one writer at a time. Received: a second run while another is going on"
+    with OpenRun(path, a_run()) as run:
+        run.release()
+        before = path.read_bytes()
+        with pytest.raises(ValueError) as error:
+            OpenRun(path, a_run())
+        assert str(error.value) == message and path.read_bytes() == before
+        run.release()
+    command = [sys.executable, "-c", KILLED, str(path), str(Path(keras_vaultgemma.__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        os.read(process.stdout.fileno(), 1)
+        with pytest.raises(ValueError) as error:
+            OpenRun(path, a_run())
+        assert str(error.value) == message
+        process.kill()
+    OpenRun(path, a_run()).close()
+    assert len(counts(path)) == 3
+
+
+def test_a_damaged_file_is_not_kept_locked(tmp_path):
+    path = tmp_path / ledger.FILE
+    path.write_text('{"kind": "gift"}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match="unknown kind 'gift'"):
+            OpenRun(path, a_run())
+    path.unlink()
+
+
 def test_numbers_of_numpy(tmp_path):
     run = a_run(rows=np.int64(1000), planned_steps=np.int32(50), noise_multiplier=np.float64(1.1))
     OpenRun(tmp_path / ledger.FILE, run).close()

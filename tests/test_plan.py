@@ -1,5 +1,7 @@
 """A run is decided before it begins."""
 
+import time
+
 import pytest
 
 from keras_vaultgemma.privacy import accounting, plan
@@ -11,6 +13,20 @@ def test_a_budget_becomes_noise():
     assert steps[:3] == (3 * 79, 5000, 64 / 5000)
     assert 2.98 < accounting.epsilon([steps], 1e-5) <= 3.0
     assert steps.max_batch_size % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "rows, batch_size, epochs, delta",
+    [(100_000, 256, 3, 1e-6), (10_000_000, 1024, 10, 1e-9)],
+    ids=["1,173 steps", "97,660 steps"],
+)
+def test_a_plan_takes_less_than_ten_seconds(rows, batch_size, epochs, delta):
+    """Two calibrations and the head room between them, of which nothing was computed before."""
+    accounting._one_step.cache_clear()
+    before = time.process_time()
+    steps = plan.plan(rows, batch_size, epochs, delta, epsilon=3.0, microbatch=8)
+    assert time.process_time() - before < 10
+    assert 2.98 < accounting.epsilon([steps], delta) <= 3.0
 
 
 def test_noise_is_taken_as_it_is():

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_vaultgemma.batches import Batches
 from keras_vaultgemma.privacy import noise_seeds, row_sampling
 from keras_vaultgemma.privacy.accounting import Steps
 from keras_vaultgemma.privacy.private_batches import PrivateBatches, as_rows
@@ -13,7 +14,7 @@ def batches(first_step=0, max_batch_size=12, microbatch=5):
     x = {"token_ids": np.arange(1, 41)[:, None].repeat(3, 1), "padding_mask": np.ones((40, 3), "int32")}
     rows = (x, np.arange(1, 41), np.full(40, 0.5, "float32"))
     steps = Steps(0, 40, 0.2, max_batch_size, 1.5)
-    return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step, 3)
+    return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step, "aaaaaaaa:01", 3)
 
 
 def test_a_batch_has_the_rows_of_its_step_and_zeros():
@@ -31,6 +32,11 @@ def test_a_batch_has_the_rows_of_its_step_and_zeros():
         seeds = [noise_seeds.layer_seed(SECRET, 7 + i, layer) for layer in range(4)]
         np.testing.assert_array_equal(step["layer_seeds"], seeds)
         assert step["noise_multiplier"] == [np.float32(1.5)] and step["expected_rows"] == [8]
+
+
+def test_how_many_there_are_is_no_fact_of_a_run():
+    assert Batches(batches(), 1, False, 0).facts.items() >= {"rows": 40, "fingerprint": "aaaaaaaa:01"}.items()
+    assert "items" not in Batches(batches(), 1, False, 0).facts
 
 
 def test_no_seed_comes_twice():

@@ -1,4 +1,4 @@
-"""A private `fit`: budgets, the ledger, and runs that are killed and go on."""
+"""A private `fit`: budgets, the ledger, and runs that are killed."""
 
 import json
 import os
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from common import LINES
 from test_mechanism import C, some_rows
-from test_training import BATCH, ROWS, fit, language_model, tiny_model, values
+from test_training import BATCH, ROWS, TwoTexts, fit, language_model, tiny_model, values
 
-from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, backend, lora, privacy
-from keras_vaultgemma.privacy import accounting, ledger, row_sampling
+from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
+from keras_vaultgemma.privacy import accounting, ledger, private_run, row_sampling
+from keras_vaultgemma.privacy.open_run import OpenRun
 from keras_vaultgemma.privacy.private_run import _steps_within
 
 pytestmark = [
@@ -127,76 +128,14 @@ def test_another_fit_draws_other_rows_and_other_noise(monkeypatch):
     assert len({secret for secret, _ in seen}) == 2
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("rank", [None, 4])
-def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
-    """Weights and the rows that were drawn; to the bit on JAX and TensorFlow."""
-
-    def train(folder, killed_at=None):
-        model = language_model(rank, optimizer=keras.optimizers.Adam(1e-2), lora_arguments=dict(dropout=0.1))
-        steps = []
-
-        def count(batch, logs):
-            steps.append(batch)
-            if len(steps) == killed_at:
-                raise Killed
-
-        callbacks = [
-            TrainingCheckpoint(folder, save_freq=1),
-            keras.callbacks.LambdaCallback(on_train_batch_begin=count),
-        ]
-        fit(model, epochs=2, callbacks=callbacks)
-        return model
-
-    straight = train(tmp_path / "straight")
-    for killed_at in (3, 3):  # the second time of what was left
-        with pytest.raises(Killed):
-            train(tmp_path / "killed", killed_at)
-    resumed = train(tmp_path / "killed")
-    tolerance = 1e-6 if backend.NAME == "torch" else 0
-    for one, two in zip(values(straight), values(resumed), strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=tolerance)
-    # What was written down before it was done counts, though it was done again.
-    assert straight.privacy.spent().steps == 8 and resumed.privacy.spent().steps == 8 + 2
-    assert resumed.privacy.ledger == ledger.read(tmp_path / "killed" / ledger.FILE)
-
-
-def test_a_resumed_budget_is_kept(tmp_path):
-    """Steps that a killed run may have released count: the rest gets the noise that still keeps to ε."""
-    dpsgd = dict(epsilon=2.0, noise_multiplier=None)
-
-    def stop(batch, logs):
-        if batch == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        callbacks = [
-            TrainingCheckpoint(tmp_path, save_freq=1),
-            keras.callbacks.LambdaCallback(on_train_batch_begin=stop),
-        ]
-        fit(language_model(4, dpsgd=dpsgd), callbacks=callbacks)
-    model = language_model(4, dpsgd=dpsgd)
-    fit(model, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
-    first, second = model.privacy.ledger.runs
-    assert (first[1], second[1]) == (3, 2) and second[0].noise_multiplier > first[0].noise_multiplier
-    assert 1.9 < model.privacy.spent().epsilon <= 2.0
-    # And what is finished stays so: nothing more is released.
-    again = language_model(4, dpsgd=dict(dpsgd, extend_budget=True))
-    fit(again, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
-    assert again.privacy.spent() == model.privacy.spent()
-
-
 def test_an_error_in_the_middle_is_counted():
     model = language_model(4)
 
     def fail(batch, logs):
         if batch == 2:
-            raise Killed
+            raise InterruptedError
 
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         fit(model, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=fail)])
     assert model.privacy.spent().steps == 3 and model.privacy.run is None
 
@@ -250,8 +189,38 @@ def test_data_is_known_again_whatever_is_made_of_it():
     model = tiny_model(extend_budget=True)
     model.fit(LINES, batch_size=2, verbose=0)
     model.preprocessor.sequence_length = 16
-    model.fit(LINES[::-1], batch_size=2, verbose=0)
-    assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 4
+    model.fit(tuple(LINES[::-1]), batch_size=2, verbose=0)
+    model.fit(TwoTexts(), batch_size=2, verbose=0)
+    assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 6
+
+
+def test_ids_are_known_again_whatever_their_dtype_and_weights():
+    model = language_model(4, dpsgd=dict(extend_budget=True))
+    x, y, weight = some_rows(ROWS)
+    fit(model, (x, y, weight))
+    fit(model, (keras.tree.map_structure(np.int64, x), y.astype("int64"), np.ones_like(weight)))
+    fit(model, (keras.tree.map_structure(np.uint16, x), y.astype("int8"), None))
+    assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 12
+    fit(model, (x, np.roll(y, 1), weight))
+    assert len(model.privacy.ledger.spent()) == 2
+
+
+def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_path, monkeypatch):
+    path, prepare = tmp_path / ledger.FILE, private_run._prepare
+
+    def slowly(*args):
+        other = language_model(4)
+        fit(other)
+        OpenRun(path, other.privacy.ledger.runs[0][0], other.privacy.ledger).close()
+        prepare(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_run, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
+        model = language_model(4, dpsgd=dict(ledger=path))
+        with pytest.raises(ValueError, match="must have one writer. Received: a run that began while this one was pl"):
+            fit(model)
+    with pytest.raises(ValueError, match="`spent` needs a private run"):
+        model.privacy.spent()
 
 
 KILLED = """

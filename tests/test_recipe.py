@@ -130,7 +130,7 @@ def test_more_epochs_and_other_options(data, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
 def test_a_private_run(data, tmp_path, monkeypatch):
-    """It keeps to its budget, says so, and the ledger comes with the adapter; killed and resumed, too."""
+    """It keeps to its budget, says so, and the ledger comes with the adapter."""
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
     options = dict(private=True, epsilon=3.0, delta=1e-3, batch_size=4)
     text = run(data, tmp_path / "run", **options)
@@ -148,6 +148,34 @@ def test_a_private_run(data, tmp_path, monkeypatch):
     run(data, tmp_path / "other", **{**options, "sequence_length": 16})
     lines = (tmp_path / "other" / "adapter" / "privacy_ledger.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["dataset"] == fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+@pytest.mark.parametrize("written", [False, True], ids=["in the middle", "before anything is written"])
+def test_a_private_run_that_is_killed(data, tmp_path, monkeypatch, written):
+    """It goes on and keeps to its budget; after its last step it has the adapter to write and nothing else to do."""
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
+    options = dict(private=True, epsilon=3.0, delta=1e-3, batch_size=4, save_freq=1)
+    checkpoint, steps = recipe.TrainingCheckpoint, 2 * 3
+
+    def interrupted(*args):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        if written:
+            patch.setattr(recipe.run_folder, "finish", interrupted)
+        else:
+            patch.setattr(recipe, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()])
+        run(data, tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "adapter").exists()
+    text = run(data, tmp_path / "run", **options)
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    lora.load_adapter(model, tmp_path / "run" / "adapter")
+    spent = model.privacy.spent()
+    # Killed in step 5 after step 4 was saved: two steps are done after that, of which one is done again.
+    assert spent.steps == (steps if written else steps + 1) and 2.9 < spent.epsilon <= 3.0
+    assert f"ε = {spent.epsilon:g} at δ = 0.001" in text
+    assert len(report(tmp_path / "run")["history"]["epsilon"]) == 2
 
 
 def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):

@@ -1,7 +1,13 @@
+import keras
 import pytest
 from test_ledger import DATA, OTHER_DATA, a_run
+from test_mechanism import some_rows
+from test_training import BATCH, ROWS, fit, language_model
 
-from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma import lora
+from keras_vaultgemma.conversion import convert
+from keras_vaultgemma.description import describe
+from keras_vaultgemma.privacy import DPSGD, accounting, ledger
 from keras_vaultgemma.privacy.ledger import FILE, Ledger
 from keras_vaultgemma.privacy.open_run import OpenRun
 from keras_vaultgemma.privacy.record import PrivacyRecord
@@ -41,6 +47,51 @@ def test_a_loaded_ledger_is_taken_over_once(tmp_path):
     for _ in range(2):
         record.add(run.ledger)
     assert record.spent().steps == 1
+
+
+@pytest.mark.usefixtures("own_key")
+def test_training_without_privacy_is_on_record(tmp_path):
+    """Before a private run and after it, and where the weights go; of a model without any guarantee nothing is said."""
+    model = language_model(4)
+
+    def fit_plainly(epochs):
+        model.compile(keras.optimizers.SGD(0.1))
+        x, y, weight = some_rows(ROWS)
+        model.fit(x, y, sample_weight=weight, batch_size=BATCH, epochs=epochs, verbose=0)
+
+    fit_plainly(1)
+    assert model.privacy.ledger == Ledger()
+    model.compile(keras.optimizers.SGD(0.1), privacy=DPSGD(noise_multiplier=1.0, ledger=tmp_path / FILE))
+    fit(model)
+    (statement,) = ledger.read(tmp_path / FILE).statements
+    assert (statement["training"], statement["steps"]) == ("without privacy", 4)
+    fit_plainly(2)
+    fit_plainly(2)
+    found = model.privacy.ledger
+    assert [entry["steps"] for entry in found.statements] == [4, 8, 8] and len(found.runs) == 1
+    assert found.without_privacy() == "20 steps, whose rows no guarantee here covers"
+    assert model.privacy.spent().steps == 4
+
+    lora.merge(model)
+    model.save_to_preset(tmp_path / "saved")
+    assert ledger.of_preset(tmp_path / "saved") == found
+    assert "without privacy           20 steps, whose rows" in describe(str(tmp_path / "saved"))
+    convert(tmp_path / "saved", tmp_path / "converted", to="hf", progress=False)
+    assert "- trained without privacy since: 20 steps" in (tmp_path / "converted" / "README.md").read_text()
+
+
+def test_training_without_privacy_ends_what_pre_training_promised():
+    model = language_model(4)
+    model.privacy.add(Ledger(({"epsilon": 2.0},)))
+    model.compile(keras.optimizers.SGD(0.1))
+
+    def stop(batch, logs):
+        if batch == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(model, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=stop)])
+    assert model.privacy.ledger.without_privacy() == "2 steps, whose rows no guarantee here covers"
 
 
 def test_nothing_is_spent_without_a_run():

@@ -70,9 +70,12 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
             verification.check(folder, new, dtype, bar.report)
         metadata = provenance.metadata(source, folder, source_digests.result(), parameter_count, dtype)
         ledger = ledgers.of_preset(folder)
-        if ledger.runs:  # a statement alone stands in the metadata
+        training = [f"trained privately since: {run}" for run in ledger.describe()]
+        if plain := ledger.without_privacy():
+            training.append(f"trained without privacy since: {plain}")
+        if training:  # a guarantee alone stands in the metadata
             ledger.write(new)
-        card = model_card.model_card(to, metadata, hyperparameters, vocabulary is not None, ledger.describe())
+        card = model_card.model_card(to, metadata, hyperparameters, vocabulary is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")
         metadata["files"] = provenance.digests(new, bar.report)
         (new / presets.METADATA).write_text(json.dumps(metadata, indent=4, ensure_ascii=False), encoding="utf-8")

@@ -26,7 +26,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"){load_tokeniz
 }
 
 
-def model_card(to, metadata, hyperparameters, has_vocabulary, private_runs=()):
+def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
     """Text of a model card.
 
     Args:
@@ -34,7 +34,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, private_runs=()):
         metadata: as metadata.json holds it.
         hyperparameters: of the backbone, as `checkpoint.open_values` returns them.
         has_vocabulary: whether the folder has one.
-        private_runs: what the ledger says of private training since, a sentence each.
+        training: what the ledger says of training since, a sentence each.
     """
     source = metadata["source"]
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
@@ -73,7 +73,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, private_runs=()):
             "## Privacy",
             "",
             *_privacy(metadata),
-            *[f"- trained privately since: {run}" for run in private_runs],
+            *[f"- {sentence}" for sentence in training],
             "",
             "## Licence",
             "",

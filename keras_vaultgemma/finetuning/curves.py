@@ -17,7 +17,7 @@ def draw(path, outcome):
     """
     figure = picture.figure((7, 4))
     axes = figure.subplots()
-    losses, epochs = outcome.losses, len(next(iter(outcome.history.values())))
+    losses, epochs = outcome.losses, len(next(iter(outcome.history.values()), [None]))
     axes.plot(
         [epochs * (i + 1) / len(losses) for i in range(len(losses))],
         losses,

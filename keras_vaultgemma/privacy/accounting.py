@@ -5,6 +5,11 @@ more than Bmax rows a uniformly random subset of Bmax (truncated Poisson samplin
 clipped gradients, each of norm C at most, plus Gaussian noise of standard deviation σC in every coordinate. Steps may
 depend on what earlier steps released, never on how they sampled or on their noise.
 
+σ, q and the number of steps count as chosen beforehand. To stop, or to calibrate the noise for the rest of a budget,
+after outcomes were seen is adaptive composition, which composing the losses of fixed steps does not formally cover
+(Whitehouse et al., 2023, arXiv:2203.05481). A private `fit` itself ends and calibrates by numbers of steps alone, never
+by weights or losses; where a user did so by what was seen, ε is that of the steps done, as if fixed beforehand.
+
 **The guarantee.** Two data sets are neighbours if one comes from the other by replacing one row by a row whose gradient
 is zero (zero-out adjacency; N, q and Bmax are public and equal). For all neighbours D, D' and all sets A of outcomes of
 all steps together, P(M(D) in A) <= e^ε P(M(D') in A) + δ.

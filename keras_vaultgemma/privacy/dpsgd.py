@@ -37,8 +37,10 @@ class DPSGD:
 
     **Not covered** is whatever else was learnt from the rows and is told to somebody:
     - the choice of hyperparameters, of the best of several runs, or of a checkpoint by looking at results on the rows;
-      each run on the rows counts, and the ledger adds up those that it knows of;
+      each run on the rows counts, and the ledger adds up those that it knows of. It knows strings by what they say and
+      ids by their numbers: the same rows as both, or as ids cut at two lengths, are two data sets to it;
     - the metrics that `fit` shows. They are named "unprotected_..." for that reason, and a checkpoint keeps them, too;
+    - a `fit` without `privacy` on the same model, before or after; the ledger says how many steps there were;
     - validation on rows that are not public, and anything that the vocabulary or the preprocessing took from the rows;
     - the time a step takes, which depends on the number of rows it drew;
     - the masks of dropout on PyTorch, whose generator takes 32 bits of the secret alone;
@@ -58,7 +60,8 @@ class DPSGD:
         extend_budget: let another `fit` on the same data go beyond the budget; `spent` and the ledger say how far.
         public_validation: says that validation data given to `fit` is public, and its metrics may be known to all.
         ledger: file that every step is written down in before it is done. Defaults to one beside the checkpoint of a
-            `TrainingCheckpoint` given to `fit`, and to memory alone without one.
+            `TrainingCheckpoint` given to `fit`, and to memory alone without one. One run at a time may write it, and a
+            checkpoint goes on only with the ledger that was written with it.
         seed_for_tests: makes the run repeatable and NOT private; a warning, the ledger and `spent` say so.
 
     Raises:

@@ -1,8 +1,8 @@
 """The ledger: what was released about which data, in a file beside the checkpoint and inside saved presets.
 
 A line is a JSON object and is only ever added: "statement", a guarantee that others make (VaultGemma's own of its
-pre-training comes first); "run", a run that begins; "steps", how many of its steps may have been released from now on;
-"end", how many were.
+pre-training comes first) or that training without privacy went between; "run", a run that begins; "steps", how many of
+its steps may have been released from now on; "end", how many were.
 
 **A run that is killed at any point is never under-counted.** A "steps" line is on the disk (`fsync`) before the first
 of its steps releases anything, so that the lines that are whole count every released step. A line that cannot be read
@@ -11,13 +11,14 @@ in blocks of 1 % of the planned ones: a run that is killed is over-counted by tw
 counted exactly.
 
 A resumed run is a new one, of its own secret: what it repeats of the steps before it is counted again, for it was
-released again. Its file has one writer at a time.
+released again. Its file has one writer at a time, which holds a lock (`flock`, where the system has it).
 
 Runs on the same data compose. Runs on other data stand beside each other, each with the ε of a row of its own data: a
 row that is in both is protected by the composition of the two, which nobody can see from fingerprints.
 """
 
 import json
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ from keras_vaultgemma.privacy.accounting import Steps
 FILE = presets.LEDGER
 BLOCKS = 100
 """Into how many parts the planned steps are reserved."""
+
+
+WITHOUT_PRIVACY = "without privacy"
 
 
 class Run(NamedTuple):
@@ -74,7 +78,7 @@ class Ledger(NamedTuple):
     """What a file says.
 
     Attributes:
-        statements: tuple of dicts, as metadata.json has under "privacy".
+        statements: tuple of dicts, as metadata.json has under "privacy" or as `plain_training` returns them.
         runs: tuple of pairs of a `Run` and the number of its steps that may have been released.
     """
 
@@ -112,6 +116,11 @@ class Ledger(NamedTuple):
             for run, count in self.runs
         ]
 
+    def without_privacy(self):
+        """A sentence on training that no guarantee covers, or "" where none is known."""
+        steps = sum(entry["steps"] for entry in self.statements if _is_plain_training(entry))
+        return f"{steps:,} steps, whose rows no guarantee here covers" if steps else ""
+
     def write(self, folder):
         """Write the file of a saved model, or none where there is nothing to say."""
         if self.statements or self.runs:
@@ -128,6 +137,21 @@ class Ledger(NamedTuple):
             lines += [] if run.name in begun else [run_line(run)]
             lines += [{"kind": "end", "run": run.name, "steps": count}]
         return b"".join(line(content) for content in lines)
+
+
+def plain_training(steps):
+    """The statement that a call of `fit` did so many steps without privacy."""
+    # Two calls of as many steps are two statements.
+    return {"training": WITHOUT_PRIVACY, "steps": steps, "name": uuid.uuid4().hex}
+
+
+def _is_plain_training(statement):
+    # A metadata.json may state anything.
+    return (
+        isinstance(statement, dict)
+        and statement.get("training") == WITHOUT_PRIVACY
+        and isinstance(statement.get("steps"), int)
+    )
 
 
 def combine(*ledgers):

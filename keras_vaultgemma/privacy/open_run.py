@@ -4,7 +4,13 @@ import os
 import uuid
 from pathlib import Path
 
+from keras_vaultgemma import presets
 from keras_vaultgemma.privacy import accounting, ledger
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class OpenRun:
@@ -17,7 +23,8 @@ class OpenRun:
             first.
 
     Raises:
-        ValueError: where the file is not a ledger, or the run's numbers are outside their ranges.
+        ValueError: where the file is not a ledger or another run is writing it, or the run's numbers are outside their
+            ranges.
         OSError: where it cannot be written; no step may then be released.
     """
 
@@ -32,16 +39,25 @@ class OpenRun:
             self._open(Path(path))
 
     def _open(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        presets.check_link(path)
+        self._file = path.open("ab")
+        try:
+            self._begin(path)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, path):
+        _lock(self._file, path)
         history = self._history
-        there = ledger.read(path) if path.exists() else ledger.Ledger()
+        there = ledger.read(path)
         self._history = ledger.combine(there, history)
         counted = {run.name: count for run, count in there.runs}
         missing = ledger.Ledger(
             tuple(statement for statement in history.statements if statement not in there.statements),
             tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
         # What a torn line left is closed, so that it spoils no other.
         torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._write((b"\n" if torn else b"") + missing.lines(counted) + ledger.line(ledger.run_line(self.run)))
@@ -79,6 +95,20 @@ class OpenRun:
         self._file.write(content)
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _lock(file, path):
+    """Until it is closed nobody else writes the file: two runs at once would each spend what is left of a budget."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{path} must have one writer at a time. Received: a second run while another is going on"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def _synchronise_folder(folder):

@@ -25,11 +25,16 @@ class PrivateBatches(keras.utils.PyDataset):
         microbatch: the shape has a multiple of so many rows.
         secret: 16 bytes (secret_key.py).
         first_step: int, 0 or more.
+        dataset: fingerprint of the rows.
         layers: S, how many seeds the model's random layers have.
+
+    Attributes:
+        run_facts: what must be the same for a run to go on; how many batches there are need not be.
     """
 
-    def __init__(self, rows, steps, length, variables, microbatch, secret, first_step, layers=0):
+    def __init__(self, rows, steps, length, variables, microbatch, secret, first_step, dataset, layers=0):
         super().__init__()
+        self.run_facts = {"rows": steps.rows, "fingerprint": dataset}
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
         self._layers = layers
         self._secret, self._first_step = secret, first_step

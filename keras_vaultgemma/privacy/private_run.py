@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 import keras_vaultgemma
-from keras_vaultgemma import checkpointing
+from keras_vaultgemma import checkpointing, state_file
 from keras_vaultgemma.privacy import accounting, fingerprint, refusals
 from keras_vaultgemma.privacy import ledger as ledgers
 from keras_vaultgemma.privacy import plan as planning
@@ -33,12 +33,17 @@ def private(model, arguments, records=None):
             the rows of the arrays themselves if None.
 
     Raises:
-        ValueError: for data or arguments that private training refuses, or a budget that is used up.
+        ValueError: for data or arguments that private training refuses, a budget that is used up, or a ledger that
+            lacks steps of the checkpoint's weights or that another run writes.
         OSError: where the ledger cannot be written.
     """
     settings, record = model._dpsgd, model.privacy
     if settings is None:
-        yield arguments
+        before = _iterations(model)
+        try:
+            yield arguments
+        finally:
+            record.add_plain_steps(_iterations(model) - before)
         return
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     refusals.check_fit(arguments, settings.public_validation)
@@ -57,28 +62,35 @@ def private(model, arguments, records=None):
     if path is not None and path.exists():
         record.add(ledgers.read(path))
     if records is None:
-        records = (b"".join(array[i].tobytes() for array in arrays) for i in range(count))
-    done = _steps_done(arguments, per_epoch)
+        records = fingerprint.rows_of(keras.tree.flatten(rows[:2]))  # without the weights
+    saved = _saved(arguments)
+    _check_ledger(record.ledger, path, saved)
+    done = _steps_done(arguments, per_epoch, saved)
+    dataset = fingerprint.fingerprint(records, fingerprint.key())
     run, is_cut_short = _plan(
         record,
         settings,
-        fingerprint.fingerprint(records, fingerprint.key()),
+        dataset,
         model.private_unit(rows, settings.unit),
         dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=microbatch),
         done,
+        is_resumed=bool(saved and done),
     )
     _prepare(model, rows, microbatch)
+    arguments["x"] = PrivateBatches(
+        rows,
+        run.steps(0),
+        arguments["epochs"] * per_epoch,
+        len(model.trainable_variables),
+        microbatch,
+        settings.secret(),
+        _iterations(model),
+        dataset,
+        len(model._seeds),
+    )
+    if is_cut_short and not run.planned_steps:
+        arguments["epochs"] = saved["position"]["epoch"]  # where a resumed run begins: it does no step
     arguments |= {
-        "x": PrivateBatches(
-            rows,
-            run.steps(0),
-            arguments["epochs"] * per_epoch,
-            len(model.trainable_variables),
-            microbatch,
-            settings.secret(),
-            int(ops.convert_to_numpy(model.optimizer.iterations)),
-            len(model._seeds),
-        ),
         "shuffle": False,
         "steps_per_epoch": per_epoch,
         "callbacks": [
@@ -86,36 +98,44 @@ def private(model, arguments, records=None):
             *keras.tree.flatten(arguments.get("callbacks") or []),
         ],
     }
-    record.begin(OpenRun(path, run, record.ledger))
+    opened = OpenRun(path, run, record.history)
+    if {*opened.ledger.runs[:-1]} != {*record.ledger.runs}:
+        opened.close()
+        raise ValueError(f"{path} must have one writer. Received: a run that began while this one was planned")
+    record.begin(opened)
     try:
         yield arguments
     finally:
         record.end()
 
 
-def _plan(record, settings, dataset, unit, shape, done):
+def _plan(record, settings, dataset, unit, shape, done, is_resumed):
     """`(ledger.Run, whether it ends before the steps that were asked for)`."""
     delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
     earlier = record.ledger.on(dataset)
     spent = accounting.epsilon(earlier, delta) if earlier else 0.0
+    asked = max(0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done)
     epsilon, noise = settings.epsilon, settings.noise_multiplier
     budget = record.budgets.get(dataset) if epsilon is None else epsilon
-    if budget is not None and spent >= USED_UP * budget:
-        if not settings.extend_budget:
-            raise ValueError(_used_up(spent, budget, delta))
-        epsilon, noise = None, noise or earlier[-1].noise_multiplier
-    asked = shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
-    if asked > 0:
+    is_used_up = budget is not None and spent >= USED_UP * budget
+    if is_used_up and settings.extend_budget:
+        epsilon, noise, is_used_up = None, noise or earlier[-1].noise_multiplier, False
+    if asked and not is_used_up:
         steps = planning.plan(**shape, delta=delta, epsilon=epsilon, noise_multiplier=noise, earlier=earlier, done=done)
     else:
-        # All is done, and the run releases nothing; it needs a shape all the same.
+        # The run releases nothing; it needs a shape all the same.
         steps = earlier[-1] if earlier else planning.plan(**shape, delta=delta, noise_multiplier=1.0)
         steps = steps._replace(count=0)
     if epsilon is None and not settings.extend_budget:
-        limit = record.budgets.setdefault(dataset, accounting.epsilon([*earlier, steps], delta))
-        steps = steps._replace(count=_steps_within(limit, earlier, steps, delta))
-        if steps.count == 0 < asked:
-            raise ValueError(_used_up(spent, limit, delta))
+        budget = record.budgets.setdefault(dataset, accounting.epsilon([*earlier, steps], delta))
+        steps = steps._replace(count=_steps_within(budget, earlier, steps, delta))
+    if steps.count == 0 < asked:
+        if not is_resumed:
+            raise ValueError(_used_up(spent, budget, delta))
+        warnings.warn(
+            f"{_used_up(spent, budget, delta)}. `fit` ends with the checkpoint's weights, {asked} steps early",
+            stacklevel=2,
+        )
     run = ledgers.Run(
         *steps[1:],
         clip_norm=settings.clip_norm,
@@ -154,10 +174,35 @@ def _ledger_path(settings, arguments):
     return checkpoint and checkpoint.path.with_name(ledgers.FILE)
 
 
-def _steps_done(arguments, per_epoch):
+def _saved(arguments):
+    """The facts of the checkpoint that `fit` goes on from, or None."""
+    checkpoint = checkpointing.checkpoint_of(arguments)
+    return state_file.read_facts(checkpoint.path) if checkpoint and checkpoint.path.exists() else None
+
+
+def _check_ledger(ledger, path, saved):
+    """Raise ValueError where a ledger lacks a step that is in a checkpoint's weights."""
+    kept = saved["memories"].get(f"{_Counting.__name__} 0", {}).get("counted", {}) if saved else {}
+    counts = {run.name: count for run, count in ledger.runs}
+    if any(count > counts.get(name, 0) for name, count in kept.items()):
+        found = sum(min(count, counts.get(name, 0)) for name, count in kept.items())
+        raise ValueError(
+            f"{path} must count all {sum(kept.values())} private steps that the checkpoint's weights come from. "
+            f"Received: {found} of them. Put the ledger that was written with the checkpoint there, or give this run "
+            "another folder"
+        )
+
+
+def _iterations(model):
+    """Steps that a model's optimizer has done."""
+    return int(ops.convert_to_numpy(model.optimizer.iterations)) if model.optimizer else 0
+
+
+def _steps_done(arguments, per_epoch, saved):
     """Steps before the one that `fit` begins with."""
-    checkpoint, epoch, batch = checkpointing.checkpoint_of(arguments), arguments["initial_epoch"], 0
-    if checkpoint and (position := checkpoint.position):
+    epoch, batch = arguments["initial_epoch"], 0
+    if saved:
+        position = saved["position"]
         epoch, batch = position["epoch"], position["batch"]
         if position["is_finished"]:
             epoch, batch = arguments["epochs"], 0
@@ -188,10 +233,17 @@ class _Counting(keras.callbacks.Callback):
         is_cut_short: whether the run ends before `fit` would.
         per_epoch: steps of an epoch.
         done: steps before the first.
+
+    Attributes:
+        counted: {name: steps} of the runs that the weights come from.
+        kept: what a `TrainingCheckpoint` saves of it.
     """
+
+    kept = ("counted",)
 
     def __init__(self, record, is_cut_short, per_epoch, done):
         super().__init__()
+        self.counted = {}
         self._record, self._is_cut_short, self._per_epoch, self._done = record, is_cut_short, per_epoch, done
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -203,6 +255,7 @@ class _Counting(keras.callbacks.Callback):
             # An epoch that is resumed has fewer steps than Keras thinks, and none may be done that is not counted.
             raise StopIteration
         self._record.run.release()
+        self.counted = {run.name: count for run, count in self._record.ledger.runs}
 
     def on_train_batch_end(self, batch, logs=None):
         run = self._record.run

@@ -1,6 +1,6 @@
 """`model.privacy`: what a model's weights have been told about private data."""
 
-from keras_vaultgemma.privacy.ledger import Ledger, combine
+from keras_vaultgemma.privacy.ledger import Ledger, combine, plain_training
 
 
 class PrivacyRecord:
@@ -13,17 +13,29 @@ class PrivacyRecord:
     """
 
     def __init__(self, ledger=None):
-        self._ledger = ledger or Ledger()
+        self._ledger, self._plain = ledger or Ledger(), Ledger()
         self.dataset, self.budgets, self.run = None, {}, None
 
     @property
     def ledger(self):
         """`ledger.Ledger`: every run that the weights come from, and statements that others make about them."""
-        return self._ledger if self.run is None else self.run.ledger
+        if self.run is not None:
+            return self.run.ledger
+        return self.history if self._ledger != Ledger() else self._ledger
+
+    @property
+    def history(self):
+        """What a run begins with: the ledger, and training without privacy even where no guarantee was there yet."""
+        return combine(self._ledger, self._plain)
 
     def add(self, ledger):
         """Take over the entries of weights that have been put into the model."""
         self._ledger = combine(self._ledger, ledger)
+
+    def add_plain_steps(self, count):
+        """So many steps were trained without privacy."""
+        if count > 0:
+            self._plain = combine(self._plain, Ledger((plain_training(count),)))
 
     def begin(self, run):
         """A private `fit` begins: its `open_run.OpenRun`."""
