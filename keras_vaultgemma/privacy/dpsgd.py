@@ -43,7 +43,7 @@ class DPSGD:
     - a `fit` without `privacy` on the same model, before or after; the ledger says how many steps there were;
     - validation on rows that are not public, and anything that the vocabulary or the preprocessing took from the rows;
     - the time a step takes, which depends on the number of rows it drew;
-    - the masks of dropout on PyTorch, whose generator takes 32 bits of the secret alone;
+    - the masks of dropout on PyTorch, whose generator takes 31 bits of the secret alone;
     - floating-point numbers: noise is a float32 number of a statistical generator (noise_seeds.py).
     And nobody's row is safe where the secret of the run's random numbers is known: it is 128 bits from the operating
     system for each `fit`, and written nowhere (secret_key.py).
