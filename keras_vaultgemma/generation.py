@@ -91,6 +91,7 @@ class Generator:
         state = self._choose_first[settings.adjusts](hidden, state, controls)._replace(cache=cache)
         chosen, end = start + 1, start + max(limits)
         until = end if length is None else chosen
+        draws_itself = self.rule is None and settings.seed is None
         while True:
             if until > chosen:
                 state = self._go_on[settings.adjusts](state, controls, _int(until))
@@ -99,7 +100,7 @@ class Generator:
             tokens = ops.convert_to_numpy(state.tokens)[:, new]
             log_probs = ops.convert_to_numpy(state.log_probs)[:, new]
             kept = tokens != NOTHING
-            if self.rule is None and settings.seed is None:
+            if draws_itself:
                 self._keep(state.seeds)
             ended = yield tuple(
                 [row[keep].tolist() for row, keep in zip(values, kept, strict=True)] for values in (tokens, log_probs)
@@ -109,7 +110,7 @@ class Generator:
                 state = state._replace(remaining=_int(remaining))
             if not (remaining > 0).any():
                 return
-            if self.rule is None and settings.seed is None:  # other calls may have drawn meanwhile
+            if draws_itself:  # other calls may have drawn meanwhile
                 state = state._replace(seeds=self._own_seeds())
             start = chosen = slot
             until = min(slot + (length or end), end)
