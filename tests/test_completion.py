@@ -3,7 +3,6 @@ import keras_hub
 import numpy as np
 import pytest
 
-from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.completion import GenerationOutput
 from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.text_stream import REPLACEMENT
