@@ -112,14 +112,14 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
                 - a chat, a list of `{"role", "content"}` (or a list of chats): comes back as the model's reply;
                 - ids without a vocabulary: a list or array of ints, or several;
                 - `{"token_ids", "padding_mask"}`, int [B, T], padded on either side: comes back as such a dict;
-                - a `tf.data.Dataset` of batches of any of these.
+                - a `tf.data.Dataset` of these or of batches of them: comes back as one batch.
             max_length: tokens of a row at most, prompt included. Defaults to the preprocessor's `sequence_length`; for
                 ids to T.
             stop_token_ids: ids that end a row; None for none; "auto" for `<eos>`, in chats also `<end_of_turn>`.
             strip_prompt: return what was generated without the prompt. Defaults to True for chats, else to False.
             max_new_tokens: tokens to generate at most, instead of `max_length`.
-            stop: strings that end a row, of any number of tokens. Text ends before the first of them; ids end with the
-                token that completes it.
+            stop: strings that end a row, of any number of tokens, looked for in what is generated alone: none begins in
+                the prompt. Text ends before the first of them; ids end with the token that completes it.
             seed: of random samplers, from 0 to 2**31 - 1: the same seed gives a prompt the same text, whatever else is
                 in the batch; the same prompt twice in a batch gives two texts. Defaults to going on from the sampler's
                 own seed.
@@ -150,12 +150,14 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
         )
         output_options = (strip_prompt, return_log_probs, return_finish_reason)
 
-        def complete(inputs):
+        def complete(inputs, as_batch=False):
             request = completion.request(inputs, self.backbone, self.preprocessor, **options)
+            if as_batch:
+                request = request._replace(asked=request.asked._replace(is_single=False))
             return completion.complete(self._generator(prompt_lookup), request, self.preprocessor, *output_options)
 
         if backend.is_tensorflow(inputs) and hasattr(inputs, "as_numpy_iterator"):
-            return completion.concatenate([complete(batch) for batch in inputs.as_numpy_iterator()])
+            return completion.concatenate([complete(batch, as_batch=True) for batch in inputs.as_numpy_iterator()])
         return complete(inputs)
 
     def stream(self, inputs, max_length=None, stop_token_ids="auto", *, prompt_lookup=False, **options):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from keras_vaultgemma import ids, prompts
 from keras_vaultgemma.decode_state import Settings
 from keras_vaultgemma.text_stream import TextStream
-from keras_vaultgemma.tokenizer import TURN_END
 
 
 class GenerationOutput(NamedTuple):
@@ -92,8 +91,9 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
     Returns:
         What `VaultGemmaCausalLM.generate` returns.
     """
-    asked = request.asked
-    texts = [TextStream(_detokenize(preprocessor), request.stop) for _ in asked.rows] if request.stop else None
+    asked, shown = request.asked, _shown(request, preprocessor)
+    detokenize = _detokenize(request, preprocessor)
+    texts = [TextStream(detokenize, request.stop) for _ in asked.rows] if request.stop else None
 
     def ends(i, tokens):
         texts[i].push(tokens[len(texts[i].ids) :])
@@ -111,9 +111,8 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
             row if not ends(i, row) else text.ids for i, (row, text) in enumerate(zip(tokens, texts, strict=True))
         ]
         reasons = ["stop" if text.stopped else reason for text, reason in zip(texts, reasons, strict=True)]
-        whole = preprocessor.detokenize(tokens)
-        cut = [len(a) - len(text.text) if text.stopped else 0 for a, text in zip(whole, texts, strict=True)]
-    output = prompts.answer(asked, tokens, strip_prompt, preprocessor, cut)
+        cut = [len(detokenize(text.ids)) - len(text.text) if text.stopped else 0 for text in texts]
+    output = prompts.answer(asked, list(map(shown, tokens)), strip_prompt, preprocessor, cut)
     if not (log_probs or finish_reason):
         return output
     probs = [row[: len(kept)] for row, kept in zip(probs, tokens, strict=True)] if log_probs else None
@@ -124,7 +123,13 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
 
 
 def concatenate(outputs):
-    """One output of `complete` for those of several batches."""
+    """One output of `complete` for those of several batches.
+
+    Raises:
+        ValueError: for none.
+    """
+    if not outputs:
+        raise ValueError("`inputs` must have at least one prompt. Received: an empty dataset")
     if not isinstance(outputs[0], GenerationOutput):
         return prompts.concatenate(outputs)
     texts, probs, reasons = zip(*outputs, strict=True)
@@ -145,10 +150,7 @@ class Stream:
 
     def __init__(self, generator, request, preprocessor):
         self.finish_reason = None
-        stop = request.stop
-        if request.asked.form == "chat" and preprocessor.tokenizer.end_of_turn_id in request.stop_token_ids:
-            stop = (*stop, TURN_END)
-        self._text = TextStream(_detokenize(preprocessor), stop)
+        self._text = TextStream(_detokenize(request, preprocessor), request.stop)
         self._stop_token_ids = request.stop_token_ids
         self._parts = generator.stream(
             request.asked.rows, request.limits, request.stop_token_ids, request.settings, length=1
@@ -188,8 +190,17 @@ class Stream:
             yield rest
 
 
-def _detokenize(preprocessor):
-    return lambda row: preprocessor.detokenize([row])[0]
+def _shown(request, preprocessor):
+    """A function of a generated row of ids: without the `<end_of_turn>` that ends a chat's reply."""
+    turn_end = preprocessor.tokenizer.end_of_turn_id if request.asked.form == "chat" else None
+    if turn_end not in request.stop_token_ids:
+        return list
+    return lambda row: [i for i in row if i != turn_end]
+
+
+def _detokenize(request, preprocessor):
+    shown = _shown(request, preprocessor)
+    return lambda row: preprocessor.detokenize([shown(row)])[0]
 
 
 def _settings(seed, repetition_penalty, min_p, logit_bias, vocabulary_size):
@@ -219,7 +230,7 @@ def _stop_strings(stop, preprocessor):
 
 def _stop_ids(stop_token_ids, form, preprocessor):
     if not isinstance(stop_token_ids, str):
-        return tuple(stop_token_ids or ())
+        return () if stop_token_ids is None else tuple(map(int, stop_token_ids))
     if stop_token_ids != "auto":
         raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}")
     if preprocessor is None:

@@ -18,7 +18,7 @@ class DecodeState(NamedTuple):
         slot: int32 scalar, where the next token goes in `tokens`; the last one stands before it.
         positions: int32 [B], position of the last token in its row.
         remaining: int32 [B], tokens that a row may still choose; 0 once it has chosen a stop id.
-        seeds: list of the sampler's seed states.
+        seeds: list of the seed states of a sampler that is called as it is; empty where the choice is made here.
     """
 
     cache: KVCache

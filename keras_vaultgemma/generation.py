@@ -91,6 +91,7 @@ class Generator:
         state = self._choose_first[settings.adjusts](hidden, state, controls)._replace(cache=cache)
         chosen, end = start + 1, start + max(limits)
         until = end if length is None else chosen
+        draws_itself = self.rule is None and settings.seed is None
         while True:
             if until > chosen:
                 state = self._go_on[settings.adjusts](state, controls, _int(until))
@@ -99,7 +100,7 @@ class Generator:
             tokens = ops.convert_to_numpy(state.tokens)[:, new]
             log_probs = ops.convert_to_numpy(state.log_probs)[:, new]
             kept = tokens != NOTHING
-            if settings.seed is None:
+            if draws_itself:
                 self._keep(state.seeds)
             ended = yield tuple(
                 [row[keep].tolist() for row, keep in zip(values, kept, strict=True)] for values in (tokens, log_probs)
@@ -109,6 +110,8 @@ class Generator:
                 state = state._replace(remaining=_int(remaining))
             if not (remaining > 0).any():
                 return
+            if draws_itself:  # other calls may have drawn meanwhile
+                state = state._replace(seeds=self._own_seeds())
             start = chosen = slot
             until = min(slot + (length or end), end)
 
@@ -116,16 +119,14 @@ class Generator:
         """(state before the first choice, controls). The state's cache is left out: the first choice reads none."""
         tokens, mask = ids.pad(rows, slots)
         tokens = np.where(mask, tokens, NOTHING)
-        # Copies: the state is donated, and the sampler's variables are not.
-        numbers = [np.array(ops.convert_to_numpy(v)) for v in self.sampler.variables]
-        uniforms = np.zeros((len(rows), slots), "float32")
-        if self.rule is not None and self.rule.kind != "greedy":
-            entropy = np.ravel(numbers).tolist() if settings.seed is None else [settings.seed]
+        uniforms, seeds = np.zeros((len(rows), slots), "float32"), []
+        if self.rule is None:
+            seeds = self._own_seeds()
+            if settings.seed is not None:
+                seeds = [backend.argument(np.array([settings.seed, 0], v.dtype)) for v in self.sampler.variables]
+        elif self.rule.kind != "greedy":
+            entropy = self._next_entropy() if settings.seed is None else [settings.seed]
             uniforms[:, start : start + max(limits)] = sampling.uniforms(entropy, rows, max(limits))
-            # As if the sampler had drawn: its second number counts.
-            numbers = [number + np.array([0, 1], number.dtype) for number in numbers]
-        elif settings.seed is not None:
-            numbers = [np.array([settings.seed, 0], number.dtype) for number in numbers]
         bias_ids, bias = _padded(list(settings.logit_bias), "int32"), _padded(settings.logit_bias.values(), "float32")
         state = DecodeState(
             cache=(),
@@ -134,7 +135,7 @@ class Generator:
             slot=_int(start),
             positions=_int([len(row) - 1 for row in rows]),
             remaining=_int(limits),
-            seeds=[backend.argument(number) for number in numbers],
+            seeds=seeds,
         )
         floats = (uniforms, settings.repetition_penalty, settings.min_p)
         floats = [np.asarray(x, "float32") for x in floats]
@@ -199,6 +200,18 @@ class Generator:
             token = self.sampler.get_next_token(probabilities)
             seeds = [scope.get_current_value(v) for v in self.sampler.variables]
         return ops.cast(token, "int32"), seeds
+
+    def _next_entropy(self):
+        """What the random numbers of a call depend on. The sampler goes on at once: no later call gets the same."""
+        numbers = [np.array(ops.convert_to_numpy(v)) for v in self.sampler.variables]
+        for variable, number in zip(self.sampler.variables, numbers, strict=True):
+            # As if the sampler had drawn: its second number counts.
+            variable.assign(number + np.array([0, 1], number.dtype))
+        return np.ravel(numbers).tolist()
+
+    def _own_seeds(self):
+        # Copies: the state is donated, and the sampler's variables are not.
+        return [backend.argument(np.array(ops.convert_to_numpy(v))) for v in self.sampler.variables]
 
     def _keep(self, seeds):
         for variable, value in zip(self.sampler.variables, seeds, strict=True):

@@ -73,7 +73,7 @@ class PromptLookup:
         (row,), (limit,) = rows, limits
         if limit <= 0:
             return
-        hidden, cache, slot = self._generator.prefill([row], limit + DRAFT)
+        hidden, cache, slot = self._generator.prefill([row], limit)
         token, log_prob = self._choose(hidden[:, None])
         new, log_probs = ops.convert_to_numpy(token)[0].tolist(), ops.convert_to_numpy(log_prob)[0].tolist()
         text, left = list(row), limit
@@ -84,17 +84,17 @@ class PromptLookup:
             text, left = text + new[:kept], left - kept
             if stop is not None or left == 0:
                 return
-            guess = draft(text, min(DRAFT, left - 1))
+            # At the end of the cache one by one: with room for guesses it could be four times as large.
+            fits = slot + 1 + DRAFT <= cache.positions.shape[1]
+            guess = draft(text, min(DRAFT, left - 1)) if fits else []
             # One token or the whole length: two programs, whatever was guessed.
             length = DRAFT + 1 if guess else 1
             read = np.zeros((1, length), "int32")
             read[0, : 1 + len(guess)] = [text[-1], *guess]
             positions = len(text) - 1 + np.arange(length, dtype="int32")[None]
             positions[0, 1 + len(guess) :] = EMPTY
-            slots = np.asarray(slot, "int32")
-            tokens, found, cache = self._check(
-                *map(backend.argument, (read, positions)), cache, backend.argument(slots)
-            )
+            read, positions, start = map(backend.argument, (read, positions, np.asarray(slot, "int32")))
+            tokens, found, cache = self._check(read, positions, cache, start)
             new = ops.convert_to_numpy(tokens)[0].tolist()
             agreed = next((i for i, token in enumerate(guess) if token != new[i]), len(guess))
             new, log_probs = new[: agreed + 1], ops.convert_to_numpy(found)[0, : agreed + 1].tolist()

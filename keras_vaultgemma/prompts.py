@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vaultgemma import ids
 from keras_vaultgemma.preprocessor import as_texts
-from keras_vaultgemma.tokenizer import TURN_END, apply_chat_template, as_chats
+from keras_vaultgemma.tokenizer import apply_chat_template, as_chats
 
 
 class Prompts(NamedTuple):
@@ -34,11 +34,10 @@ def read(inputs, preprocessor, vocabulary_size):
             text without a preprocessor.
     """
     if isinstance(inputs, dict) and "token_ids" in inputs:
-        arrays = (ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask"))
-        rows = ids.unpad(*arrays)
-        prompts = Prompts(rows, "padded", width=inputs["token_ids"].shape[1])
+        token_ids, mask = (ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask"))
+        prompts = Prompts(ids.unpad(token_ids, mask), "padded", width=token_ids.shape[1])
     elif _are_ids(inputs):
-        is_single = np.ndim(inputs[0]) == 0
+        is_single = (inputs.ndim if hasattr(inputs, "ndim") else np.ndim(inputs[0]) + 1) == 1
         prompts = Prompts([list(map(int, row)) for row in ([inputs] if is_single else inputs)], "ids", is_single)
     elif preprocessor is None:
         raise ValueError(
@@ -53,6 +52,8 @@ def read(inputs, preprocessor, vocabulary_size):
         texts, is_single = as_texts(inputs)
         prompts = Prompts(preprocessor.tokenize_prompts(texts), "text", is_single)
 
+    if not prompts.rows:
+        raise ValueError("`inputs` must have at least one prompt. Received: none")
     for i, row in enumerate(prompts.rows):
         if not row:
             raise ValueError(f"A prompt must have at least one token. Received: none in prompt {i}")
@@ -76,15 +77,13 @@ def answer(prompts, generated, strip_prompt, preprocessor, cut):
         return rows[0] if prompts.is_single else rows
     texts = preprocessor.detokenize(rows)
     outputs = [text[: len(text) - n] for text, n in zip(texts, cut, strict=True)]
-    if prompts.form == "chat":
-        outputs = [text.removesuffix(TURN_END) for text in outputs]
     return outputs[0] if prompts.is_single else outputs
 
 
 def concatenate(outputs):
     """One output for several batches' outputs, each a list or a dict of padded arrays."""
     if not isinstance(outputs[0], dict):
-        return [output for batch in outputs for output in (batch if isinstance(batch, list) else [batch])]
+        return [output for batch in outputs for output in batch]
     rows = [row for batch in outputs for row in ids.unpad(batch["token_ids"], batch["padding_mask"])]
     token_ids, padding_mask = ids.pad(rows, max(batch["token_ids"].shape[1] for batch in outputs))
     return {"token_ids": token_ids, "padding_mask": padding_mask}

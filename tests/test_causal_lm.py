@@ -64,7 +64,8 @@ def test_text_stops_at_eos_and_chat_also_at_the_end_of_the_turn(tiny, monkeypatc
     tiny.generate([{"role": "user", "content": "Hi"}], max_new_tokens=3)
     tiny.generate("Hi", max_new_tokens=3, stop_token_ids=[5, 6])
     tiny.generate("Hi", max_new_tokens=3, stop_token_ids=None)
-    assert asked == [(1,), (1, 107), (5, 6), ()]
+    tiny.generate("Hi", max_new_tokens=3, stop_token_ids=np.array([1, 107]))
+    assert asked == [(1,), (1, 107), (5, 6), (), (1, 107)]
 
 
 def test_padded_ids_in_padded_ids_out(model):

@@ -3,10 +3,29 @@ import keras_hub
 import numpy as np
 import pytest
 
-from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.completion import GenerationOutput
+from keras_vaultgemma.generation import Generator
+from keras_vaultgemma.text_stream import REPLACEMENT
 
 PROMPTS = ["Once upon a time", "The fox said to the crow", "In the garden"]
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """`writes(ids)` makes every model generate these, whatever it is asked."""
+
+    def write(script):
+        def stream(self, rows, limits, stop_token_ids=(), settings=None, length=None):
+            length = length or len(script)
+            for start in range(0, len(script), length):
+                part = script[start : start + length]
+                ended = yield [part] * len(rows), [[0.0] * len(part)] * len(rows)
+                if ended is not None and all(ended):
+                    return
+
+        monkeypatch.setattr(Generator, "stream", stream)
+
+    return write
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +33,9 @@ def greedy(tiny):
     tiny.compile(sampler="greedy")
     yield
     tiny.compile(sampler="greedy")
+
+
+CHAT = [{"role": "user", "content": "Tell me a story."}]
 
 
 def continuation(tiny, prompt, count, **kwargs):
@@ -36,6 +58,57 @@ def test_stop_strings_cut_exactly(tiny):
 
 def test_a_stop_string_in_the_prompt_does_not_count(tiny):
     assert tiny.generate(PROMPTS[0], max_new_tokens=3, stop="upon") == tiny.generate(PROMPTS[0], max_new_tokens=3)
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(tiny):
+    full = tiny.generate(PROMPTS[0], max_new_tokens=8)
+    at = len(PROMPTS[0])
+    for stop in (full[at - 3 : at + 1], full[at - 3 : at + 6]):
+        assert tiny.generate(PROMPTS[0], max_new_tokens=8, stop=stop) == full
+        assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=8, stop=stop)) == full[at:]
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_stop_strings_with_prompt_lookup_and_with_a_seed(tiny, is_random):
+    options = dict(seed=3) if is_random else dict(prompt_lookup=True)
+    if is_random:
+        tiny.compile(sampler=keras_hub.samplers.TopKSampler(k=20))
+    full = [continuation(tiny, prompt, 30, **options) for prompt in PROMPTS]
+    stops = [full[0][11:19], full[1][5:20]]
+    expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in full]
+    assert [len(text) for text in expected[:2]] == [11, 5] and expected[2] == full[2]
+    found = continuation(tiny, PROMPTS, 30, stop=stops, return_log_probs=True, return_finish_reason=True, **options)
+    assert found.output == expected and found.finish_reason == ["stop", "stop", "length"]
+    for prompt, text, log_probs in zip(PROMPTS, expected, found.log_probs, strict=True):
+        stream = tiny.stream(prompt, max_new_tokens=30, stop=stops, **options)
+        assert "".join(stream) == text
+        assert len(stream.ids) == len(log_probs) <= 30
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        ("한", "fox 🦊 and "),
+        ("🦊", "fox "),
+        ("🦋", "fox 🦊 and 한 owl"),  # all bytes but the last are those of 🦊
+        (" 🦊 a", "fox"),
+        (["🦋", "d 한 o"], "fox 🦊 an"),
+    ],
+)
+def test_a_stop_string_that_the_vocabulary_spells_in_bytes(tiny, writes, stop, expected):
+    text = "fox 🦊 and 한 owl"
+    row = list(map(int, tiny.preprocessor.tokenizer(text)))
+    assert [tiny.preprocessor.tokenizer.id_to_token(i) for i in row].count("<0xF0>") == 1
+    assert tiny.preprocessor.detokenize([row]) == [text]
+    writes(row)
+    for prompts in (PROMPTS[0], PROMPTS):
+        found = continuation(tiny, prompts, 99, stop=stop, return_finish_reason=True)
+        single = found if prompts == PROMPTS[0] else GenerationOutput(found.output[2], None, found.finish_reason[2])
+        assert single == GenerationOutput(expected, None, "length" if expected == text else "stop")
+    stream = tiny.stream(PROMPTS[0], max_new_tokens=99, stop=stop)
+    pieces = list(stream)
+    assert "".join(pieces) == expected and not any(REPLACEMENT in piece for piece in pieces)
+    assert stream.finish_reason == found.finish_reason[0]
 
 
 def test_log_probs_and_finish_reasons(tiny):
@@ -80,15 +153,29 @@ def test_stream_joined_is_generate(tiny, kwargs):
     assert len(pieces) > 3 or kwargs
 
 
-def test_stream_of_a_chat_and_of_a_search(tiny, monkeypatch):
-    chat = [{"role": "user", "content": "Tell me a story."}]
-    assert "".join(tiny.stream(chat, max_new_tokens=15)) == tiny.generate(chat, max_new_tokens=15)
+def test_stream_of_a_chat_and_of_a_search(tiny):
+    assert "".join(tiny.stream(CHAT, max_new_tokens=15)) == tiny.generate(CHAT, max_new_tokens=15)
     # Force the end of the turn after it began to answer.
     end = tiny.preprocessor.tokenizer.end_of_turn_id
     biased = dict(max_new_tokens=15, logit_bias={end: 1e4})
-    assert "".join(tiny.stream(chat, **biased)) == tiny.generate(chat, **biased) == ""
+    assert "".join(tiny.stream(CHAT, **biased)) == tiny.generate(CHAT, **biased) == ""
     tiny.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
     assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=5)) == continuation(tiny, PROMPTS[0], 5)
+
+
+@pytest.mark.parametrize("stop", [(), ">", "<end", "story"])
+def test_the_marker_that_ends_a_reply_is_no_part_of_it(tiny, writes, stop):
+    row = list(map(int, tiny.preprocessor.tokenizer("A reply.<end_of_turn>")))
+    writes(row)
+    assert tiny.generate(CHAT, max_new_tokens=99, stop=stop, return_finish_reason=True) == ("A reply.", None, "stop")
+    stream = tiny.stream(CHAT, max_new_tokens=99, stop=stop)
+    assert "".join(stream) == "A reply." and stream.finish_reason == "stop" and stream.ids == row
+
+
+def test_the_marker_is_text_where_it_does_not_end_a_reply(tiny):
+    end = tiny.preprocessor.tokenizer.end_of_turn_id
+    options = dict(max_new_tokens=3, stop_token_ids=None, logit_bias={end: 1e4})
+    assert tiny.generate(CHAT, **options) == "".join(tiny.stream(CHAT, **options)) == "<end_of_turn>" * 3
 
 
 def test_an_interrupt_ends_a_stream_and_leaves_the_model_usable(tiny):
@@ -151,10 +238,31 @@ def test_what_needs_text_or_one_prompt(tiny, model):
 
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="tf.data is TensorFlow's")
-def test_datasets_with_reasons():
+def test_datasets(tiny):
+    """Batches or not, of strings, ids or dicts: they come back as one batch."""
     import tensorflow as tf
 
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    data = tf.data.Dataset.from_tensor_slices(PROMPTS).batch(2)
-    found = model.generate(data, max_new_tokens=4, return_finish_reason=True)
-    assert found == GenerationOutput(model.generate(PROMPTS, max_new_tokens=4), None, ["length"] * 3)
+    options = dict(max_new_tokens=4, return_log_probs=True, return_finish_reason=True)
+    strings = tf.data.Dataset.from_tensor_slices(PROMPTS)
+    expected = tiny.generate(PROMPTS, **options)
+    assert expected.finish_reason == ["length"] * 3
+    rows = np.array([row[:4] for row in tiny.preprocessor.tokenize_prompts(PROMPTS)])
+    ids = tf.data.Dataset.from_tensor_slices(rows)
+    expected_ids = tiny.generate(rows, **options)
+    for batched in (lambda data: data, lambda data: data.batch(2)):
+        for data, texts in ((strings, expected), (ids, expected_ids)):
+            found = tiny.generate(batched(data), **options)
+            assert (found.output, found.finish_reason) == (texts.output, texts.finish_reason)
+            assert [len(row) for row in found.log_probs] == [4] * 3
+            for a, b in zip(found.log_probs, texts.log_probs, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
+            assert tiny.generate(batched(data), max_new_tokens=4) == texts.output
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
+    padded = {"token_ids": rows, "padding_mask": mask}
+    found = tiny.generate(tf.data.Dataset.from_tensor_slices(padded).batch(2), max_new_tokens=4, stop_token_ids=None)
+    whole = tiny.generate(padded, max_new_tokens=4, stop_token_ids=None)
+    for key in padded:
+        np.testing.assert_array_equal(found[key], whole[key])
+    assert found["padding_mask"].sum(1).tolist() == [8, 7, 6]
+    with pytest.raises(ValueError, match="`inputs` must have at least one prompt. Received: an empty dataset"):
+        tiny.generate(strings.take(0), max_new_tokens=4)

@@ -3,7 +3,7 @@ import keras_hub
 import numpy as np
 import pytest
 import reference
-from common import count_compilations, random_backbone
+from common import count_compilations, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend
 from keras_vaultgemma.decode_state import Settings
@@ -11,6 +11,8 @@ from keras_vaultgemma.generation import Generator
 from keras_vaultgemma.search import cut_after_stop
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
+OWN = type("OwnSampler", (keras_hub.samplers.RandomSampler,), {})
+"""No rule is known for it, so it is called for every token."""
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2)
 
 
@@ -178,6 +180,44 @@ def test_a_seed_leaves_the_samplers_own_draws_alone(model):
     first, second = (Generator(model, sampler("random", seed=1)) for _ in range(2))
     first.generate(ROWS, [5] * 4, settings=Settings(seed=9))
     assert first.generate(ROWS, [5] * 4).tokens == second.generate(ROWS, [5] * 4).tokens
+
+
+@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 1), (OWN, 2)])
+def test_an_interrupt_while_a_step_runs_leaves_a_random_sampler_usable(model, kind, draws):
+    """Ctrl-C lands where Python waits for the step, whose arguments are consumed by then."""
+    interrupted, other = (Generator(model, kind(seed=1)) for _ in range(2))
+    go_on = interrupted._go_on[0]
+
+    def interrupt(*args):
+        go_on(*args)
+        raise KeyboardInterrupt
+
+    stream = interrupted.stream(ROWS[:1], [9], length=1)
+    next(stream), next(stream)
+    interrupted._go_on[0] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    interrupted._go_on[0] = go_on
+    other.generate(ROWS[:1], [2])
+    (state,) = interrupted.sampler.variables
+    assert to_numpy(state).tolist() == [1, draws]
+    for settings in (Settings(seed=4), Settings()):
+        expected = other.generate(ROWS, [6] * 4, settings=settings)
+        assert interrupted.generate(ROWS, [6] * 4, settings=settings).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 3), (OWN, 14)])
+def test_calls_between_the_steps_of_a_stream_draw_anew(model, kind, draws):
+    generator = Generator(model, kind(seed=1))
+    stream, texts = generator.stream(ROWS[:1], [4], length=1), []
+    next(stream)
+    for _ in range(2):
+        texts.append(generator.generate(ROWS[1:2], [5]).tokens)
+        next(stream)
+    assert texts[0] != texts[1]
+    list(stream)
+    (state,) = generator.sampler.variables
+    assert to_numpy(state).tolist() == [1, draws]
 
 
 def test_repetition_penalty_counts_the_prompt_and_what_was_generated(model):

@@ -7,6 +7,7 @@ from common import random_backbone
 from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.decode_state import Settings
 from keras_vaultgemma.generation import Generator
+from keras_vaultgemma.prefill import SMALLEST_CACHE
 from keras_vaultgemma.prompt_lookup import PromptLookup, draft
 
 ROWS = [[2, 17, 5, 99, 17, 5], [2, 4], [2, *range(30, 55), 30, 31]]
@@ -41,6 +42,39 @@ def test_what_repeats_takes_fewer_passes(model, monkeypatch):
     parts = [new for (new,), _ in PromptLookup(model, greedy()).stream([row], [count])]
     assert [len(part) for part in parts] == [1, 8, 8, 8, 8]
     assert [token for part in parts for token in part] == tokens
+
+
+def count_passes(lookup):
+    """A list that grows by what each pass reads."""
+    check, passes = lookup._check, []
+    lookup._check = lambda read, *others: passes.append(read.shape[1]) or check(read, *others)
+    return passes
+
+
+def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
+    """With the guesses that are found; greedy tales of the bundled model go round in circles."""
+    (row,) = tiny.preprocessor.tokenize_prompts(["Once upon a time"])
+    expected = Generator(tiny, greedy()).generate([row], [120]).tokens
+    lookup = PromptLookup(tiny, greedy())
+    passes = count_passes(lookup)
+    assert lookup.generate([row], [120]).tokens == expected
+    assert 1 + len(passes) <= len(expected[0]) / 1.5
+
+
+@pytest.mark.parametrize("length, reads", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right):
+    """Guesses are read while there is room for them, and take none of their own."""
+    row, count = np.random.default_rng(0).integers(2, 128, length).tolist(), SMALLEST_CACHE - length
+    (tokens,) = Generator(model, greedy()).generate([row], [count]).tokens
+    text = row + tokens if is_right else [127] * SMALLEST_CACHE
+    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: text[len(ids) : len(ids) + length])
+    lookup, caches = PromptLookup(model, greedy()), []
+    passes, prefill = count_passes(lookup), lookup._generator.prefill
+    lookup._generator.prefill = lambda *args: caches.append(prefill(*args)) or caches[-1]
+    assert lookup.generate([row], [count]).tokens == [tokens]
+    assert [cache.positions.shape for _, cache, _ in caches] == [(1, SMALLEST_CACHE)]
+    assert passes == reads or not is_right
 
 
 def test_wrong_guesses_change_nothing(model, monkeypatch):

@@ -40,6 +40,10 @@ def test_chats(preprocessor):
             {"token_ids": np.array([[0, 2, 5], [7, 8, 0]]), "padding_mask": np.array([[0, 1, 1], [1, 1, 0]])},
             Prompts([[2, 5], [7, 8]], "padded", False, 3),
         ),
+        (
+            {"token_ids": [[0, 2, 5], [7, 8, 0]], "padding_mask": [[0, 1, 1], [1, 1, 0]]},
+            Prompts([[2, 5], [7, 8]], "padded", False, 3),
+        ),
     ],
 )
 def test_ids(inputs, expected):
@@ -50,6 +54,12 @@ def test_ids(inputs, expected):
     "inputs, message",
     [
         ([], "non-empty list of strings"),
+        (np.zeros((0, 4), "int32"), "`inputs` must have at least one prompt. Received: none"),
+        (np.zeros(0, "int32"), "at least one token. Received: none in prompt 0"),
+        (
+            {"token_ids": np.zeros((0, 4), "int32"), "padding_mask": np.zeros((0, 4), "int32")},
+            "`inputs` must have at least one prompt. Received: none",
+        ),
         (["a", 3], r"item 1 is 3"),
         ({"prompt": "a"}, "must be a string or a non-empty list"),
         ([[2, 4096]], "from 0 to 4095. Received: 4096"),
@@ -78,7 +88,7 @@ def test_answers_have_the_form_of_the_prompts(preprocessor):
     assert prompts.answer(Prompts(once, "text", True), more, None, preprocessor, [3]) == "Once u"
     assert prompts.answer(Prompts(once, "text", False), more, True, preprocessor, [0]) == [" upon"]
     reply = [list(map(int, preprocessor.tokenizer("Hello<end_of_turn>")))]
-    assert prompts.answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello"
+    assert prompts.answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello<end_of_turn>"
     assert prompts.answer(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None, [0]) == [2, 5, 7, 8]
     padded = prompts.answer(Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None, [0, 0])
     assert padded["token_ids"].tolist() == [[2, 5, 7, 0, 0], [3, 8, 9, 0, 0]]

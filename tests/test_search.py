@@ -42,6 +42,31 @@ def test_contrastive_search_without_penalty_is_greedy(model):
     assert contrastive.generate(ROWS[:1], [6], [greedy[0][2]]).tokens == [cut_after_stop(greedy[0], [greedy[0][2]])]
 
 
+def test_contrastive_search_equals_the_written_out_one(model):
+    """Su et al., 2022, arXiv:2202.06417: the likely token that is least like any before it."""
+    k, alpha, row = 4, 0.6, list(ROWS[0])
+
+    def hidden(row):
+        x = {"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}
+        states = to_numpy(model.backbone(x))
+        return states[0] / np.linalg.norm(states[0], axis=-1, keepdims=True), to_numpy(model(x))[0, -1]
+
+    for _ in range(8):
+        logits = hidden(row)[1].astype("float64")
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        candidates = np.argsort(-p)[:k].tolist()
+        states = [hidden([*row, token])[0] for token in candidates]
+        scores = [
+            (1 - alpha) * p[token] - alpha * (s[:-1] @ s[-1]).max() for token, s in zip(candidates, states, strict=True)
+        ]
+        row.append(candidates[int(np.argmax(scores))])
+    contrastive = SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(k=k, alpha=alpha))
+    found = contrastive.generate(ROWS[:1], [8]).tokens[0]
+    assert found == row[len(ROWS[0]) :]
+    assert found != Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [8]).tokens[0]
+
+
 def test_speculative_sampler_is_refused(model):
     with pytest.raises(ValueError, match="needs no draft model"):
         SearchGenerator(model, keras_hub.samplers.SpeculativeSampler())

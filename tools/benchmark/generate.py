@@ -1,7 +1,7 @@
 """Generation at VaultGemma 1B's size beside keras-hub, transformers and what the machine's memory allows.
 
-    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only generate batch] [--png FILE]
-        [--json FILE]
+    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only generate batch] [--rows 8]
+        [--png FILE] [--json FILE]
 
 Weights are random. Every measurement runs in a process of its own, one after the other, and needs up to 10 GB. Times
 are medians of three warm calls, but for a process's first call, which compiles. A step of decoding reads every weight
@@ -34,10 +34,10 @@ RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
 BACKENDS = ("jax", "torch", "tensorflow")
 PLAN = {
     ("jax", "float32"): "generate keras_hub warm_cache batch prompt_lookup memory",
-    ("jax", "bfloat16"): "generate keras_hub warm_cache memory",
+    ("jax", "bfloat16"): "generate keras_hub warm_cache batch memory",
     ("jax", "int8"): "generate warm_cache memory",
     ("torch", "float32"): "generate keras_hub transformers batch prompt_lookup memory",
-    ("torch", "bfloat16"): "generate transformers memory",
+    ("torch", "bfloat16"): "generate transformers batch memory",
     ("torch", "int8"): "generate memory",
     ("tensorflow", "float32"): "generate keras_hub batch prompt_lookup memory",
 }
@@ -99,11 +99,11 @@ def first_call_and_decoding(call, size, dtype):
     return {"first_call_s": first_call, "first_token_s": first_token, **decoding}
 
 
-def generate(size, dtype, corpus):
+def generate(size, dtype, options):
     return first_call_and_decoding(build(size, dtype)[0], size, dtype)
 
 
-def keras_hub(size, dtype, corpus):
+def keras_hub(size, dtype, options):
     from keras_hub.models import GemmaCausalLM
 
     model = GemmaCausalLM(random_model.keras_hub_gemma(size, dtype), preprocessor=None)
@@ -119,7 +119,7 @@ def keras_hub(size, dtype, corpus):
     return {"first_call_s": first_call, "first_token_s": warm(call, CONTEXT - 1, 1), **decoding}
 
 
-def transformers(size, dtype, corpus):
+def transformers(size, dtype, options):
     import torch
     from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
@@ -140,20 +140,20 @@ def transformers(size, dtype, corpus):
     return first_call_and_decoding(call, size, dtype)
 
 
-def warm_cache(size, dtype, corpus):
+def warm_cache(size, dtype, options):
     """`run` calls it in two processes that share a compilation cache, and takes the second's."""
     return {"first_call_s": once(build(size, dtype)[0], [PROMPT], NEW)}
 
 
-def batch(size, dtype, corpus):
-    """Eight prompts of 5 to 200 tokens at once, and one of their mean length alone."""
-    (call, _), lengths, new = build(size, dtype), np.linspace(5, 200, 8).astype(int).tolist(), 64
+def batch(size, dtype, options):
+    """Prompts of 5 to 200 tokens at once, and one of their mean length alone."""
+    (call, _), lengths, new = build(size, dtype), np.linspace(5, 200, options.rows).astype(int).tolist(), 64
     alone = new / warm(call, [round(statistics.mean(lengths))], new)
     together = len(lengths) * new / warm(call, lengths, new)
-    return {"tokens_per_s_of_8_prompts": together, "x_1_prompt": together / alone}
+    return {"prompts": len(lengths), "tokens_per_s": together, "x_1_prompt": together / alone}
 
 
-def prompt_lookup(size, dtype, corpus):
+def prompt_lookup(size, dtype, options):
     """Tokens/s with prompt lookup over those without it, where the text repeats its prompt.
 
     Text of random weights does not, so the guesses are given that lookup would find in such a text: the right ones.
@@ -172,7 +172,7 @@ def prompt_lookup(size, dtype, corpus):
     return {"x_without": warm(call) / warm(lambda: call(prompt_lookup=True)), "same_text": same}
 
 
-def memory(size, dtype, corpus):
+def memory(size, dtype, options):
     """Bytes of the variables over float32's; what a call that fills the context takes beyond the weights.
 
     That is the second such call. The first compiles, which takes memory of its own (on JAX and TensorFlow).
@@ -190,7 +190,7 @@ def memory(size, dtype, corpus):
     return result
 
 
-def int8_loss(size, dtype, corpus):
+def int8_loss(size, dtype, options):
     """Bits per byte of the bundled model on its held-out text, before and after quantizing."""
     sys.path.append(str(ROOT / "tools"))
     import sentencepiece
@@ -200,7 +200,7 @@ def int8_loss(size, dtype, corpus):
 
     vocabulary = ROOT / "presets" / "vaultgemma_tiny" / "assets" / "tokenizer" / "vocabulary.spm"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
-    _, held_out = train_tiny_preset.split(corpus.read_text(encoding="utf-8"))
+    _, held_out = train_tiny_preset.split(options.corpus.read_text(encoding="utf-8"))
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     before = train_tiny_preset.bits_per_byte(model, held_out, processor)
     model.quantize("int8")
@@ -214,6 +214,7 @@ STEPS = {f.__name__: f for f in STEPS}
 def run(step, backend, dtype, options):
     """The result of one step in a process of its own, {} where it fails."""
     command = [sys.executable, __file__, "--step", step, "--dtype", dtype, "--size", options.size]
+    command += ["--rows", str(options.rows)]
     command += ["--corpus", options.corpus] if options.corpus else []
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -231,6 +232,7 @@ def main():
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=list(BYTES))
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="measurements; default: all")
+    parser.add_argument("--rows", type=int, default=8, help="prompts of `batch`; default: 8")
     parser.add_argument("--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it")
     parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
     parser.add_argument("--json", type=Path, help="results are kept in this file, one a line")
@@ -239,7 +241,7 @@ def main():
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        result = STEPS[options.step](random_model.SIZES[options.size], options.dtype, options.corpus)
+        result = STEPS[options.step](random_model.SIZES[options.size], options.dtype, options)
         return print(json.dumps(result))
 
     plan = []

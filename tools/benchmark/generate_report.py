@@ -44,15 +44,22 @@ def print_tables(results):
     for key in dict.fromkeys(key[1:] for key in results if key[0] in ("batch", "prompt_lookup", "memory")):
         batch, lookup, memory = (results.get((step, *key)) for step in ("batch", "prompt_lookup", "memory"))
         row = [", ".join(key)]
-        row += [f"{batch['tokens_per_s_of_8_prompts']:.1f}", f"{batch['x_1_prompt']:.2f}"] if batch else ["", ""]
+        if batch:
+            row += [f"{batch['tokens_per_s']:.1f} ({batch['prompts']})", f"{batch['x_1_prompt']:.2f}"]
+        else:
+            row += ["", ""]
         row += [f"{lookup['x_without']:.2f}" if lookup else ""]
         row += [f"{memory['variables_over_float32']:.2f}" if memory else ""]
         memory = memory or {}
         names = ("gb_above_weights", "gb_of_cache")
         row += [" / ".join(f"{memory[name]:.2f}" for name in names) if names[0] in memory else ""]
         rows.append(row)
-    columns = ["", "tokens/s of 8 prompts", "x 1 prompt", "prompt lookup, x without"]
+    columns = ["", "tokens/s of a batch (prompts)", "x 1 prompt", "prompt lookup, x without"]
     print_table([*columns, "weights, x float32", "memory above weights / of the cache, GB"], rows)
+    for (step, backend, _), loss in results.items():
+        if step == "int8_loss":
+            before, after = loss["float32"], loss["int8"]
+            print(f"\nBits per byte of the bundled model on held-out text, {backend}: {before:.4f}, int8 {after:.4f}")
 
 
 def print_table(columns, rows):
