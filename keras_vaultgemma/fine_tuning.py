@@ -1,27 +1,24 @@
-"""What fits a language model to data and tells how well it fits: compile, fit, evaluate, predict, score."""
+"""What fits a language model to data: compile, fit, evaluate, predict."""
 
 import contextlib
 import functools
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_vaultgemma import adapted_layers, backend, checkpointing, distribution, ids, training_data
-from keras_vaultgemma.loss import check_table, cross_entropy, head_factors
-from keras_vaultgemma.preprocessor import as_samples, as_texts
+from keras_vaultgemma import adapted_layers, backend, checkpointing, distribution, training_data
+from keras_vaultgemma.loss import check_table
+from keras_vaultgemma.preprocessor import as_samples
 from keras_vaultgemma.privacy.private_run import private
 from keras_vaultgemma.privacy.training import PrivateTraining
-
-SCORED_ROWS = 32
-"""Rows that `score` computes at a time."""
+from keras_vaultgemma.scoring import Scoring
 
 TOKENS_AT_ONCE = 2048
 """Of the rows that private training computes together."""
 
 
-class FineTuning(PrivateTraining):
-    """The part of `VaultGemmaCausalLM` that trains and scores; among its bases it stands before keras-hub's `CausalLM`.
+class FineTuning(Scoring, PrivateTraining):
+    """The part of `VaultGemmaCausalLM` that trains; among its bases it stands before keras-hub's `CausalLM`.
 
     Between the backbone and the loss no logits are made: inside a training or test step the model returns hidden
     states, which the default loss takes (loss.py). A loss or metrics of the user's own are given logits.
@@ -115,19 +112,6 @@ class FineTuning(PrivateTraining):
         count = ops.sum(weights)
         mean = total / ops.where(count > 0, count, 1.0)
         return mean + sum(ops.sum(loss) for loss in self.losses)
-
-    def _cross_entropy(self, hidden_states, targets, weights, with_gradient):
-        """`loss.cross_entropy` of hidden states [B, T, D] and flat targets and weights [B * T]."""
-        rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
-        embedding = self.backbone.token_embedding
-        return cross_entropy(
-            head_factors(embedding, rows),
-            targets,
-            weights,
-            embedding.logit_soft_cap,
-            with_gradient,
-            saves_memory=self.backbone.gradient_checkpointing,
-        )
 
     @property
     def privacy(self):
@@ -262,51 +246,3 @@ class FineTuning(PrivateTraining):
         data = training_data.prepare(x, y, sample_weight, preprocess, size, labels_are_ids)
         distribution.check_batches(data[0], batch_size)
         return data
-
-    def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
-        """How well the model predicts each token.
-
-        Args:
-            token_ids: strings, or int [B, T].
-            padding_mask: [B, T], true at tokens, or the number of each token's segment; all true if None.
-            scoring_mode: "loss" or "logits".
-            target_ids: int [B, T], what to predict at each place. Defaults to the next token, and then nothing is
-                predicted at a segment's last token.
-
-        Returns:
-            NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
-
-        Raises:
-            ValueError: for another mode, ids outside the vocabulary (of targets, where the mask is true), or "loss" of
-                an embedding that is quantized to something else than int8.
-        """
-        if scoring_mode not in ("loss", "logits"):
-            raise ValueError(f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}")
-        if self.preprocessor is not None and not hasattr(token_ids, "dtype"):
-            texts, _ = as_texts(token_ids)
-            rows = self.preprocessor.tokenize_prompts(texts)
-            token_ids, padding_mask = ids.pad(rows, max(map(len, rows)))
-        token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
-        ids.check_range(token_ids, self.backbone.vocabulary_size)
-        mask = np.ones_like(token_ids) if padding_mask is None else np.asarray(ops.convert_to_numpy(padding_mask))
-        x = {"token_ids": token_ids, "padding_mask": mask.astype("int32")}
-        if scoring_mode == "logits":
-            return keras.Model.predict(self, x, verbose=0)
-        if target_ids is None:
-            target_ids, weights = np.roll(token_ids, -1, axis=1), (np.roll(mask, -1, axis=1) == mask) & (mask > 0)
-            weights[:, -1] = False
-        else:
-            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
-            ids.check_range(target_ids[weights], self.backbone.vocabulary_size, "`target_ids` where the mask is true")
-        check_table(self.backbone.token_embedding)
-        score = backend.compile_function(self._score_rows, self.variables)
-        arrays = (x["token_ids"], x["padding_mask"], target_ids.astype("int32"), weights.astype("float32"))
-        batches = [[array[i : i + SCORED_ROWS] for array in arrays] for i in range(0, len(token_ids), SCORED_ROWS)]
-        return np.concatenate([ops.convert_to_numpy(score(*map(backend.argument, batch))) for batch in batches])
-
-    def _score_rows(self, token_ids, padding_mask, targets, weights):
-        """[B, T], weighted losses."""
-        hidden_states = self.backbone({"token_ids": token_ids, "padding_mask": padding_mask})
-        targets, flat = ops.reshape(targets, (-1,)), ops.reshape(weights, (-1,))
-        _, losses, _ = self._cross_entropy(hidden_states, targets, flat, with_gradient=False)
-        return ops.reshape(losses, ops.shape(weights)) * weights

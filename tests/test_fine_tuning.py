@@ -1,7 +1,6 @@
 import keras
 import numpy as np
 import pytest
-import reference
 from common import IDS, LINES, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor
@@ -47,30 +46,6 @@ def test_lora_changes_its_factors_alone():
     assert changed == {v.path for v in model.backbone.trainable_variables}
     assert all("lora_kernel" in path for path in changed) and len(changed) == 16
     assert losses[-1] < losses[0]
-
-
-def test_score(model):
-    token_ids, mask = IDS["token_ids"], IDS["padding_mask"]
-    nats = model.score(token_ids, mask)
-    for i, n in enumerate((5, 3)):
-        logits = reference.logits(model.backbone, token_ids[i, :n].tolist())
-        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected = [-log_p[t, token_ids[i, t + 1]] for t in range(n - 1)]
-        np.testing.assert_allclose(nats[i, : n - 1], expected, atol=1e-4)
-        assert (nats[i, n - 1 :] == 0).all()
-    np.testing.assert_allclose(model.score(token_ids, mask, "logits"), logits_of(model), atol=1e-5)
-    targets = np.full_like(token_ids, 7)
-    log_p = to_numpy(keras.ops.log_softmax(logits_of(model), axis=-1))
-    np.testing.assert_allclose(model.score(token_ids, mask, target_ids=targets), -log_p[..., 7] * mask, atol=1e-4)
-    with pytest.raises(ValueError, match="'loss' or 'logits'. Received: 'nats'"):
-        model.score(token_ids, mask, "nats")
-    with pytest.raises(ValueError, match="from 0 to 127. Received: 128"):
-        model.score(np.array([[2, 128]]))
-
-
-def test_score_of_text_is_score_of_its_ids(tiny):
-    rows = tiny.preprocessor.tokenize_prompts(LINES[:1])
-    np.testing.assert_array_equal(tiny.score(LINES[0]), tiny.score(np.array(rows)))
 
 
 def test_predict_gives_logits(tiny):

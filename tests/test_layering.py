@@ -47,7 +47,7 @@ FLOORS = [
     ["sampling", "prefill", "decode_state", "generation", "search", "prompt_lookup", "completion", "loss"],
     ["noise_seeds", "row_sampling", "private_batches", "plan", "budget_report"],
     ["dpsgd", "mechanism", "refusals", "private_run", "training"],
-    ["fine_tuning", "causal_lm"],
+    ["scoring", "fine_tuning", "causal_lm"],
     ["rows", "held_out", "pace", "curves", "run_folder", "recipe"],
     ["progress", "provenance", "model_card", "keras_preset", "hugging_face_folder", "verification", "converter"],
     ["description"],
