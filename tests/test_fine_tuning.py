@@ -10,10 +10,6 @@ def load_tiny(**kwargs):
     return VaultGemmaCausalLM.from_preset("vaultgemma_tiny", **kwargs)
 
 
-def logits_of(model):
-    return to_numpy(model(IDS))
-
-
 def test_fit_lowers_the_loss():
     model = load_tiny()
     model.compile(keras.optimizers.Adam(1e-3))
