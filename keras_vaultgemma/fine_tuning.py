@@ -46,9 +46,9 @@ class FineTuning(Scoring, PrivateTraining):
             weighted_metrics: "auto" is the share of those tokens that the model ranks first. Metrics of your own are
                 given logits, which then have to be computed and kept, as with a loss of your own.
             sampler: "greedy" unless given.
-            gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again,
-                and make smaller chunks of the loss: a part of the memory, for about a quarter more time. Also has glibc
-                return freed memory at once, in the whole process.
+            gradient_checkpointing: keep only what enters each block for the backward pass and compute the rest again:
+                a part of the memory, for about a quarter more time. Also has glibc return freed memory at once, in the
+                whole process.
             privacy: `privacy.DPSGD`, which trains privately and states what that guarantees; None to train as ever.
         """
         is_auto = isinstance(loss, str) and loss == "auto"

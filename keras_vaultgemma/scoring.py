@@ -80,11 +80,5 @@ class Scoring:
         """`loss.cross_entropy` of hidden states [B, T, D] and flat targets and weights [B * T]."""
         rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
         embedding = self.backbone.token_embedding
-        return loss.cross_entropy(
-            loss.head_factors(embedding, rows),
-            targets,
-            weights,
-            embedding.logit_soft_cap,
-            with_gradient,
-            saves_memory=self.backbone.gradient_checkpointing,
-        )
+        factors = loss.head_factors(embedding, rows)
+        return loss.cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)

@@ -173,8 +173,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     np.testing.assert_allclose(logs["loss"], expected_logs["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing, limit", [(False, "CHUNK_LOGITS"), (True, "SMALL_CHUNK_LOGITS")])
-def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch, checkpointing, limit):
+def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
     def call(self, x, reverse=False):
         assert not reverse, "logits of all tokens"
         return keras.layers.Embedding.call(self, x)
@@ -183,9 +182,9 @@ def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch, checkpoi
     sizes = []
     product = loss.Factor.product
     monkeypatch.setattr(loss.Factor, "product", lambda self: sizes.append(self.rows.shape[0]) or product(self))
-    monkeypatch.setattr(loss, limit, 128 * 5)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 5)
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
-    model.compile(keras.optimizers.SGD(0.1), gradient_checkpointing=checkpointing)
+    model.compile(keras.optimizers.SGD(0.1))
     model.fit(x, IDS, verbose=0)
     model.evaluate(x, IDS, verbose=0)
     model.score(IDS)
