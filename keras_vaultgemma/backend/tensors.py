@@ -62,7 +62,7 @@ def is_argmax(x, index):
     """Whether `index` [N] is the argmax of each row of `x` [N, V], the first of equal ones.
 
     XLA's argmax for CPUs takes three times as long as two comparisons and an "or" over the row (256,000 numbers, 2
-    cores), PyTorch's half as long; TensorFlow's takes 0.7 GB for 131 rows, and its `top_k` nothing.
+    cores), PyTorch's half as long; TensorFlow's takes 0.7 GB for 256 rows, and its `top_k` nothing.
     """
     if NAME == "torch":
         return keras.ops.argmax(x, axis=1) == index
