@@ -34,7 +34,7 @@ class Generator:
         self.rule = sampling.rule_of(sampler)
         self.variables = list(model.variables)
         model.backbone.arrange_weights()
-        self.compile = (lambda function, donate=(): function) if run_eagerly else self._compile_function
+        self.compile = (lambda function, **options: function) if run_eagerly else self._compile_function
         self.prefill = Prefill(model, self.compile)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.
         self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
@@ -43,8 +43,8 @@ class Generator:
             steps = [backend.compile_step(step, self.variables) for step in steps]
         self._go_on = [self.compile(_loop(step), donate=(0,)) for step in steps]
 
-    def _compile_function(self, function, donate=()):
-        return backend.compile_function(function, self.variables, donate)
+    def _compile_function(self, function, **options):
+        return backend.compile_function(function, self.variables, **options)
 
     def generate(self, rows, limits, stop_token_ids=(), settings=Settings(), ends=None):  # noqa: B008
         """Continue each row of ids.

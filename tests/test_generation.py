@@ -274,8 +274,8 @@ def test_few_compilations_for_any_lengths(model, monkeypatch):
     """40 calls with prompts of 1 to 400 tokens and 1 to 500 new ones: at most 12 programs."""
     programs = set()
 
-    def counted(function, variables, donate=()):
-        compiled = backend.compile_function(function, variables, donate)
+    def counted(function, variables, **options):
+        compiled = backend.compile_function(function, variables, **options)
 
         def call(*args):
             shapes = [(tuple(x.shape), str(x.dtype)) for x in keras.tree.flatten(args)]
@@ -285,7 +285,9 @@ def test_few_compilations_for_any_lengths(model, monkeypatch):
         return call
 
     generator = Generator.__new__(Generator)
-    monkeypatch.setattr(Generator, "_compile_function", lambda self, f, donate=(): counted(f, self.variables, donate))
+    monkeypatch.setattr(
+        Generator, "_compile_function", lambda self, f, **options: counted(f, self.variables, **options)
+    )
     generator.__init__(model, keras_hub.samplers.GreedySampler())
     random = np.random.default_rng(0)
     lengths, counts = random.integers(1, 401, 40), random.integers(1, 501, 40)

@@ -1,3 +1,5 @@
+import itertools
+
 import keras_hub
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
     """Keys, values and positions of every token, against those of a line for each row."""
     rows = [list(range(2, 42)), [5, 6, 7], list(range(60, 70))]
     lengths = [len(row) for row in rows]
-    compile = lambda function, donate=(): backend.compile_function(function, list(backbone.variables), donate)  # noqa: E731
+    compile = lambda function, **options: backend.compile_function(function, list(backbone.variables), **options)  # noqa: E731
     model = VaultGemmaCausalLM(backbone)
     apart = [[i] for i in range(3)]
     monkeypatch.setattr(prefill, "lines_of", lambda lengths, slots: apart)
@@ -60,14 +62,35 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
 
 
 def test_chunks_and_caches():
-    assert [chunk_lengths(n) for n in (1, 16, 17, 64, 100, 400)] == [
+    assert [chunk_lengths(n) for n in (1, 16, 17, 64, 65, 100, 144, 145, 400)] == [
         [16],
         [16],
-        [16, 16],
+        [64],  # two of 16 would read the weights twice
         [64],
-        [64, 16, 16, 16],
+        [64, 16],
+        [64, 64],
+        [64, 64, 16],
+        [256],
         [256, 64, 64, 16],
     ]
+    # Padding costs more, the more lines there are.
+    assert [chunk_lengths(n, lines=8) for n in (17, 100, 145)] == [[16, 16], [64, 16, 16, 16], [64, 64, 16, 16]]
+
+
+@pytest.mark.parametrize("lines", [1, 2, 8])
+def test_chunks_are_the_cheapest(lines):
+    """Against all numbers of chunks of each length."""
+
+    def cost(chunks):
+        return sum(lines * length + prefill.CHUNK_COST for length in chunks)
+
+    for length in (1, 15, 33, 80, 81, 129, 200, 257, 300, 450, 511):
+        counts = itertools.product(*(range(-(-length // kind) + 1) for kind in prefill.CHUNKS))
+        every = [[kind for kind, n in zip(prefill.CHUNKS, count, strict=True) for _ in range(n)] for count in counts]
+        assert cost(chunk_lengths(length, lines)) == min(cost(chunks) for chunks in every if sum(chunks) >= length)
+
+
+def test_cache_slots():
     assert [cache_slots(n, 1) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 1024, 1024, 4096]
     assert [cache_slots(n, 2) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 512, 1024, 2048]
 
@@ -80,4 +103,4 @@ def test_lines():
     ragged = np.linspace(5, 200, 8).astype(int).tolist()
     assert sorted(i for line in lines_of(ragged, 1024) for i in line) == list(range(8))
     assert len(lines_of(ragged, 1024)) == 1
-    assert (prefill_cost(1, sum(ragged)), prefill_cost(8, 200)) == (960, 1792)
+    assert (prefill_cost(1, sum(ragged)), prefill_cost(8, 200)) == (1024, 1856)
