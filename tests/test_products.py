@@ -4,12 +4,15 @@ import pytest
 from common import gradients, to_numpy
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.backend import products
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (24,), (1, 1, 64), (5, 7, 24)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matmul_with_and_without_gradients(dtype, tolerance, shape, transposed):
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_matmul_with_and_without_gradients(monkeypatch, dtype, tolerance, shape, transposed, is_intel):
+    monkeypatch.setattr(products, "_is_intel", lambda: is_intel)
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=shape), rng.normal(size=(40, shape[-1]) if transposed else (shape[-1], 40))
     x, kernel = (keras.ops.cast(keras.ops.convert_to_tensor(a.astype("float32")), dtype) for a in (x, kernel))
@@ -26,7 +29,7 @@ def test_matmul_with_and_without_gradients(dtype, tolerance, shape, transposed):
 @pytest.mark.parametrize("size", [576, 600, 577, 1152])
 @pytest.mark.parametrize("width", [40, 2000])
 def test_a_long_row(size, width):
-    """It is multiplied in parts on JAX, in one part where the size is a prime."""
+    """It is multiplied in parts on JAX and TensorFlow, in one part where the size is a prime."""
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(1, 1, size)).astype("float32"), rng.normal(size=(size, width)).astype("float32")
     compiled = backend.compile_function(lambda a, b: backend.matmul(a, b), [])

@@ -1,5 +1,9 @@
 """Products with a matrix of weights, by the fastest routine of each backend."""
 
+import functools
+import platform
+from pathlib import Path
+
 import keras
 
 from keras_vaultgemma.backend.choice import NAME
@@ -25,15 +29,16 @@ def matmul(x, kernel, transposed=False):
     """`x` [..., in] times `kernel` [in, out], in their dtype, by the fastest routine of this backend for few rows.
 
     On PyTorch's CPU this is oneDNN where no gradient is asked for: it reads 35 to 45 GB/s of float32 weights where MKL,
-    which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either layout. On JAX's CPU, 16-bit products are asked
-    for in float32, a single row's in a form of its own (`_jax_row`) and others for two rows or more: only so does XLA
-    multiply 16-bit weights without a float32 copy of them. There and on TensorFlow's CPU a single float32 row is
+    which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either layout. On Intel's MKL is the faster one for a
+    single row, 25 to 27 GB/s and not 19 to 22, and the slower one for 8 rows or more. On JAX's CPU, 16-bit products are
+    asked for in float32, a single row's in a form of its own (`_jax_row`) and others for two rows or more: only so does
+    XLA multiply 16-bit weights without a float32 copy of them. There and on TensorFlow's CPU a single float32 row is
     multiplied in parts where the matrix is narrow: 26 and 24 GB/s of [6912, 1152] instead of 17 and 16.
 
     Args:
         transposed: whether `kernel` is [out, in] instead.
     """
-    if NAME == "torch" and not _takes_gradients() and _has_onednn(x, kernel):
+    if NAME == "torch" and not _takes_gradients() and _has_onednn(x, kernel) and not _suits_mkl(x):
         import torch
 
         rows, weight = x.reshape(-1, x.shape[-1]), kernel if transposed else kernel.t()
@@ -62,8 +67,8 @@ def take_rows(table, ids):
 def arrange(kernel):
     """Lay the Keras variable `kernel` [in, out] out in memory as `matmul` reads it fastest; its values stay.
 
-    On PyTorch's CPU that is column by column: oneDNN then reads float32 at the speed of memory for one row, 1.5 times
-    as fast as row by row (2 AMD cores). Elsewhere nothing is done.
+    On PyTorch's CPU that is column by column: oneDNN then reads float32 1.3 to 1.5 times as fast as row by row.
+    Elsewhere nothing is done.
     """
     if NAME == "torch" and _has_onednn(kernel.value) and not kernel.value.t().is_contiguous():
         kernel.value.data = kernel.value.data.t().contiguous().t()
@@ -182,6 +187,18 @@ def _has_onednn(*tensors):
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _suits_mkl(x):
+    return x.numel() == x.shape[-1] and _is_intel()
+
+
+@functools.cache
+def _is_intel():
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "Intel" in platform.processor()
 
 
 def _is_jax_cpu():
