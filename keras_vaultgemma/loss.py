@@ -171,18 +171,10 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
 
         parts = [f._replace(rows=part(x), table=t) for f, x, t in zip(factors, rows, tables, strict=True)]
         target, weight = part(targets), part(weights)
-        logits = soft_cap(sum(factor.product() for factor in parts), cap)
-        total = ops.logsumexp(logits, axis=1)
-        chosen = ops.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        counts = ops.cast(weight > 0, "float32")
-        losses = write(losses, counts * (total - chosen))
-        is_correct = write(is_correct, counts * ops.cast(backend.is_argmax(logits, target), "float32"))
+        logits = sum(factor.product() for factor in parts)
+        new_losses, new_is_correct, of_logits = backend.fused(_of_logits)(logits, target, weight, cap, with_gradient)
+        losses, is_correct = write(losses, new_losses), write(is_correct, new_is_correct)
         if with_gradient:
-            one_hot = ops.arange(logits.shape[1], dtype="int32")[None] == target[:, None]
-            # Exponentials anew, for those of the sum would have to be kept.
-            of_logits = ops.exp(logits - total[:, None]) * weight[:, None] - ops.where(one_hot, weight[:, None], 0.0)
-            if cap is not None:
-                of_logits = of_logits * (1.0 - ops.square(logits / cap))
             gradients = [factor.gradients(of_logits) for factor in parts]
             of_rows = [write(buffer, new) for buffer, (new, _) in zip(of_rows, gradients, strict=True)]
             new_of_tables = [new for _, new in gradients if new is not None]
@@ -202,6 +194,24 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
     of_rows = [ops.take(x, back, axis=0) for x in of_rows]
     return (ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows), tables
+
+
+def _of_logits(logits, target, weight, cap, with_gradient):
+    """(losses [n], is_correct [n], gradient of the total with respect to the logits before the cap, or None)."""
+    capped = soft_cap(logits, cap)
+    total = ops.logsumexp(capped, axis=1)
+    chosen = ops.take_along_axis(capped, target[:, None], axis=1)[:, 0]
+    counts = ops.cast(weight > 0, "float32")
+    losses = counts * (total - chosen)
+    is_correct = counts * ops.cast(backend.is_argmax(capped, target), "float32")
+    if not with_gradient:
+        return losses, is_correct, None
+    one_hot = ops.arange(capped.shape[1], dtype="int32")[None] == target[:, None]
+    # Exponentials anew, for those of the sum would have to be kept.
+    gradient = ops.exp(capped - total[:, None]) * weight[:, None] - ops.where(one_hot, weight[:, None], 0.0)
+    if cap is not None:
+        gradient = gradient * (1.0 - ops.square(capped / cap))
+    return losses, is_correct, gradient
 
 
 def _matmul_in_parts(x, table):

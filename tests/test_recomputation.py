@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import gradients
+from common import gradients, to_numpy
 from keras import ops
 
 from keras_vaultgemma import backend
@@ -71,3 +71,30 @@ def test_one_layer_is_in_memory_at_a_time():
         return program.memory_analysis().temp_size_in_bytes
 
     assert memory(12) - memory(4) < 4 * ROWS * INNER
+
+
+@pytest.mark.parametrize("compile", [None, dict(fused=True), dict(fused=False)])
+def test_an_elementwise_function_and_its_gradients(compile):
+    """TensorFlow compiles it alone inside a graph, with the rest inside a compiled program, and not at all eagerly."""
+
+    def gated(gate, up):
+        return ops.tanh(gate) * up
+
+    def run(gate, up):
+        calls = backend.recomputed(gated, elementwise=True)
+
+        def total(tensors):
+            y = calls(calls(*tensors), tensors[1])  # two calls share what is compiled
+            return ops.sum(y * y), y
+
+        return backend.gradients(total, [gate, up])
+
+    gate, up = np.random.default_rng(0).normal(size=(2, 3, 5)).astype("float32")
+    function = run if compile is None else backend.compile_function(run, [], **compile)
+    (of_gate, of_up), y = function(*map(ops.convert_to_tensor, (gate, up)))
+    inner = np.tanh(gate) * up
+    expected = np.tanh(inner) * up
+    slope = (1 - np.tanh(inner) ** 2) * up
+    np.testing.assert_allclose(to_numpy(y), expected, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(of_gate), 2 * expected * slope * (1 - np.tanh(gate) ** 2) * up, atol=1e-5)
+    np.testing.assert_allclose(to_numpy(of_up), 2 * expected * (np.tanh(inner) + slope * np.tanh(gate)), atol=1e-5)

@@ -20,7 +20,7 @@ from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory
 from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul, take_rows
-from keras_vaultgemma.backend.recomputation import recomputed
+from keras_vaultgemma.backend.recomputation import fused, recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
     is_symbolic_tensorflow,
@@ -42,6 +42,7 @@ __all__ = [
     "compile_function",
     "compile_step",
     "from_numpy",
+    "fused",
     "gathered",
     "gradients",
     "in_shares",

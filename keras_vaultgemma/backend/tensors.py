@@ -62,12 +62,10 @@ def is_argmax(x, index):
     """Whether `index` [N] is the argmax of each row of `x` [N, V], the first of equal ones.
 
     XLA's argmax for CPUs takes three times as long as two comparisons and an "or" over the row (256,000 numbers, 2
-    cores), PyTorch's half as long; TensorFlow's takes 0.7 GB for 256 rows, and its `top_k` nothing.
+    cores), PyTorch's half as long.
     """
     if NAME == "torch":
         return keras.ops.argmax(x, axis=1) == index
-    if NAME == "tensorflow":
-        return keras.ops.cast(keras.ops.top_k(x, 1)[1][:, 0], index.dtype) == index
     index = index[:, None]
     chosen = keras.ops.take_along_axis(x, index, axis=1)
     is_earlier = keras.ops.arange(x.shape[1], dtype=index.dtype) < index
