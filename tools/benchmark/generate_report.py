@@ -87,7 +87,7 @@ def draw(results, path):
         group = [item for item in in_order(results) if item[0][2] == dtype]
         for (step, backend, _), r in group:
             bar = axes.barh(place, r["tokens_per_s"], height=0.75, color=colors[step])
-            axes.bar_label(bar, fmt="%.1f", padding=3, fontsize=8)
+            axes.bar_label(bar, fmt="%.1f", padding=-26, fontsize=8, color="white")
             if limit := r.get("limit_tokens_per_s"):
                 axes.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
             ticks[place] = f"{NAMES[step]}, {backend}, {dtype}"
