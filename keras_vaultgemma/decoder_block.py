@@ -93,7 +93,8 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         x = x + attended
         normed = self.mlp_norm(x)
         # As for the scores: gelu keeps several tensors of its own for the backward pass.
-        gated_by = backend.recomputed(gated, elementwise=True) if recompute else gated
+        # In training only: a model exported for serving then needs no XLA.
+        gated_by = backend.recomputed(gated, elementwise=bool(training)) if recompute else gated
         gate, up = self.gate(normed, training=training), self.up(normed, training=training)
         x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)
