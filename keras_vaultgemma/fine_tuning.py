@@ -72,6 +72,7 @@ class FineTuning(Scoring, PrivateTraining):
         self.backbone.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             backend.return_freed_memory()
+            backend.return_memory_of_compilations()
         self._generators = {}
 
     @property

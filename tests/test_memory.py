@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from keras_vaultgemma import backend
+
 RESIDENT = """
 import re
 import numpy as np
@@ -12,7 +14,9 @@ from keras_vaultgemma import backend
 
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+"""
 
+LARGE_BLOCKS = """
 np.ones(2**24, "u1")  # freed: from here on, glibc takes blocks of that size from its heap
 {call}
 before = resident()
@@ -21,9 +25,30 @@ del blocks[:-1]
 print(resident() - before)
 """
 
+SMALL_BLOCKS = """
+import jax
+
+backend.return_memory_of_compilations()
+before = resident()
+blocks = [np.ones(2**13, "u1") for _ in range(2**14)]
+del blocks[:-1]
+jax.monitoring.record_event_duration_secs("a stage of a compilation", {seconds})
+print(resident() - before)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
 @pytest.mark.parametrize("call, megabytes", [("", range(100, 140)), ("backend.return_freed_memory()", range(12))])
 def test_blocks_before_one_that_is_in_use(call, megabytes):
-    done = subprocess.run([sys.executable, "-c", RESIDENT.format(call=call)], capture_output=True, check=True)
-    assert int(done.stdout) in megabytes
+    assert printed(RESIDENT + LARGE_BLOCKS.format(call=call)) in megabytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+@pytest.mark.skipif(backend.NAME != "jax", reason="JAX alone tells how long it compiled")
+@pytest.mark.parametrize("seconds, megabytes", [(0.9, range(100, 140)), (1.1, range(12))])
+def test_blocks_that_were_freed_before_a_long_compilation_ended(seconds, megabytes):
+    assert printed(RESIDENT + SMALL_BLOCKS.format(seconds=seconds)) in megabytes
+
+
+def printed(script):
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)

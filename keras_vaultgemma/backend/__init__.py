@@ -17,7 +17,7 @@ from keras_vaultgemma.backend.compilation import (
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares, other_executor
 from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.loops import while_loop
-from keras_vaultgemma.backend.memory import return_freed_memory
+from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
 from keras_vaultgemma.backend.noise import normal
 from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.recomputation import fused, recomputed
@@ -56,6 +56,7 @@ __all__ = [
     "other_executor",
     "recomputed",
     "return_freed_memory",
+    "return_memory_of_compilations",
     "seed_global_generator",
     "take_rows",
     "tensorflow_dataset",

@@ -46,6 +46,7 @@ class PrivateTraining:
             super().compile(*args, **kwargs)
             if privacy is not None:
                 refusals.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
+                backend.return_memory_of_compilations()
         except BaseException:
             self.compiled = False  # else `fit` would go on with half of it, and without what was refused
             raise
