@@ -5,6 +5,8 @@ the same slot at the same time, each at its own position (cache.py says why that
 steps as its longest answer.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -40,8 +42,10 @@ class Generator:
         self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
         steps = [self._step_plain, self._step_adjusted]
         if self.rule is not None and not run_eagerly:  # what else a sampler does is its own affair
-            steps = [backend.compile_step(step, self.variables) for step in steps]
-        self._go_on = [self.compile(_loop(step), donate=(0,)) for step in steps]
+            loops = [backend.compile_step(step, self.variables) for step in steps]
+        else:
+            loops = [functools.partial(lambda step: step, step) for step in steps]
+        self._go_on = [self.compile(_loop(begin), donate=(0,)) for begin in loops]
 
     def _compile_function(self, function, **options):
         return backend.compile_function(function, self.variables, **options)
@@ -218,10 +222,12 @@ class Generator:
             variable.assign(value)
 
 
-def _loop(step):
-    """A function that makes steps until every row has ended or slot `until` is reached."""
+def _loop(begin):
+    """A function that makes steps, of what `begin` returns, until every row has ended or slot `until` is reached."""
 
     def decode(state, controls, until):
+        step = begin()
+
         def goes_on(state):
             return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
 

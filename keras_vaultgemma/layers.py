@@ -24,18 +24,22 @@ class RotaryAngles(keras.layers.Layer):
         self.frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype("float32")
 
     def call(self, positions):
-        """(cos, sin), [B, T, 1, H/2] each, for int positions [B, T]: float32, since bfloat16 ends at position 256."""
+        """What `rotate` multiplies by, for int positions [B, T].
+
+        Returns:
+            (cos, cos) and (-sin, sin) of the angles, [B, T, 1, H] each: float32, since bfloat16 ends at position 256.
+        """
         # Not times the NumPy array: PyTorch would leave the multiplication to NumPy, unseen by `backend.compile_step`.
         frequencies = ops.convert_to_tensor(self.frequencies)
         angles = ops.cast(positions, "float32")[:, :, None, None] * frequencies
-        return ops.cos(angles), ops.sin(angles)
+        cos, sin = ops.cos(angles), ops.sin(angles)
+        return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate channel pairs (i, i + H/2) of `x` [B, T, heads, H] by `RotaryAngles`; same shape and dtype."""
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return ops.cast(rotated, x.dtype)
+    floats = ops.cast(x, "float32")
+    return ops.cast(floats * cos + ops.roll(floats, x.shape[-1] // 2, axis=-1) * sin, x.dtype)
 
 
 def soft_cap(x, cap):

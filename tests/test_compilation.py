@@ -30,7 +30,7 @@ def test_products_of_few_rows(monkeypatch, known):
 
 
 def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
-    """A state that goes round, a buffer that is written in place, and variables that change meanwhile."""
+    """A state that goes round, a buffer that is written in place, and variables that change from loop to loop."""
     monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
     variable = keras.Variable(np.array([2.0, 3.0], "float32"))
 
@@ -39,13 +39,13 @@ def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
         value = keras.ops.take(numbers, slot, axis=0) * variable
         return {"buffer": backend.write_slice(buffer, value[None, None], slot), "slot": slot + 1}
 
-    compiled = backend.compile_step(step, [variable])
+    begin = backend.compile_step(step, [variable])
     numbers = np.arange(1, 7, dtype="float32")
     expected = np.zeros((1, 6, 2), "float32")
     state = {"buffer": keras.ops.zeros((1, 6, 2)), "slot": keras.ops.convert_to_tensor(np.int32(0))}
     for i in range(6):
         variable.assign([2.0, i])
-        state = compiled(state, keras.ops.convert_to_tensor(numbers))
+        state = begin()(state, keras.ops.convert_to_tensor(numbers))
         expected[0, i] = numbers[i] * np.array([2, i])
         np.testing.assert_array_equal(to_numpy(state["buffer"]), expected)
         assert int(state["slot"]) == i + 1
@@ -54,20 +54,20 @@ def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
 @pytest.mark.skipif(backend.NAME != "torch", reason="other backends compile whole loops")
 def test_a_step_is_recorded_once_for_its_shapes():
     calls = []
-    compiled = backend.compile_step(lambda x: calls.append(1) or x + 1, [])
+    step = backend.compile_step(lambda x: calls.append(1) or x + 1, [])()
     for length in (2, 3):
-        for _ in range(20):
-            compiled(keras.ops.zeros((length,)))
+        for _ in range(2 * compilation.EAGER_CALLS):
+            step(keras.ops.zeros((length,)))
     assert len(calls) == 2 * (compilation.EAGER_CALLS + 1)
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="other backends compile whole loops")
 def test_recording_a_step_copies_no_argument():
     """A cache would be in memory twice."""
-    compiled = backend.compile_step(lambda x: x.add_(1), [])
+    step = backend.compile_step(lambda x: x.add_(1), [])()
     x = start = keras.ops.zeros((3,))
     for i in range(2 * compilation.EAGER_CALLS):
-        x = compiled(x)
+        x = step(x)
         assert x.data_ptr() == start.data_ptr()
         assert to_numpy(x).tolist() == [i + 1] * 3
 

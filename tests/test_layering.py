@@ -11,6 +11,7 @@ FLOORS = [
     [
         "choice",
         "tensors",
+        "recording",
         "compilation",
         "devices",
         "gradients",

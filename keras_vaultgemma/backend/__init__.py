@@ -19,7 +19,7 @@ from keras_vaultgemma.backend.gradients import add, gradients
 from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
 from keras_vaultgemma.backend.noise import normal
-from keras_vaultgemma.backend.products import arrange, int8_matmul, matmul, take_rows
+from keras_vaultgemma.backend.products import ATTENDS_IN_ONE, arrange, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.recomputation import fused, recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -31,6 +31,7 @@ from keras_vaultgemma.backend.tensors import after, argument, from_numpy, is_arg
 from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
+    "ATTENDS_IN_ONE",
     "BACKENDS",
     "NAME",
     "add",

@@ -7,7 +7,7 @@ import keras
 from keras_vaultgemma.backend.choice import NAME
 from keras_vaultgemma.backend.tensors import value_of
 
-EAGER_CALLS = 8
+EAGER_CALLS = 16
 """Calls of a step before it is recorded on PyTorch, which takes about as long as the calls it speeds up by then."""
 
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -68,45 +68,51 @@ def compile_step(function, variables):
     """Compile the body of a loop where Python runs the loop: on PyTorch. Elsewhere the function itself.
 
     There Keras's layers take 2 ms of Python for every decoder block and token, a third of the time of a token. So the
-    operations are recorded, for each combination of shapes, and played back without it.
+    operations are recorded (recording.py), for each combination of shapes, and played back without it.
 
     Args:
         function: as for `compile_function`; it may change its arguments in place. No tensor of it may become a Python
             number, and nothing but shapes and dtypes may decide what it does.
         variables: as for `compile_function`.
+
+    Returns:
+        A function without arguments that begins a loop: it returns the compiled `function` for that loop, within which
+        the variables stay as they are.
     """
     if NAME != "torch":
-        return function
+        return lambda: function
     import torch
-    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from keras_vaultgemma.backend.recording import Recording
 
     calls, programs = {}, {}
 
-    @torch.no_grad()
-    def call(*args):
-        leaves = keras.tree.flatten(args)
-        key = tuple((tuple(x.shape), x.dtype) for x in leaves)
-        calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= EAGER_CALLS:
-            return function(*args)
+    def begin():
+        # 190 tensors of VaultGemma 1B: for each token this would take a millisecond.
         values = [v.value.detach() for v in variables]
-        if key in programs:
-            program, structure = programs[key]
-            return keras.tree.pack_sequence_as(structure, program(values, leaves))
-        results = []
 
-        def stateless(values, leaves):
-            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
-                results.append(function(*keras.tree.pack_sequence_as(args, leaves)))
-            return keras.tree.flatten(results[0])
+        @torch.no_grad()
+        def call(*args):
+            leaves = keras.tree.flatten(args)
+            key = tuple((tuple(x.shape), x.dtype) for x in leaves)
+            calls[key] = calls.get(key, 0) + 1
+            if calls[key] <= EAGER_CALLS:
+                return function(*args)
+            if key in programs:
+                program, structure = programs[key]
+                return keras.tree.pack_sequence_as(structure, program(values + leaves))
 
-        # What is recorded is also done: this is the call, whose arguments need not be copied.
-        program = make_fx(stateless)(values, leaves)
-        result = results.pop()  # nothing of it stays with the program
-        programs[key] = program.forward, keras.tree.map_structure(lambda x: None, result)
-        return result
+            def stateless(tensors):
+                with keras.StatelessScope(state_mapping=zip(variables, tensors[: len(variables)], strict=True)):
+                    return function(*keras.tree.pack_sequence_as(args, tensors[len(variables) :]))
 
-    return call
+            program, result = Recording.of(stateless, values + leaves)
+            programs[key] = program, keras.tree.map_structure(lambda x: None, result)
+            return result
+
+        return call
+
+    return begin
 
 
 def trace_once(layers):

@@ -25,6 +25,10 @@ LONGEST_ROW = 2**13
 """Numbers of such a row at most: a transposed matrix has a term for each `LANES` of them to compile."""
 
 
+ATTENDS_IN_ONE = NAME == "torch"
+"""Whether `keras.ops.dot_product_attention` is one operation, which keeps no scores and reads keys as they lie."""
+
+
 def matmul(x, kernel, transposed=False):
     """`x` [..., in] times `kernel` [in, out], in their dtype, by the fastest routine of this backend for few rows.
 

@@ -98,6 +98,8 @@ def write_slice(buffer, update, start):
         # What comes out of `repeat` may have rows that share memory.
         buffer = buffer.contiguous()
         # Of a tensor no number is made, so that a recording of this is good for every start (`compile_step`).
-        index = torch.arange(update.shape[1], device=buffer.device) + torch.as_tensor(start, device=buffer.device)
+        index = torch.as_tensor(start, dtype=torch.int64, device=buffer.device).reshape(1)
+        if update.shape[1] != 1:
+            index = index + torch.arange(update.shape[1], device=buffer.device)
         return buffer.index_copy_(1, index, update)
     return keras.ops.slice_update(buffer, [0, start, *[0] * (len(buffer.shape) - 2)], update)

@@ -158,13 +158,20 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
 
 def _squared_norms(x):
     """[R] sums of the squares of [R, ...], in stages: one long chain of additions would lose what is small."""
-    x = ops.square(x)
-    while len(x.shape) > 1:
-        if x.shape[-1] > STAGE:
-            x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, -x.shape[-1] % STAGE)])
-            x = ops.reshape(x, (*x.shape[:-1], -1, STAGE))
-        x = ops.sum(x, axis=-1)
-    return x
+    x = _in_stages(x if len(x.shape) > 1 else x[:, None])
+    # A product, for on TensorFlow and PyTorch all squares would be in memory together.
+    sums = ops.einsum("...i,...i->...", x, x)
+    while len(sums.shape) > 1:
+        sums = ops.sum(_in_stages(sums), axis=-1)
+    return sums
+
+
+def _in_stages(x):
+    """`x` with `STAGE` numbers at most along the last axis, which becomes two where there are more."""
+    if x.shape[-1] <= STAGE:
+        return x
+    x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, -x.shape[-1] % STAGE)])
+    return ops.reshape(x, (*x.shape[:-1], -1, STAGE))
 
 
 def _weighted_sum(x, factors):
