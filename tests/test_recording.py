@@ -62,3 +62,15 @@ def test_keeps_no_tensor_but_constants():
             del given, result
     gc.collect()
     assert [reference() for reference in kept] == [None] * 8
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_products_with_a_matrix(rows):
+    """By whichever library."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.rand(24, 8, generator=generator)
+    with torch.no_grad():
+        recording, _ = Recording.of(lambda tensors: backend.matmul(*tensors), [torch.zeros(rows, 24), kernel])
+        for _ in range(3):
+            x = torch.rand(rows, 24, generator=generator)
+            np.testing.assert_allclose(recording([x, kernel])[0], x.numpy() @ kernel.numpy(), rtol=1e-5)

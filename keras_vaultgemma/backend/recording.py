@@ -46,8 +46,7 @@ class Recording:
             def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
                 kwargs = kwargs or {}
                 found = operation(*args, **kwargs)
-                recorded = [operation, *_mapped(number, (args, kwargs))]
-                recording._operations.append(recorded)
+                recording._operations.append((operation, *_mapped(number, (args, kwargs))))
                 for x in _listed(found):
                     # What an operation in place returns gets another number: it is the same tensor.
                     numbers[id(x)] = len(alive)
