@@ -15,8 +15,8 @@ class Recording:
 
     Every operation is kept with its arguments: tensors that the function was given or has computed by number, others as
     constants. The first time the program is called, PyTorch's tracer makes a TorchScript function of it, whose
-    interpreter is not in Python: 3.5 ms for the 2,200 operations of a token of VaultGemma 1B, where Python takes 11 and,
-    with caches full of weights, twice that. (The tracer alone would see sizes as tensors, too, which Keras's layers
+    interpreter is not in Python: 3.5 ms for the 2,200 operations of a token of VaultGemma 1B, where Python takes 11, and
+    about twice that with caches full of weights. (The tracer alone would see sizes as tensors, too, which Keras's layers
     cannot work with; `torch.compile` needs a C++ compiler.)
 
     A recording keeps none of the tensors that it was made with but for constants.
@@ -76,8 +76,12 @@ class Recording:
 
     def _play(self, tensors):
         known = list(tensors)
+
+        def value(x):
+            return known[x] if isinstance(x, _Number) else x
+
         for operation, args, kwargs in self._operations:
-            args, kwargs = _mapped(lambda x: known[x] if isinstance(x, _Number) else x, (args, kwargs))
+            args, kwargs = _mapped(value, (args, kwargs))
             if operation is _ONEDNN:
                 operation, args = _onednn(), args[:2]
             known += _listed(operation(*args, **kwargs))
