@@ -5,8 +5,6 @@ the same slot at the same time, each at its own position (cache.py says why that
 steps as its longest answer.
 """
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
@@ -44,7 +42,7 @@ class Generator:
         if self.rule is not None and not run_eagerly:  # what else a sampler does is its own affair
             loops = [backend.compile_step(step, self.variables) for step in steps]
         else:
-            loops = [functools.partial(lambda step: step, step) for step in steps]
+            loops = [lambda step=step: step for step in steps]
         self._go_on = [self.compile(_loop(begin), donate=(0,)) for begin in loops]
 
     def _compile_function(self, function, **options):

@@ -29,7 +29,7 @@ def return_freed_memory():
 def return_memory_of_compilations():
     """Have what long compilations freed go back to the system before their programs run; for the whole process (JAX).
 
-    glibc would keep it in its heap: 0.5 GB for a private step of VaultGemma 1B with all weights, which then come on top
+    glibc would keep it in its heap: 0.4 GB for a private step of VaultGemma 1B with all weights, which then come on top
     of what the step itself takes. Does nothing with another C library.
     """
     if NAME != "jax":
