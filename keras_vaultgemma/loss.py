@@ -143,10 +143,29 @@ def _in_shares(factors, targets, weights, cap, with_gradient, size):
 def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     """((losses [N], is_correct [N], gradients of rows), gradients of tables or None): those of the total."""
     count = ops.shape(targets)[0]
+    # Once, and not for every chunk.
+    tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
+    parts = [factor._replace(table=table) for factor, table in zip(factors, tables, strict=True)]
+    # Those of weight 0 may be no token at all; out of range their loss, and 0 times it, would be no number.
+    targets = ops.where(weights > 0, targets, 0)
+    if isinstance(count, int) and count <= size:
+        # A loop would begin with tables of zeros, and hold them beside the gradients that it adds.
+        parts = [f._replace(rows=ops.where(weights[:, None] > 0, f.rows, 0)) for f in parts]
+        losses, is_correct, of_rows, of_tables = _of_chunk(parts, targets, weights, cap, with_gradient)
+    else:
+        losses, is_correct, of_rows, of_tables = _in_loop(parts, targets, weights, cap, with_gradient, size)
+    of_tables = iter(of_tables)
+    is_wanted = [with_gradient and factor.is_trained for factor in factors]
+    tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
+    return (losses, is_correct, of_rows), tables
+
+
+def _in_loop(factors, targets, weights, cap, with_gradient, size):
+    """As `_of_chunk`, `size` tokens at a time, as far as there are any that count."""
+    count = ops.shape(targets)[0]
     if isinstance(count, int):
         # All chunks of one size, or nearly: what is beyond the last token is computed, too.
-        chunks = max(1, -(-count // size))
-        size = max(1, -(-count // chunks))
+        size = -(-count // -(-count // size))
     padded = -(-count // size) * size
     place = ops.arange(count, dtype="int32")
     # Tokens that count come first, in their order.
@@ -155,30 +174,21 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     order = ops.concatenate([order, ops.zeros((padded - count,), "int32")])
     used = ops.sum(ops.cast(weights > 0, "int32"))
     rows = [ops.take(factor.rows, order, axis=0) for factor in factors]
-    # Once, and not for every chunk.
-    tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
     targets = ops.take(targets, order, axis=0)
     weights = ops.where(ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0)
-    # Those of weight 0 may be no token at all; out of range their loss, and 0 times it, would be no number.
-    targets = ops.where(weights > 0, targets, 0)
 
-    def chunk(start, losses, is_correct, of_rows, of_tables):
+    def add_chunk(start, losses, is_correct, of_rows, of_tables):
         def part(x):
             return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
 
         def write(buffer, update):
             return backend.write_slice(buffer[None], ops.cast(update, buffer.dtype)[None], start)[0]
 
-        parts = [f._replace(rows=part(x), table=t) for f, x, t in zip(factors, rows, tables, strict=True)]
-        target, weight = part(targets), part(weights)
-        logits = sum(factor.product() for factor in parts)
-        new_losses, new_is_correct, of_logits = backend.fused(_of_logits)(logits, target, weight, cap, with_gradient)
-        losses, is_correct = write(losses, new_losses), write(is_correct, new_is_correct)
-        if with_gradient:
-            gradients = [factor.gradients(of_logits) for factor in parts]
-            of_rows = [write(buffer, new) for buffer, (new, _) in zip(of_rows, gradients, strict=True)]
-            new_of_tables = [new for _, new in gradients if new is not None]
-            of_tables = [buffer + new for buffer, new in zip(of_tables, new_of_tables, strict=True)]
+        parts = [factor._replace(rows=part(x)) for factor, x in zip(factors, rows, strict=True)]
+        new = _of_chunk(parts, part(targets), part(weights), cap, with_gradient)
+        losses, is_correct = write(losses, new[0]), write(is_correct, new[1])
+        of_rows = [write(buffer, update) for buffer, update in zip(of_rows, new[2], strict=True)]
+        of_tables = [buffer + update for buffer, update in zip(of_tables, new[3], strict=True)]
         return start + size, losses, is_correct, of_rows, of_tables
 
     state = (
@@ -186,14 +196,21 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
         ops.zeros((padded,)),
         ops.zeros((padded,)),
         [ops.zeros_like(x) for x in rows] if with_gradient else [],
-        [ops.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
+        [backend.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
     )
-    _, losses, is_correct, of_rows, of_tables = backend.while_loop(lambda start, *_: start < used, chunk, state)
-    of_tables = iter(of_tables)
-    is_wanted = [with_gradient and factor.is_trained for factor in factors]
-    tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
+    _, losses, is_correct, of_rows, of_tables = backend.while_loop(lambda start, *_: start < used, add_chunk, state)
     of_rows = [ops.take(x, back, axis=0) for x in of_rows]
-    return (ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows), tables
+    return ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows, of_tables
+
+
+def _of_chunk(factors, targets, weights, cap, with_gradient):
+    """(losses [n], is_correct [n], gradients of rows, gradients of the trained tables): the latter of the total."""
+    logits = sum(factor.product() for factor in factors)
+    losses, is_correct, of_logits = backend.fused(_of_logits)(logits, targets, weights, cap, with_gradient)
+    if not with_gradient:
+        return losses, is_correct, [], []
+    gradients = [factor.gradients(of_logits) for factor in factors]
+    return losses, is_correct, [new for new, _ in gradients], [new for _, new in gradients if new is not None]
 
 
 def _of_logits(logits, target, weight, cap, with_gradient):

@@ -27,7 +27,7 @@ from keras_vaultgemma.backend.tensorflow_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.tensors import after, argument, from_numpy, is_argmax, value_of, write_slice
+from keras_vaultgemma.backend.tensors import after, argument, from_numpy, is_argmax, value_of, write_slice, zeros
 from keras_vaultgemma.backend.train_step import train_step
 
 __all__ = [
@@ -68,4 +68,5 @@ __all__ = [
     "while_loop",
     "without_tensorflow",
     "write_slice",
+    "zeros",
 ]

@@ -48,6 +48,19 @@ def argument(array):
     return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
 
 
+def zeros(shape):
+    """float32 zeros, for a loop to begin with.
+
+    Of `keras.ops.zeros` TensorFlow's graph optimizer makes a constant, which takes its memory as long as the compiled
+    function lives, whatever its size.
+    """
+    if NAME != "tensorflow":
+        return keras.ops.zeros(shape, "float32")
+    import tensorflow as tf
+
+    return tf.raw_ops.Empty(shape=shape, dtype="float32", init=True)
+
+
 def value_of(x):
     """A tensor, for a tensor, array or variable. (Of TensorFlow's variables Keras would return the variable.)"""
     x = keras.ops.convert_to_tensor(x)

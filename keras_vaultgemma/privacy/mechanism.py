@@ -88,7 +88,7 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
         ]
         return start + size, total, [old + update for old, update in zip(statistics, new, strict=True)], list(state)
 
-    zeros = [ops.zeros(shape, "float32") for shape in shapes]
+    zeros = [backend.zeros(shape) for shape in shapes]
     start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
     _, total, statistics, state = backend.while_loop(
         lambda start, *_: start < count, add_microbatch, (start, zeros, statistics, list(state))
