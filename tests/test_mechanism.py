@@ -71,7 +71,7 @@ def compiled(model):
             clipped, _ = model._clipped_sum(rows, count)
             return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
 
-        run = backend.compile_function(function, [*model.variables, *model.metrics_variables])
+        run = backend.compile_function(function, [*model.variables, *model.metrics_variables], fused=False)
         model._compiled_sum[model._microbatch] = lambda rows, count: run(
             keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
         )

@@ -37,6 +37,20 @@ print(resident() - before)
 """
 
 
+ZEROS = """
+from keras import ops
+
+def count_up(most):
+    state = (ops.zeros((), "int32"), backend.zeros((2**26,)))
+    return ops.max(backend.while_loop(lambda i, _: i < most, lambda i, x: (i + 1, x + 1.0), state)[1])
+
+compiled = backend.compile_function(count_up, [], fused=False)
+before = resident()
+assert float(compiled(ops.full((), 3, "int32"))) == 3
+print(resident() - before)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
 @pytest.mark.parametrize("call, megabytes", [("", range(100, 140)), ("backend.return_freed_memory()", range(12))])
 def test_blocks_before_one_that_is_in_use(call, megabytes):
@@ -48,6 +62,12 @@ def test_blocks_before_one_that_is_in_use(call, megabytes):
 @pytest.mark.parametrize("seconds, megabytes", [(0.9, range(100, 140)), (1.1, range(12))])
 def test_blocks_that_were_freed_before_a_long_compilation_ended(seconds, megabytes):
     assert printed(RESIDENT + SMALL_BLOCKS.format(seconds=seconds)) in megabytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="TensorFlow alone makes constants of them")
+def test_a_compiled_function_keeps_no_zeros():
+    assert printed(RESIDENT + ZEROS) < 160
 
 
 def printed(script):

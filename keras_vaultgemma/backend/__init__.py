@@ -15,7 +15,7 @@ from keras_vaultgemma.backend.compilation import (
     update_variables,
 )
 from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares, other_executor
-from keras_vaultgemma.backend.gradients import add, gradients
+from keras_vaultgemma.backend.gradients import add, gradients, scaled
 from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
 from keras_vaultgemma.backend.noise import normal
@@ -58,6 +58,7 @@ __all__ = [
     "recomputed",
     "return_freed_memory",
     "return_memory_of_compilations",
+    "scaled",
     "seed_global_generator",
     "take_rows",
     "tensorflow_dataset",

@@ -1,16 +1,23 @@
 """Gradients of a function of tensors, outside what Keras's own train steps differentiate."""
 
+import contextvars
+
 import keras
 
 from keras_vaultgemma.backend.choice import NAME
+from keras_vaultgemma.backend.tensors import after, value_of
+
+_TAPE = contextvars.ContextVar("tape", default=None)
+"""Of `gradients` on TensorFlow, for `looked_up`: (tape, its graph, tensors, list of (number of one, ids, rows))."""
 
 
-def gradients(function, tensors):
+def gradients(function, tensors, jit_compile=False):
     """The gradients of a scalar with respect to tensors.
 
     Args:
         function: takes a list like `tensors`, returns a pair of a float scalar and nested tensors.
         tensors: list of float tensors.
+        jit_compile: whether XLA compiles the caller on TensorFlow.
 
     Returns:
         `(gradients, nested tensors)`: a list of tensors like `tensors`, 0 where the scalar does not depend on one.
@@ -23,12 +30,23 @@ def gradients(function, tensors):
     if NAME == "tensorflow":
         import tensorflow as tf
 
+        lookups = []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tensors)
-            scalar, others = function(tensors)
-        found = tape.gradient(scalar, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        # That of an embedding is a list of rows.
-        return [tf.convert_to_tensor(gradient) for gradient in found], others
+            token = _TAPE.set(None if jit_compile else (tape, tf.compat.v1.get_default_graph(), tensors, lookups))
+            try:
+                scalar, others = function(tensors)
+            finally:
+                _TAPE.reset(token)
+        sources = [*tensors, *[rows for _, _, rows in lookups]]
+        found = tape.gradient(scalar, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # Where `function` looks rows up by itself, their gradient is a list of rows.
+        found, of_rows = [tf.convert_to_tensor(x) for x in found[: len(tensors)]], found[len(tensors) :]
+        for (i, ids, _), rows in zip(lookups, of_rows, strict=True):
+            # What `after` returns is nothing else's memory.
+            rows = tf.reshape(rows, (-1, rows.shape[-1]))
+            found[i] = tf.raw_ops.InplaceAdd(x=after(found[i], rows), i=tf.reshape(ids, (-1,)), v=rows)
+        return found, others
 
     import torch
 
@@ -38,6 +56,38 @@ def gradients(function, tensors):
         found = torch.autograd.grad(scalar, tensors, allow_unused=True)
     found = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, tensors, strict=True)]
     return found, keras.tree.map_structure(lambda x: x.detach(), others)
+
+
+def looked_up(table, ids):
+    """Rows `ids` [...] of `table` [V, D], in `gradients` on TensorFlow with a gradient that takes no more memory.
+
+    TensorFlow would make the rows' gradient a tensor as large as the table before it adds that of the table's other
+    uses, and copies what `tf.tensor_scatter_nd_add` adds to.
+    """
+    import tensorflow as tf
+
+    value = value_of(table)
+    tape, graph, tensors, lookups = _TAPE.get() or (None, None, (), [])
+    number = next((i for i, tensor in enumerate(tensors) if tensor is value), None)
+    # Of a function within the graph, as of a loop, no tensor can be had out here.
+    if number is None or graph is not tf.compat.v1.get_default_graph():
+        return keras.ops.take(table, ids, axis=0)
+    rows = tf.gather(tf.stop_gradient(value), ids)
+    tape.watch(rows)
+    lookups.append((number, ids, rows))
+    return rows
+
+
+def scaled(x, factors):
+    """`x * factors`, but 0 where a factor is 0, though `x` were not finite there.
+
+    TensorFlow's own operation for this writes into the memory of an `x` that nothing else needs.
+    """
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.math.multiply_no_nan(x, factors)
+    return keras.ops.where(factors != 0, x, 0.0) * factors
 
 
 def add(buffer, update):

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 
 from keras_vaultgemma.backend.choice import NAME
+from keras_vaultgemma.backend.gradients import looked_up
 
 ROWS, LANES = {"int8": 16, "bfloat16": 8}, 32
 """Rows of a matrix that JAX's CPU adds up in one go for a single row of `x`, and columns of a transposed one. With 16
@@ -65,7 +66,7 @@ def take_rows(table, ids):
     if NAME == "jax" and table.dtype.itemsize == 2 and _is_jax_cpu():
         # Else XLA would, before a loop over ids, make a float32 copy of the table, as it widens 16-bit numbers to move.
         ids, table = _kept_together(ids, table)
-    return keras.ops.take(table, ids, axis=0)
+    return looked_up(table, ids) if NAME == "tensorflow" else keras.ops.take(table, ids, axis=0)
 
 
 def arrange(kernel):

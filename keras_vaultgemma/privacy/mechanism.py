@@ -177,5 +177,5 @@ def _in_stages(x):
 def _weighted_sum(x, factors):
     """Sum over r of factors[r] x[r]; an x[r] whose factor is 0 has no part in it, though it were not finite."""
     factors = ops.reshape(factors, (-1, *[1] * (len(x.shape) - 1)))
-    x = ops.where(factors > 0, x, 0.0) * factors
+    x = backend.scaled(x, factors)
     return x[0] if x.shape[0] == 1 else ops.sum(x, axis=0)
