@@ -182,7 +182,7 @@ def _in_loop(factors, targets, weights, cap, with_gradient, size):
             return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
 
         def write(buffer, update):
-            return backend.write_slice(buffer[None], ops.cast(update, buffer.dtype)[None], start)[0]
+            return backend.write_slice(buffer[None], update[None], start)[0]
 
         parts = [factor._replace(rows=part(x)) for factor, x in zip(factors, rows, strict=True)]
         new = _of_chunk(parts, part(targets), part(weights), cap, with_gradient)
@@ -210,7 +210,8 @@ def _of_chunk(factors, targets, weights, cap, with_gradient):
     if not with_gradient:
         return losses, is_correct, [], []
     gradients = [factor.gradients(of_logits) for factor in factors]
-    return losses, is_correct, [new for new, _ in gradients], [new for _, new in gradients if new is not None]
+    of_rows = [ops.cast(new, factor.rows.dtype) for factor, (new, _) in zip(factors, gradients, strict=True)]
+    return losses, is_correct, of_rows, [new for _, new in gradients if new is not None]
 
 
 def _of_logits(logits, target, weight, cap, with_gradient):

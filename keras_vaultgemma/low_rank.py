@@ -14,7 +14,8 @@ def low_rank_product(x, first, second, scale, transposed=False):
         transposed: whether the matrices are [r, in] and [out, r] instead.
     """
     x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
-    return backend.matmul(x * scale, backend.value_of(second), transposed)
+    second = backend.value_of(second)
+    return backend.matmul(x * scale, second, transposed) if transposed else backend.expanded(x * scale, second)
 
 
 class LowRankUpdate:
