@@ -85,7 +85,7 @@ def head_factors(embedding, rows):
 def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk_size=None):
     """-log softmax(logits)[target] of each token, for `logits = soft_cap(sum of the factors' products, cap)`.
 
-    Tokens of weight 0 are left out of the work.
+    Tokens of weight 0 have no part in it, and are left out of the work where there is more than a chunk of tokens.
 
     Args:
         factors: list of `Factor`.
@@ -145,12 +145,11 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     count = ops.shape(targets)[0]
     # Once, and not for every chunk.
     tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
-    parts = [factor._replace(table=table) for factor, table in zip(factors, tables, strict=True)]
-    # Those of weight 0 may be no token at all; out of range their loss, and 0 times it, would be no number.
-    targets = ops.where(weights > 0, targets, 0)
+    # What has weight 0 may be no token at all; out of range or not finite its loss, and 0 times it, would be no number.
+    targets, counts = ops.where(weights > 0, targets, 0), weights[:, None] > 0
+    parts = [f._replace(rows=ops.where(counts, f.rows, 0), table=x) for f, x in zip(factors, tables, strict=True)]
     if isinstance(count, int) and count <= size:
         # A loop would begin with tables of zeros, and hold them beside the gradients that it adds.
-        parts = [f._replace(rows=ops.where(weights[:, None] > 0, f.rows, 0)) for f in parts]
         losses, is_correct, of_rows, of_tables = _of_chunk(parts, targets, weights, cap, with_gradient)
     else:
         losses, is_correct, of_rows, of_tables = _in_loop(parts, targets, weights, cap, with_gradient, size)

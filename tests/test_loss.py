@@ -40,6 +40,23 @@ def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
     np.testing.assert_allclose(to_numpy(total), (WEIGHTS * expected).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 4, 5])
+def test_tokens_without_weight_have_no_part_in_gradients_though_they_are_not_finite(chunk_size):
+    """Also in a chunk with others."""
+    rows, table = keras.Variable(np.where(WEIGHTS[:, None] > 0, ROWS, np.nan)), keras.Variable(TABLE)
+
+    def total():
+        factors = [loss.Factor(rows.value, backend.value_of(table), is_trained=True)]
+        return loss.cross_entropy(factors, TARGETS, WEIGHTS, chunk_size=chunk_size)[0]
+
+    logits = ROWS @ TABLE.T
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    of_logits = WEIGHTS[:, None] * (probabilities - np.eye(V)[TARGETS])
+    of_rows, of_table = gradients(total, [rows, table])
+    np.testing.assert_allclose(of_rows, of_logits @ TABLE, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_table, of_logits.T @ ROWS, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_without_weight_are_not_computed():
     weights = np.zeros(N, "float32")
     weights[[3, 5, 20, 31]] = 1
