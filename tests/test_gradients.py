@@ -51,11 +51,9 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
             return count + 1, total + found
 
         state = (ops.zeros((), "int32"), backend.zeros(TABLE.shape))
-        return (
-            backend.while_loop(lambda count, _: count < 2, more, state)[1]
-            if how == "within a loop"
-            else more(*state)[1]
-        )
+        if how == "within a loop":
+            return backend.while_loop(lambda count, _: count < 2, more, state)[1]
+        return more(*state)[1]
 
     call = run if how == "eagerly" else backend.compile_function(run, [variable], fused=how == "XLA")
     expected = (2 * TABLE * COUNTS + of_others) * (2 if how == "within a loop" else 1)
