@@ -235,8 +235,8 @@ def _weights(hyperparameters):
 def _places(weight, rank):
     """Where A [in, r] stands in PEFT's file, and where B [r, out]: a list of places for each."""
     module = _module(weight)
-    width, units = weight.shape
     if module == EMBEDDING:
+        width, units = weight.shape
         return (
             [
                 Place(f"{PREFIX}{module}.lora_embedding_A", (rank, width), (1, 0)),
@@ -247,6 +247,7 @@ def _places(weight, rank):
                 Place(f"{PREFIX}{HEAD}.lora_A.weight", (rank, units), (0, 1)),
             ],
         )
+    units, width = weight.shape
     return (
         [Place(f"{PREFIX}{module}.lora_A.weight", (rank, width), (1, 0))],
         [Place(f"{PREFIX}{module}.lora_B.weight", (units, rank), (1, 0))],

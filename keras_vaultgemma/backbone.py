@@ -201,11 +201,6 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
 
-    def arrange_weights(self):
-        """Lay matrices out in memory as decoding reads them fastest (PyTorch, once: 2 s for 4 GB); values stay."""
-        for block in self.transformer_layers:
-            block.arrange_weights()
-
     @property
     def gradient_checkpointing(self):
         """Whether blocks keep only their input for the backward pass and compute the rest again."""

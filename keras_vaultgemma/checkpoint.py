@@ -77,15 +77,16 @@ def load(backbone, folder):
     """
     _, values = open_values(folder)
     variables = {variable.path: variable for variable in backbone.weights}
+    for path, variable in variables.items():
+        if not keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(
+                f"A checkpoint loads into floating-point variables; quantize the model afterwards. Received: "
+                f"{path} of dtype {variable.dtype}"
+            )
     for path, value in values.items():
         shape = tuple(variables[path].shape) if path in variables else None
         if shape != value.shape:
             raise ValueError(f"{path} is misshapen in {folder}. Expected shape: {shape}. Found: {value.shape}")
-        if not keras.backend.is_float_dtype(variables[path].dtype):
-            raise ValueError(
-                f"A checkpoint loads into floating-point variables; quantize the model afterwards. Received: "
-                f"{path} of dtype {variables[path].dtype}"
-            )
     layers = {path.rpartition("/")[0] for path in values}
     for path in sorted(path for path in variables.keys() - values.keys() if path.rpartition("/")[0] not in layers):
         raise ValueError(

@@ -99,14 +99,6 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
         x = x + self.down(gated_by(gate, up), training=training)
         return x if cache is None else (x, cache)
 
-    def arrange_weights(self):
-        """As `VaultGemmaBackbone.arrange_weights`."""
-        attention = self.attention
-        for layer in (attention.query, attention.key, attention.value, attention.attention_output):
-            backend.arrange(layer.matrix)
-        for layer in (self.gate, self.up, self.down):
-            backend.arrange(layer.matrix)
-
     def compute_output_spec(self, x, **kwargs):
         """Said outright: Keras would trace every block to find out, which takes most of the time to build a model."""
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)

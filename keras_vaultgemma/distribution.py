@@ -105,10 +105,10 @@ def variable_axes(axis, whole=()):
     attention, block = r"decoder_block_\d+/attention", r"decoder_block_\d+"
     parts = {
         "attention": {
-            **_by_columns(f"{attention}/(query|key|value)", axis),
-            **_by_rows(f"{attention}/attention_output", axis),
+            **_by_outputs(f"{attention}/(query|key|value)", axis),
+            **_by_inputs(f"{attention}/attention_output", axis),
         },
-        "the MLP": {**_by_columns(f"{block}/(gate|up)", axis), **_by_rows(f"{block}/down", axis)},
+        "the MLP": {**_by_outputs(f"{block}/(gate|up)", axis), **_by_inputs(f"{block}/down", axis)},
         "the embedding": {
             "token_embedding/(embeddings|lora_embeddings_a)": (axis, None),
             "token_embedding/embeddings_scale": (axis,),
@@ -117,11 +117,15 @@ def variable_axes(axis, whole=()):
     return {pattern: axes for part in parts if part not in whole for pattern, axes in parts[part].items()}
 
 
-def _by_columns(layer, axis):
-    """Of a projection [in, out]; LoRA's first factor [in, rank] is needed by every column."""
-    return {f"{layer}/(kernel|lora_kernel_b)": (None, axis), f"{layer}/kernel_scale": (axis,)}
+def _by_outputs(layer, axis):
+    """Of a projection, [out, in], or [in, out] in int8; LoRA's first factor [in, rank] is needed by every output."""
+    return {
+        f"{layer}/weight": (axis, None),
+        f"{layer}/(kernel|lora_kernel_b)": (None, axis),
+        f"{layer}/kernel_scale": (axis,),
+    }
 
 
-def _by_rows(layer, axis):
-    """Of a projection [in, out]; int8 has one scale for each column, and LoRA's second factor is [rank, out]."""
-    return {f"{layer}/(kernel|lora_kernel_a)": (axis, None)}
+def _by_inputs(layer, axis):
+    """As `_by_outputs`; int8 has one scale for each output, and LoRA's second factor is [rank, out]."""
+    return {f"{layer}/weight": (None, axis), f"{layer}/(kernel|lora_kernel_a)": (axis, None)}

@@ -33,7 +33,6 @@ class Generator:
         self.sampler = sampler
         self.rule = sampling.rule_of(sampler)
         self.variables = list(model.variables)
-        model.backbone.arrange_weights()
         self.compile = (lambda function, **options: function) if run_eagerly else self._compile_function
         self.prefill = Prefill(model, self.compile)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.

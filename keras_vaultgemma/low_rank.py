@@ -25,6 +25,7 @@ class LowRankUpdate:
     for x W. Factors are float32 variables under every dtype policy.
 
     Attributes:
+        adapted_shape: (in, out), from the Keras layer.
         lora_enabled: whether the layer has factors.
         lora_rank, lora_alpha: r, and s times r.
         lora_dropout: part of the adapter's input that is dropped in training.
@@ -50,13 +51,25 @@ class LowRankUpdate:
         Raises:
             ValueError: for a layer that has factors, or whose matrix is quantized to something else than int8.
         """
+        # Keras's own `enable_lora` would ask for the matrix [in, out], which a projection does not have as it is.
         self.check_base(self.quantization_mode)
-        super().enable_lora(rank, lora_alpha, a_initializer=a_initializer, b_initializer=b_initializer)
-        self.lora_dropout = dropout
+        if self.lora_enabled:
+            raise ValueError(f"A layer has one adapter at most. Received: {self.path}, which has factors")
+        inputs, outputs = self.adapted_shape
+        shapes, initializers = ((inputs, rank), (rank, outputs)), (a_initializer, b_initializer)
+        for variable in self.weights:
+            variable.trainable = False
+        self._tracker.unlock()
+        for name, shape, initializer in zip(self.lora_factor_names, shapes, initializers, strict=True):
+            # Not cast: Keras would round the factors to a 16-bit compute dtype in every call.
+            options = dict(initializer=keras.initializers.get(initializer), dtype="float32", autocast=False)
+            setattr(self, name, self.add_weight(name=name, shape=shape, **options))
         if dropout and not hasattr(self, "lora_seed"):
-            self._tracker.unlock()  # as Keras's own `enable_lora` does for the factors
             self.lora_seed = keras.random.SeedGenerator()
-            self._tracker.lock()
+        self._tracker.lock()
+        self.lora_enabled = True
+        self.lora_rank, self.lora_alpha = rank, rank if lora_alpha is None else lora_alpha
+        self.lora_dropout = dropout
 
     def disable_lora(self):
         """Take the factors away and leave the matrix frozen."""
@@ -80,22 +93,16 @@ class LowRankUpdate:
         """s."""
         return self.lora_alpha / self.lora_rank
 
-    def add_weight(self, *args, **kwargs):
-        if kwargs.get("name") in self.lora_factor_names:
-            # Else Keras would round the factors to a 16-bit compute dtype in every call.
-            kwargs["autocast"] = False
-        return super().add_weight(*args, **kwargs)
-
     def quantize(self, mode=None, type_check=True, config=None):
         if self.lora_enabled:
             self.check_base(mode)
         # Keras quantises subclasses only where they say so.
         super().quantize(mode, type_check=False, config=config)
 
-    def merged(self, matrix):
-        """W + s A B in the dtype of `matrix` W, rounded once."""
+    def merged(self, matrix, transposed=False):
+        """W + s A B in the dtype of `matrix` W [in, out], rounded once; `transposed`, both are [out, in]."""
         a, b = self.lora_factors
-        update = self.lora_scale * ops.matmul(a, b)
+        update = self.lora_scale * (ops.matmul(ops.transpose(b), ops.transpose(a)) if transposed else ops.matmul(a, b))
         return ops.cast(ops.cast(matrix, "float32") + update, matrix.dtype)
 
     def check_base(self, mode):

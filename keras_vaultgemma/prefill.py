@@ -18,10 +18,11 @@ from keras_vaultgemma.cache import EMPTY, KVCache
 CHUNKS = (256, 64, 16)
 """Lengths of prompt chunks, tokens. Below 16 a chunk costs about as much as 16: the time goes into reading weights."""
 
-CHUNK_COST = 48
+CHUNK_COST = 24
 """Tokens that could be read in the time that a chunk costs whatever its length: above all, the weights are read.
 
-On JAX (2 CPU cores) chunks of 16, 64 and 256 tokens take 0.35, 0.56 and 1.5 s at VaultGemma's size.
+On 2 CPU cores chunks of 16, 64 and 256 tokens take 0.20, 0.49 and 1.67 s on JAX at VaultGemma's size, 0.25, 0.48 and
+1.73 s on TensorFlow, 0.34, 0.60 and 1.85 s on PyTorch.
 """
 
 SMALLEST_CACHE, CACHE_GROWTH = 256, (4, 2)
@@ -41,7 +42,6 @@ class Prefill:
         self._backbone = model.backbone
         self._empty = compile(self._empty_cache)
         self._read_chunk = compile(self._read, donate=(5, 6), fused=False)
-        self._read_few = compile(self._read, donate=(5, 6), few_rows=True, fused=False)
         self._unpack = compile(_unpack)
 
     def __call__(self, rows, room):
@@ -73,8 +73,7 @@ class Prefill:
         for length in chunks:
             part = slice(start, start + length)
             chunk = _int(token_ids[:, part]), _int(positions[:, part])
-            read = self._read_few if token_ids[:, part].size <= CHUNKS[-1] else self._read_chunk
-            hidden, cache = read(*chunk, segments, at, _int(start), hidden, cache)
+            hidden, cache = self._read_chunk(*chunk, segments, at, _int(start), hidden, cache)
             start += length
         if len(lines) < len(rows):
             slot = np.arange(slots)[None]

@@ -58,8 +58,9 @@ class Weight(NamedTuple):
 def layout(hyperparameters):
     """List of `Weight`, in the order of the layers.
 
-    Hugging Face keeps projections [out, in], Keras [in, out]. keras-hub's Gemma keeps those into heads [N, D, H] (keys
-    and values [K, D, H]) and the one out of them [N, H, D]; it applies GELU to `gating_ffw` and not to `gating_ffw_2`.
+    Variables and Hugging Face's files have projections as [out, in], Keras's files as [in, out]. keras-hub's Gemma has
+    those into heads as [N, D, H] (keys and values [K, D, H]) and the one out of them as [N, H, D]; it applies GELU to
+    `gating_ffw` and not to `gating_ffw_2`.
 
     Args:
         hyperparameters: the backbone's constructor arguments, as `checkpoint.read_config` returns them.
@@ -73,18 +74,18 @@ def layout(hyperparameters):
         block = _Block(i)
         weights += [
             _same(block.names("attention_norm/scale", "input_layernorm", "pre_attention_norm"), (D,)),
-            _into_heads(block.names("attention/query/kernel", "self_attn.q_proj", "attention/query_dense"), D, N, H),
-            _into_heads(block.names("attention/key/kernel", "self_attn.k_proj", "attention/key_dense"), D, K, H),
-            _into_heads(block.names("attention/value/kernel", "self_attn.v_proj", "attention/value_dense"), D, K, H),
+            _into_heads(block.names("attention/query/weight", "self_attn.q_proj", "attention/query_dense"), D, N, H),
+            _into_heads(block.names("attention/key/weight", "self_attn.k_proj", "attention/key_dense"), D, K, H),
+            _into_heads(block.names("attention/value/weight", "self_attn.v_proj", "attention/value_dense"), D, K, H),
             _projection(
-                block.names("attention/attention_output/kernel", "self_attn.o_proj", "attention/output_dense"),
-                (N * H, D),
-                Place("", (N, H, D), (0, 1, 2)),
+                block.names("attention/attention_output/weight", "self_attn.o_proj", "attention/output_dense"),
+                (D, N * H),
+                Place("", (N, H, D), (2, 0, 1)),
             ),
             _same(block.names("mlp_norm/scale", "pre_feedforward_layernorm", "pre_ffw_norm"), (D,)),
-            _projection(block.names("gate/kernel", "mlp.gate_proj", "gating_ffw"), (D, F)),
-            _projection(block.names("up/kernel", "mlp.up_proj", "gating_ffw_2"), (D, F)),
-            _projection(block.names("down/kernel", "mlp.down_proj", "ffw_linear"), (F, D)),
+            _projection(block.names("gate/weight", "mlp.gate_proj", "gating_ffw"), (F, D)),
+            _projection(block.names("up/weight", "mlp.up_proj", "gating_ffw_2"), (F, D)),
+            _projection(block.names("down/weight", "mlp.down_proj", "ffw_linear"), (D, F)),
         ]
     final_norm = _Names("final_norm/scale", "model.norm", "layers/rms_normalization", "layers/rms_norm")
     return [*weights, _same(final_norm, (D,))]
@@ -121,17 +122,18 @@ def _same(names, shape):
 
 
 def _projection(names, shape, keras_hub=None):
-    return _weight(names, shape, Place("", shape[::-1], (1, 0)), keras_hub or Place("", shape, (0, 1)))
+    keras = Place("", shape[::-1], (1, 0))
+    return _weight(names, shape, keras_hub or keras, keras)
 
 
 def _into_heads(names, width, heads, head_dim):
-    return _projection(names, (width, heads * head_dim), Place("", (heads, width, head_dim), (1, 0, 2)))
+    return _projection(names, (heads * head_dim, width), Place("", (heads, width, head_dim), (0, 2, 1)))
 
 
-def _weight(names, shape, hugging_face, keras_hub):
+def _weight(names, shape, keras_hub, keras):
     places = {
-        HUGGING_FACE: hugging_face._replace(name=f"{names.hugging_face}.weight"),
+        HUGGING_FACE: Place(f"{names.hugging_face}.weight", shape, tuple(range(len(shape)))),
         KERAS_HUB: keras_hub._replace(name=f"{names.keras_hub}/vars/0"),
-        KERAS: Place(f"{names.keras}/vars/0", shape, tuple(range(len(shape)))),
+        KERAS: keras._replace(name=f"{names.keras}/vars/0"),
     }
     return Weight(names.path, shape, places)

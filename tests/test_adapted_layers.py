@@ -14,7 +14,7 @@ def backbone():
 
 def test_every_matrix_can_have_an_adapter(backbone):
     paths = [
-        f"{path}/kernel".replace("token_embedding/kernel", "token_embedding/embeddings")
+        f"{path}/weight".replace("token_embedding/weight", "token_embedding/embeddings")
         for path in adapted_layers.layers_of(backbone)
     ]
     assert paths == [variable.path for variable in backbone.variables if len(variable.shape) == 2]
@@ -74,7 +74,7 @@ def test_in_and_out_to_the_bit():
             assert all(np.array_equal(one, other) for one, other in zip(read.factors[path], pair, strict=True))
     adapted_layers.assign(backbone, Adapter(5, 2.5, 0.25, factors))
     assert np.array_equal(read.factors["decoder_block_0/gate"][0], new["decoder_block_0/gate"][0])  # no view
-    base = to_numpy(layers["decoder_block_0/gate"].weights[0])
+    base = to_numpy(layers["decoder_block_0/gate"].weights[0]).T
     merged = adapted_layers.own_values(layers["decoder_block_0/gate"])
     a, b = factors["decoder_block_0/gate"]
     np.testing.assert_allclose(merged["0"], base + 0.5 * a @ b, rtol=1e-5, atol=1e-5)

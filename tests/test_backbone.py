@@ -86,9 +86,9 @@ def test_variables_have_names_to_address_them_by():
     assert paths == [
         "token_embedding/embeddings",
         "decoder_block_0/attention_norm/scale",
-        *(f"decoder_block_0/attention/{name}/kernel" for name in ("query", "key", "value", "attention_output")),
+        *(f"decoder_block_0/attention/{name}/weight" for name in ("query", "key", "value", "attention_output")),
         "decoder_block_0/mlp_norm/scale",
-        *(f"decoder_block_0/{name}/kernel" for name in ("gate", "up", "down")),
+        *(f"decoder_block_0/{name}/weight" for name in ("gate", "up", "down")),
         "final_norm/scale",
     ]
 
@@ -138,8 +138,8 @@ def test_initial_values_take_the_place_of_random_ones(monkeypatch):
         ValueError, match=r"The value of final_norm/scale must have the shape \(48,\). Received: \(3,\)"
     ):
         random_backbone(initial_values=values)
-    del values["decoder_block_0/up/kernel"]
-    with pytest.raises(ValueError, match=r"decoder_block_0/up/kernel must have the shape \(48, 96\). Received: None"):
+    del values["decoder_block_0/up/weight"]
+    with pytest.raises(ValueError, match=r"decoder_block_0/up/weight must have the shape \(96, 48\). Received: None"):
         random_backbone(initial_values=values)
 
 

@@ -29,14 +29,14 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 HUGGING_FACE = {
     "attention_norm/scale": "input_layernorm.weight",
-    "attention/query/kernel": "self_attn.q_proj.weight",
-    "attention/key/kernel": "self_attn.k_proj.weight",
-    "attention/value/kernel": "self_attn.v_proj.weight",
-    "attention/attention_output/kernel": "self_attn.o_proj.weight",
+    "attention/query/weight": "self_attn.q_proj.weight",
+    "attention/key/weight": "self_attn.k_proj.weight",
+    "attention/value/weight": "self_attn.v_proj.weight",
+    "attention/attention_output/weight": "self_attn.o_proj.weight",
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
-    "gate/kernel": "mlp.gate_proj.weight",
-    "up/kernel": "mlp.up_proj.weight",
-    "down/kernel": "mlp.down_proj.weight",
+    "gate/weight": "mlp.gate_proj.weight",
+    "up/weight": "mlp.up_proj.weight",
+    "down/weight": "mlp.down_proj.weight",
 }
 """End of a variable's path: end of the tensor's name. Written out here, and not taken from the map under test."""
 
@@ -86,8 +86,7 @@ def expected_values(state):
     values = {"token_embedding/embeddings": arrays[EMBEDDING], "final_norm/scale": arrays["model.norm.weight"]}
     for i in range(3):
         for ours, name in HUGGING_FACE.items():
-            array = arrays[f"model.layers.{i}.{name}"]
-            values[f"decoder_block_{i}/{ours}"] = array.T if "kernel" in ours else array
+            values[f"decoder_block_{i}/{ours}"] = arrays[f"model.layers.{i}.{name}"]
     return values
 
 
@@ -249,7 +248,7 @@ def test_a_quantized_backbone_is_refused(folder):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_warn(folder, value):
     edit(folder, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].view(-1)[7:8].fill_(value))
-    with pytest.warns(UserWarning, match="decoder_block_2/down/kernel holds NaN or infinite values"):
+    with pytest.warns(UserWarning, match="decoder_block_2/down/weight holds NaN or infinite values"):
         VaultGemmaBackbone.from_preset(folder)
 
 
@@ -379,8 +378,10 @@ def test_a_bfloat16_keras_hub_preset(tmp_path):
         output = to_numpy(block.attention.output_dense.kernel.value).astype("float32")
         for n in range(6):
             channels = slice(10 * n, 10 * n + 10)
-            assert np.array_equal(ours[f"decoder_block_{i}/attention/query/kernel"][:, channels], query[n])
-            assert np.array_equal(ours[f"decoder_block_{i}/attention/attention_output/kernel"][channels], output[n])
+            assert np.array_equal(ours[f"decoder_block_{i}/attention/query/weight"][channels], query[n].T)
+            assert np.array_equal(
+                ours[f"decoder_block_{i}/attention/attention_output/weight"][:, channels], output[n].T
+            )
 
 
 BLOCK = "layers/gemma_decoder_block_1"
@@ -451,7 +452,7 @@ def test_open_values_of_every_format(theirs, folder, hub_preset, own_preset):
         for path, value in values.items():
             assert np.array_equal(value.read("float32"), loaded[path]), path
     _, values = checkpoint.open_values(own_folder)
-    assert np.array_equal(values["decoder_block_2/up/kernel"].read(), our_values(own)["decoder_block_2/up/kernel"])
+    assert np.array_equal(values["decoder_block_2/up/weight"].read(), our_values(own)["decoder_block_2/up/weight"])
 
 
 def test_values_open_without_being_read(own_preset, tmp_path):

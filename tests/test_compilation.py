@@ -16,19 +16,6 @@ def test_compiled_function_reads_variables_anew():
     np.testing.assert_array_equal(to_numpy(double(x)), [3, 8])
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_products_of_few_rows(monkeypatch, known):
-    """The same by the routine for few rows, and where the version of XLA knows no such choice."""
-    if not known:
-        monkeypatch.setattr("keras_vaultgemma.backend.compilation.EIGEN", {"xla_cpu_no_such_option": ""})
-    compilation._eigen_options.cache_clear()
-    x, kernel = (np.random.default_rng(0).normal(size=size).astype("float32") for size in ((16, 32), (32, 24)))
-    variable = keras.Variable(kernel)
-    product = backend.compile_function(lambda x: keras.ops.matmul(x, variable), [variable], few_rows=True)
-    np.testing.assert_allclose(to_numpy(product(keras.ops.convert_to_tensor(x))), x @ kernel, atol=1e-5)
-    compilation._eigen_options.cache_clear()
-
-
 def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
     """A state that goes round, a buffer that is written in place, and variables that change from loop to loop."""
     monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)

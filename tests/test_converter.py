@@ -153,7 +153,7 @@ def test_adapters_are_exported_merged(tmp_path):
         layer.lora_alpha = 6  # twice the rank
         layer.lora_kernel_a.assign(a)
         layer.lora_kernel_b.assign(b)
-        expected[f"{layer.path}/kernel"] = expected[f"{layer.path}/kernel"] + 6 / 3 * (a @ b)
+        expected[f"{layer.path}/weight"] = expected[f"{layer.path}/weight"] + 6 / 3 * (a @ b).T
     model = VaultGemmaCausalLM(backbone)
     model.save_to_preset(tmp_path / "tuned")
     convert(tmp_path / "tuned", tmp_path / "hf", to="hf")
@@ -171,14 +171,14 @@ def test_float32_adapters_over_a_bfloat16_base_are_rounded_once(tmp_path):
     query = backbone.transformer_layers[1].attention.query
     random = np.random.default_rng(0)
     factors = [random.normal(0, 0.3, v.shape).astype("float32") for v in (query.lora_kernel_a, query.lora_kernel_b)]
-    (kernel,) = (to_numpy(v.value).astype("float32") for v in backbone.variables if v.path == f"{query.path}/kernel")
+    weight = to_numpy(query.weight.value).astype("float32")
     query.lora_kernel_a.assign(factors[0])
     query.lora_kernel_b.assign(factors[1])
     backbone.save_to_preset(tmp_path / "tuned")
     assert convert(tmp_path / "tuned", tmp_path / "hf", to="hf", dtype="bfloat16")["dtype"] == "bfloat16"
     _, values = checkpoint.open_values(tmp_path / "hf")
-    merged = kernel + factors[0] @ factors[1]
-    error = np.abs(values[f"{query.path}/kernel"].read("float32") - merged)
+    merged = weight + (factors[0] @ factors[1]).T
+    error = np.abs(values[f"{query.path}/weight"].read("float32") - merged)
     assert (error <= 2**-8 * np.abs(merged) + 1e-6).all()  # half of bfloat16's last bit
 
 

@@ -48,18 +48,20 @@ def axes_of(layout_map, path):
         ("token_embedding/embeddings_scale", ("model",)),
         ("token_embedding/lora_embeddings_a", ("model", None)),
         ("token_embedding/lora_embeddings_b", None),
-        *[(f"decoder_block_0/attention/{name}/kernel", (None, "model")) for name in ("query", "key", "value")],
+        *[(f"decoder_block_0/attention/{name}/weight", ("model", None)) for name in ("query", "key", "value")],
         ("decoder_block_25/attention/query/kernel_scale", ("model",)),
         ("decoder_block_25/attention/query/lora_kernel_a", None),
         ("decoder_block_25/attention/query/lora_kernel_b", (None, "model")),
-        ("decoder_block_3/attention/attention_output/kernel", ("model", None)),
+        ("decoder_block_3/attention/attention_output/weight", (None, "model")),
         ("decoder_block_3/attention/attention_output/kernel_scale", None),
         ("decoder_block_3/attention/attention_output/lora_kernel_a", ("model", None)),
         ("decoder_block_3/attention/attention_output/lora_kernel_b", None),
-        ("decoder_block_3/gate/kernel", (None, "model")),
+        ("decoder_block_3/gate/weight", ("model", None)),
         ("decoder_block_3/up/lora_kernel_b", (None, "model")),
-        ("decoder_block_3/up/kernel_scale", ("model",)),
+        ("decoder_block_3/up/kernel", (None, "model")),
         ("decoder_block_3/down/kernel", ("model", None)),
+        ("decoder_block_3/up/kernel_scale", ("model",)),
+        ("decoder_block_3/down/weight", (None, "model")),
         ("decoder_block_3/down/kernel_scale", None),
         ("decoder_block_3/mlp_norm/scale", None),
         ("final_norm/scale", None),
@@ -79,7 +81,7 @@ def test_four_heads_on_eight_devices_stay_whole_and_the_rest_is_divided():
         layout_map = VaultGemmaBackbone.get_layout_map(mesh(1, 8))
     divided = {weight.path for weight in weight_layout.layout(ONE_B) if layout_map[weight.path] is not None}
     assert divided == {"token_embedding/embeddings"} | {
-        f"decoder_block_{i}/{name}/kernel" for i in range(26) for name in ("gate", "up", "down")
+        f"decoder_block_{i}/{name}/weight" for i in range(26) for name in ("gate", "up", "down")
     }
 
 
@@ -99,10 +101,10 @@ def test_whatever_is_divided_is_divided_evenly(devices, whole, recwarn):
 @needs_jax
 def test_sizes_are_those_of_the_model_that_is_asked_for():
     grouped = VaultGemmaBackbone.get_layout_map(mesh(1, 2), num_query_heads=8, num_key_value_heads=2)
-    assert axes_of(grouped, "decoder_block_0/attention/key/kernel") == (None, "model")
+    assert axes_of(grouped, "decoder_block_0/attention/key/weight") == ("model", None)
     with pytest.warns(UserWarning, match="num_key_value_heads=2: "):
         grouped = VaultGemmaBackbone.get_layout_map(mesh(1, 4), num_query_heads=8, num_key_value_heads=2)
-    assert axes_of(grouped, "decoder_block_0/attention/query/kernel") is None
+    assert axes_of(grouped, "decoder_block_0/attention/query/weight") is None
     with pytest.warns(UserWarning, match="do not divide num_key_value_heads=4, vocabulary_size=4096: "):
         VaultGemmaBackbone.get_layout_map(mesh(1, 3), preset="vaultgemma_tiny", intermediate_dim=513)
 
@@ -110,7 +112,7 @@ def test_sizes_are_those_of_the_model_that_is_asked_for():
 @needs_jax
 def test_axes_may_have_other_names():
     layout_map = VaultGemmaBackbone.get_layout_map(mesh(2, 2, axes=("tensor", "data")), "tensor", "data")
-    assert axes_of(layout_map, "decoder_block_0/down/kernel") == ("tensor", None)
+    assert axes_of(layout_map, "decoder_block_0/down/weight") == (None, "tensor")
 
 
 @needs_jax
@@ -266,10 +268,10 @@ def test_each_device_computes_the_rows_that_it_has(one_process, mesh, seen):
 def test_weights_are_loaded_in_parts(one_process):
     layouts = one_process["1x4:full"]
     assert layouts["layout/token_embedding/embeddings"] == "('model', None)"
-    assert layouts["layout/decoder_block_0/attention/value/kernel"] == "(None, 'model')"
-    assert layouts["layout/decoder_block_0/down/kernel"] == "('model', None)"
+    assert layouts["layout/decoder_block_0/attention/value/weight"] == "('model', None)"
+    assert layouts["layout/decoder_block_0/down/weight"] == "(None, 'model')"
     assert layouts["layout/final_norm/scale"] == "(None,)"
-    assert one_process["1x8:full"]["layout/decoder_block_0/attention/value/kernel"] == "(None, None)"
+    assert one_process["1x8:full"]["layout/decoder_block_0/attention/value/weight"] == "(None, None)"
 
 
 @needs_jax
@@ -278,8 +280,8 @@ def test_what_an_adapter_is_merged_into_stays_divided(one_process, mesh):
     found = one_process[f"{mesh}:loaded"]
     assert found["loss"][1] < found["loss"][0]
     assert found["layout/token_embedding/embeddings"] == "('model', None)"
-    assert found["layout/decoder_block_0/up/kernel"] == "(None, 'model')"
-    assert found["layout/decoder_block_0/attention/attention_output/kernel"] == "('model', None)"
+    assert found["layout/decoder_block_0/up/weight"] == "('model', None)"
+    assert found["layout/decoder_block_0/attention/attention_output/weight"] == "(None, 'model')"
 
 
 @needs_jax

@@ -68,7 +68,9 @@ def test_quantised_products_are_those_of_keras():
     ours, theirs = projection(24, "a", Initial(0.1), "float32"), keras.layers.Dense(24, use_bias=False)
     for layer in (ours, theirs):
         layer.build((None, None, 16))
-        layer.kernel.assign(kernel)
+    ours.weight.assign(kernel.T)
+    theirs.kernel.assign(kernel)
+    for layer in (ours, theirs):
         layer.quantize("int8")
     np.testing.assert_allclose(to_numpy(ours(x)), to_numpy(theirs(x)), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(to_numpy(ours(x)), x @ kernel, atol=0.2)

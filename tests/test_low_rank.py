@@ -6,7 +6,7 @@ import pytest
 from common import gradients, shapes_made, to_numpy
 from keras import ops
 
-from keras_vaultgemma.layers import Initial, ReversibleEmbedding, projection
+from keras_vaultgemma.layers import Initial, Projection, ReversibleEmbedding, projection
 from keras_vaultgemma.low_rank import low_rank_product
 
 RANK, ALPHA = 3, 6.0
@@ -25,6 +25,8 @@ def adapted(layer, mode):
     (weight, *scale) = [to_numpy(variable.value).astype("float32") for variable in layer.weights]
     if scale:  # one for each row of an embedding, and for each column of a projection
         weight = weight / (scale[0][:, None] if isinstance(layer, ReversibleEmbedding) else scale[0])
+    elif isinstance(layer, Projection):
+        weight = weight.T
     layer.enable_lora(RANK, lora_alpha=ALPHA)
     for i, variable in enumerate(layer.lora_factors):
         variable.assign(random(*variable.shape, seed=i + 1))
@@ -179,7 +181,7 @@ def test_taking_factors_away_leaves_the_frozen_matrix():
     layer, weight, _, _ = adapted_projection()
     before = [variable.path for variable in layer.variables]
     layer.disable_lora()
-    assert len(before) == 3 and [variable.path for variable in layer.variables] == ["p/kernel"]
+    assert len(before) == 3 and [variable.path for variable in layer.variables] == ["p/weight"]
     assert layer.trainable_variables == [] and not layer.lora_enabled and "lora_rank" not in layer.get_config()
     np.testing.assert_array_equal(to_numpy(layer.kernel), weight)
     x = random(2, 16)

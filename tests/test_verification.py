@@ -57,7 +57,7 @@ def changed(pair, tmp_path):
 def test_one_bit_is_found(pair, changed):
     folder, flip = changed
     flip(0)
-    with pytest.raises(ValueError, match="decoder_block_2/up/kernel must be the source's, bit by bit"):
+    with pytest.raises(ValueError, match="decoder_block_2/up/weight must be the source's, bit by bit"):
         verification.check(pair[1], folder, BF16)
 
 

@@ -13,14 +13,14 @@ from keras_vaultgemma.weight_layout import HUGGING_FACE, KERAS, KERAS_HUB, Place
 SIZES = dict(num_layers=2, num_query_heads=6, num_key_value_heads=2, hidden_dim=24, intermediate_dim=40, head_dim=10)
 BLOCK = {
     "attention_norm/scale": ("input_layernorm", (24,), "pre_attention_norm", (24,)),
-    "attention/query/kernel": ("self_attn.q_proj", (60, 24), "attention/query_dense", (6, 24, 10)),
-    "attention/key/kernel": ("self_attn.k_proj", (20, 24), "attention/key_dense", (2, 24, 10)),
-    "attention/value/kernel": ("self_attn.v_proj", (20, 24), "attention/value_dense", (2, 24, 10)),
-    "attention/attention_output/kernel": ("self_attn.o_proj", (24, 60), "attention/output_dense", (6, 10, 24)),
+    "attention/query/weight": ("self_attn.q_proj", (60, 24), "attention/query_dense", (6, 24, 10)),
+    "attention/key/weight": ("self_attn.k_proj", (20, 24), "attention/key_dense", (2, 24, 10)),
+    "attention/value/weight": ("self_attn.v_proj", (20, 24), "attention/value_dense", (2, 24, 10)),
+    "attention/attention_output/weight": ("self_attn.o_proj", (24, 60), "attention/output_dense", (6, 10, 24)),
     "mlp_norm/scale": ("pre_feedforward_layernorm", (24,), "pre_ffw_norm", (24,)),
-    "gate/kernel": ("mlp.gate_proj", (40, 24), "gating_ffw", (24, 40)),
-    "up/kernel": ("mlp.up_proj", (40, 24), "gating_ffw_2", (24, 40)),
-    "down/kernel": ("mlp.down_proj", (24, 40), "ffw_linear", (40, 24)),
+    "gate/weight": ("mlp.gate_proj", (40, 24), "gating_ffw", (24, 40)),
+    "up/weight": ("mlp.up_proj", (40, 24), "gating_ffw_2", (24, 40)),
+    "down/weight": ("mlp.down_proj", (24, 40), "ffw_linear", (40, 24)),
 }
 
 

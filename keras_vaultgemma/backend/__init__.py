@@ -19,7 +19,7 @@ from keras_vaultgemma.backend.gradients import add, gradients, scaled
 from keras_vaultgemma.backend.loops import while_loop
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
 from keras_vaultgemma.backend.noise import normal
-from keras_vaultgemma.backend.products import ATTENDS_IN_ONE, arrange, expanded, int8_matmul, matmul, take_rows
+from keras_vaultgemma.backend.products import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.recomputation import fused, recomputed
 from keras_vaultgemma.backend.tensorflow_data import (
     in_tensorflow_graph,
@@ -37,7 +37,6 @@ __all__ = [
     "add",
     "after",
     "argument",
-    "arrange",
     "cache_compilations",
     "check_that_it_distributes",
     "compile_function",

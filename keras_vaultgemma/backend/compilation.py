@@ -10,20 +10,14 @@ from keras_vaultgemma.backend.tensors import value_of
 EAGER_CALLS = 16
 """Calls of a step before it is recorded on PyTorch, which takes about as long as the calls it speeds up by then."""
 
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""JAX's compiler options for products by Eigen on a CPU instead of by YNNPACK."""
 
-
-def compile_function(function, variables, donate=(), few_rows=False, fused=True):
+def compile_function(function, variables, donate=(), fused=True):
     """Compile `function(*args)`, which reads Keras `variables` and changes none, for repeated calls.
 
     Args:
         function: takes and returns nested tensors; every tensor it depends on is an argument or one of `variables`.
         variables: list of `keras.Variable`, read anew at each call.
         donate: positions of arguments whose memory the result may reuse (JAX); the caller must not use them again.
-        few_rows: whether products are of 2 to 16 rows. JAX's CPU then has those of float32 done by Eigen, which reads
-            weights 10 to 20 % faster than YNNPACK, its choice, and needs no 0.3 s to prepare in a process (VaultGemma's
-            size, 2 cores); from 64 rows on it is slower.
         fused: whether XLA compiles a float32 program on TensorFlow, too. Products of many rows take no less time in it,
             and it takes a second to compile (VaultGemma's size).
 
@@ -38,8 +32,7 @@ def compile_function(function, variables, donate=(), few_rows=False, fused=True)
             with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
                 return function(*args)
 
-        options = _eigen_options() if few_rows and not is_narrow else {}
-        program = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate), compiler_options=options)
+        program = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate))
         return lambda *args: program([v.value for v in variables], *args)
 
     if NAME == "tensorflow":
@@ -50,18 +43,6 @@ def compile_function(function, variables, donate=(), few_rows=False, fused=True)
     import torch
 
     return torch.no_grad()(function)
-
-
-@functools.cache
-def _eigen_options():
-    """`EIGEN`; none on another device, or where this version of XLA does not know them."""
-    import jax
-
-    try:
-        jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return EIGEN if jax.default_backend() == "cpu" else {}
 
 
 def compile_step(function, variables):

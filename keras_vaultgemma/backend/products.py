@@ -9,21 +9,17 @@ import keras
 from keras_vaultgemma.backend.choice import NAME
 from keras_vaultgemma.backend.gradients import looked_up
 
-ROWS, LANES = {"int8": 16, "bfloat16": 8}, 32
-"""Rows of a matrix that JAX's CPU adds up in one go for a single row of `x`, and columns of a transposed one. With 16
-rows of bfloat16, or 6, the loop is no longer made of vector instructions, and takes 5 to 20 times as long."""
+ROWS, LANES = 16, 32
+"""Rows of an int8 matrix that JAX's CPU adds up in one go for a single row of `x`, and columns of a transposed one."""
 
 EXACT_PRODUCTS = 2**24 // 128**2
 """Products of two int8 numbers whose sum is exact in float32, in any order."""
 
-MOST_FEW_ROWS = 16
-"""Rows of `x` up to which reading the matrix takes most of the time of a product."""
-
-PART = 288
-"""Rows of a narrow float32 matrix, at most, that XLA's CPU multiplies a part of a single row with at a time."""
+MOST_FEW_ROWS = 64
+"""Rows of `x` up to which a product is faster on a CPU with the matrix first."""
 
 LONGEST_ROW = 2**13
-"""Numbers of such a row at most: a transposed matrix has a term for each `LANES` of them to compile."""
+"""Numbers of a row of int8 at most: a transposed matrix has a term for each `LANES` of them to compile."""
 
 
 ATTENDS_IN_ONE = NAME == "torch"
@@ -33,12 +29,15 @@ ATTENDS_IN_ONE = NAME == "torch"
 def matmul(x, kernel, transposed=False):
     """`x` [..., in] times `kernel` [in, out], in their dtype, by the fastest routine of this backend for few rows.
 
+    A matrix [out, in] is the faster one for few rows: each number of the product is made of two pieces of memory. On
+    JAX's and TensorFlow's CPU it stands first then, [out, in] times [in, rows]: 15 to 20 GB/s of float32 weights for 8
+    rows, where `x` first reads 8 to 10 in either layout, and for one row 25 to 28 of [1152, 6912] instead of 15 to 18.
+
     On PyTorch's CPU this is oneDNN where no gradient is asked for: it reads 35 to 45 GB/s of float32 weights where MKL,
     which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either layout. On Intel's MKL is the faster one for a
     single row, 25 to 27 GB/s and not 19 to 22, and the slower one for 8 rows or more. On JAX's CPU, 16-bit products are
-    asked for in float32, a single row's in a form of its own (`_jax_row`) and others for two rows or more: only so does
-    XLA multiply 16-bit weights without a float32 copy of them. There and on TensorFlow's CPU a single float32 row is
-    multiplied in parts where the matrix is narrow: 26 and 24 GB/s of [6912, 1152] instead of 17 and 16.
+    asked for in float32, and for two rows or more: only so does XLA multiply 16-bit weights without a float32 copy of
+    them.
 
     Args:
         transposed: whether `kernel` is [out, in] instead.
@@ -50,14 +49,12 @@ def matmul(x, kernel, transposed=False):
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
         return product.reshape(*x.shape[:-1], weight.shape[0])
     if NAME == "jax" and x.dtype.itemsize == 2 and _is_jax_cpu():
-        if kernel.dtype == "bfloat16" and not transposed and _is_short_row(x, ROWS["bfloat16"]):
-            return _jax_row(x, kernel).astype(x.dtype)
         return _jax_product(x, kernel, transposed, "float32", least_rows=2).astype(x.dtype)
-    if not transposed and x.dtype == "float32" and _is_xla_cpu() and (parts := _parts(x, kernel)) > 1:
-        return _row_in_parts(x, kernel, parts)
     if NAME == "jax" and transposed:
         # XLA would copy a transposed operand.
         return _jax_product(x, kernel, transposed, x.dtype)
+    if NAME == "tensorflow" and transposed:
+        return _tensorflow_product(x, kernel)
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
 
 
@@ -97,16 +94,6 @@ def take_rows(table, ids):
     return looked_up(table, ids) if NAME == "tensorflow" else keras.ops.take(table, ids, axis=0)
 
 
-def arrange(kernel):
-    """Lay the Keras variable `kernel` [in, out] out in memory as `matmul` reads it fastest; its values stay.
-
-    On PyTorch's CPU that is column by column: oneDNN then reads float32 1.3 to 1.5 times as fast as row by row.
-    Elsewhere nothing is done.
-    """
-    if NAME == "torch" and _has_onednn(kernel.value) and not kernel.value.t().is_contiguous():
-        kernel.value.data = kernel.value.data.t().contiguous().t()
-
-
 def int8_matmul(x, kernel, transposed=False):
     """`matmul` of int8 and int8 to int32; has no gradient."""
     if NAME == "torch" and kernel.device.type == "cpu":
@@ -115,7 +102,7 @@ def int8_matmul(x, kernel, transposed=False):
         kernel = kernel.t() if transposed else kernel
         return torch._int_mm(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
     if NAME == "jax" and _is_jax_cpu():
-        if _is_short_row(x, LANES if transposed else ROWS["int8"]):
+        if _is_short_row(x, LANES if transposed else ROWS):
             return _jax_transposed_int8_row(x, kernel) if transposed else _jax_row(x, kernel)
         return _jax_product(x, kernel, transposed, "int32", least_rows=2)
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
@@ -126,30 +113,23 @@ def _is_short_row(x, divisor):
     return x.size == size and size % divisor == 0 and size <= LONGEST_ROW
 
 
-def _parts(x, kernel):
-    """How many parts to multiply a single row in: 1 where it is no single row, or the matrix is wide or small."""
-    if len(kernel.shape) > 2:  # a matrix for each row of a batch
-        return 1
-    size, width = kernel.shape
-    if tuple(x.shape) != (*[1] * (len(x.shape) - 1), size) or width > 2 * size or size < 2 * PART:
-        return 1
-    least = -(-size // PART)
-    parts = _divisor(size, least)
-    return parts if parts < 2 * least else 1
+def _tensorflow_product(x, kernel):
+    """`x` [..., in] times `kernel` [out, in]."""
+    import tensorflow as tf
 
-
-def _divisor(number, at_least):
-    return next(n for n in range(at_least, number + 1) if number % n == 0)
-
-
-def _row_in_parts(x, kernel, parts):
-    rows, kernels = keras.ops.reshape(x, (parts, -1)), keras.ops.reshape(kernel, (parts, -1, kernel.shape[1]))
-    products = keras.ops.einsum("pk,pkn->pn", rows, kernels)
-    return keras.ops.reshape(keras.ops.sum(products, axis=0), (*x.shape[:-1], -1))
+    rows = tf.reshape(x, (-1, kernel.shape[1]))
+    count, (out, size) = rows.shape[0], kernel.shape
+    if count and 1 < count <= MOST_FEW_ROWS and out % 2 == 0 and not _has_tensorflow_gpu():
+        # Two halves: else XLA would turn the product round, and without XLA it is slower.
+        product = tf.matmul(tf.reshape(kernel, (2, -1, size)), tf.stack([rows, rows]), transpose_b=True)
+        product = tf.transpose(product, (2, 0, 1))
+    else:
+        product = tf.matmul(rows, kernel, transpose_b=True)
+    return tf.reshape(product, (*keras.ops.shape(x)[:-1], out))
 
 
 def _jax_row(x, kernel):
-    """A single row times a matrix of narrow numbers, in a form that XLA's CPU compiler makes vector instructions of.
+    """A single row times a matrix of int8, in a form that XLA's CPU compiler makes vector instructions of.
 
     Otherwise it multiplies a single row number by number, or by way of a copy of the matrix in another order. Sums of a
     few rows of the matrix, written out term by term, are a loop over its columns instead, which reads about 2.5 times
@@ -157,23 +137,18 @@ def _jax_row(x, kernel):
     in as many streams: up to twice as fast as rows that follow one another.
 
     Returns:
-        int32 for int8, exact: the sums are float32, but one of up to `EXACT_PRODUCTS` stays below 2^24. Else float32.
+        int32, exact: the sums are float32, but one of up to `EXACT_PRODUCTS` stays below 2^24.
     """
     import jax.numpy as jnp
 
     x, kernel = _kept_together(x, kernel)
-    rows = ROWS[kernel.dtype.name]
-    x, out = x.astype("float32").reshape(rows, -1, 1), (*x.shape[:-1], kernel.shape[1])
-    is_int8 = kernel.dtype == "int8"
-    # Widened before it is cut: 16-bit slices would be widened, narrowed and widened again.
-    kernel = kernel if is_int8 else kernel.astype("float32")
-    kernel = kernel.reshape(rows, -1, kernel.shape[1])
-    partial = _added_up([x[i] * kernel[i].astype("float32") for i in range(rows)])
-    # Products and not sums, which XLA would run number by number.
-    if not is_int8:
-        return jnp.matmul(jnp.ones((1, len(partial))), partial).reshape(out)
-    parts = _divisor(len(partial), at_least=-(-len(partial) * rows // EXACT_PRODUCTS))
+    x, out = x.astype("float32").reshape(ROWS, -1, 1), (*x.shape[:-1], kernel.shape[1])
+    kernel = kernel.reshape(ROWS, -1, kernel.shape[1])
+    partial = _added_up([x[i] * kernel[i].astype("float32") for i in range(ROWS)])
+    least = -(-len(partial) * ROWS // EXACT_PRODUCTS)
+    parts = next(n for n in range(least, len(partial) + 1) if len(partial) % n == 0)
     partial = partial.reshape(parts, -1, partial.shape[1])
+    # A product and not a sum, which XLA would run number by number.
     sums = jnp.einsum("pk,pkn->pn", jnp.ones(partial.shape[:2]), partial)
     return jnp.sum(sums.astype("int32"), axis=0).reshape(out)
 
@@ -240,12 +215,11 @@ def _is_jax_cpu():
     return jax.default_backend() == "cpu"
 
 
-def _is_xla_cpu():
-    if NAME != "tensorflow":
-        return NAME == "jax" and _is_jax_cpu()
+@functools.cache
+def _has_tensorflow_gpu():
     import tensorflow as tf
 
-    return not tf.config.list_physical_devices("GPU")
+    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def _jax_product(x, kernel, transposed, dtype, least_rows=1):
@@ -256,8 +230,8 @@ def _jax_product(x, kernel, transposed, dtype, least_rows=1):
     if count < least_rows:
         # The barrier keeps XLA from seeing that the two rows are one.
         rows = jax.lax.optimization_barrier(jax.numpy.concatenate([rows, rows]))
-    if transposed and rows.dtype != "int8" and 1 < len(rows) <= MOST_FEW_ROWS:
-        # The large matrix first: twice the speed on a CPU. Another barrier keeps XLA from turning it round again.
+    if transposed and rows.dtype != "int8" and 1 < len(rows) <= MOST_FEW_ROWS and _is_jax_cpu():
+        # The barrier keeps XLA from turning it round again.
         product = jax.lax.dot_general(kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
         product = jax.lax.optimization_barrier(product).T[:count]
     else:
