@@ -17,7 +17,7 @@ def causal_mask(query_positions, key_positions, window=None, segments=None, star
     Args:
         query_positions: int [B, T].
         key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
-        window: number of positions seen, the query's own included; None for all.
+        window: number of positions seen, the query's own included, int or int scalar; None for all.
         segments: int [B, S], the segment of each key; None where a row is one text.
         start: int scalar, the key that is the first query; None where S = T.
 

@@ -186,7 +186,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             for layer_type in set(self.layer_types)
         }
         angles = self.rotary_angles(positions)
-        x = self.embedding_scale(self.token_embedding(token_ids))
+        x = self.embed(token_ids)
         keys, values = [], []
         blocks = self.transformer_layers if cache is None else backend.trace_once(self.transformer_layers)
         for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
@@ -200,6 +200,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 values.append(value)
         x = self.final_norm(x)
         return x if cache is None else (x, kv.KVCache(tuple(keys), tuple(values), key_positions))
+
+    def embed(self, token_ids):
+        """What the first block reads, [B, T, D], for int32 [B, T]."""
+        return self.embedding_scale(self.token_embedding(token_ids))
 
     @property
     def gradient_checkpointing(self):

@@ -5,6 +5,8 @@ the same slot at the same time, each at its own position (cache.py says why that
 steps as its longest answer.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -33,7 +35,7 @@ class Generator:
         self.sampler = sampler
         self.rule = sampling.rule_of(sampler)
         self.variables = list(model.variables)
-        self.compile = (lambda function, **options: function) if run_eagerly else self._compile_function
+        self.compile = _uncompiled if run_eagerly else self._compile_function
         self.prefill = Prefill(model, self.compile)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.
         self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
@@ -217,6 +219,10 @@ class Generator:
     def _keep(self, seeds):
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)
+
+
+def _uncompiled(function, layers=None, **options):
+    return function if layers is None else [functools.partial(function, layer) for layer in layers]
 
 
 def _loop(begin):

@@ -13,6 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma import cache as kv
+from keras_vaultgemma.attention import causal_mask
 from keras_vaultgemma.cache import EMPTY, KVCache
 
 CHUNKS = (256, 64, 16)
@@ -25,6 +27,9 @@ On 2 CPU cores chunks of 16, 64 and 256 tokens take 0.20, 0.49 and 1.67 s on JAX
 1.73 s on TensorFlow, 0.34, 0.60 and 1.85 s on PyTorch.
 """
 
+UNBOUNDED = 2**30
+"""The window of a layer that sees all positions."""
+
 SMALLEST_CACHE, CACHE_GROWTH = 256, (4, 2)
 """Slots of the smallest cache; the ratio of one cache size to the next for one row, and for several, whose slots take a
 larger part of a step's time."""
@@ -34,14 +39,18 @@ class Prefill:
     """Compiled reading of prompts for one model.
 
     Args:
-        model: has `backbone` with `walk` and `empty_cache`.
+        model: has `backbone`.
         compile: as `backend.compile_function`, for the model's variables.
     """
 
     def __init__(self, model, compile):
         self._backbone = model.backbone
         self._empty = compile(self._empty_cache)
-        self._read_chunk = compile(self._read, donate=(5, 6), fused=False)
+        if backend.COMPILES_LAYERS:
+            self._layers = compile(self._read_layer, donate=(10, 11), layers=self._backbone.transformer_layers)
+            self._read_chunk = self._read_by_layer
+        else:
+            self._read_chunk = compile(self._read, donate=(5, 6), fused=False)
         self._unpack = compile(_unpack)
 
     def __call__(self, rows, room):
@@ -98,11 +107,52 @@ class Prefill:
             (hidden state [B, D] of each row's last token so far, cache).
         """
         states, cache = self._backbone.walk(token_ids, positions, cache=cache, start=start, segments=segments)
-        length = token_ids.shape[1]
-        at = places[:, 1] - start
-        found = ops.reshape(states, (-1, states.shape[-1]))
-        found = ops.take(found, places[:, 0] * length + ops.clip(at, 0, length - 1), axis=0)
-        return ops.where(ops.logical_and(at >= 0, at < length)[:, None], found, hidden), cache
+        return _look_up(states, places, start, hidden), cache
+
+    def _read_by_layer(self, token_ids, positions, segments, places, start, hidden, cache):
+        """As `_read`, with programs of one layer each."""
+        backbone, keys, values = self._backbone, list(cache.keys), list(cache.values)
+        x = np.zeros((*token_ids.shape, backbone.hidden_dim), backbone.compute_dtype)
+        last = len(keys) - 1
+        for i, (read, layer_type) in enumerate(zip(self._layers, backbone.layer_types, strict=True)):
+            window = backbone.sliding_window_size if layer_type == "sliding_attention" else UNBOUNDED
+            where = np.array(i == 0), np.array(i == last), np.array(window, "int32")
+            chunk = token_ids, positions, segments, places, start, cache.positions
+            x, last_hidden, keys[i], values[i], key_positions = read(*where, *chunk, hidden, x, keys[i], values[i])
+        return last_hidden, KVCache(tuple(keys), tuple(values), key_positions)
+
+    def _read_layer(
+        self, block, is_first, is_last, window, token_ids, positions, segments, places, start, key_positions, hidden,
+        x, key, value,
+    ):  # fmt: skip
+        """What one layer does of `_read`.
+
+        Args:
+            is_first, is_last: bool scalars; the first layer embeds the tokens, the last one looks rows up.
+            window: int32 scalar, how many positions a query sees.
+            key_positions: int32 [C, S], positions in the cache before the chunk.
+            x: [C, T, D], from the layer before.
+            key, value: of this layer's cache.
+
+        Returns:
+            (x, hidden, key, value, positions in the cache).
+        """
+        backbone = self._backbone
+        x = ops.cond(is_first, lambda: backbone.embed(token_ids), lambda: x)
+        key_positions = kv.write(key_positions, positions, start)
+        mask, angles = causal_mask(positions, key_positions, window, segments, start), backbone.rotary_angles(positions)
+        x, (key, value) = block(x, angles=angles, attention_mask=mask, cache=(key, value), start=start)
+        new_hidden = lambda: _look_up(x, places, start, hidden, backbone.final_norm)  # noqa: E731
+        return x, ops.cond(is_last, new_hidden, lambda: hidden), key, value, key_positions
+
+
+def _look_up(states, places, start, hidden, norm=lambda x: x):
+    """`hidden` [B, D] with what is in `states` [C, T, D], normalised, for rows whose last token is in this chunk."""
+    length = states.shape[1]
+    at = places[:, 1] - start
+    found = ops.reshape(states, (-1, states.shape[-1]))
+    found = norm(ops.take(found, places[:, 0] * length + ops.clip(at, 0, length - 1), axis=0))
+    return ops.where(ops.logical_and(at >= 0, at < length)[:, None], found, hidden)
 
 
 def _unpack(cache, lines, source, positions):

@@ -115,7 +115,7 @@ def loaded(results):
     rng, folder, trained = np.random.default_rng(2), f"{sys.argv[1]}.loaded", model()
     layers = adapted_layers.layers_of(trained.backbone)
     paths = [path for path, layer in layers.items() if layer.name in ("up", "attention_output", "token_embedding")]
-    sizes = {path: layers[path].weights[0].shape for path in paths}
+    sizes = {path: layers[path].adapted_shape for path in paths}
     factors = {
         path: tuple(rng.normal(size=size).astype("float32") * 0.1 for size in ((width, 2), (2, units)))
         for path, (width, units) in sizes.items()

@@ -92,6 +92,26 @@ def test_compilations_are_kept_where_nobody_else_said_so(tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.mark.parametrize("widths, kinds", [((3, 3, 3), 1), ((3, 3, 4), 2)])
+def test_a_program_for_each_kind_of_layer(widths, kinds):
+    calls, shared = [], keras.Variable(2.0)
+
+    def double(layer, x):
+        calls.append(layer)
+        return layer(x) * shared
+
+    layers = [keras.layers.Dense(3) for _ in widths]
+    xs = [np.full((1, width), i + 1.0, "float32") for i, width in enumerate(widths)]
+    expected = [to_numpy(layer(x)) for layer, x in zip(layers, xs, strict=True)]
+    variables = [shared, *(v for layer in layers for v in layer.variables)]
+    functions = backend.compile_function(double, variables, layers=layers)
+    for factor in (2, 3):
+        shared.assign(factor)
+        for function, x, one in zip(functions, xs, expected, strict=True):
+            np.testing.assert_allclose(to_numpy(function(keras.ops.convert_to_tensor(x))), factor * one, rtol=1e-5)
+    assert len(calls) == {"jax": kinds, "tensorflow": len(layers), "torch": 2 * len(layers)}[backend.NAME]
+
+
 @pytest.mark.parametrize("widths, traces", [((3, 3, 3), 1), ((3, 3, 4), 3)])
 def test_layers_of_a_kind_are_traced_once(widths, traces):
     calls = []

@@ -62,15 +62,16 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
 
 
 def test_chunks_and_caches():
-    assert [chunk_lengths(n) for n in (1, 16, 17, 64, 65, 100, 144, 145, 400)] == [
+    assert [chunk_lengths(n) for n in (1, 16, 17, 33, 65, 100, 144, 145, 177, 400)] == [
         [16],
         [16],
-        [64],  # two of 16 would read the weights twice
-        [64],
+        [16, 16],
+        [64],  # three of 16 would read the weights three times
         [64, 16],
         [64, 64],
         [64, 64, 16],
-        [256],
+        [64, 64, 16, 16],
+        [64, 64, 64],
         [256, 64, 64, 16],
     ]
     # Padding costs more, the more lines there are.
@@ -103,4 +104,4 @@ def test_lines():
     ragged = np.linspace(5, 200, 8).astype(int).tolist()
     assert sorted(i for line in lines_of(ragged, 1024) for i in line) == list(range(8))
     assert len(lines_of(ragged, 1024)) == 1
-    assert (prefill_cost(1, sum(ragged)), prefill_cost(8, 200)) == (1024, 1856)
+    assert (prefill_cost(1, sum(ragged)), prefill_cost(8, 200)) == (832 + 4 * 24, 8 * 208 + 4 * 24)

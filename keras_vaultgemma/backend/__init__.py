@@ -7,6 +7,7 @@ nothing that this package uses.
 
 from keras_vaultgemma.backend.choice import BACKENDS, NAME, without_tensorflow
 from keras_vaultgemma.backend.compilation import (
+    COMPILES_LAYERS,
     cache_compilations,
     compile_function,
     compile_step,
@@ -33,6 +34,7 @@ from keras_vaultgemma.backend.train_step import train_step
 __all__ = [
     "ATTENDS_IN_ONE",
     "BACKENDS",
+    "COMPILES_LAYERS",
     "NAME",
     "add",
     "after",
