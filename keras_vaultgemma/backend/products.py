@@ -29,9 +29,9 @@ ATTENDS_IN_ONE = NAME == "torch"
 def matmul(x, kernel, transposed=False):
     """`x` [..., in] times `kernel` [in, out], in their dtype, by the fastest routine of this backend for few rows.
 
-    A matrix [out, in] is the faster one for few rows: each number of the product is made of two pieces of memory. On
-    JAX's and TensorFlow's CPU it stands first then, [out, in] times [in, rows]: 15 to 20 GB/s of float32 weights for 8
-    rows, where `x` first reads 8 to 10 in either layout, and for one row 25 to 28 of [1152, 6912] instead of 15 to 18.
+    A matrix [out, in] is the faster one for few rows. On JAX's and TensorFlow's CPU it then stands first, [out, in] by
+    [in, rows]: that reads 15 to 20 GB/s of float32 weights for 8 rows, and `x` first 8 to 11 in either layout (2 Intel
+    cores). A single row reads 25 to 28 GB/s of a matrix [1152, 6912], and 15 to 18 of its transpose.
 
     On PyTorch's CPU this is oneDNN where no gradient is asked for: it reads 35 to 45 GB/s of float32 weights where MKL,
     which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either layout. On Intel's MKL is the faster one for a
