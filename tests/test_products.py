@@ -5,6 +5,7 @@ from common import gradients, to_numpy
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.backend import products
+from keras_vaultgemma.layers import ReversibleEmbedding
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -26,6 +27,17 @@ def test_matmul_with_and_without_gradients(monkeypatch, dtype, tolerance, shape,
         assert keras.backend.standardize_dtype(found.dtype) == dtype
         found = to_numpy(keras.ops.cast(found, "float32"))
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_a_float32_table_under_a_mixed_policy(rows):
+    """Keras leaves the variable of an embedding as it is."""
+    layer = ReversibleEmbedding(8, 6, dtype="mixed_bfloat16")
+    layer.build()
+    x = keras.ops.cast(np.random.default_rng(0).normal(size=(1, rows, 6)), "bfloat16")
+    expected = to_numpy(keras.ops.cast(x, "float32")) @ to_numpy(layer.table).T
+    found = to_numpy(keras.ops.cast(layer(x, reverse=True), "float32"))
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-2)
 
 
 def test_a_matrix_for_each_row():

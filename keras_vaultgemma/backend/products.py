@@ -53,7 +53,7 @@ def matmul(x, kernel, transposed=False):
     if NAME == "jax" and transposed:
         # XLA would copy a transposed operand.
         return _jax_product(x, kernel, transposed, x.dtype)
-    if NAME == "tensorflow" and transposed:
+    if NAME == "tensorflow" and transposed and x.dtype == kernel.dtype:
         return _tensorflow_product(x, kernel)
     return keras.ops.matmul(x, keras.ops.transpose(kernel) if transposed else kernel)
 
