@@ -162,6 +162,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
     def walk(self, token_ids, positions, cache=None, start=None, segments=None):
         """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
 
+        Prefill on JAX takes the same steps, one program for each block (`prefill.Prefill._read_layer`).
+
         Args:
             token_ids: int32 [B, T].
             positions: int32 [B, T], of each token in its segment; `cache.EMPTY` at padding.

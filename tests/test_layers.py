@@ -62,6 +62,20 @@ def test_projections_of_one_shape_start_different():
     assert first.bias is None
 
 
+@pytest.mark.parametrize(("mode", "tolerance"), [("int8", 0.03), ("int4", 0.15), ("float8", 0.1)])
+def test_quantizing_hands_keras_its_own_layout(mode, tolerance):
+    layer = projection(24, "a", Initial(0.1), "float32")
+    layer.build((None, None, 16))
+    x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("float32")
+    expected = to_numpy(layer(x))
+    with pytest.raises(ValueError):
+        layer.quantize("no_such_mode")
+    np.testing.assert_array_equal(to_numpy(layer(x)), expected)
+    layer.quantize(mode)
+    assert layer.weight is None and layer.weights[0].path == "a/kernel"
+    np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=tolerance * np.abs(expected).max())
+
+
 def test_quantised_products_are_those_of_keras():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, 3, 16)).astype("float32"), rng.normal(size=(16, 24)).astype("float32")
