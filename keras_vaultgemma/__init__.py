@@ -1,30 +1,70 @@
 """VaultGemma in Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING
+
+from keras_vaultgemma._version import __version__
+
+if TYPE_CHECKING:
+    from keras_vaultgemma import evaluation, lora, privacy
+    from keras_vaultgemma.data.packing import PackedDataset
+    from keras_vaultgemma.data.text_inputs import apply_chat_template
+    from keras_vaultgemma.generation.requests import GenerationOutput
+    from keras_vaultgemma.models.backbone import VaultGemmaBackbone
+    from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
+    from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
+    from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
+    from keras_vaultgemma.recipes.convert import convert
+    from keras_vaultgemma.recipes.describe import describe
+    from keras_vaultgemma.recipes.finetune import finetune
+    from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
 __all__ = [
+    "GenerationOutput",
+    "PackedDataset",
     "TrainingCheckpoint",
     "VaultGemmaBackbone",
     "VaultGemmaCausalLM",
     "VaultGemmaCausalLMPreprocessor",
     "VaultGemmaTokenizer",
+    "__version__",
     "apply_chat_template",
+    "convert",
+    "describe",
+    "evaluation",
+    "finetune",
+    "lora",
     "privacy",
 ]
 
-try:
-    # First: it settles the backend before Keras is imported, and keeps keras-hub from importing TensorFlow.
-    from keras_vaultgemma import backend  # noqa: F401
-except (ImportError, ValueError) as error:
-    # Raised by the first name that is asked for, so that the command line can start and say it in one line.
-    _no_backend = error
+_MODULES = ("evaluation", "lora", "privacy")
+_SOURCES = {
+    "GenerationOutput": "generation.requests",
+    "PackedDataset": "data.packing",
+    "TrainingCheckpoint": "training.checkpoint",
+    "VaultGemmaBackbone": "models.backbone",
+    "VaultGemmaCausalLM": "models.causal_lm",
+    "VaultGemmaCausalLMPreprocessor": "models.preprocessor",
+    "VaultGemmaTokenizer": "models.tokenizer",
+    "apply_chat_template": "data.text_inputs",
+    "convert": "recipes.convert",
+    "describe": "recipes.describe",
+    "finetune": "recipes.finetune",
+}
+"""The module that defines each public name. Imported on first access, because Keras and its backend take seconds."""
 
-    def __getattr__(name):
-        raise _no_backend
-else:
-    from keras_vaultgemma import privacy
-    from keras_vaultgemma.backbone import VaultGemmaBackbone
-    from keras_vaultgemma.causal_lm import VaultGemmaCausalLM
-    from keras_vaultgemma.checkpointing import TrainingCheckpoint
-    from keras_vaultgemma.preprocessor import VaultGemmaCausalLMPreprocessor
-    from keras_vaultgemma.tokenizer import VaultGemmaTokenizer, apply_chat_template
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # The backend package first: it selects the Keras backend before Keras is imported.
+    importlib.import_module(f"{__name__}.backend")
+    value = getattr(importlib.import_module(f"{__name__}.{_SOURCES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

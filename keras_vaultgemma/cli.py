@@ -11,8 +11,8 @@ import os
 import sys
 from typing import NamedTuple
 
-from keras_vaultgemma import __version__
-from keras_vaultgemma.commands import SAMPLERS, convert, epsilon, finetune, generate, info
+from keras_vaultgemma._version import __version__
+from keras_vaultgemma.recipes.samplers import SAMPLERS
 
 PROGRAM = "keras-vaultgemma"
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -36,9 +36,63 @@ class Command(NamedTuple):
     options: dict
 
 
+def _generate(options):
+    """Continue a prompt, and print the text as it is generated; in a chat the reply alone."""
+    from keras_vaultgemma.recipes.generate import generate
+
+    arguments = _arguments(options)
+    return generate(_prompt(arguments.pop("prompt")), **arguments)
+
+
+def _convert(options):
+    """Write a checkpoint in another format, tensor by tensor."""
+    from keras_vaultgemma import convert
+
+    metadata = convert(**_arguments(options))
+    count, dtype = metadata["parameter_count"], metadata["dtype"]
+    return f"{options.target}: {count:,} parameters in {dtype}" + (", equal to the source" if options.verify else "")
+
+
+def _info(options):
+    """Describe a preset from its small files: architecture, parameters, tokenizer and privacy."""
+    from keras_vaultgemma import describe
+
+    return describe(options.preset)
+
+
+def _finetune(options):
+    """Train on a file of texts or of prompts and responses. The same command resumes a run that was killed."""
+    from keras_vaultgemma import finetune
+
+    return finetune(**_arguments(options))
+
+
+def _epsilon(options):
+    """Print the ε of a noise multiplier, or the noise multiplier of an ε, before anything is trained."""
+    from keras_vaultgemma.recipes.privacy_budget import privacy_budget
+
+    return privacy_budget(
+        options.rows, options.batch, options.epochs, options.noise, options.epsilon, options.delta, options.png
+    )
+
+
+def _arguments(options):
+    return {name: value for name, value in vars(options).items() if name != "command"}
+
+
+def _prompt(argument):
+    """Return the argument, or the contents of a pipe without its last line break."""
+    if argument is not None:
+        return argument
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    if not piped:
+        raise ValueError("PROMPT must be an argument or come through a pipe. Received: neither")
+    return piped
+
+
 COMMANDS = {
     "generate": Command(
-        generate,
+        _generate,
         "continue a prompt",
         {
             "prompt": dict(nargs="?", metavar="PROMPT", help="read from a pipe where it is left out"),
@@ -65,7 +119,7 @@ COMMANDS = {
         },
     ),
     "convert": Command(
-        convert,
+        _convert,
         "write a checkpoint in another format",
         {
             "source": dict(metavar="SOURCE", help="a bundled name, a folder, hf:// or kaggle://"),
@@ -84,12 +138,12 @@ COMMANDS = {
         },
     ),
     "info": Command(
-        info,
+        _info,
         "describe a preset without loading its weights",
         {"preset": dict(metavar="PRESET", help="a bundled name, a folder, hf:// or kaggle://")},
     ),
     "finetune": Command(
-        finetune,
+        _finetune,
         "train an adapter or all weights on a file",
         {
             "--preset": dict(
@@ -156,7 +210,7 @@ COMMANDS = {
         },
     ),
     "epsilon": Command(
-        epsilon,
+        _epsilon,
         "plan private training: noise and ε",
         {
             "--rows": dict(type=int, required=True, metavar="N", help="of the data set; one row is what is protected"),

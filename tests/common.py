@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaBackbone, cli
+from keras_vaultgemma import VaultGemmaBackbone
+from keras_vaultgemma.cli import main
 
 RELEASE_LIKE = dict(
     vocabulary_size=128,
@@ -126,7 +127,7 @@ class count_compilations:
 
 def error_of(capsys, *arguments):
     """The message of a command that has to fail: one line on standard error, nothing on standard output."""
-    assert cli.main(list(arguments)) == 2
+    assert main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("keras-vaultgemma: ") and err.endswith("\n") and err.count("\n") == 1

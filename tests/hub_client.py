@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from keras_vaultgemma import presets
-
 # Without what the package imports, so that no test has to wait for a Keras backend in a new process.
 FIND = """
 import json, os, sys, types

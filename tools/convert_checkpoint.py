@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+from keras_vaultgemma.cli import main
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from keras_vaultgemma import cli
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["convert", *sys.argv[1:]]))
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor, VaultGemmaTokenizer
-from keras_vaultgemma.ids import pad
+from keras_vaultgemma.data.token_ids import pad_rows
 
 SEQUENCE_LENGTH = 256
 EOS, BOS = 1, 2
@@ -89,7 +89,7 @@ def rows_of(paragraphs, encode, length):
 
 def arrays(rows, length):
     """`(x, y, sample_weight)` for `fit`."""
-    ids, mask = pad(rows, length + 1)
+    ids, mask = pad_rows(rows, length + 1)
     return {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}, ids[:, 1:], mask[:, 1:]
 
 

@@ -5,8 +5,8 @@ PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs se
 nothing that this package uses.
 """
 
-from keras_vaultgemma.backend.choice import BACKENDS, NAME, without_tensorflow
-from keras_vaultgemma.backend.compilation import (
+from keras_vaultgemma.backend.autodiff import add_in_place, fused, gradients, multiply_no_nan, remat, while_loop
+from keras_vaultgemma.backend.compile import (
     COMPILES_LAYERS,
     cache_compilations,
     compile_function,
@@ -15,40 +15,45 @@ from keras_vaultgemma.backend.compilation import (
     trace_once,
     update_variables,
 )
-from keras_vaultgemma.backend.devices import check_that_it_distributes, gathered, in_shares, other_executor
-from keras_vaultgemma.backend.gradients import add, gradients, scaled
-from keras_vaultgemma.backend.loops import while_loop
+from keras_vaultgemma.backend.matmul import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
-from keras_vaultgemma.backend.noise import normal
-from keras_vaultgemma.backend.products import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
-from keras_vaultgemma.backend.recomputation import fused, recomputed
-from keras_vaultgemma.backend.tensorflow_data import (
+from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
+from keras_vaultgemma.backend.sharding import all_gathered, check_distribution_support, per_device, unsupported_executor
+from keras_vaultgemma.backend.tensors import (
+    as_argument,
+    from_numpy,
+    is_argmax,
+    schedule_after,
+    value_of,
+    write_slice,
+    zeros,
+)
+from keras_vaultgemma.backend.tf_data import (
     in_tensorflow_graph,
     is_symbolic_tensorflow,
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.tensors import after, argument, from_numpy, is_argmax, value_of, write_slice, zeros
-from keras_vaultgemma.backend.train_step import train_step
+from keras_vaultgemma.backend.training import normal, train_step
 
 __all__ = [
     "ATTENDS_IN_ONE",
     "BACKENDS",
     "COMPILES_LAYERS",
     "NAME",
-    "add",
-    "after",
-    "argument",
+    "add_in_place",
+    "schedule_after",
+    "as_argument",
     "cache_compilations",
-    "check_that_it_distributes",
+    "check_distribution_support",
     "compile_function",
     "compile_step",
     "expanded",
     "from_numpy",
     "fused",
-    "gathered",
+    "all_gathered",
     "gradients",
-    "in_shares",
+    "per_device",
     "in_tensorflow_graph",
     "int8_matmul",
     "is_argmax",
@@ -56,11 +61,11 @@ __all__ = [
     "is_tensorflow",
     "matmul",
     "normal",
-    "other_executor",
-    "recomputed",
+    "unsupported_executor",
+    "remat",
     "return_freed_memory",
     "return_memory_of_compilations",
-    "scaled",
+    "multiply_no_nan",
     "seed_global_generator",
     "take_rows",
     "tensorflow_dataset",

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 
-from keras_vaultgemma.backend.choice import NAME
+from keras_vaultgemma.backend.selection import NAME
 
 M_MMAP_THRESHOLD = -3
 THRESHOLD = 2**20

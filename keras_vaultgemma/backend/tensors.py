@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_vaultgemma.backend.choice import NAME
+from keras_vaultgemma.backend.selection import NAME
 
 
 def from_numpy(array, layout=None):
@@ -40,7 +40,7 @@ def from_numpy(array, layout=None):
     return array
 
 
-def argument(array):
+def as_argument(array):
     """A NumPy array as an argument of a compiled function.
 
     On JAX the array itself: made a tensor by itself, each new shape would compile a program of its own.
@@ -85,7 +85,7 @@ def is_argmax(x, index):
     return ~keras.ops.any(keras.ops.where(is_earlier, x >= chosen, x > chosen), axis=1)
 
 
-def after(x, other):
+def schedule_after(x, other):
     """`x`, but not before the float tensor `other` has been computed, nor what is made from `x`.
 
     XLA computes early what waits for nothing, whatever memory that takes, and its CPU compiler drops barriers.

@@ -3,7 +3,8 @@
 import math
 import numbers
 
-from keras_vaultgemma.privacy import accounting, secret_key
+from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma.privacy.seeds import fixed_secret, new_secret
 
 UNITS = ("row", "sequence")
 
@@ -116,4 +117,4 @@ class DPSGD:
 
     def secret(self):
         """A new secret for one call of `fit`; with `seed_for_tests` a known one, and a warning."""
-        return secret_key.new() if self.seed_for_tests is None else secret_key.fixed(self.seed_for_tests)
+        return new_secret() if self.seed_for_tests is None else fixed_secret(self.seed_for_tests)

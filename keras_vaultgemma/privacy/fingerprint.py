@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from keras_vaultgemma import presets
+from keras_vaultgemma.checkpoints import presets
 
 KEY_FILE = "dataset_fingerprint.key"
 KEY_SIZE = 32

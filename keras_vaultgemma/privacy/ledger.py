@@ -22,7 +22,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from keras_vaultgemma import presets
+from keras_vaultgemma._files import check_link, parse_json, read_json
+from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.privacy import accounting, fingerprint
 from keras_vaultgemma.privacy.accounting import Steps
 
@@ -134,9 +135,9 @@ class Ledger(NamedTuple):
         """
         lines = [{"kind": "statement", **statement} for statement in self.statements]
         for run, count in self.runs:
-            lines += [] if run.name in begun else [run_line(run)]
+            lines += [] if run.name in begun else [run_entry(run)]
             lines += [{"kind": "end", "run": run.name, "steps": count}]
-        return b"".join(line(content) for content in lines)
+        return b"".join(entry_line(content) for content in lines)
 
 
 def plain_training(steps):
@@ -154,7 +155,7 @@ def _is_plain_training(statement):
     )
 
 
-def combine(*ledgers):
+def combine_ledgers(*ledgers):
     """One `Ledger` of all entries of several; of a run that is in more than one, the most steps."""
     statements, runs = [], {}
     for ledger in ledgers:
@@ -164,7 +165,7 @@ def combine(*ledgers):
     return Ledger(tuple(statements), tuple(runs.values()))
 
 
-def of_preset(folder, preset="", parameter_count=None):
+def preset_ledger(folder, preset="", parameter_count=None):
     """The `Ledger` of a preset: its file, or else the privacy statement of its metadata.json.
 
     Args:
@@ -173,25 +174,25 @@ def of_preset(folder, preset="", parameter_count=None):
     """
     folder = Path(folder)
     if (folder / FILE).is_file():
-        return read(folder / FILE)
+        return read_ledger(folder / FILE)
     metadata = folder / presets.METADATA
-    stated = presets.read_json(metadata) if metadata.is_file() else presets.release_metadata(preset, parameter_count)
+    stated = read_json(metadata) if metadata.is_file() else presets.release_metadata(preset, parameter_count)
     statement = stated.get("privacy")
     return Ledger((statement,)) if statement else Ledger()
 
 
-def read(path):
+def read_ledger(path):
     """The `Ledger` in a file.
 
     Raises:
         ValueError: for a line that is whole and makes no sense, such as steps of a run that never began.
     """
     path = Path(path)
-    presets.check_link(path)
-    return parse(path.read_bytes(), path)
+    check_link(path)
+    return parse_ledger(path.read_bytes(), path)
 
 
-def parse(content, path):
+def parse_ledger(content, path):
     """The `Ledger` in the bytes of a file, of which any number may be missing at the end.
 
     Args:
@@ -203,7 +204,7 @@ def parse(content, path):
         if not line:
             continue
         try:
-            entry = presets.parse_json(line, f"{path}, line {number}")
+            entry = parse_json(line, f"{path}, line {number}")
         except ValueError:
             # Torn: the write never ended, and at most one block was to be added.
             if latest:
@@ -232,13 +233,13 @@ def parse(content, path):
     return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
 
 
-def line(content):
+def entry_line(content):
     """An entry as the bytes of its line."""
     # NumPy's integers are taken for the numbers they are.
     return json.dumps(content, default=lambda number: number.item()).encode("ascii") + b"\n"
 
 
-def run_line(run):
+def run_entry(run):
     """The entry of a run that begins."""
     return {"kind": "run", **run._asdict()}
 

@@ -78,7 +78,7 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
         total = list(total)
         for i in range(len(total)):
             # In the memory of the sum, and so that no second gradient stays alive.
-            total[i] = backend.add(total[i], _weighted_sum(gradients[i], factors))
+            total[i] = backend.add_in_place(total[i], _weighted_sum(gradients[i], factors))
             gradients[i] = None
         present, used = ops.cast(is_present, "float32"), ops.cast(is_finite, "float32")
         new = [
@@ -151,7 +151,7 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
     noised = []
     for i, gradient in enumerate(clipped.gradients):
         # One after the other, and after the sum: all noise at once would take the memory of another gradient.
-        seed = backend.after(seeds[i], noised[-1] if noised else gradient)
+        seed = backend.schedule_after(seeds[i], noised[-1] if noised else gradient)
         noised.append((gradient + deviation * backend.normal(seed, gradient.shape)) / expected_rows)
     return noised
 
@@ -177,5 +177,5 @@ def _in_stages(x):
 def _weighted_sum(x, factors):
     """Sum over r of factors[r] x[r]; an x[r] whose factor is 0 has no part in it, though it were not finite."""
     factors = ops.reshape(factors, (-1, *[1] * (len(x.shape) - 1)))
-    x = backend.scaled(x, factors)
+    x = backend.multiply_no_nan(x, factors)
     return x[0] if x.shape[0] == 1 else ops.sum(x, axis=0)

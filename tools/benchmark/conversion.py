@@ -25,6 +25,8 @@ from pathlib import Path
 import full_size
 import numpy as np
 
+from keras_vaultgemma.recipes.convert import convert
+
 RUNS = 3
 WARM = 3 * 2**30
 BACKENDS = ("jax", "torch", "tensorflow")
@@ -66,13 +68,11 @@ def read(source, target):
 
 
 def to_keras(source, target):
-    from keras_vaultgemma.conversion import convert
 
     convert(source, target, to="keras", progress=False)
 
 
 def to_hf(source, target):
-    from keras_vaultgemma.conversion import convert
 
     convert(source, target, to="hf", progress=False)
 

@@ -29,6 +29,8 @@ import generate_report
 import numpy as np
 import random_model
 
+from keras_vaultgemma.generation import prompt_lookup
+
 ROOT = Path(__file__).parents[2]
 RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
 BACKENDS = ("jax", "torch", "tensorflow")
@@ -158,7 +160,7 @@ def prompt_lookup(size, dtype, options):
 
     Text of random weights does not, so the guesses are given that lookup would find in such a text: the right ones.
     """
-    from keras_vaultgemma import prompt_lookup
+    from keras_vaultgemma.generation import prompt_lookup
 
     _, model = build(size, dtype)
     ids = random_ids(size, PROMPT)

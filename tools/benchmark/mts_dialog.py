@@ -15,6 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+from keras_vaultgemma.data.text_files import read_rows
+from keras_vaultgemma.privacy import DPSGD
+from keras_vaultgemma.recipes.finetune import train
+
 BACKENDS = ("jax", "torch", "tensorflow")
 COLUMN, PROMPT = "dialogue", "Doctor: What brings you here today?"
 BATCH_SIZE, NEW_TOKENS = 8, 48
@@ -31,7 +35,6 @@ def full():
 
 
 def private(epsilon):
-    from keras_vaultgemma.privacy import DPSGD
 
     return dict(
         lora_rank=8,
@@ -65,18 +68,17 @@ def fine_tune(folder, lora_rank, learning_rate, epochs, row_length=None, compile
     import keras
 
     from keras_vaultgemma import VaultGemmaCausalLM
-    from keras_vaultgemma.finetuning import recipe, rows
 
     start = time.perf_counter()
     keras.utils.set_random_seed(0)
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
-    files = [rows.read(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")]
+    files = [read_rows(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")]
     held_out = files[1].ids(model.preprocessor, True)
     model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
     training = files[0].ids(model.preprocessor, row_length is None)
-    outcome = recipe.train(
+    outcome = train(
         model,
         training,
         held_out,

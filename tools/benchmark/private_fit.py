@@ -26,6 +26,10 @@ from pathlib import Path
 import numpy as np
 import random_model
 
+from keras_vaultgemma.privacy import DPSGD
+from keras_vaultgemma.privacy.sampling import sample_rows
+from keras_vaultgemma.privacy.seeds import fixed_secret
+
 BACKENDS = ("jax", "torch", "tensorflow")
 HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=64)
 TINY = dict(vocabulary_size=4096, num_layers=4, hidden_dim=192, intermediate_dim=512, **HEADS)
@@ -44,7 +48,6 @@ def plain(work):
 
 
 def private(work):
-    from keras_vaultgemma.privacy import DPSGD
 
     return _fit(work, DPSGD(noise_multiplier=1.0, delta=1e-5, seed_for_tests=SEED))
 
@@ -122,11 +125,10 @@ def measure(peer, work):
 
 def computed_rows(run, microbatch, steps):
     """Rows that each of the first steps computed, whole microbatches, and how many a step computes on average."""
-    from keras_vaultgemma.privacy import row_sampling, secret_key
 
     def drawn(step):
         q, limit = run.sampling_probability, run.max_batch_size
-        return len(row_sampling.rows(secret_key.fixed(SEED), step, run.rows, q, limit))
+        return len(sample_rows(fixed_secret(SEED), step, run.rows, q, limit))
 
     computed = [-(-drawn(step) // microbatch) * microbatch for step in range(1000)]
     return computed[:steps], sum(computed) / len(computed)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_vaultgemma.checkpoints import weight_map
+
 HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=256)
 SIZES = {
     "1b": dict(vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS),
@@ -28,9 +30,9 @@ class Tiled:
 
 def vaultgemma(size, dtype):
     """A `VaultGemmaCausalLM` without preprocessor; for "int8" quantised from float32."""
-    from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, weight_layout
+    from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 
-    values = {weight.path: Tiled(weight.shape) for weight in weight_layout.layout(size)}
+    values = {weight.path: Tiled(weight.shape) for weight in weight_map.weight_map(size)}
     floats = "float32" if dtype == "int8" else dtype
     model = VaultGemmaCausalLM(VaultGemmaBackbone(**size, initial_values=values, dtype=floats))
     if dtype == "int8":
@@ -47,9 +49,8 @@ def keras_hub_gemma(size, dtype):
 
 
 def parameters(size):
-    from keras_vaultgemma import weight_layout
 
-    return sum(weight.size for weight in weight_layout.layout(size))
+    return sum(weight.size for weight in weight_map.weight_map(size))
 
 
 def resident(field):

@@ -1,0 +1,1 @@
+"""Checkpoint files in three formats, and where they come from."""

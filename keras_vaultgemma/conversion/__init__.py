@@ -1,5 +1,0 @@
-"""Whole checkpoints from one format to another."""
-
-from keras_vaultgemma.conversion.converter import convert
-
-__all__ = ["convert"]

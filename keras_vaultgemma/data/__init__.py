@@ -1,0 +1,3 @@
+"""From what users have to arrays."""
+
+from keras_vaultgemma import backend as backend  # selects the Keras backend before Keras is imported

@@ -1,0 +1,181 @@
+"""The folder of a run: what is in it, and whether another run may go on in it."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import keras
+
+from keras_vaultgemma._files import new_folder
+from keras_vaultgemma._plots import can_plot, new_figure, save_figure
+from keras_vaultgemma.lora import adapters
+from keras_vaultgemma.training.checkpoint import FILE
+
+ADAPTER, PRESET, CHECKPOINT, RUN, CURVES = "adapter", "preset", "checkpoint", "run.json", "curves.png"
+
+FREE = (
+    "data",
+    "validation",
+    "output",
+    "epochs",
+    "save_freq",
+    "png",
+    "merge",
+    "gradient_checkpointing",
+)
+"""Options that may change when a run goes on. The checkpoint knows its training data by what is in them."""
+
+
+def begin_run(folder, options):
+    """Note the options of a run that is to begin in a folder, or to go on where this has a checkpoint.
+
+    Args:
+        folder: `pathlib.Path`; made where it does not exist.
+        options: dict for JSON.
+
+    Raises:
+        ValueError: where the folder has a run with another option.
+        OSError: where nothing can be written there.
+    """
+    path = folder / RUN
+    if (folder / CHECKPOINT / FILE).exists():
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))["options"]
+            other = [name for name, value in _plain(options).items() if name not in FREE and begun.get(name) != value]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}). Give this run another `output`") from error
+        for name in other:
+            raise ValueError(
+                f"{folder} has a run with {name}={begun.get(name)!r}. Received: {name}={options[name]!r}. "
+                "Give this run another `output`"
+            )
+        return
+    with new_folder(folder) as new:
+        _write(new, options)
+
+
+def finish_run(folder, options, model, outcome):
+    """Write what a run has come to: all files, or none.
+
+    Args:
+        folder: `pathlib.Path`.
+        options: those of `recipe.finetune`.
+        model: `VaultGemmaCausalLM`. Its adapter is written, unless it has none or `merge` is an option.
+        outcome: `recipe.Outcome`.
+
+    Returns:
+        Lines that say what was written.
+
+    Raises:
+        OSError: where nothing can be written there.
+    """
+    has_adapter = adapters.active(model) is not None and not options["merge"]
+    png = options["png"] or (folder / CURVES if can_plot() else None)
+    with new_folder(folder) as new:
+        if has_adapter:
+            adapters.save_adapter(model, new / ADAPTER)
+        else:
+            model.save_to_preset(new / PRESET)
+        likelihoods = {
+            name: dict(perplexity=x.perplexity, bits_per_byte=x.bits_per_byte, **x._asdict())
+            for name, x in (("before", outcome.before), ("after", outcome.after))
+        }
+        _write(new, options, **likelihoods, history=outcome.history)
+        if png is not None:
+            plot_curves(options["png"] or new / CURVES, outcome)
+    kind, loads = (ADAPTER, "lora.load_adapter(model, folder)") if has_adapter else (PRESET, "from_preset")
+    drawn = f"{png}: the curves" if png is not None else "No curves: pip install keras-vaultgemma[plot] draws them"
+    return [f"{folder / kind}: for {loads}", drawn]
+
+
+def _write(folder, options, **figures):
+    text = json.dumps(_plain({"options": options, **figures}), indent=2, allow_nan=False) + "\n"
+    (folder / RUN).write_text(text, encoding="utf-8")
+
+
+def _plain(x):
+    """What JSON makes of `x`, numbers that are not finite as null."""
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return str(x) if isinstance(x, Path) else x
+
+
+# MERGED: """The picture of a run."""
+def plot_curves(path, outcome):
+    """Write a PNG of the loss on training data by step, and on held-out data before the run and after each epoch.
+
+    Args:
+        path: of the file; it appears whole or not at all.
+        outcome: `recipe.Outcome`.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    figure = new_figure((7, 4))
+    axes = figure.subplots()
+    losses, epochs = outcome.losses, len(next(iter(outcome.history.values()), [None]))
+    axes.plot(
+        [epochs * (i + 1) / len(losses) for i in range(len(losses))],
+        losses,
+        color="#7fb2e5",
+        label="training, mean of the epoch so far" + ("" if "val_loss" in outcome.history else "; not protected"),
+    )
+    before, after = (likelihood.nats / likelihood.tokens for likelihood in (outcome.before, outcome.after))
+    # Private training measures nothing on the way.
+    held_out = [before, *outcome.history.get("val_loss", [after])]
+    places = range(len(held_out)) if "val_loss" in outcome.history else (0, epochs)
+    axes.plot(places, held_out, "o-", color="#2a6fbb", label="held out")
+    largest = max((loss for loss in (*losses, *held_out) if math.isfinite(loss)), default=1.0)
+    axes.set(
+        xlabel="epochs",
+        ylabel="loss, nats per token",
+        ylim=(0, 1.1 * largest),
+        title=f"held out: {outcome.before.bits_per_byte:.3f} bits per byte, then {outcome.after.bits_per_byte:.3f}",
+    )
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+# MERGED: """What is to be seen of a run as it goes: tokens a second and the loss of each step."""
+class Pace(keras.callbacks.Callback):
+    """Adds `tokens_per_second` to what `fit` logs, and keeps the loss of each step.
+
+    The rate is that of the epoch so far, without the first step of a process, which compiles.
+
+    Args:
+        tokens_per_step: on average, padding not among them.
+
+    Attributes:
+        losses: list of the epoch's mean loss so far, one for each step of the run.
+        kept: what a `TrainingCheckpoint` saves of it.
+    """
+
+    kept = ("losses",)
+
+    def __init__(self, tokens_per_step):
+        super().__init__()
+        self._tokens_per_step = tokens_per_step
+        self.losses = []
+        self._is_compiled = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._start, self._done = time.perf_counter(), 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = time.perf_counter()
+        # Private training has one of another name.
+        self.losses += [float(value) for name, value in logs.items() if name.endswith("loss")][:1]
+        self._done += 1
+        self._rate = self._done * self._tokens_per_step / (now - self._start)
+        if not self._is_compiled:
+            self._is_compiled, self._start, self._done = True, now, 0
+        logs["tokens_per_second"] = self._rate
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["tokens_per_second"] = self._rate

@@ -1,0 +1,131 @@
+"""Data files to rows, and rows to ids."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keras_vaultgemma.data.text_files import Rows, read_rows
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_texts_end_at_blank_lines(write):
+    path = write("a.txt", "\ufeffOne fox,\nred.\n\nA hare\r\n \t\r\n\r\n  indented, 한국\n\n\n")
+    assert read_rows(path) == Rows(["One fox,\nred.", "A hare", "  indented, 한국"], None)
+
+
+def test_columns_of_a_table(write):
+    path = write("a.csv", '\ufeffid,text,note\r\n1,"a, b",x\r\n2,"line\r\nbreak ""q""",y\r\n3, ,z\r\n')
+    assert read_rows(path) == Rows(["a, b", 'line\nbreak "q"'], None, blank=1)
+    assert read_rows(path, text_column="note") == Rows(["x", "y", "z"], None)
+    pairs = read_rows(path, prompt_column="note", response_column="text")
+    assert pairs == Rows(["a, b", 'line\nbreak "q"'], ["x", "y"], blank=1)
+
+
+def test_json_lines(write):
+    path = write(
+        "a.jsonl", lines({"prompt": "Who?", "response": "A\r\n\nB"}) + "\n" + lines({"prompt": "", "response": "C"})
+    )
+    assert read_rows(path) == Rows(["A\n\nB", "C"], ["Who?", ""])
+    assert read_rows(path, text_column="response") == Rows(["A\n\nB", "C"], None)
+    assert read_rows(path, prompt_column="response", response_column="prompt").texts == ["Who?"]
+
+
+def test_one_named_column_of_a_pair_leaves_the_other_its_name(write):
+    path = write("a.jsonl", lines({"question": "Who?", "response": "I.", "text": "no"}))
+    assert read_rows(path, prompt_column="question") == Rows(["I."], ["Who?"])
+    path = write("a.jsonl", lines({"prompt": "Who?", "answer": "I."}))
+    assert read_rows(path, response_column="answer") == Rows(["I."], ["Who?"])
+
+
+def test_very_long_values(write):
+    assert len(read_rows(write("a.csv", f"text\n{'a' * 200_000}\n")).texts[0]) == 200_000
+
+
+@pytest.mark.parametrize(
+    "name, content, columns, message",
+    [
+        ("a.parquet", "x", {}, r"must be a file named \.txt, \.jsonl, \.csv\. Received: .*a\.parquet"),
+        ("a.txt", " \n\n\t\n", {}, r"a\.txt must have one row or more\. Received: none"),
+        ("a.csv", "", {}, "one row or more. Received: none"),
+        ("a.csv", "text\n", {}, "one row or more. Received: none"),
+        ("a.jsonl", "\n", {}, "one row or more. Received: none"),
+        ("a.csv", "text\n \n\t\n", {}, "a row whose 'text' is not blank. Received: 2 blank rows"),
+        ("a.txt", "x", {"text_column": "text"}, r"a\.txt has no columns; .* Received: \['text'\]"),
+        ("a.csv", "id,note\n1,x\n", {}, r"no column 'text', and no 'prompt' and 'response'.*columns \['id', 'note'\]"),
+        ("a.csv", "id,note\n1,x\n", {"text_column": "txt"}, r"line 2: there is no column 'txt'. .* \['id', 'note'\]"),
+        ("a.jsonl", lines({"text": "x"}, {"b": "y"}), {}, r"line 2: there is no column 'text'. .*columns \['b'\]"),
+        ("a.jsonl", lines({"text": "x"}, {"text": 3}), {}, "line 2: 'text' must be a string. Received: 3"),
+        ("a.jsonl", lines({"text": None}), {}, "line 1: 'text' must be a string. Received: None"),
+        ("a.jsonl", '{"text": "x"}\n{"text"', {}, "line 2: not JSON"),
+        ("a.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
+        ("a.jsonl", '["x"]\n', {}, r'line 1: must be an object. Received: \["x"\]'),
+        ("a.csv", 'text,b\nx,y\n"x,y\n', {}, "not CSV"),
+        ("a.csv", "text,b\nx\n", {}, "line 2: must have 2 values, as the header has"),
+        ("a.csv", "text,b\nx,y,z\n", {}, "line 2: must have 2 values, as the header has"),
+        ("a.txt", b"\xff\xfe", {}, r"a\.txt must be text in UTF-8"),
+        ("a.csv", b"text\n\xff\n", {}, r"a\.csv must be text in UTF-8"),
+        ("a.csv", "a,b\nx,y\n", {"text_column": "a", "prompt_column": "b"}, "one column of texts, or two"),
+    ],
+)
+def test_bad_files(write, name, content, columns, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(write(name, content), **columns)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "a.txt")
+
+
+def test_every_tenth_row_is_held_out():
+    texts, prompts = [f"t{i}" for i in range(30)], [f"p{i}" for i in range(30)]
+    training, held_out = Rows(texts, prompts).split()
+    assert held_out == Rows(["t5", "t15", "t25"], ["p5", "p15", "p25"])
+    assert training.texts == [t for t in texts if t not in held_out.texts]
+    assert [p[1:] for p in training.prompts] == [t[1:] for t in training.texts]
+    assert [len(part.texts) for part in Rows(texts[:2], None).split()] == [1, 1]
+    assert [len(part.texts) for part in Rows(texts * 100, None).split()] == [2900, 100]
+    with pytest.raises(ValueError, match="2 rows or more.* Received: 1 row"):
+        Rows(["a"], None).split()
+
+
+def test_packed_texts_fill_rows_in_order(tiny):
+    texts = ["The fox.", "A much longer tale of a hare and a tortoise."] * 40
+    preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=16)
+    data = Rows(texts, None).ids(preprocessor, packed=True)
+    token_ids, segments = data["x"]["token_ids"], data["x"]["padding_mask"]
+    assert token_ids.shape == segments.shape == data["y"].shape == data["sample_weight"].shape
+    assert (segments[:-1] > 0).all() and segments.max() > 1
+    expected = [i for text in texts for i in [2, *preprocessor.tokenizer.tokenize([text])[0], 1]]
+    assert token_ids[segments > 0].tolist() == expected
+
+
+def test_a_row_for_each_text_and_for_each_pair(tiny):
+    texts, prompts = ["The fox.", "The hare."], ["Who?", "Who else?"]
+    for prompts_or_none, raw in ((None, texts), (prompts, {"prompts": prompts, "responses": texts})):
+        data = Rows(texts, prompts_or_none).ids(tiny.preprocessor, packed=prompts_or_none is not None)
+        x, y, weight = tiny.preprocessor(raw)
+        np.testing.assert_array_equal(data["x"]["token_ids"], x["token_ids"])
+        np.testing.assert_array_equal(data["y"], y)
+        np.testing.assert_array_equal(data["sample_weight"], weight)
+
+
+def test_rows_that_are_too_long_are_counted(tiny):
+    preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
+    texts = ["The fox.", "A much longer tale of a hare and a tortoise."]
+    with pytest.warns(UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were cut"):
+        Rows(texts, None).ids(preprocessor, packed=False)

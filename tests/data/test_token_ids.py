@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+
+from keras_vaultgemma.data.token_ids import check_ids, check_lengths, pad_rows, unpad_rows
+
+
+def test_pad_and_cut():
+    token_ids, mask = pad_rows([[5, 6], [7, 8, 9, 10], []], 3, pad_id=1)
+    assert token_ids.tolist() == [[5, 6, 1], [7, 8, 9], [1, 1, 1]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
+    assert token_ids.dtype == mask.dtype == np.int32
+
+
+def test_unpad_takes_padding_on_either_side():
+    assert unpad_rows([[5, 6, 0], [0, 7, 8]], [[1, 1, 0], [0, 1, 1]]) == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4)])
+def test_unpad_refuses_shapes(shape):
+    with pytest.raises(ValueError, match=r"must both be \[batch, length\]. Received: \(2, 3\)"):
+        unpad_rows(np.zeros((2, 3)), np.zeros(shape))
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_range(wrong):
+    check_ids([0, 9], 10)
+    with pytest.raises(ValueError, match=f"from 0 to 9. Received: {wrong}"):
+        check_ids([[0, wrong]], 10)
+    with pytest.raises(ValueError, match=f"^Labels must be from 0 to 9. Received: {wrong}"):
+        check_ids([[0, wrong]], 10, "Labels")
+
+
+def test_lengths():
+    check_lengths([[1, 2], [3]], 2)
+    with pytest.raises(ValueError, match="max_length=2 tokens.*Received: 3 tokens in prompt 1"):
+        check_lengths([[1, 2], [3, 4, 5]], 2)

@@ -1,0 +1,57 @@
+"""Perplexity and bits per byte."""
+
+import math
+
+import numpy as np
+import pytest
+from common import LINES
+
+from keras_vaultgemma.data.text_files import Rows
+from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
+
+
+def test_figures():
+    likelihood = Likelihood(math.log(2) * 30, 10, 20)
+    assert likelihood.perplexity == pytest.approx(8)
+    assert likelihood.bits_per_byte == pytest.approx(1.5)
+    assert str(likelihood) == "perplexity 8, 1.5000 bits per byte"
+    assert Likelihood(1e6, 10, 20).perplexity == math.inf
+    assert math.isnan(Likelihood(math.nan, 10, 20).perplexity)
+
+
+@pytest.mark.parametrize("texts", [LINES, ["한국 𒀀𒁀 <table>\n\n\n a   b\t1234 <0x41>", "<bos>"]])
+def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
+    data = Rows(texts, None).ids(tiny.preprocessor, packed=True)
+    found = measure(tiny, **data)
+    assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert found.tokens == sum(len(row) + 1 for row in tiny.preprocessor.tokenizer.tokenize(texts))  # each with <eos>
+    nats = 0.0
+    for text in texts:
+        ids = np.array([[2, *tiny.preprocessor.tokenizer.tokenize([text])[0], 1]])
+        nats += tiny.score(ids).sum()
+    if len(data["y"]) == 1:  # texts that no row's end divides
+        assert found.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_responses_alone_count(tiny):
+    pairs = Rows([" The tortoise.", " The hare, of course."], ["Who won the race?", "Who slept?"])
+    found = measure(tiny, **pairs.ids(tiny.preprocessor, packed=True))
+    assert found.bytes == sum(len(text.encode()) for text in pairs.texts)
+    nats = tokens = 0
+    for prompt, response in zip(pairs.prompts, pairs.texts, strict=True):
+        first, second = tiny.preprocessor.tokenizer.tokenize([prompt, response])
+        nats += tiny.score(np.array([[2, *first, *second, 1]]))[0, len(first) :].sum()
+        tokens += len(second) + 1
+    assert found.tokens == tokens
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_what_was_cut_away_does_not_count(tiny):
+    preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
+    pairs = Rows(["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"])
+    found = measure(tiny, **pairs.ids(preprocessor, packed=True))
+    assert found.bytes == len(b"The tortoise.")
+    pairs = Rows(pairs.texts[1:], pairs.prompts[1:])
+    with pytest.raises(ValueError, match="must have a label.* Received: none, all were cut away"):
+        measure(tiny, **pairs.ids(preprocessor, packed=True))

@@ -1,0 +1,303 @@
+from functools import partial
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import reference
+from common import count_compilations, random_backbone, to_numpy
+
+from keras_vaultgemma import VaultGemmaCausalLM, backend
+from keras_vaultgemma.generation.generator import Generator
+from keras_vaultgemma.generation.search import cut_after_stop
+from keras_vaultgemma.generation.state import Settings
+
+ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
+OWN = type("OwnSampler", (keras_hub.samplers.RandomSampler,), {})
+"""No rule is known for it, so it is called for every token."""
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2)
+
+
+def sampler(name, **kwargs):
+    kwargs = {} if name == "greedy" else dict(seed=0) | kwargs
+    return keras_hub.samplers.get({"class_name": name, "config": kwargs})
+
+
+@pytest.fixture(params=[dict(num_layers=2), SLIDING])
+def backbone(request):
+    return random_backbone(num_key_value_heads=2, **request.param)
+
+
+def test_greedy_equals_the_naive_loop(backbone):
+    model = VaultGemmaCausalLM(backbone)
+    expected = [reference.greedy(backbone, row, 12) for row in ROWS]
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    assert generator.generate(ROWS, [12] * 4).tokens == expected
+    assert [generator.generate([row], [12]).tokens[0] for row in ROWS] == expected
+
+
+def test_eager_equals_compiled(model):
+    greedy = keras_hub.samplers.GreedySampler()
+    expected = Generator(model, greedy).generate(ROWS[:2], [5, 5]).tokens
+    assert Generator(model, greedy, run_eagerly=True).generate(ROWS[:2], [5, 5]).tokens == expected
+
+
+def test_rows_stop_at_their_own_limit(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    full = generator.generate(ROWS, [8] * 4).tokens
+    assert generator.generate(ROWS, [0, 8, 3, 1]).tokens == [full[0][:0], full[1], full[2][:3], full[3][:1]]
+    assert generator.generate(ROWS, [0] * 4).tokens == [[]] * 4
+
+
+def test_rows_stop_at_a_stop_id_and_the_others_go_on(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    full = generator.generate(ROWS, [12] * 4).tokens
+    stop = full[2][4]
+    expected = [cut_after_stop(row, [stop]) for row in full]
+    assert len(expected[2]) <= 5
+    assert generator.generate(ROWS, [12] * 4, [stop]).tokens == expected
+    assert generator.generate(ROWS, [12] * 4, [127, stop, 126]).tokens == [
+        cut_after_stop(r, [127, stop, 126]) for r in full
+    ]
+
+
+def test_steps_end_with_the_last_row(model):
+    """Rows that have stopped are not carried on to the limit."""
+    generator, states = Generator(model, keras_hub.samplers.GreedySampler()), []
+    full = generator.generate(ROWS, [12] * 4).tokens
+    go_on = generator._go_on[0]
+    generator._go_on[0] = lambda *args: states.append(go_on(*args)) or states[-1]
+    found = generator.generate(ROWS, [200] * 4, {row[5] for row in full}).tokens
+    (state,) = states
+    assert int(state.slot) == max(map(len, ROWS)) + max(map(len, found)) <= max(map(len, ROWS)) + 6
+
+
+def test_more_stop_ids_than_one_block(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    full = generator.generate(ROWS[:1], [6]).tokens[0]
+    others = [i for i in range(128) if i not in full][:9]
+    assert generator.generate(ROWS[:1], [6], [*others, full[3]]).tokens[0] == cut_after_stop(full, [full[3]])
+
+
+@pytest.mark.parametrize("name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))])
+def test_a_seed_repeats_and_the_next_call_goes_on(model, name, config):
+    def generator(seed):
+        return Generator(model, sampler(name, seed=seed, **config))
+
+    first, second = generator(1), generator(1)
+    a, b = first.generate(ROWS, [10] * 4).tokens, first.generate(ROWS, [10] * 4).tokens
+    assert a != b
+    assert [second.generate(ROWS, [10] * 4).tokens for _ in range(2)] == [a, b]
+    assert generator(2).generate(ROWS, [10] * 4).tokens != a
+
+
+def test_sampling_follows_the_distribution(model):
+    """Frequencies of the first token over many draws: within four standard deviations of its probabilities."""
+    row, draws = [2, 17, 5], 2000
+    found = Generator(model, sampler("random", seed=3)).generate([row] * draws, [1] * draws).tokens
+    logits = reference.logits(model.backbone, row)[-1]
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    counts = np.bincount([ids[0] for ids in found], minlength=len(p))
+    assert (np.abs(counts - draws * p) <= 4 * np.sqrt(draws * p * (1 - p)) + 1).all()
+
+
+def test_low_temperature_is_greedy(model):
+    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
+    assert Generator(model, sampler("random", seed=0, temperature=1e-4)).generate(ROWS, [6] * 4).tokens == greedy
+
+
+def test_a_sampler_of_the_users_own(model):
+    class Never(keras_hub.samplers.Sampler):
+        """Greedy with one id forbidden."""
+
+        def __init__(self, forbidden):
+            super().__init__()
+            self.forbidden = forbidden
+
+        def get_next_token(self, probabilities):
+            allowed = keras.ops.arange(probabilities.shape[-1]) != self.forbidden
+            return keras.ops.argmax(keras.ops.where(allowed, probabilities, 0.0), axis=-1)
+
+    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [4]).tokens[0]
+    found = Generator(model, Never(greedy[0])).generate(ROWS[:1], [4]).tokens[0]
+    assert greedy[0] not in found
+    logits = reference.logits(model.backbone, ROWS[0])[-1]
+    assert found[0] == int(np.argsort(logits)[-2])
+
+
+def test_bfloat16_generates_from_a_bfloat16_cache():
+    model = VaultGemmaCausalLM(random_backbone(dtype="bfloat16"))
+    assert keras.backend.standardize_dtype(model.backbone.empty_cache(1, 4).keys[0].dtype) == "bfloat16"
+    found = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [4] * 4).tokens
+    assert [len(row) for row in found] == [4] * 4
+
+
+# What one call changes.
+
+
+def test_log_probs_are_those_of_the_model(model):
+    for sampled in (keras_hub.samplers.GreedySampler(), sampler("top_k", k=5, temperature=2.0, seed=1)):
+        found = Generator(model, sampled).generate(ROWS, [6, 3, 6, 1], settings=Settings(repetition_penalty=1.5))
+        for row, tokens, log_probs in zip(ROWS, found.tokens, found.log_probs, strict=True):
+            logits = reference.logits(model.backbone, row + tokens)[len(row) - 1 : -1]
+            expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            np.testing.assert_allclose(log_probs, expected[range(len(tokens)), tokens], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))])
+def test_steps_that_are_played_back_are_those_of_python(model, monkeypatch, name, config):
+    """PyTorch records a step after a few, others compile the loop; the sampler's own seed and every option go along."""
+    settings = Settings(seed=5, repetition_penalty=1.3, min_p=0.01, logit_bias={7: -2.0})
+    for options in ({}, dict(settings=settings)):
+        eager, compiled = (Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False))
+        monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
+        expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
+        assert found.tokens == expected.tokens
+        for a, b in zip(found.log_probs, expected.log_probs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_finish_reasons(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    tokens = generator.generate(ROWS, [6] * 4).tokens
+    found = generator.generate(ROWS, [6, 0, 6, 6], [tokens[0][3]])
+    assert found.finish_reasons[:2] == ["stop", "length"]
+    assert found.finish_reasons == ["stop" if row and row[-1] == tokens[0][3] else "length" for row in found.tokens]
+
+
+@pytest.mark.parametrize("name, config", [("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))])
+def test_a_seed_gives_a_prompt_its_text_whatever_else_is_in_the_batch(model, name, config):
+    generator = Generator(model, sampler(name, seed=0, **config))
+    settings = Settings(seed=7)
+    alone = [generator.generate([row], [10], settings=settings).tokens[0] for row in ROWS]
+    assert generator.generate(ROWS, [10] * 4, settings=settings).tokens == alone
+    assert generator.generate(ROWS[::-1], [10] * 4, settings=settings).tokens == alone[::-1]
+    twice = generator.generate([ROWS[0], ROWS[1], ROWS[0]], [10] * 3, settings=settings).tokens
+    assert twice[:2] == alone[:2] and twice[2] != alone[0]
+    assert generator.generate(ROWS, [10] * 4, settings=Settings(seed=8)).tokens != alone
+
+
+def test_a_seed_leaves_the_samplers_own_draws_alone(model):
+    first, second = (Generator(model, sampler("random", seed=1)) for _ in range(2))
+    first.generate(ROWS, [5] * 4, settings=Settings(seed=9))
+    assert first.generate(ROWS, [5] * 4).tokens == second.generate(ROWS, [5] * 4).tokens
+
+
+@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 1), (OWN, 2)])
+def test_an_interrupt_while_a_step_runs_leaves_a_random_sampler_usable(model, kind, draws):
+    """Ctrl-C lands where Python waits for the step, whose arguments are consumed by then."""
+    interrupted, other = (Generator(model, kind(seed=1)) for _ in range(2))
+    go_on = interrupted._go_on[0]
+
+    def interrupt(*args):
+        go_on(*args)
+        raise KeyboardInterrupt
+
+    stream = interrupted.stream(ROWS[:1], [9], length=1)
+    next(stream), next(stream)
+    interrupted._go_on[0] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    interrupted._go_on[0] = go_on
+    other.generate(ROWS[:1], [2])
+    (state,) = interrupted.sampler.variables
+    assert to_numpy(state).tolist() == [1, draws]
+    for settings in (Settings(seed=4), Settings()):
+        expected = other.generate(ROWS, [6] * 4, settings=settings)
+        assert interrupted.generate(ROWS, [6] * 4, settings=settings).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 3), (OWN, 14)])
+def test_calls_between_the_steps_of_a_stream_draw_anew(model, kind, draws):
+    generator = Generator(model, kind(seed=1))
+    stream, texts = generator.stream(ROWS[:1], [4], length=1), []
+    next(stream)
+    for _ in range(2):
+        texts.append(generator.generate(ROWS[1:2], [5]).tokens)
+        next(stream)
+    assert texts[0] != texts[1]
+    list(stream)
+    (state,) = generator.sampler.variables
+    assert to_numpy(state).tolist() == [1, draws]
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
+    """Against the naive loop."""
+    row, penalty = [2, 17, 5, 17], 1.7
+    expected = list(row)
+    for _ in range(12):
+        logits = reference.logits(model.backbone, expected)[-1]
+        seen = sorted(set(expected))
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        expected.append(int(logits.argmax()))
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    settings = Settings(repetition_penalty=penalty)
+    assert generator.generate([row, ROWS[2]], [12, 3], settings=settings).tokens[0] == expected[len(row) :]
+
+
+def test_logit_bias_forbids_and_forces(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    plain = generator.generate(ROWS, [4] * 4).tokens
+    forbidden = {row[0]: -np.inf for row in plain}
+    found = generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias=forbidden)).tokens
+    assert not set(forbidden) & {token for row in found for token in row}
+    assert generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias={77: 1e4})).tokens == [[77] * 4] * 4
+
+
+def test_min_p_of_one_is_greedy(model):
+    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
+    assert (
+        Generator(model, sampler("random", seed=0)).generate(ROWS, [6] * 4, settings=Settings(min_p=1.0)).tokens
+        == greedy
+    )
+
+
+def test_stream_is_generate_in_parts(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    expected = generator.generate(ROWS, [9, 2, 5, 9])
+    parts = list(generator.stream(ROWS, [9, 2, 5, 9], length=1))
+    assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [[1, 0, 0, 1]] * 4
+    for i in range(4):
+        assert [token for new, _ in parts for token in new[i]] == expected.tokens[i]
+        np.testing.assert_allclose([p for _, probs in parts for p in probs[i]], expected.log_probs[i], atol=1e-5)
+
+
+def test_rows_end_where_the_caller_says(model):
+    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    full = generator.generate(ROWS, [20] * 4).tokens
+    found = generator.generate(ROWS, [20] * 4, ends=lambda i, row: (i == 1 and len(row) >= 3) or i == 3).tokens
+    assert found[0] == full[0] and found[2] == full[2]
+    assert 3 <= len(found[1]) < 20 and found[1] == full[1][: len(found[1])]
+    assert found[3] == full[3][:1]
+
+
+def test_few_compilations_for_any_lengths(model, monkeypatch):
+    """40 calls with prompts of 1 to 400 tokens and 1 to 500 new ones: at most 12 programs."""
+    programs = set()
+
+    def counted(function, variables, **options):
+        def call(compiled, *args):
+            shapes = [(tuple(x.shape), str(x.dtype)) for x in keras.tree.flatten(args)]
+            programs.add((function.__name__, str(shapes)))
+            return compiled(*args)
+
+        compiled = backend.compile_function(function, variables, **options)
+        of_layers = isinstance(compiled, list)
+        return [partial(call, layer) for layer in compiled] if of_layers else partial(call, compiled)
+
+    generator = Generator.__new__(Generator)
+    monkeypatch.setattr(
+        Generator, "_compile_function", lambda self, f, **options: counted(f, self.variables, **options)
+    )
+    generator.__init__(model, keras_hub.samplers.GreedySampler())
+    random = np.random.default_rng(0)
+    lengths, counts = random.integers(1, 401, 40), random.integers(1, 501, 40)
+    lengths[:2], counts[:2] = (400, 1), (500, 1)
+    with count_compilations() as compilations:
+        for length, count in zip(lengths, counts, strict=True):
+            row = random.integers(3, 100, length).tolist()
+            # Any id ends the text, so that the test is about programs and not about steps.
+            generator.generate([row], [int(count)], range(model.backbone.vocabulary_size))
+    assert len(programs) <= 12
+    assert compilations.count is None or compilations.count <= 12

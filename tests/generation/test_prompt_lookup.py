@@ -1,0 +1,100 @@
+import keras_hub
+import numpy as np
+import pytest
+import reference
+from common import random_backbone
+
+from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma.generation.generator import Generator
+from keras_vaultgemma.generation.prefill import SMALLEST_CACHE
+from keras_vaultgemma.generation.prompt_lookup import PromptLookup, draft
+from keras_vaultgemma.generation.state import Settings
+
+ROWS = [[2, 17, 5, 99, 17, 5], [2, 4], [2, *range(30, 55), 30, 31]]
+
+
+def greedy():
+    return keras_hub.samplers.GreedySampler()
+
+
+def test_it_is_greedy_decoding():
+    model = VaultGemmaCausalLM(random_backbone(num_layers=2, num_key_value_heads=2))
+    expected = [reference.greedy(model.backbone, row, 30) for row in ROWS]
+    assert PromptLookup(model, greedy()).generate(ROWS, [30] * 3).tokens == expected
+
+
+def test_limits_stops_and_log_probs_are_those_of_greedy_decoding(model):
+    plain, lookup = Generator(model, greedy()), PromptLookup(model, greedy())
+    full = plain.generate(ROWS, [40] * 3)
+    for limits, stops in (([0, 1, 40], ()), ([40] * 3, (full.tokens[0][9], full.tokens[2][5]))):
+        expected, found = plain.generate(ROWS, limits, stops), lookup.generate(ROWS, limits, stops)
+        assert (found.tokens, found.finish_reasons) == (expected.tokens, expected.finish_reasons)
+        for a, b in zip(found.log_probs, expected.log_probs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_repeats_takes_fewer_passes(model, monkeypatch):
+    """With the right guess each time, a pass gives eight tokens."""
+    row, count = [2, 17, 5], 33
+    tokens = Generator(model, greedy()).generate([row], [count]).tokens[0]
+    text = row + tokens
+    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: text[len(ids) : len(ids) + length])
+    parts = [new for (new,), _ in PromptLookup(model, greedy()).stream([row], [count])]
+    assert [len(part) for part in parts] == [1, 8, 8, 8, 8]
+    assert [token for part in parts for token in part] == tokens
+
+
+def count_passes(lookup):
+    """A list that grows by what each pass reads."""
+    check, passes = lookup._check, []
+    lookup._check = lambda read, *others: passes.append(read.shape[1]) or check(read, *others)
+    return passes
+
+
+def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
+    """With the guesses that are found; greedy tales of the bundled model go round in circles."""
+    (row,) = tiny.preprocessor.tokenize_prompts(["Once upon a time"])
+    expected = Generator(tiny, greedy()).generate([row], [120]).tokens
+    lookup = PromptLookup(tiny, greedy())
+    passes = count_passes(lookup)
+    assert lookup.generate([row], [120]).tokens == expected
+    assert 1 + len(passes) <= len(expected[0]) / 1.5
+
+
+@pytest.mark.parametrize("length, reads", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right):
+    """Guesses are read while there is room for them, and take none of their own."""
+    row, count = np.random.default_rng(0).integers(2, 128, length).tolist(), SMALLEST_CACHE - length
+    (tokens,) = Generator(model, greedy()).generate([row], [count]).tokens
+    text = row + tokens if is_right else [127] * SMALLEST_CACHE
+    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: text[len(ids) : len(ids) + length])
+    lookup, caches = PromptLookup(model, greedy()), []
+    passes, prefill = count_passes(lookup), lookup._generator.prefill
+    lookup._generator.prefill = lambda *args: caches.append(prefill(*args)) or caches[-1]
+    assert lookup.generate([row], [count]).tokens == [tokens]
+    assert [cache.positions.shape for _, cache, _ in caches] == [(1, SMALLEST_CACHE)]
+    assert passes == reads or not is_right
+
+
+def test_wrong_guesses_change_nothing(model, monkeypatch):
+    expected = Generator(model, greedy()).generate(ROWS, [20] * 3).tokens
+    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length])
+    assert PromptLookup(model, greedy()).generate(ROWS, [20] * 3).tokens == expected
+
+
+def test_draft():
+    assert draft([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert draft([1, 2, 7, 1, 2, 8, 1, 2], 3) == [8, 1, 2]  # the latest of equal matches
+    assert draft([3, 5, 4, 5], 7) == [4, 5]  # a match of one
+    assert draft([5, 5], 4) == [5]
+    assert draft([1, 2, 3], 4) == []
+    assert draft([1], 4) == []
+    assert draft([1, 1, 1], 0) == []
+
+
+def test_other_samplers_and_settings_are_refused(model):
+    with pytest.raises(ValueError, match="needs `sampler` to be greedy. Received: TopKSampler"):
+        PromptLookup(model, keras_hub.samplers.TopKSampler())
+    with pytest.raises(ValueError, match="without `repetition_penalty`"):
+        PromptLookup(model, greedy()).generate(ROWS, [2] * 3, settings=Settings(min_p=0.1))

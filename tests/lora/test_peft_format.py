@@ -1,0 +1,299 @@
+"""Adapters to and from PEFT's files; PEFT itself is the judge."""
+
+import json
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from common import random_backbone, to_numpy
+
+from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma.lora import adapters, peft_format
+from keras_vaultgemma.lora.peft_format import Adapter
+from keras_vaultgemma.recipes.convert import convert
+
+IDS = np.array([[2, 5, 77, 9, 100, 31]], "int32")
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(our model, folder of the same weights for transformers)."""
+    folder = tmp_path_factory.mktemp("base")
+    model = VaultGemmaCausalLM(random_backbone())
+    model.save_to_preset(folder / "keras")
+    convert(folder / "keras", folder / "hf", to="hf", progress=False)
+    return model, folder / "hf"
+
+
+@pytest.fixture
+def model(base):
+    """Our model, without any adapter before and after."""
+    yield base[0]
+    if base[0].backbone.adapters.base is not None:
+        adapters.unmerge(base[0])
+    for name in adapters.names(base[0]):
+        adapters.remove(base[0], name)
+
+
+@pytest.fixture(scope="module")
+def hyperparameters(base):
+    return base[0].backbone.get_config()
+
+
+def logits(model):
+    return to_numpy(model({"token_ids": IDS, "padding_mask": np.ones_like(IDS)}))
+
+
+def their_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def their_logits(model):
+    with torch.inference_mode():
+        return model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+
+
+def random_adapter(rank=3, alpha=5.0, **widths):
+    """`Adapter` of layers, given as name=(in, out), of block 1."""
+    random = np.random.default_rng(0)
+    factors = {
+        f"decoder_block_1/{name.replace('__', '/')}": tuple(
+            random.normal(size=shape).astype("float32") for shape in ((width, rank), (rank, units))
+        )
+        for name, (width, units) in widths.items()
+    }
+    return Adapter(rank, alpha, 0.25, factors)
+
+
+def written(folder, **changes):
+    """A folder with an adapter on all query and value layers as PEFT writes it, and its config's `changes`."""
+    random = np.random.default_rng(0)
+    tensors = {
+        f"base_model.model.model.layers.{i}.self_attn.{name}.{factor}.weight": random.normal(size=shape).astype(
+            "float32"
+        )
+        for i in range(3)
+        for name in ("q_proj", "v_proj")
+        for factor, shape in (("lora_A", (4, 48)), ("lora_B", (64, 4)))
+    }
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"], **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / peft_format.CONFIG).write_text(json.dumps(config))
+    save(folder, tensors)
+    return tensors
+
+
+def save(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / peft_format.WEIGHTS)
+
+
+ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token_embedding"]
+
+
+@pytest.mark.parametrize(
+    "targets", [["query", "value"], ALL, ["token_embedding"], [r"decoder_block_[12]/attention/.*", r".*_0/down"]]
+)
+def test_peft_loads_ours(model, base, targets, tmp_path):
+    before = logits(model)
+    model.backbone.enable_lora(3, targets, alpha=7)
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(len(variable.path)).normal(0, 0.2, variable.shape))
+    adapters.save_adapter(model, tmp_path / "ours", base_model=str(base[1]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(their_model(base[1]), tmp_path / "ours")
+    expected = logits(model)
+    assert np.abs(expected - before).max() > 0.1
+    np.testing.assert_allclose(their_logits(theirs), expected, atol=2e-4)
+    config = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (3, 7, 0.0, "none")
+    assert (config.peft_type, config.task_type) == ("LORA", "CAUSAL_LM") and config.base_model_name_or_path == str(
+        base[1]
+    )
+    if targets == ALL:
+        assert config.target_modules == {
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+        }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "v_proj"]),
+        dict(target_modules="all-linear"),
+        dict(target_modules=r".*layers\.[01]\.mlp\.(up|down)_proj"),
+        dict(target_modules=["k_proj"], layers_to_transform=[0, 2]),
+        dict(target_modules=["k_proj", "q_proj"], exclude_modules=["model.layers.1.self_attn.k_proj"]),
+        dict(target_modules=["embed_tokens", "o_proj"], ensure_weight_tying=True),
+        dict(target_modules=["lm_head"], ensure_weight_tying=True),
+        dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0]),
+        dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0], ensure_weight_tying=True),
+        dict(target_modules=["k_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=0),
+    ],
+)
+def test_ours_loads_one_of_peft(model, base, options, tmp_path):
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tied embeddings
+        theirs = peft.get_peft_model(
+            their_model(base[1]), peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options)
+        )
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapters.load_adapter(model, tmp_path / "theirs", name="theirs")
+    expected = their_logits(theirs)
+    assert np.abs(expected - before).max() > 0.05
+    np.testing.assert_allclose(logits(model), expected, atol=2e-4)
+
+
+def test_written_and_read_to_the_bit(hyperparameters, tmp_path):
+    ours = random_adapter(attention__query=(48, 64), down=(96, 48))
+    ours = ours._replace(
+        factors={"token_embedding": (np.ones((128, 3), "f4"), np.full((3, 48), 2, "f4")), **ours.factors}
+    )
+    peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
+    read = peft_format.read_adapter(tmp_path / "a", hyperparameters)
+    assert read[:3] == (3, 5.0, 0.25) and list(read.factors) == list(ours.factors)
+    for path, factors in ours.factors.items():
+        assert all(np.array_equal(one, other) for one, other in zip(read.factors[path], factors, strict=True))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [peft_format.CONFIG, peft_format.WEIGHTS]
+    config = json.loads((tmp_path / "a" / peft_format.CONFIG).read_text())
+    assert config["target_modules"] == [
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert config["lora_alpha"] == 5 and type(config["lora_alpha"]) is int
+
+
+def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
+    tensors = written(tmp_path / "a")
+    save(tmp_path / "a", {name: tensor.astype("float16") for name, tensor in tensors.items()})
+    read = peft_format.read_adapter(tmp_path / "a", hyperparameters)
+    expected = tensors[QUERY].T.astype("float16").astype("float32")
+    np.testing.assert_array_equal(read.factors["decoder_block_0/attention/query"][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(peft_type="IA3"), "`peft_type` must be 'LORA'. Received: 'IA3'"),
+        (dict(r=0), "`r` must be an integer from 1 to 2147483647. Received: 0"),
+        (dict(r=True), "`r` must be .*Received: True"),
+        (dict(lora_alpha=-1), "`lora_alpha` must be a finite number above 0. Received: -1"),
+        (dict(lora_dropout=1), "`lora_dropout` must be a number from 0 to below 1. Received: 1"),
+        (dict(bias="all"), "`bias` must be 'none'. Received: 'all'"),
+        (dict(use_rslora=True), "`use_rslora` must be absent.*Received: True"),
+        (dict(use_dora=True), "`use_dora` must be absent"),
+        (dict(rank_pattern={"q_proj": 2}), "`rank_pattern` must be absent"),
+        (dict(modules_to_save=["lm_head"]), "`modules_to_save` must be absent"),
+        (dict(a_new_method=True), "`a_new_method` must be absent"),
+        (dict(init_lora_weights="pissa"), "`init_lora_weights` must be one that leaves the base.*'pissa'"),
+        (dict(init_lora_weights=1), "`init_lora_weights` must be .*Received: 1"),
+        (dict(fan_in_fan_out=True), "`fan_in_fan_out` must be false"),
+        (dict(target_modules=None), "`target_modules` must be a list of names or a string. Received: None"),
+        (dict(target_modules=[1]), "`target_modules` must be a list of names or a string"),
+        (dict(exclude_modules=3), "`exclude_modules` must be null, a list of names or a string"),
+        (dict(layers_to_transform="all"), "`layers_to_transform` must be null, an integer or a list"),
+    ],
+)
+def test_a_config_that_means_something_else(hyperparameters, tmp_path, changes, message):
+    written(tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=f"{adapter.CONFIG}: {message}"):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+
+
+def test_tensors_that_do_not_fit(hyperparameters, tmp_path):
+    folder = tmp_path / "a"
+    tensors = written(folder)
+    cases = [
+        ({QUERY: None}, f"{QUERY} is missing from .*Expected shape: \\(4, 48\\). Found: None"),
+        (
+            {QUERY: np.zeros((4, 40), "f4")},
+            f"{QUERY} is misshapen in .*Expected shape: \\(4, 48\\). Found: \\(4, 40\\)",
+        ),
+        (
+            {QUERY: np.zeros((2, 48), "f4")},
+            f"{QUERY} is misshapen in .*Expected shape: \\(4, 48\\). Found: \\(2, 48\\)",
+        ),
+        (
+            {QUERY.replace("layers.0", "layers.3"): np.zeros((4, 48), "f4")},
+            r"layers.3.self_attn.q_proj.lora_A.weight is unknown in .*Expected shape: None. Found: \(4, 48\)",
+        ),
+        ({QUERY.replace("q_proj", "c_attn"): np.zeros((4, 48), "f4")}, "c_attn.lora_A.weight is unknown"),
+        (
+            {QUERY.replace("lora_A", "lora_magnitude_vector"): np.zeros(4, "f4")},
+            "lora_magnitude_vector.weight is unknown",
+        ),
+    ]
+    for changes, message in cases:
+        save(folder, {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None})
+        with pytest.raises(ValueError, match=message):
+            peft_format.read_adapter(folder, hyperparameters)
+
+
+def test_an_adapter_of_another_model(hyperparameters, tmp_path):
+    written(tmp_path / "a")
+    for change, message in [
+        (dict(num_layers=4), r"layers.3.self_attn.q_proj.lora_A.weight is missing.*\(4, 48\). Found: None"),
+        (dict(num_layers=2), r"layers.2.self_attn.q_proj.lora_A.weight is unknown.*None. Found: \(4, 48\)"),
+        (dict(hidden_dim=32), r"layers.0.self_attn.q_proj.lora_A.weight is misshapen.*\(4, 32\). Found: \(4, 48\)"),
+        (dict(head_dim=8), r"layers.0.self_attn.q_proj.lora_B.weight is misshapen.*\(32, 4\). Found: \(64, 4\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            peft_format.read_adapter(tmp_path / "a", {**hyperparameters, **change})
+    written(tmp_path / "a", target_modules=[])
+    save(tmp_path / "a", {})
+    with pytest.raises(
+        ValueError, match=r"`target_modules` must be names of layers that this model has. Received: \[\]"
+    ):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+
+
+def test_an_embedding_whose_head_is_not_tied(hyperparameters, tmp_path):
+    ours = Adapter(2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))})
+    peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / peft_format.WEIGHTS)
+    head = "base_model.model.lm_head.lora_B.weight"
+    save(tmp_path / "a", {**tensors, head: tensors[head] + 1})
+    with pytest.raises(
+        ValueError, match="lm_head.lora_B.weight must be the transpose of .*embed_tokens.lora_embedding_A"
+    ):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+    save(tmp_path / "a", {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
+    with pytest.raises(ValueError, match="lm_head.lora_A.weight is missing"):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+
+
+def test_a_regular_expression_of_a_stranger_is_not_run(hyperparameters, tmp_path):
+    written(tmp_path / "a", target_modules="(a*)*(a*)*(a*)*b" + "(m|mo|mod|o|d|e|l|.)*" * 5 + "x")
+    assert len(peft_format.read_adapter(tmp_path / "a", hyperparameters).factors) == 6
+
+
+def test_files_that_are_not_there(hyperparameters, tmp_path):
+    with pytest.raises(ValueError, match=f"{adapter.CONFIG} does not exist"):
+        peft_format.read_adapter(tmp_path / "nowhere", hyperparameters)
+    written(tmp_path / "a")
+    (tmp_path / "a" / peft_format.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{adapter.WEIGHTS} does not exist"):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+
+
+def test_a_failed_save_leaves_the_last_adapter(hyperparameters, tmp_path, monkeypatch):
+    written(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    monkeypatch.setattr(
+        peft_format, "write_safetensors", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        peft_format.write_adapter(tmp_path / "a", random_adapter(down=(96, 48)), hyperparameters)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

@@ -1,0 +1,355 @@
+"""Each refusal, through `compile` and `fit` as users meet it, with its one sentence."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from common import random_backbone
+from test_mechanism import SMALL
+
+from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
+from keras_vaultgemma.data import packing
+from keras_vaultgemma.privacy import mechanism
+from keras_vaultgemma.privacy.train_step import PrivateTraining
+
+pytestmark = pytest.mark.usefixtures("own_key")
+
+ROWS = 40
+
+
+class Private(PrivateTraining, keras.Model):
+    """Any Keras model."""
+
+
+def dense(*layers):
+    inputs = keras.Input((3,))
+    x = inputs
+    for layer in [*layers, keras.layers.Dense(2)]:
+        x = layer(x)
+    return Private(inputs, x)
+
+
+def dpsgd(**changes):
+    return privacy.DPSGD(**{"noise_multiplier": 1.0, "delta": 1e-4, **changes})
+
+
+def fitted(model=None, loss="mse", dpsgd_arguments=None, data=None, **arguments):
+    model = model or dense()
+    model.compile(keras.optimizers.SGD(0.1), loss, privacy=dpsgd(**(dpsgd_arguments or {})))
+    x, y = data or (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"))
+    return model.fit(x, y, **{"batch_size": 8, "verbose": 0, **arguments})
+
+
+def test_nothing_is_refused_here():
+    history = fitted().history
+    assert set(history) == {"unprotected_loss", "unprotected_clipped_share", "unprotected_not_finite_rows", "epsilon"}
+
+
+OPTIMIZERS = {
+    "gradient_accumulation_steps=4": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+    "LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    "Received: SGD": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
+}
+
+
+@pytest.mark.parametrize("message", OPTIMIZERS)
+def test_optimizers(message):
+    with pytest.raises(ValueError, match=message):
+        dense().compile(OPTIMIZERS[message](), "mse", privacy=dpsgd())
+
+
+def test_float16():
+    with pytest.raises(ValueError, match="float16 do not give: use float32 or mixed_bfloat16. Received: .* in float16"):
+        dense(keras.layers.Dense(2, dtype="mixed_float16")).compile("sgd", "mse", privacy=dpsgd())
+
+
+def test_several_steps_at_once():
+    with pytest.raises(ValueError, match="`steps_per_execution=1`.* Received: steps_per_execution=2"):
+        dense().compile("sgd", "mse", privacy=dpsgd(), steps_per_execution=2)
+
+
+def test_batch_normalization():
+    with pytest.raises(ValueError, match="BatchNormalization mixes the rows of a batch and keeps their mean"):
+        dense(keras.layers.BatchNormalization()).compile("sgd", "mse", privacy=dpsgd())
+
+
+SEVERAL_ROWS = "`microbatch_size` must be 1 or None unless .* each by itself.* Received: microbatch_size=4"
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+def test_several_rows_with_layers_that_give_each_copy_every_row(shape):
+    """Kernels [4, 3, 2] broadcast against rows [4, 3] and [4, 4, 3] without a complaint."""
+    inputs = keras.Input(shape)
+    model = Private(inputs, keras.layers.Dense(2)(inputs))
+    data = (np.ones((ROWS, *shape), "float32"), np.ones((ROWS, *shape[:-1], 2), "float32"))
+    with pytest.raises(ValueError, match=SEVERAL_ROWS):
+        fitted(model, data=data, dpsgd_arguments=dict(microbatch_size=4))
+    fitted(model, data=data, dpsgd_arguments=dict(microbatch_size=1))
+
+
+OWN = {
+    "loss": lambda: dict(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+    "metric": lambda: dict(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")]),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_several_rows_with_a_loss_or_metric_of_ones_own(own):
+    """They give one number for all rows of a microbatch."""
+    model = VaultGemmaCausalLM(random_backbone(**SMALL))
+    model.backbone.enable_lora(2)
+    x = packed(1)
+    for arguments, size in ((OWN[own](), 4), (OWN[own](), 1), ({}, 4)):
+        model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=size, extend_budget=True), **arguments)
+        if size > 1 and arguments:
+            with pytest.raises(ValueError, match=SEVERAL_ROWS):
+                model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+        else:
+            model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+
+
+def test_several_rows_of_weights_that_have_no_copies():
+    model = language_model()
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
+    with pytest.raises(ValueError, match=SEVERAL_ROWS):
+        model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
+
+
+class Several(PrivateTraining, keras.Model):
+    """A model that says it can: its one layer multiplies each row by the row's own copy."""
+
+    takes_row_variables = True
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = self.add_weight(shape=(3,), initializer="ones", name="kernel")
+
+    def call(self, x):
+        return keras.ops.sum(x * self.kernel, axis=-1, keepdims=True)
+
+    def private_losses(self, x, y=None, sample_weight=None):
+        losses = keras.ops.mean((self(x) - y) ** 2, axis=-1)
+        return keras.ops.sum(losses), losses
+
+
+def test_several_rows_of_a_model_that_can(monkeypatch):
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)  # which depends on the microbatch
+    found = []
+    for size in (1, 4):
+        model, rng = Several(), np.random.default_rng(0)
+        data = (rng.normal(size=(ROWS, 3)).astype("float32"), rng.normal(size=(ROWS, 1)).astype("float32"))
+        with pytest.warns(privacy.NotPrivateWarning):
+            fitted(model, data=data, batch_size=ROWS, dpsgd_arguments=dict(microbatch_size=size, seed_for_tests=1))
+        found.append(keras.ops.convert_to_numpy(model.kernel))
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["a generic model", "VaultGemma"])
+@pytest.mark.parametrize("before", ["nothing", "a compile without privacy"])
+def test_nothing_is_trained_after_a_compile_that_was_refused(kind, before):
+    model = dense() if kind == "a generic model" else VaultGemmaCausalLM(random_backbone(**SMALL))
+    loss = dict(loss="mse") if kind == "a generic model" else {}
+    x, y = (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32")) if loss else (packed(1), np.ones((ROWS, 4)))
+    if before != "nothing":
+        model.compile(keras.optimizers.SGD(0.1), **loss)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+        model.compile(optimizer, privacy=dpsgd(), **loss)
+    weights = [np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables]
+    with pytest.raises(ValueError, match=r"You must call `compile\(\)` before"):
+        model.fit(x, y, batch_size=8, verbose=0)
+    for old, v in zip(weights, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(v))
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(), **loss)
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert model.privacy.spent().steps == 5
+
+
+class Remembers(keras.layers.Layer):
+    def build(self, input_shape):
+        self.mean = self.add_weight(shape=(3,), initializer="zeros", trainable=False, name="mean")
+
+    def call(self, x, training=None):
+        if training:
+            self.mean.assign(keras.ops.mean(x, axis=0))
+        return x
+
+
+def test_layers_that_remember():
+    with pytest.raises(ValueError, match="layers that remember nothing of the rows. Received: .*mean"):
+        fitted(dense(Remembers()))
+
+
+@pytest.mark.parametrize("kind", ["metrics", "weighted_metrics"])
+@pytest.mark.parametrize("metric", ["mae", keras.metrics.MeanAbsoluteError(name="error")])
+def test_metrics_without_the_mark(kind, metric):
+    with pytest.raises(
+        ValueError, match="not covered by the guarantee, and their names must begin with 'unprotected_'"
+    ):
+        dense().compile("sgd", "mse", privacy=dpsgd(), **{kind: [metric]})
+
+
+def test_metrics_with_the_mark_are_told():
+    model = dense()
+    metric = keras.metrics.MeanAbsoluteError(name="unprotected_error")
+    model.compile(keras.optimizers.SGD(0.0), "mse", privacy=dpsgd(), metrics=[metric])
+    x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
+    y = np.asarray(keras.ops.convert_to_numpy(model(x))) + 2.0
+    history = model.fit(x, y, batch_size=ROWS, verbose=0).history
+    np.testing.assert_allclose(history["unprotected_error"], [2.0], rtol=1e-5)
+    np.testing.assert_allclose(history["unprotected_loss"], [4.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "argument", [dict(shuffle=True), dict(steps_per_epoch=3), dict(class_weight={0: 1.0}), dict(validation_split=0.1)]
+)
+def test_arguments_of_fit(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"Private training takes no `{name}`: .* Received: {name}="):
+        fitted(**argument)
+
+
+def test_validation_that_nobody_called_public():
+    data = (np.ones((4, 3), "float32"), np.ones((4, 2), "float32"))
+    with pytest.raises(ValueError, match=r"say `DPSGD\(public_validation=True\)` where the rows are public"):
+        fitted(validation_data=data)
+    history = fitted(validation_data=data, dpsgd_arguments=dict(public_validation=True)).history
+    assert len(history["val_loss"]) == 1 and "val_unprotected_loss" not in history
+
+
+@pytest.mark.parametrize("kind", [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore])
+def test_weights_saved_without_their_ledger(kind, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"must come with their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}"
+    ):
+        fitted(callbacks=[kind(str(tmp_path / "weights.weights.h5"))])
+
+
+@pytest.mark.parametrize("kind", [keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau])
+def test_decisions_by_unprotected_metrics(kind):
+    with pytest.raises(ValueError, match=f"no noise protects: .* Received: {kind.__name__} of 'unprotected_loss'"):
+        fitted(callbacks=[kind(monitor="unprotected_loss")])
+
+
+def test_a_batch_of_the_users_own():
+    model = dense()
+    model.compile("sgd", "mse", privacy=dpsgd())
+    with pytest.raises(ValueError, match="draws its batches itself, in `fit`"):
+        model.train_on_batch(np.ones((2, 3)), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("weight", [1.5, -0.5])
+def test_sample_weights_beyond_one(weight):
+    with pytest.raises(ValueError, match="`sample_weight` must be from 0 to 1 in private training"):
+        fitted(sample_weight=np.array([weight, *[0.5] * (ROWS - 1)]))
+
+
+def contrast(y, predicted):
+    """Each prediction against the mean of the batch: a number for each row, and none of a row's own."""
+    return keras.ops.mean((predicted - keras.ops.mean(predicted, axis=0)) ** 2 + y, axis=-1)
+
+
+@pytest.mark.parametrize("loss", [contrast, lambda y, p: keras.ops.mean((y - p) ** 2)], ids=["contrast", "mean"])
+def test_losses_that_mix_rows(loss):
+    x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
+    with pytest.raises(ValueError, match="a loss of which each row has its own"):
+        fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32")))
+
+
+@pytest.mark.parametrize("loss", ["mse", keras.losses.Huber(), keras.losses.mean_absolute_error])
+def test_losses_that_do_not(loss):
+    x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
+    assert np.isfinite(fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32"))).history["unprotected_loss"][0])
+
+
+def test_regularizers():
+    with pytest.raises(ValueError, match="regularizers and `add_loss` are none: use the optimizer's `weight_decay`"):
+        fitted(dense(keras.layers.Dense(2, kernel_regularizer="l2")))
+
+
+def language_model(**changes):
+    model = VaultGemmaCausalLM(random_backbone(**SMALL), **changes)
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd())
+    return model
+
+
+def test_data_that_cannot_be_drawn_by_row():
+    ids = {"token_ids": np.ones((8, 5), "int32"), "padding_mask": np.ones((8, 5), "int32")}
+    with pytest.raises(ValueError, match="draws its rows one by one"):
+        language_model().fit(batch for batch in [(ids, ids["token_ids"])])
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="data of TensorFlow")
+def test_a_dataset_of_tensorflow():
+    import tensorflow as tf
+
+    ids = {"token_ids": np.ones((8, 5), "int32"), "padding_mask": np.ones((8, 5), "int32")}
+    for model, rows in (
+        (language_model(), (ids, ids["token_ids"])),
+        (dense(), (np.ones((8, 3), "float32"), np.ones((8, 2), "float32"))),
+    ):
+        model.compile(keras.optimizers.SGD(0.1), "mse" if len(model.layers) == 2 else "auto", privacy=dpsgd())
+        with pytest.raises(ValueError, match="draws its rows one by one: .* Received: "):
+            model.fit(tf.data.Dataset.from_tensor_slices(rows).batch(4), verbose=0)
+        assert not model.privacy.ledger.runs
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="strategies of TensorFlow")
+@pytest.mark.parametrize("inside", ["the model", "`fit`"])
+def test_a_strategy_of_tensorflow(inside):
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+    with strategy.scope() if inside == "the model" else contextlib.nullcontext():
+        model = dense()
+    around_fit = contextlib.nullcontext() if inside == "the model" else strategy.scope()
+    with around_fit, pytest.raises(ValueError, match="outside of a `tf.distribute` .* Received: MirroredStrategy"):
+        fitted(model)
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="XLA compiles steps as they are")
+def test_a_compiler_of_pytorch():
+    model = dense()
+    model.compile(keras.optimizers.SGD(0.1), "mse", privacy=dpsgd(), jit_compile=True)
+    with pytest.raises(ValueError, match="on PyTorch without `jit_compile=True`. Received: torch.compile"):
+        model.fit(np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"), verbose=0)
+
+
+def packed(count):
+    mask = np.repeat(np.arange(1, count + 1), 4)[None].repeat(ROWS, 0).astype("int32")
+    return {"token_ids": np.ones_like(mask), "padding_mask": mask}
+
+
+def test_packed_rows():
+    x, model = packed(3), language_model()
+    with pytest.raises(ValueError, match=r'say `DPSGD\(unit="sequence"\)`.* Received: 3 documents in a row'):
+        model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+    model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(unit="sequence"))
+    model.fit(x, x["token_ids"], batch_size=8, verbose=0)
+    assert model.privacy.spent().unit == "one sequence of at most 12 tokens"
+
+
+def test_a_packed_dataset(tiny):
+    data = packing.PackedDataset(["The fox said so."] * 30, tiny.preprocessor, batch_size=2, sequence_length=32)
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd())
+    with pytest.raises(ValueError, match="documents in a row"):
+        model.fit(data, verbose=0)
+
+
+def test_16_bit_weights():
+    model = VaultGemmaCausalLM(random_backbone(**SMALL, dtype="bfloat16"))
+    model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd())
+    with pytest.raises(ValueError, match="`fit` needs float32 weights to train"):
+        model.fit(packed(1), packed(1)["token_ids"], verbose=0)
+
+
+def test_a_distribution(monkeypatch):
+    class Distribution:
+        pass
+
+    monkeypatch.setattr(keras.distribution, "distribution", Distribution)
+    with pytest.raises(ValueError, match="runs on one device, where each row is clipped and counted once"):
+        fitted()

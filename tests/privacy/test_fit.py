@@ -1,0 +1,275 @@
+"""A private `fit`: budgets, the ledger, and runs that are killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from common import LINES
+from test_mechanism import C, some_rows
+from test_train_step import BATCH, ROWS, TwoTexts, fit, language_model, tiny_model, values
+
+from keras_vaultgemma import VaultGemmaCausalLM, privacy
+from keras_vaultgemma.lora import adapters
+from keras_vaultgemma.privacy import accounting, fit, sampling
+from keras_vaultgemma.privacy.fit import _steps_within
+from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
+from keras_vaultgemma.privacy.ledger_writer import OpenRun
+from keras_vaultgemma.recipes.convert import convert
+from keras_vaultgemma.recipes.describe import describe
+
+pytestmark = [
+    pytest.mark.usefixtures("own_key"),
+    pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
+]
+
+
+def test_the_budget_is_kept_and_told():
+    model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None, seed_for_tests=None))
+    history = fit(model, epochs=2)
+    spent = model.privacy.spent()
+    assert history["epsilon"][0] < spent.epsilon <= 2.0
+    assert spent.epsilon > 1.95 and spent.epsilon == history["epsilon"][-1]
+    assert (spent.delta, spent.steps, spent.unit) == (1e-4, 8, "one row of at most 9 tokens")
+    assert (spent.mechanism, spent.neighbouring) == ("DP-SGD with truncated Poisson sampling", "zero-out")
+    ((run, count),) = model.privacy.ledger.runs
+    expected = accounting.epsilon([run.steps(count)], 1e-4)
+    assert spent.epsilon == accounting.round_up(expected)
+    assert (run.rows, run.sampling_probability, run.clip_norm, run.planned_steps) == (ROWS, BATCH / ROWS, C, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
+    """In `spent`, the ledger, saved presets and what `info` tells; and so does all that it is composed with."""
+
+    model = tiny_model(extend_budget=True)
+    model.fit(LINES, batch_size=2, verbose=0)
+    assert model.privacy.spent().is_private
+    settings = privacy.DPSGD(noise_multiplier=1.0, delta=1e-4, extend_budget=True, seed_for_tests=3)
+    model.compile(keras.optimizers.Adam(1e-3), privacy=settings)
+    model.fit(LINES, batch_size=2, verbose=0)
+    spent = model.privacy.spent()
+    assert not spent.is_private and spent.steps == 4
+    kind = "DP-SGD with truncated Poisson sampling"
+    assert spent.mechanism == f"{kind}; NOT private, seeded for tests: {kind}"
+    adapters.merge(model)
+    model.save_to_preset(tmp_path / "preset")
+    assert preset_ledger(tmp_path / "preset") == model.privacy.ledger
+    assert "NOT private" in model.privacy.ledger.describe()[1] and "NOT" not in model.privacy.ledger.describe()[0]
+    said = " ".join(describe(str(tmp_path / "preset")).split())
+    assert f"NOT private, seeded for tests: ε = {spent.epsilon:g} at δ" in said
+
+
+@pytest.mark.parametrize("budget", [dict(epsilon=2.0, noise_multiplier=None), dict(noise_multiplier=1.0)])
+def test_a_second_fit_needs_leave(budget):
+    model = language_model(4, dpsgd=budget)
+    fit(model)
+    first = model.privacy.spent()
+    with pytest.raises(ValueError, match=r"budget for these rows is used up.*extend_budget=True"):
+        fit(model)
+    assert model.privacy.spent() == first
+    # Other rows are another matter.
+    fit(model, some_rows(ROWS, seed=9))
+    assert model.privacy.spent().steps == 4 and len(model.privacy.ledger.spent()) == 2
+    model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(**{"delta": 1e-4, **budget}, extend_budget=True))
+    fit(model)
+    assert model.privacy.spent().steps == 8 and model.privacy.spent().epsilon > first.epsilon
+
+
+def test_what_is_left_of_a_budget_can_be_used():
+    """After half of the steps a second `fit` gets noise for the rest of ε, or the rest of the steps."""
+
+    def stop_after(count):
+        return keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", batch + 1 == count)
+        )
+
+    model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None))
+    fit(model, callbacks=[stop_after(2)])
+    assert model.privacy.spent().steps == 2
+    fit(model)
+    assert model.privacy.spent().steps == 6 and 1.95 < model.privacy.spent().epsilon <= 2.0
+
+    model = language_model(4)
+    fit(model, callbacks=[stop_after(2)])
+    budget = accounting.epsilon([model.privacy.ledger.runs[0][0].steps(4)], 1e-4)
+    with pytest.warns(UserWarning, match="The budget for these rows ends after 2 more steps, and so does `fit`"):
+        fit(model, epochs=3)
+    assert model.privacy.spent().steps == 4 and model.privacy.spent().epsilon == accounting.round_up(budget)
+
+
+@pytest.mark.parametrize("limit, expected", [(0.0, 0), (1e9, 7)])
+def test_steps_within_a_limit(limit, expected):
+    steps = accounting.Steps(7, 100, 0.1, None, 1.0)
+    assert _steps_within(limit, [], steps, 1e-5) == expected
+    for count in (1, 3, 6):
+        exact = accounting.epsilon([steps._replace(count=count)], 1e-5)
+        assert _steps_within(exact, [], steps, 1e-5) == count
+
+
+def test_another_fit_draws_other_rows_and_other_noise(monkeypatch):
+    """With a fixed seed, too: the sampler is keyed by the steps that the optimizer has done."""
+    seen = []
+    draw = sampling.sample_rows
+    monkeypatch.setattr(
+        sampling,
+        "rows",
+        lambda secret, step, *a, **k: (seen.append((secret, step)), draw(secret, step, *a, **k))[1],
+    )
+    model = language_model(4, dpsgd=dict(extend_budget=True))
+    for _ in range(2):
+        fit(model)
+    assert {step for _, step in seen} == set(range(8)) and len({secret for secret, _ in seen}) == 1
+    seen.clear()
+    model = language_model(4, dpsgd=dict(extend_budget=True, seed_for_tests=None))
+    for _ in range(2):
+        fit(model)
+    assert len({secret for secret, _ in seen}) == 2
+
+
+def test_an_error_in_the_middle_is_counted():
+    model = language_model(4)
+
+    def fail(batch, logs):
+        if batch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(model, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=fail)])
+    assert model.privacy.spent().steps == 3 and model.privacy.run is None
+
+
+def test_a_ledger_that_cannot_be_written_stops_everything(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = language_model(4, dpsgd=dict(ledger=tmp_path / "file" / "ledger.jsonl"))
+    before = values(model)
+    with pytest.raises(OSError):
+        fit(model)
+    assert all((old == new).all() for old, new in zip(before, values(model), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_the_ledger_travels(tmp_path):
+    """With the preset, with the adapter, and into what is converted from it."""
+    from keras_vaultgemma.recipes.describe import describe
+
+    model = tiny_model()
+    model.fit(LINES, batch_size=2, verbose=0)
+    found = model.privacy.ledger
+    adapters.save_adapter(model, tmp_path / "adapter")
+    fresh = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    adapters.load_adapter(fresh, tmp_path / "adapter")
+    assert fresh.privacy.ledger == found and fresh.privacy.spent() == model.privacy.spent()
+
+    adapters.merge(model)
+    model.save_to_preset(tmp_path / "preset")
+    again = VaultGemmaCausalLM.from_preset(tmp_path / "preset")
+    assert again.privacy.ledger == found
+    # It goes on counting on the same data, from then on, too.
+    again.backbone.enable_lora(4)
+    again.preprocessor.sequence_length = 24
+    again.compile(keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4))
+    again.fit(LINES, batch_size=2, verbose=0)
+    assert again.privacy.spent().steps == 4 and len(again.privacy.ledger.spent()) == 1
+
+    convert(tmp_path / "preset", tmp_path / "converted", to="hf", progress=False)
+    assert preset_ledger(tmp_path / "converted") == found
+    assert "trained privately since: 2 steps of DP-SGD" in (tmp_path / "converted" / "README.md").read_text()
+    metadata = json.loads((tmp_path / "converted" / "metadata.json").read_text())
+    assert FILE in metadata["files"]
+    said = describe(str(tmp_path / "preset"))
+    assert "Private training" in said and f"ε = {model.privacy.spent().epsilon:g} at δ = 0.0001" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_data_is_known_again_whatever_is_made_of_it():
+    """By the texts themselves, in any order and cut at any length."""
+    model = tiny_model(extend_budget=True)
+    model.fit(LINES, batch_size=2, verbose=0)
+    model.preprocessor.sequence_length = 16
+    model.fit(tuple(LINES[::-1]), batch_size=2, verbose=0)
+    model.fit(TwoTexts(), batch_size=2, verbose=0)
+    assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 6
+
+
+def test_ids_are_known_again_whatever_their_dtype_and_weights():
+    model = language_model(4, dpsgd=dict(extend_budget=True))
+    x, y, weight = some_rows(ROWS)
+    fit(model, (x, y, weight))
+    fit(model, (keras.tree.map_structure(np.int64, x), y.astype("int64"), np.ones_like(weight)))
+    fit(model, (keras.tree.map_structure(np.uint16, x), y.astype("int8"), None))
+    assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 12
+    fit(model, (x, np.roll(y, 1), weight))
+    assert len(model.privacy.ledger.spent()) == 2
+
+
+def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_path, monkeypatch):
+    path, prepare = tmp_path / FILE, fit._prepare
+
+    def slowly(*args):
+        other = language_model(4)
+        fit(other)
+        OpenRun(path, other.privacy.ledger.runs[0][0], other.privacy.ledger).close()
+        prepare(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
+        model = language_model(4, dpsgd=dict(ledger=path))
+        with pytest.raises(ValueError, match="must have one writer. Received: a run that began while this one was pl"):
+            fit(model)
+    with pytest.raises(ValueError, match="`spent` needs a private run"):
+        model.privacy.spent()
+
+
+KILLED = """
+import os, random, signal, sys, time
+folder, count = sys.argv[1], int(sys.argv[2])
+import keras, numpy as np
+sys.path.insert(0, sys.argv[3])
+from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, privacy
+from common import random_backbone
+from test_mechanism import SMALL, some_rows
+
+def train(run):
+    model = VaultGemmaCausalLM(random_backbone(**SMALL))
+    model.backbone.enable_lora(2)
+    model.compile(keras.optimizers.SGD(0.1), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4))
+    def say(batch, logs):
+        open(f"{folder}/{run}.begun", "a").write(".")  # a byte for each step that may have released something
+    begun = keras.callbacks.LambdaCallback(on_train_batch_end=say)
+    x, y, weight = some_rows(400)
+    callbacks = [TrainingCheckpoint(f"{folder}/{run}", save_freq=1), begun]
+    model.fit(x, y, sample_weight=weight, batch_size=2, epochs=9, verbose=0, callbacks=callbacks)
+
+rng = random.Random(7)
+for run in range(count):
+    child = os.fork()  # of a process that has imported everything and computed nothing yet
+    if not child:
+        train(run)
+        os._exit(0)
+    while not os.path.exists(f"{folder}/{run}.begun") and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_kill_minus_nine_at_thirty_points(tmp_path):
+    """No step that was done is missing in the ledger; its ε is that of as many steps or more."""
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "runs"), "30", str(Path(__file__).parent)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}, timeout=500)
+    checked = 0
+    for run in range(30):
+        done = len((tmp_path / "runs" / f"{run}.begun").read_bytes())
+        ((entry, counted),) = read_ledger(tmp_path / "runs" / str(run) / FILE).runs
+        assert done <= counted <= done + 1 + 2 * entry.block
+        checked += done > 1
+        if run % 10 == 0:
+            assert accounting.epsilon([entry.steps(counted)], 1e-4) >= accounting.epsilon([entry.steps(done)], 1e-4)
+    assert checked > 10

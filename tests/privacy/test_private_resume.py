@@ -1,0 +1,164 @@
+"""A private `fit` that is killed and started again: what it may still do, and what counts."""
+
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from test_mechanism import some_rows
+from test_train_step import ROWS, fit, language_model, values
+
+from keras_vaultgemma import TrainingCheckpoint, backend
+from keras_vaultgemma.privacy.ledger import FILE, read_ledger
+from keras_vaultgemma.training.checkpoint import FILE
+from keras_vaultgemma.training.state import read_state_arrays
+
+pytestmark = [
+    pytest.mark.usefixtures("own_key"),
+    pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
+]
+
+BUDGET = dict(epsilon=2.0, noise_multiplier=None)
+
+
+class Killed(Exception):
+    pass
+
+
+def train(folder, dpsgd=None, killed_at=None, each=lambda: None, **arguments):
+    """A model after a `fit` with a checkpoint of each step; killed in a step that is written down, from 1 on."""
+    model, begun = language_model(4, dpsgd=dpsgd), []
+
+    def begin(batch, logs):
+        begun.append(batch)
+        each()
+        if len(begun) == killed_at:
+            raise Killed
+
+    callbacks = [TrainingCheckpoint(folder, save_freq=1), keras.callbacks.LambdaCallback(on_train_batch_begin=begin)]
+    fit(model, callbacks=callbacks, **arguments)
+    return model
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
+    """Weights and the rows that were drawn; to the bit on JAX and TensorFlow."""
+
+    def train(folder, killed_at=None):
+        model = language_model(rank, optimizer=keras.optimizers.Adam(1e-2), lora_arguments=dict(dropout=0.1))
+        steps = []
+
+        def count(batch, logs):
+            steps.append(batch)
+            if len(steps) == killed_at:
+                raise Killed
+
+        callbacks = [
+            TrainingCheckpoint(folder, save_freq=1),
+            keras.callbacks.LambdaCallback(on_train_batch_begin=count),
+        ]
+        fit(model, epochs=2, callbacks=callbacks)
+        return model
+
+    straight = train(tmp_path / "straight")
+    for killed_at in (3, 3):  # the second time of what was left
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", killed_at)
+    resumed = train(tmp_path / "killed")
+    tolerance = 1e-6 if backend.NAME == "torch" else 0
+    for one, two in zip(values(straight), values(resumed), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=tolerance)
+    # What was written down before it was done counts, though it was done again.
+    assert straight.privacy.spent().steps == 8 and resumed.privacy.spent().steps == 8 + 2
+    assert resumed.privacy.ledger == read_ledger(tmp_path / "killed" / FILE)
+
+
+def test_a_resumed_budget_is_kept(tmp_path):
+    """Steps that a killed run may have released count: the rest gets the noise that still keeps to ε."""
+    dpsgd = dict(epsilon=2.0, noise_multiplier=None)
+
+    def stop(batch, logs):
+        if batch == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        callbacks = [
+            TrainingCheckpoint(tmp_path, save_freq=1),
+            keras.callbacks.LambdaCallback(on_train_batch_begin=stop),
+        ]
+        fit(language_model(4, dpsgd=dpsgd), callbacks=callbacks)
+    model = language_model(4, dpsgd=dpsgd)
+    fit(model, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
+    first, second = model.privacy.ledger.runs
+    assert (first[1], second[1]) == (3, 2) and second[0].noise_multiplier > first[0].noise_multiplier
+    assert 1.9 < model.privacy.spent().epsilon <= 2.0
+
+
+@pytest.mark.parametrize("dpsgd", [BUDGET, {}, dict(BUDGET, extend_budget=True)], ids=["epsilon", "noise", "extended"])
+def test_a_finished_run_returns_at_once(tmp_path, dpsgd):
+    """With its weights, and nothing more is released; a budget that is used up is no matter."""
+    first = train(tmp_path, dpsgd)
+    again = train(tmp_path, dpsgd)
+    assert again.privacy.spent() == first.privacy.spent() and again.privacy.spent().steps == 4
+    for one, two in zip(values(first), values(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path):
+    """The ledger has its last step, which may have been released, and nothing of the budget is left for another."""
+    with pytest.raises(Killed):
+        train(tmp_path, BUDGET, killed_at=4)
+    saved = dict(read_state_arrays(tmp_path / FILE, "weight"))
+    model = language_model(4, dpsgd=BUDGET)
+    with pytest.warns(UserWarning, match="used up: .* `fit` ends with the checkpoint's weights, 1 steps early"):
+        fit(model, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
+    for one, two in zip(values(model), saved.values(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert model.privacy.spent().steps == 4 and 1.95 < model.privacy.spent().epsilon <= 2.0
+
+
+@pytest.mark.parametrize("lost", ["deleted", "another", "older", "left behind"])
+def test_a_checkpoint_without_its_ledger_is_refused(tmp_path, lost):
+    """What its weights have released would not be counted, and the plan would be shorter all the same."""
+    folder, kept, dpsgd = tmp_path / "run", [], {}
+    path = folder / FILE
+    with pytest.raises(Killed):
+        train(folder, killed_at=3, each=lambda: kept.append(path.read_bytes()))
+    whole = path.read_bytes()
+    if lost == "deleted":
+        path.unlink()
+    elif lost == "another":
+        dpsgd["ledger"] = tmp_path / "another.jsonl"
+    elif lost == "older":
+        path.write_bytes(kept[0])
+    else:
+        folder = tmp_path / "copy"
+        folder.mkdir()
+        shutil.copy(path.with_name(FILE), folder)
+    found = 1 if lost == "older" else 0
+    message = f"must count all 2 private steps that the checkpoint's weights come from. Received: {found} of them"
+    with pytest.raises(ValueError, match=message):
+        train(folder, dpsgd)
+    path.write_bytes(whole)
+    assert train(tmp_path / "run").privacy.spent().steps == 5
+
+
+@pytest.mark.parametrize("dpsgd", [{}, dict(BUDGET, extend_budget=True)], ids=["noise", "extended"])
+def test_more_epochs(tmp_path, dpsgd):
+    first = train(tmp_path, dpsgd)
+    more = train(tmp_path, dpsgd, epochs=3)
+    assert (first.privacy.spent().steps, more.privacy.spent().steps) == (4, 12)
+    assert more.privacy.spent().epsilon > first.privacy.spent().epsilon
+    assert TrainingCheckpoint(tmp_path).position == {"epoch": 3, "batch": 0, "is_finished": False}
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path, monkeypatch):
+    """Of as many, too; but where another key makes it impossible to tell, they count as the same."""
+    with pytest.raises(Killed):
+        train(tmp_path, killed_at=3)
+    with pytest.raises(ValueError, match="is of another run: its data had fingerprint = "):
+        train(tmp_path, rows=some_rows(ROWS, seed=9))
+    with pytest.raises(ValueError, match=f"is of another run: its data had rows = {ROWS}. Received: {ROWS - 1}"):
+        train(tmp_path, rows=some_rows(ROWS - 1))
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "another home"))
+    assert train(tmp_path).privacy.spent().steps == 5

@@ -1,0 +1,265 @@
+"""Private training inside `fit`: what a step does, what is counted, and where it ends."""
+
+import keras
+import numpy as np
+import pytest
+from common import LINES, random_backbone, to_numpy
+from keras import ops
+from test_mechanism import SMALL, C, distance, plain_gradients, plain_sum, some_rows, sum_of, take
+
+from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
+from keras_vaultgemma.privacy import mechanism, planning
+from keras_vaultgemma.privacy.sampling import sample_rows
+from keras_vaultgemma.privacy.seeds import fixed_secret, noise_seed
+
+pytestmark = [
+    pytest.mark.usefixtures("own_key"),
+    pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
+]
+
+ROWS, BATCH = 24, 6
+
+
+def language_model(rank=None, optimizer=None, dpsgd=None, compile_arguments=None, lora_arguments=None, **changes):
+    keras.utils.set_random_seed(1)
+    model = VaultGemmaCausalLM(random_backbone(**{**SMALL, **changes}))
+    if rank:
+        model.backbone.enable_lora(rank, **(lora_arguments or {}))
+    settings = {"noise_multiplier": 1.0, "delta": 1e-4, "clip_norm": C, "seed_for_tests": 5, **(dpsgd or {})}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    optimizer = optimizer or keras.optimizers.SGD(1.0)
+    model.compile(optimizer, privacy=privacy.DPSGD(**settings), **(compile_arguments or {}))
+    return model
+
+
+def fit(model, rows=None, **arguments):
+    x, y, weight = rows or some_rows(ROWS)
+    return model.fit(x, y, sample_weight=weight, **{"batch_size": BATCH, "verbose": 0, **arguments}).history
+
+
+def values(model):
+    return [to_numpy(v).copy() for v in model.trainable_variables]
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_step_is_what_the_docstring_says(rank):
+    """Drawn rows, clipped one by one in a plain loop, plus the noise of their seeds, over the expected number."""
+    model, rows, secret = language_model(rank), some_rows(ROWS), fixed_secret(5)
+    for v in model.trainable_variables if rank else ():
+        v.assign(np.random.default_rng(len(v.path)).normal(0, 0.3, v.shape))
+    before = values(model)
+    drawn = sample_rows(secret, 0, ROWS, BATCH / ROWS, model_room(1.0))
+    assert 0 < len(drawn) < ROWS
+    found, losses = plain_gradients(model, take(rows, drawn))
+    rounding = float(to_numpy(mechanism.sum_rounding(min(model_room(1.0), ROWS), 1)))
+    clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING) / (1 + rounding))
+    seeds = [ops.convert_to_tensor(noise_seed(secret, 0, i).view("int32")) for i in range(len(before))]
+    noise = [to_numpy(backend.normal(seed, v.shape)) for seed, v in zip(seeds, before, strict=True)]
+    # SGD with rate 1, of which an epoch's first step is looked at.
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: (
+            backend.update_variables(model),
+            seen.append((values(model), dict(logs))),
+        )
+    )
+    fit(model, rows, callbacks=[look])
+    for old, new, g, z in zip(before, seen[0][0], clipped, noise, strict=True):
+        np.testing.assert_allclose(old - new, (g + 1.0 * C * z) / BATCH, atol=2e-6)
+    np.testing.assert_allclose(seen[0][1]["unprotected_loss"], np.mean(losses), rtol=1e-5)
+
+
+def model_room(noise, microbatch=1):
+    steps = planning.plan(ROWS, BATCH, 1, 1e-4, noise_multiplier=noise, microbatch=microbatch)
+    return steps.max_batch_size
+
+
+def test_steps_without_any_gradient_are_pure_noise():
+    """Rows whose tokens do not count have no gradient: what the weights move by has the noise's deviation."""
+    x, y, weight = some_rows(ROWS)
+    model = language_model(dpsgd=dict(noise_multiplier=2.0))
+    before, epochs = values(model), 3
+    history = fit(model, (x, y, 0 * weight), epochs=epochs)
+    moved = np.concatenate([(new - old).ravel() for new, old in zip(values(model), before, strict=True)])
+    deviation = 2.0 * C / BATCH * (epochs * ROWS / BATCH) ** 0.5
+    assert moved.size > 5000
+    np.testing.assert_allclose(moved.std(), deviation, rtol=4 / (2 * moved.size) ** 0.5)
+    assert abs(moved.mean()) < 4 * deviation / moved.size**0.5
+    assert history["unprotected_loss"] == [0] * epochs
+
+
+def test_empty_batches_are_steps():
+    """On average one row of 2,000 is drawn: a third of the batches is empty, and is noised and counted as any other."""
+    rows, seen = take(some_rows(4), [0, 1, 2, 3] * 500), []
+    model = language_model(4)
+    moved = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: (backend.update_variables(model), seen.append(values(model)[0]))
+    )
+    stop = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", batch == 29)
+    )
+    fit(model, rows, batch_size=1, callbacks=[moved, stop])
+    counts = [len(sample_rows(fixed_secret(5), i, 2000, 1 / 2000)) for i in range(30)]
+    assert counts.count(0) > 5
+    steps = [np.abs(new - old).max() for new, old in zip(seen[1:], seen, strict=False)]
+    assert min(steps) > 0 and model.privacy.spent().steps == 30
+    # Of a step without rows the update is the noise of its seed, σ C, over the one row that is expected.
+    for i in [i for i in range(1, 30) if counts[i] == 0]:
+        seed = ops.convert_to_tensor(noise_seed(fixed_secret(5), i, 0).view("int32"))
+        np.testing.assert_allclose(seen[i - 1] - seen[i], C * to_numpy(backend.normal(seed, seen[i].shape)), atol=1e-6)
+
+
+def tiny_model(**settings):
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model.preprocessor.sequence_length = 24
+    model.backbone.enable_lora(4)
+    settings = {"noise_multiplier": 1.0, "delta": 1e-4, **settings}
+    model.compile(keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(**settings))
+    return model
+
+
+PAIRS = {"prompts": LINES, "responses": LINES[::-1]}
+CHATS = [[{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}] for line in LINES]
+
+
+class TwoTexts(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return LINES[2 * index : 2 * index + 2]
+
+
+@pytest.mark.parametrize("data", [LINES, PAIRS, CHATS, TwoTexts()], ids=["texts", "pairs", "chats", "dataset"])
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_whatever_fit_takes(data):
+    model = tiny_model()
+    history = model.fit(data, batch_size=2, verbose=0).history
+    assert np.isfinite(history["unprotected_loss"]).all() and model.privacy.spent().steps == 2
+    assert model.privacy.ledger.runs[0][0].rows == 4
+    assert isinstance(model.generate("Once upon", max_new_tokens=2), str)
+
+
+def test_a_loss_and_metrics_of_ones_own():
+    """They get logits, a row at a time."""
+    metric = keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = language_model(4, compile_arguments=dict(loss=loss, weighted_metrics=[metric]))
+    x, y, _ = some_rows(ROWS)
+    history = model.fit(x, y, batch_size=ROWS, verbose=0).history
+    plain = language_model(4)
+    expected = plain.fit(x, y, batch_size=ROWS, verbose=0).history
+    np.testing.assert_allclose(history["unprotected_loss"], expected["unprotected_loss"], rtol=1e-5)
+    assert 0 <= history["unprotected_accuracy"][0] <= 1
+    for one, two in zip(values(model), values(plain), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(lora_arguments=dict(dropout=0.3))])
+def test_gradient_checkpointing_changes_nothing(changes):
+    found = []
+    for checkpointing in (False, True):
+        model = language_model(4, compile_arguments=dict(gradient_checkpointing=checkpointing), **changes)
+        for v in model.trainable_variables:
+            v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+        keras.utils.set_random_seed(2)
+        fit(model)
+        found.append(values(model))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+        assert np.abs(one).max() > 0
+
+
+def dropping_model(**arguments):
+    """Adapters with dropout and without privacy's noise to speak of, all of whose factors matter."""
+    model = language_model(4, lora_arguments=dict(dropout=0.5), **arguments)
+    for v in model.trainable_variables:
+        v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+    return model
+
+
+def test_dropout_draws_anew_for_each_microbatch():
+    """Were its masks the same for the same row, two of it would have twice the gradient of one."""
+    model, rows = dropping_model(), take(some_rows(1), [0, 0])
+    backend.seed_global_generator(1)  # PyTorch's dropout draws from it
+    one = sum_of(model, rows, 1).gradients
+    backend.seed_global_generator(1)
+    two = sum_of(model, rows, 2).gradients
+    assert distance([2 * g for g in one], two) > 0.1 * C
+
+
+def test_seeds_of_layers_tell_nothing_of_how_many_rows_were_drawn():
+    """Checkpoints save them: two runs that draw other numbers of rows leave the same ones."""
+    left, drawn = [], []
+    for secret in (5, 6):
+        model = language_model(4, lora_arguments=dict(dropout=0.5), dpsgd=dict(seed_for_tests=secret))
+        fit(model)
+        left.append([to_numpy(v).tolist() for v in model.non_trainable_variables if "seed" in v.path])
+        room = model.privacy.ledger.runs[0][0].max_batch_size
+        steps = [sample_rows(fixed_secret(secret), i, ROWS, BATCH / ROWS, room) for i in range(4)]
+        drawn.append(sum(map(len, steps)))
+    assert drawn[0] != drawn[1]
+    assert len(left[0]) > 0 and left[0] == left[1]
+
+
+def test_dropout_follows_the_seeds_of_the_step():
+    """The same seeds give the same masks, others give others."""
+    model, rows = dropping_model(), keras.tree.map_structure(ops.convert_to_tensor, some_rows(1))
+    found = []
+    for seed in (1, 2, 1):
+        backend.seed_global_generator(seed)
+        seeds = ops.convert_to_tensor(np.full((len(model._seeds), 2), seed, "int32"))
+        clipped, _ = model._clipped_sum(rows, ops.convert_to_tensor(np.int32(1)), seeds)
+        found.append([to_numpy(g) for g in clipped.gradients])
+    assert distance(found[0], found[2]) == 0 and distance(found[0], found[1]) > 0.1 * C
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "mixed_bfloat16"])
+def test_other_bases(base):
+    """float32 factors over a base of 16 or 8 bits: the noise is of the same size, whatever computes."""
+    keras.utils.set_random_seed(1)
+    model = VaultGemmaCausalLM(random_backbone(**SMALL, dtype="float32" if base == "int8" else base))
+    if base == "int8":
+        model.quantize("int8")
+    model.backbone.enable_lora(4)
+    model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=50.0, delta=1e-4, clip_norm=C))
+    before = values(model)
+    fit(model)
+    moved = np.concatenate([(new - old).ravel() for new, old in zip(values(model), before, strict=True)])
+    np.testing.assert_allclose(moved.std(), 50 * C / BATCH * 4**0.5, rtol=0.1)
+
+
+def test_without_privacy_all_is_as_before():
+    model = language_model(4)
+    fit(model)
+    model.compile(keras.optimizers.SGD(0.1))
+    x, y, weight = some_rows(ROWS)
+    history = model.fit(x, y, sample_weight=weight, batch_size=BATCH, verbose=0, shuffle=True).history
+    assert set(history) == {"loss", "sparse_categorical_accuracy"}
+    assert model.privacy.spent().steps == 4, "what was spent stays on record"
+    model.train_on_batch(x, y)
+
+
+def test_evaluation_says_nothing_of_training():
+    model = language_model(4)
+    x, y, weight = some_rows(ROWS)
+    fit(model)
+    assert set(model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)) == {
+        "loss",
+        "sparse_categorical_accuracy",
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_microbatches_change_nothing(size, monkeypatch):
+    """But for Bmax, which is a multiple of them, and with rows enough for all of it never matters, and for rounding."""
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)
+    models = [language_model(4, dpsgd=dict(microbatch_size=m)) for m in (1, size)]
+    for model in models:
+        for v in model.trainable_variables:
+            v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
+        fit(model, batch_size=3)
+    drawn = [len(sample_rows(fixed_secret(5), i, ROWS, 3 / ROWS)) for i in range(8)]
+    assert max(drawn) <= min(run.max_batch_size for model in models for run, _ in model.privacy.ledger.runs)
+    for one, two in zip(*map(values, models), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)

@@ -1,0 +1,88 @@
+"""A difference between source and target is found, in the tensors and in the logits."""
+
+import importlib.util
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from keras_vaultgemma.checkpoints import lazy_tensor, presets
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
+from keras_vaultgemma.recipes import verification
+from keras_vaultgemma.recipes.convert import convert
+
+BF16 = DTYPES["bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The tiny preset in bfloat16, for Keras and for transformers; no test may change them."""
+    root = tmp_path_factory.mktemp("pair")
+    convert("vaultgemma_tiny", root / "keras", dtype="bfloat16")
+    convert("vaultgemma_tiny", root / "hf", to="hf", dtype="bfloat16")
+    return root / "keras", root / "hf"
+
+
+def test_equal_folders_pass(tiny, pair, monkeypatch):
+    monkeypatch.setattr(lazy_tensor, "BLOCK", 10_000)
+    reported = []
+    verification.verify(*pair, BF16, lambda name, count: reported.append(count))
+    assert sum(reported) == 2 * tiny.backbone.count_params()
+    verification.verify(*reversed(pair), BF16)
+
+
+def test_weights_are_rounded_before_they_are_compared(pair):
+    tiny = presets.bundled()["vaultgemma_tiny"]
+    for target in pair:
+        verification.verify(tiny, target, BF16)
+    with pytest.raises(ValueError, match="embeddings must be the source's, bit by bit"):
+        verification.verify(tiny, pair[1], DTYPES["float32"])
+
+
+@pytest.fixture
+def changed(pair, tmp_path):
+    """A copy of the Keras preset with one bit of one value flipped, and how to flip more."""
+    folder = shutil.copytree(pair[0], tmp_path / "changed")
+
+    def flip(bit):
+        with h5py.File(folder / "model.weights.h5", "r+") as file:
+            dataset = file["layers/vault_gemma_decoder_block_2/up/vars/0"]
+            bits = dataset[()].view("u2")
+            bits[3, 5] ^= 1 << bit
+            dataset[...] = bits.view("V2")
+
+    return folder, flip
+
+
+def test_one_bit_is_found(pair, changed):
+    folder, flip = changed
+    flip(0)
+    with pytest.raises(ValueError, match="decoder_block_2/up/weight must be the source's, bit by bit"):
+        verification.verify(pair[1], folder, BF16)
+
+
+def test_logits_that_differ_are_found(pair, changed):
+    folder, flip = changed
+    verification.verify_logits(pair[1], folder, BF16)
+    flip(13)  # of the exponent
+    with pytest.raises(ValueError, match=r"The logits of source and target must differ by at most 0.001. Received: "):
+        verification.verify_logits(pair[1], folder, BF16)
+
+
+def test_without_transformers_tensors_are_compared(pair, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(verification, "verify_logits", lambda *_: pytest.fail("asked for logits"))
+    verification.verify(*pair, BF16)
+
+
+def test_no_logits_between_two_keras_presets(pair, monkeypatch):
+    monkeypatch.setattr(verification, "verify_logits", lambda *_: pytest.fail("asked for logits"))
+    verification.verify(pair[0], pair[0], BF16)
+
+
+def test_nan_is_no_agreement(pair, monkeypatch):
+    logits = iter([np.zeros(3), np.array([0, np.nan, 0])])
+    monkeypatch.setattr(verification, "_logits", lambda *_: next(logits))
+    with pytest.raises(ValueError, match="Received: nan"):
+        verification.verify_logits(*pair, BF16)

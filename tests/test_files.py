@@ -1,0 +1,200 @@
+"""New files into a folder: all of them, or none."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from keras_vaultgemma._files import new_folder
+
+
+def content(folder):
+    """{path: bytes} of every file in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def texts(folder):
+    return {name: text.decode() for name, text in content(folder).items()}
+
+
+OLD = {"config.json": "old", "notes.txt": "mine", "model.weights.h5": "old weights"}
+NEW = {"assets/tokenizer/vocabulary.spm": "pieces", "config.json": "new", "model.weights.h5": "new weights"}
+
+
+def test_new_folder_appears_whole(tmp_path):
+    target = tmp_path / "saved"
+    with new_folder(target) as folder:
+        write(folder, NEW)
+        assert not target.exists()
+    assert texts(target) == NEW
+    assert os.listdir(tmp_path) == ["saved"]
+    os.mkdir(tmp_path / "usual")
+    assert target.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_existing_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
+    target = tmp_path / "saved"
+    write(target, OLD)
+    with new_folder(str(target)) as folder:
+        assert not os.listdir(folder)
+        write(folder, NEW)
+        assert texts(target) == OLD
+    assert texts(target) == {"notes.txt": "mine", **NEW}
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_relative_folder_and_one_behind_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for target in ("new", ".", "link"):
+        with new_folder(target) as folder:
+            write(folder, {f"{target}.txt": target})
+    assert texts(tmp_path / "new") == {"new.txt": "new"}
+    assert texts(tmp_path / "real") == {"link.txt": "link"}
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "..txt").read_text() == "."
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_changes_where_writing_fails(tmp_path, error, exists):
+    target = tmp_path / "saved"
+    if exists:
+        write(target, OLD)
+    with pytest.raises(type(error)), new_folder(target) as folder:
+        write(folder, NEW)
+        raise error
+    assert texts(tmp_path) == ({f"saved/{name}": text for name, text in OLD.items()} if exists else {})
+    assert os.listdir(tmp_path) == (["saved"] if exists else [])
+
+
+def refuse_link(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch, has_links):
+    """New files, replaced ones, a new subfolder and a superseded file: each step fails once, and all are undone."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_link)
+    old = {**OLD, "model.weights.json": "old index"}
+    new = {"assets/a.txt": "a", "config.json": "new", "model.weights.json": "new index", "model_0.weights.h5": "part"}
+    replace = os.replace
+    for step in range(100):
+        target = tmp_path / f"{step}/saved"
+        write(target, old)
+        moves = []
+
+        def fail_at_step(source, place, moves=moves, step=step):
+            moves.append(place)
+            if len(moves) == step + 1:
+                raise OSError(5, "Input/output error")
+            replace(source, place)
+
+        monkeypatch.setattr(os, "replace", fail_at_step)
+        try:
+            with new_folder(target) as folder:
+                write(folder, new)
+        except OSError:
+            assert texts(target) == old
+            assert sorted(os.listdir(target)) == sorted(old)
+            assert os.listdir(target.parent) == ["saved"]
+        else:
+            break
+    assert step == (5 if has_links else 7)  # four put in, one or three set aside
+    assert texts(target) == {"notes.txt": "mine", **new}
+
+
+def test_no_file_is_missing_at_any_moment(tmp_path, monkeypatch):
+    """Whenever the process is killed: each file is the old one or the new one, and the weights that load are whole."""
+    target, moments = tmp_path / "saved", []
+    replace, link = os.replace, os.link
+
+    def note():
+        found = texts(target)
+        moments.append(found)
+        assert all(found.get(name) in (OLD[name], NEW.get(name)) for name in OLD)
+
+    def then_note(function):
+        return lambda *args: (function(*args), note())
+
+    monkeypatch.setattr(os, "replace", then_note(replace))
+    monkeypatch.setattr(os, "link", then_note(link))
+    write(target, OLD)
+    with new_folder(target) as folder:
+        write(folder, NEW)
+    assert moments[-1] == {"notes.txt": "mine", **NEW} and len(moments) == 5
+    # One file gives way to several, and is there until they are.
+    with new_folder(target) as folder:
+        monkeypatch.setattr(os, "replace", lambda *args: (replace(*args), moments.append(texts(target))))
+        write(folder, {"model.weights.json": "index", "model_0.weights.h5": "part"})
+    several = {"model.weights.json", "model_0.weights.h5"}
+    assert all("model.weights.h5" in found or several <= found.keys() for found in moments)
+    assert "model.weights.h5" not in texts(target)
+
+
+def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):
+    old = {"a.txt": "old", "config.json/mine.txt": "mine"}
+    write(tmp_path / "saved", old)
+    with pytest.raises(OSError, match=r"config\.json"), new_folder(tmp_path / "saved") as folder:
+        write(folder, {"a.txt": "new", "config.json": "new"})
+    assert texts(tmp_path / "saved") == old
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize(
+    "single, index", [("model.weights.h5", "model.weights.json"), ("model.safetensors", "model.safetensors.index.json")]
+)
+def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index):
+    """Loaders look for the single file first, and would load the old weights without a word."""
+    write(tmp_path / "saved", {single: "old", "model.bin": "other"})
+    with new_folder(tmp_path / "saved") as folder:
+        write(folder, {index: "new"})
+    assert texts(tmp_path / "saved") == {index: "new", "model.bin": "other"}
+
+
+@pytest.mark.parametrize("target", ["file", "file/saved", "file/deep/saved"])
+def test_places_that_cannot_be_saved_to(tmp_path, target):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="cannot be saved to") as caught, new_folder(tmp_path / target):
+        pytest.fail("nothing should be written")
+    assert str(tmp_path / target) in str(caught.value)
+    assert texts(tmp_path) == {"file": "mine"}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_missing_parents_are_made(tmp_path):
+    with new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "config.json").write_text("{}")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["a", "a/b", "a/b/config.json"]
+
+
+def test_parent_that_is_not_writable(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    expected = pytest.raises(PermissionError, match="saved cannot be saved to: Permission denied")
+    with expected, new_folder(tmp_path / "saved"):
+        pytest.fail("nothing should be written")
+
+
+@pytest.mark.parametrize("obstacle", ["a mounted volume", "a parent that is not writable"])
+def test_existing_folder_that_nothing_can_be_renamed_into_from_beside(tmp_path, monkeypatch, obstacle):
+    target = tmp_path / "saved"
+    write(target, OLD)
+    if obstacle == "a mounted volume":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with new_folder(target) as folder:
+        assert folder.is_relative_to(target)
+        write(folder, NEW)
+    assert texts(target) == {"notes.txt": "mine", **NEW}

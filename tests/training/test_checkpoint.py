@@ -1,0 +1,468 @@
+"""Runs that are interrupted, and where they end. `Interrupt` stands for the kill, which one test does in earnest."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from common import random_backbone, to_numpy
+
+from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM
+from keras_vaultgemma.training import state as state_module
+from keras_vaultgemma.training.checkpoint import FILE, resumable
+from keras_vaultgemma.training.state import GROUPS, assign_values, copy_values, state_variables
+
+TOLERANCE = 1e-6 if keras.config.backend() == "torch" else 0
+ROWS = np.random.default_rng(0).integers(3, 32, (10, 7))
+IDS = {"token_ids": ROWS[:, :-1], "padding_mask": np.ones((10, 6), "int32")}
+LABELS = ROWS[:, 1:]
+STEPS = 3
+"""Batches of an epoch: 4, 4 and 2 rows."""
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = slice(2 * index, 2 * index + 2)
+        return {name: array[rows] for name, array in IDS.items()}, LABELS[rows]
+
+
+class WithWorkers(Batches):
+    def __init__(self):
+        super().__init__(workers=3)
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends a run, as a kill would, at the end of the given batches, counted from the start of the run."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise InterruptedError
+
+
+class Kill(Interrupt):
+    """The same in earnest."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
+    sizes = dict(
+        num_layers=num_layers, vocabulary_size=32, hidden_dim=16, intermediate_dim=24, head_dim=8, num_query_heads=2
+    )
+    model = VaultGemmaCausalLM(random_backbone(**sizes, num_key_value_heads=2, dtype=dtype))
+    model.compile(optimizer, **kwargs)
+    return model
+
+
+def lora():
+    model = small()
+    model.backbone.enable_lora(2, dropout=0.3)
+    model.compile(keras.optimizers.Adam(0.01))
+    return model
+
+
+def accumulating():
+    schedule = keras.optimizers.schedules.CosineDecay(0.01, 3, warmup_target=0.03, warmup_steps=2)
+    return small(keras.optimizers.Adam(schedule, gradient_accumulation_steps=2), dtype="mixed_bfloat16")
+
+
+def in_groups():
+    return small(steps_per_execution=2)
+
+
+def hasty():
+    """Learns so fast that it soon gets worse on other data."""
+    return small(keras.optimizers.Adam(0.1))
+
+
+def dropping_out(metrics=("accuracy",)):
+    """Any Keras model whose training needs random numbers."""
+    inputs = {name: keras.Input((6,), dtype="int32", name=name) for name in IDS}
+    x = keras.layers.Embedding(32, 8, name="embedding")(inputs["token_ids"])
+    x = keras.layers.Dropout(0.5, name="with_a_seed", seed=3)(keras.layers.Dropout(0.5, name="without")(x))
+    model = keras.Model(inputs, keras.layers.Dense(32, name="head")(x), name="any")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=list(metrics))
+    return model
+
+
+def watched():
+    return [
+        keras.callbacks.ReduceLROnPlateau(factor=0.5, patience=1),
+        keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+    ]
+
+
+def fit(model, folder, x=IDS, y=LABELS, save_freq=1, callbacks=(), **kwargs):
+    """Train as the tests do, with a checkpoint; the callback."""
+    checkpoint = TrainingCheckpoint(folder, save_freq)
+    arguments = {"batch_size": 4, "epochs": 3, "verbose": 0, "callbacks": [*callbacks, checkpoint], **kwargs}
+    if isinstance(model, VaultGemmaCausalLM):
+        model.fit(x, y, **arguments)
+    else:
+        with resumable(model, {"x": x, "y": y, **arguments}) as arguments:
+            model.fit(**arguments)
+    return checkpoint
+
+
+def state(model):
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return state_variables(model)
+
+
+@functools.cache
+def compiled(make):
+    keras.utils.set_random_seed(0)
+    model = make()
+    return model, copy_values(state(model))
+
+
+def fresh(make):
+    """The model as it was made; compiling takes most of a test's time."""
+    model, begin = compiled(make)
+    assign_values(state(model), begin.items())
+    keras.utils.set_random_seed(0)
+    return model
+
+
+def messages(caught):
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
+def forget(model):
+    """Leave the model as a new process would have it, with other random numbers; but for what is frozen."""
+    for v in state(model).values():
+        v.assign(np.ones(v.shape))
+    keras.utils.set_random_seed(99)
+
+
+def assert_equal(found, expected):
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
+    """A run that ends after so many batches, each time, ends like one that nothing happened to, in its History too."""
+    begin = copy_values(state(model))
+    keras.utils.set_random_seed(5)
+    fit(model, folder / "whole", callbacks=callbacks(), **kwargs)
+    end, history = copy_values(state(model)), model.history
+    assert any(not np.array_equal(begin[name], end[name]) for name in end)
+
+    assign_values(state(model), begin.items())
+    keras.utils.set_random_seed(5)
+    for step in interruptions:
+        with pytest.raises(InterruptedError):
+            fit(model, folder / "broken", callbacks=[*callbacks(), Interrupt(step)], **kwargs)
+        forget(model)
+    fit(model, folder / "broken", callbacks=callbacks(), **kwargs)
+    assert_equal(copy_values(state(model)), end)
+    assert model.history.epoch == history.epoch
+    assert model.history.history.keys() == history.history.keys()
+    for name, values in history.history.items():
+        np.testing.assert_allclose(model.history.history[name], values, rtol=TOLERANCE, atol=0)
+
+
+# Going on.
+
+
+def test_interrupted_in_any_batch(tmp_path):
+    """In the first, within and at the end of an epoch."""
+    model = fresh(small)
+    assert_survives(model, tmp_path, [1, 3, 2, 3, 4])
+    assert model.history.epoch == [0, 1, 2]
+    assert int(to_numpy(model.optimizer.iterations)) == 9
+    assert model.history.history["loss"][2] < model.history.history["loss"][0]
+
+
+def test_interrupted_with_lora_and_its_dropout(tmp_path):
+    assert_survives(lora(), tmp_path, [5], save_freq=2)
+
+
+def test_interrupted_with_gradient_accumulation_mixed_precision_and_a_schedule(tmp_path):
+    model = accumulating()
+    assert_survives(model, tmp_path, [5], save_freq=3)
+    assert int(to_numpy(model.optimizer.iterations)) == 4
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="Keras has no `steps_per_execution` on PyTorch")
+def test_interrupted_with_several_steps_in_one(tmp_path):
+    data = {"x": Batches(), "y": None, "steps_per_epoch": 4}
+    assert_survives(in_groups(), tmp_path, [4], save_freq=2, **data)
+
+
+def test_interrupted_on_a_dataset(tmp_path):
+    assert_survives(fresh(small), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
+
+
+def test_interrupted_on_a_dataset_with_workers(tmp_path):
+    """Keras builds a loss of the user's own from a batch that it reads before the first epoch."""
+
+    def model():
+        return small(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    def run(name, interruptions=()):
+        keras.utils.set_random_seed(0)
+        trained = model()
+        for step in interruptions:
+            with pytest.raises(InterruptedError):
+                fit(trained, tmp_path / name, WithWorkers(), None, callbacks=[Interrupt(step)])
+            forget(trained)
+            trained = model()
+        fit(trained, tmp_path / name, WithWorkers(), None)
+        return copy_values(state(trained))
+
+    assert_equal(run("broken", [2, 4]), run("whole"))
+
+
+def test_interrupted_with_dropout_and_metrics(tmp_path):
+    assert_survives(dropping_out(), tmp_path, [1, 5])
+
+
+def test_interrupted_with_early_stopping(tmp_path):
+    model = fresh(hasty)
+    data = {"validation_data": (IDS, LABELS[::-1]), "epochs": 9}
+    assert_survives(model, tmp_path, [7], callbacks=watched, save_freq="epoch", **data)
+    assert len(model.history.epoch) < 9
+    assert float(to_numpy(model.optimizer.learning_rate)) < 0.1
+
+
+# Killing.
+
+
+def kill_at_call(number, function):
+    calls = []
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        function(*args)
+
+    return count
+
+
+def run_in_children(folder):
+    """Run the same training in one process after another: killed in a batch, killed in a save, and left to end."""
+    for number, how in enumerate(["batch", "save", "not"]):
+        process = os.fork()
+        if process:
+            print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), *sorted(os.listdir(folder / "run")))
+            continue
+        model = fresh(small)
+        if number:
+            forget(model)
+        if how == "save":
+            os.replace = kill_at_call(4, os.replace)
+        fit(model, folder / "run", callbacks=[Kill(3)] if how == "batch" else [])
+        state_module.write_state(folder / "end", {}, state(model))
+        os._exit(0)
+
+
+def test_killed(tmp_path):
+    """A process that has imported the backend, which takes most of the time, forks those that train."""
+    code = f"import pathlib, test_checkpoint as t; t.run_in_children(pathlib.Path({str(tmp_path)!r}))"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    expected = ["-9 training.state", "-9 training.state training.state.new", "0 training.state"]
+    assert result.stdout.splitlines() == expected, result.stderr[-2000:]
+    model = fresh(small)
+    fit(model, tmp_path / "whole")
+    assert_equal(dict(state_module.read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model)))
+
+
+# After the end.
+
+
+def test_a_run_that_has_ended_is_not_run_again(tmp_path):
+    model = fresh(small)
+    fit(model, tmp_path / "run", epochs=2)
+    end, history = copy_values(state(model)), model.history.history
+    forget(model)
+    fit(model, tmp_path / "run", epochs=2)
+    assert_equal(copy_values(state(model)), end)
+    assert model.history.history == history
+    fit(model, tmp_path / "run", epochs=3)
+    assert model.history.epoch == [0, 1, 2]
+    assert int(to_numpy(model.optimizer.iterations)) == 9
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
+    model = fresh(hasty)
+    callbacks = [keras.callbacks.EarlyStopping("loss", patience=0, min_delta=100)]
+    fit(model, tmp_path / "run", callbacks=callbacks, epochs=5)
+    end = copy_values(state(model))
+    fit(model, tmp_path / "run", callbacks=callbacks, epochs=5)
+    assert model.history.epoch == [0, 1]
+    assert_equal(copy_values(state(model)), end)
+
+
+def test_going_on_says_where(tmp_path, capsys):
+    model = fresh(small)
+    with pytest.raises(InterruptedError):
+        fit(model, tmp_path / "run", callbacks=[Interrupt(6)], verbose=2)
+    fit(model, tmp_path / "run", verbose=2)
+    assert f"{tmp_path}/run/training.state: going on after epoch 2, batch 2" in capsys.readouterr().out
+
+
+# Bad checkpoints and bad places.
+
+
+def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
+    """The run ends as it would have, and the checkpoint is the last that found room."""
+    model = fresh(small)
+    write, calls = state.write_state, []
+
+    def full(path, facts, values):
+        calls.append(facts["position"])
+        if len(calls) in (3, 4):
+            raise OSError(28, "No space left on device")
+        write(path, facts, values)
+
+    monkeypatch.setattr(state_module, "write_state", full)
+    with pytest.warns(UserWarning, match="Training goes on") as caught, pytest.raises(InterruptedError):
+        fit(model, tmp_path / "run", callbacks=[Interrupt(5)])
+    assert messages(caught) == [
+        f"No checkpoint could be saved after {place}: [Errno 28] No space left on device. Training goes on; the "
+        "checkpoint after epoch 1, batch 1 stands"
+        for place in ("epoch 1, batch 2", "epoch 1")
+    ]
+    path = tmp_path / "run" / FILE
+    assert state_module.read_state_facts(path)["position"] == {"epoch": 1, "batch": 1, "is_finished": False}
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        fit(small(), tmp_path / "file" / "run")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that has ended, of its model and data; no step was trained."""
+    folder = tmp_path / "run"
+    fit(small(), folder, epochs=0)
+    assert os.listdir(folder) == [FILE]
+    return folder
+
+
+def test_a_checkpoint_that_is_cut_short(begun):
+    path = begun / FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    model = small()
+    before = copy_values(state(model))
+    with pytest.raises(ValueError, match=r"training\.state is cut short or damaged \(.*\)\. Delete it"):
+        fit(model, begun)
+    assert_equal(copy_values(state(model)), before)
+
+
+@pytest.mark.parametrize(
+    "make, data, message",
+    [
+        (lambda: small(num_layers=2), {}, "its model had decoder_block_1/attention_norm/scale = None"),
+        (lambda: small("sgd"), {}, "its model had optimizer = Adam. Received: SGD"),
+        (lora, {}, "its model had decoder_block_0/attention/query/lora_kernel_a = None. Received: float32 \\[16, 2\\]"),
+        (small, {"batch_size": 5}, "its data had batch_size = 4. Received: 5"),
+        (small, {"y": LABELS[::-1]}, "its data had SHA-256 = "),
+        (small, {"shuffle": False}, "its data had shuffle = True. Received: False"),
+        (small, {"x": Batches(), "y": None}, "its data had items = 10. Received: 5"),
+    ],
+)
+def test_a_checkpoint_of_another_run(begun, make, data, message):
+    with pytest.raises(ValueError, match=rf"training\.state is of another run: {message}"):
+        fit(make(), begun, **data)
+
+
+def test_other_metrics(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(dropping_out(), tmp_path, callbacks=[Interrupt(2)])
+    with pytest.raises(ValueError, match="its model had 4 variables of metrics. Received: 2"):
+        fit(dropping_out(metrics=[]), tmp_path)
+
+
+@pytest.mark.parametrize("save_freq", [0, -1, 2.5, True, "batch", None])
+def test_bad_save_freq(save_freq):
+    with pytest.raises(
+        ValueError, match=f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}"
+    ):
+        TrainingCheckpoint("run", save_freq)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"x": iter([IDS]), "y": None}, "read at any position: strings, arrays or"),
+        ({"validation_split": 0.5}, "`validation_data` instead of a `validation_split`"),
+        ({"callbacks": [TrainingCheckpoint("another")]}, "A run has one TrainingCheckpoint"),
+    ],
+)
+def test_what_cannot_be_resumed(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), tmp_path / "run", **arguments)
+
+
+def test_only_fit_of_this_package_takes_it(tmp_path):
+    with pytest.raises(ValueError, match="of `VaultGemmaCausalLM.fit`"):
+        keras.Model.fit(small(), IDS, LABELS, callbacks=[TrainingCheckpoint(tmp_path)], verbose=0)
+
+
+# What a training run may have, without an interruption.
+
+
+def trained_by(optimizer, rows, batch_size):
+    keras.utils.set_random_seed(0)
+    model = small(optimizer)
+    x, y = {name: array[:rows] for name, array in IDS.items()}, LABELS[:rows]
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """The weights after two steps, of four rows each."""
+    return copy_values(state(trained_by(keras.optimizers.SGD(0.5), 8, 4)))
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(two_steps):
+    model = trained_by(keras.optimizers.SGD(0.5, gradient_accumulation_steps=2), 8, 2)
+    assert int(to_numpy(model.optimizer.iterations)) == 2
+    for i, v in enumerate(model.trainable_variables):
+        np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
+
+
+def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
+    """Of three steps, the last has a rate of zero."""
+    model = trained_by(keras.optimizers.SGD(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])), 10, 4)
+    assert int(to_numpy(model.optimizer.iterations)) == 3
+    for i, v in enumerate(model.trainable_variables):
+        np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
+
+
+def test_early_stopping_restores_the_best_weights():
+    model = fresh(hasty)
+    data = (IDS, LABELS[::-1])
+    history = model.fit(IDS, LABELS, epochs=9, batch_size=4, validation_data=data, callbacks=watched(), verbose=0)
+    losses = history.history["val_loss"]
+    assert np.argmin(losses) == len(losses) - 3 < 6  # patience of two
+    np.testing.assert_allclose(
+        model.evaluate(*data, batch_size=4, verbose=0, return_dict=True)["loss"], min(losses), rtol=1e-5
+    )
