@@ -7,7 +7,10 @@ import shutil
 import uuid
 from pathlib import Path
 
-SUPERSEDED = {"model.weights.json": "model.weights.h5", "model.safetensors.index.json": "model.safetensors"}
+SUPERSEDED = {
+    "model.weights.json": "model.weights.h5",
+    "model.safetensors.index.json": "model.safetensors",
+}
 """The index of weights in several files, and the single file that loaders would read in its place."""
 
 
@@ -27,7 +30,9 @@ def new_folder(folder):
     if not above.is_dir():
         raise ValueError(f"{folder} cannot be saved to: {above} is a file, not a folder")
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{folder} cannot be saved to: it is a file, and must be a folder or not exist yet")
+        raise ValueError(
+            f"{folder} cannot be saved to: it is a file, and must be a folder or not exist yet"
+        )
     parent = target.parent
     # A mounted volume's parent is another volume, onto which nothing can be renamed.
     if target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK)):
@@ -36,7 +41,9 @@ def new_folder(folder):
     try:
         beside.mkdir(parents=True)
     except OSError as error:
-        raise OSError(error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)) from error
+        raise OSError(
+            error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)
+        ) from error
     try:
         new, old = beside / "new", beside / "old"
         new.mkdir()
@@ -100,7 +107,9 @@ def read_json(path):
     path = Path(path)
     check_link(path)
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} must have at most {MAX_JSON} bytes. Received: {path.stat().st_size}")
+        raise ValueError(
+            f"{path} must have at most {MAX_JSON} bytes. Received: {path.stat().st_size}"
+        )
     return parse_json(path.read_bytes(), path)
 
 
@@ -139,7 +148,9 @@ def check_link(path):
     caches = [place.parent for place in (folder, *folder.parents) if place.name == "snapshots"]
     places = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
     if not any(path.resolve().is_relative_to(place) for place in places):
-        raise ValueError(f"{path} is a link that leaves its folder, to {path.resolve()}: it is not followed")
+        raise ValueError(
+            f"{path} is a link that leaves its folder, to {path.resolve()}: it is not followed"
+        )
 
 
 def sync_folder(folder):

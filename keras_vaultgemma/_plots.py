@@ -20,7 +20,9 @@ def new_figure(size):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"A picture needs matplotlib: pip install keras-vaultgemma[plot] ({error})") from error
+        raise ImportError(
+            f"A picture needs matplotlib: pip install keras-vaultgemma[plot] ({error})"
+        ) from error
     return Figure(figsize=size, layout="constrained")
 
 

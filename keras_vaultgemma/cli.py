@@ -50,7 +50,9 @@ def _convert(options):
 
     metadata = convert(**_arguments(options))
     count, dtype = metadata["parameter_count"], metadata["dtype"]
-    return f"{options.target}: {count:,} parameters in {dtype}" + (", equal to the source" if options.verify else "")
+    return f"{options.target}: {count:,} parameters in {dtype}" + (
+        ", equal to the source" if options.verify else ""
+    )
 
 
 def _info(options):
@@ -72,7 +74,13 @@ def _epsilon(options):
     from keras_vaultgemma.recipes.privacy_budget import privacy_budget
 
     return privacy_budget(
-        options.rows, options.batch, options.epochs, options.noise, options.epsilon, options.delta, options.png
+        options.rows,
+        options.batch,
+        options.epochs,
+        options.noise,
+        options.epsilon,
+        options.delta,
+        options.png,
     )
 
 
@@ -95,9 +103,12 @@ COMMANDS = {
         _generate,
         "continue a prompt",
         {
-            "prompt": dict(nargs="?", metavar="PROMPT", help="read from a pipe where it is left out"),
+            "prompt": dict(
+                nargs="?", metavar="PROMPT", help="read from a pipe where it is left out"
+            ),
             "--preset": dict(
-                default="vaultgemma_tiny", help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)"
+                default="vaultgemma_tiny",
+                help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)",
             ),
             "--max-new-tokens": dict(
                 type=int,
@@ -105,17 +116,30 @@ COMMANDS = {
                 metavar="N",
                 help="at most; fewer where the text or the model's context ends (default: %(default)s)",
             ),
-            "--sampler": dict(choices=SAMPLERS, default="greedy", help="how a token is chosen (default: %(default)s)"),
-            "--temperature": dict(type=float, metavar="T", help="above 0; below 1 prefers likely tokens"),
-            "--seed": dict(type=int, metavar="N", help="of a random sampler: the same seed, the same text"),
-            "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="of the weights (default: the preset's)"),
+            "--sampler": dict(
+                choices=SAMPLERS,
+                default="greedy",
+                help="how a token is chosen (default: %(default)s)",
+            ),
+            "--temperature": dict(
+                type=float, metavar="T", help="above 0; below 1 prefers likely tokens"
+            ),
+            "--seed": dict(
+                type=int, metavar="N", help="of a random sampler: the same seed, the same text"
+            ),
+            "--dtype": dict(
+                choices=("float32", "bfloat16", "float16"),
+                help="of the weights (default: the preset's)",
+            ),
             "--stop": dict(
                 action="append",
                 default=[],
                 metavar="TEXT",
                 help="end before this text; may be given several times",
             ),
-            "--chat": dict(action="store_true", help="the prompt is a user's turn; print the reply alone"),
+            "--chat": dict(
+                action="store_true", help="the prompt is a user's turn; print the reply alone"
+            ),
         },
     ),
     "convert": Command(
@@ -123,17 +147,26 @@ COMMANDS = {
         "write a checkpoint in another format",
         {
             "source": dict(metavar="SOURCE", help="a bundled name, a folder, hf:// or kaggle://"),
-            "target": dict(metavar="TARGET", help="folder to write; it appears whole or not at all"),
+            "target": dict(
+                metavar="TARGET", help="folder to write; it appears whole or not at all"
+            ),
             "--to": dict(
                 choices=("keras", "hf"),
                 default="keras",
                 help="a preset for this package and keras-hub, or a folder for transformers (default: %(default)s)",
             ),
-            "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="of the weights (default: the source's)"),
-            "--shard-size": dict(
-                metavar="SIZE", help="of a weights file at most, such as 500MB; only to hf (default: 5GB)"
+            "--dtype": dict(
+                choices=("float32", "bfloat16", "float16"),
+                help="of the weights (default: the source's)",
             ),
-            "--verify": dict(action="store_true", help="compare every tensor afterwards, and logits with transformers"),
+            "--shard-size": dict(
+                metavar="SIZE",
+                help="of a weights file at most, such as 500MB; only to hf (default: 5GB)",
+            ),
+            "--verify": dict(
+                action="store_true",
+                help="compare every tensor afterwards, and logits with transformers",
+            ),
             "--overwrite": dict(action="store_true", help="replace the model in TARGET"),
         },
     ),
@@ -147,17 +180,24 @@ COMMANDS = {
         "train an adapter or all weights on a file",
         {
             "--preset": dict(
-                default="vaultgemma_tiny", help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)"
+                default="vaultgemma_tiny",
+                help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)",
             ),
             "--data": dict(
                 required=True,
                 metavar="FILE",
                 help=".txt, where a blank line ends a text; .jsonl, an object a line; or .csv with a header",
             ),
-            "--validation": dict(metavar="FILE", help="held-out data (default: every tenth row of FILE, at most 100)"),
-            "--text-column": dict(metavar="NAME", help='of texts to learn (default: "text", where it is there)'),
+            "--validation": dict(
+                metavar="FILE", help="held-out data (default: every tenth row of FILE, at most 100)"
+            ),
+            "--text-column": dict(
+                metavar="NAME", help='of texts to learn (default: "text", where it is there)'
+            ),
             "--prompt-column": dict(metavar="NAME", help='of prompts (default: "prompt")'),
-            "--response-column": dict(metavar="NAME", help='of responses, which are learnt (default: "response")'),
+            "--response-column": dict(
+                metavar="NAME", help='of responses, which are learnt (default: "response")'
+            ),
             "--no-packing": dict(
                 dest="packed",
                 action="store_const",
@@ -170,14 +210,25 @@ COMMANDS = {
                 metavar="R",
                 help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
             ),
-            "--epochs": dict(type=int, default=1, metavar="N", help="more go on from the last (default: %(default)s)"),
+            "--epochs": dict(
+                type=int,
+                default=1,
+                metavar="N",
+                help="more go on from the last (default: %(default)s)",
+            ),
             "--batch-size": dict(
-                type=int, metavar="N", help="rows of a step (default: 8; in private training 128, on average)"
+                type=int,
+                metavar="N",
+                help="rows of a step (default: 8; in private training 128, on average)",
             ),
             "--learning-rate": dict(
-                type=float, metavar="RATE", help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)"
+                type=float,
+                metavar="RATE",
+                help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)",
             ),
-            "--sequence-length": dict(type=int, metavar="N", help="tokens of a row (default: the preset's)"),
+            "--sequence-length": dict(
+                type=int, metavar="N", help="tokens of a row (default: the preset's)"
+            ),
             "--dtype": dict(
                 choices=("float32", "bfloat16", "mixed_bfloat16"),
                 help="of the weights; bfloat16 only under an adapter (default: float32)",
@@ -185,7 +236,10 @@ COMMANDS = {
             "--gradient-checkpointing": dict(
                 action="store_true", help="less memory, for about a third more time a step"
             ),
-            "--merge": dict(action="store_true", help="write a preset with the adapter in it, not the adapter alone"),
+            "--merge": dict(
+                action="store_true",
+                help="write a preset with the adapter in it, not the adapter alone",
+            ),
             "--save-every": dict(
                 dest="save_freq",
                 type=int,
@@ -200,12 +254,22 @@ COMMANDS = {
                 help="gets adapter or preset, curves.png, run.json and checkpoint (default: %(default)s)",
             ),
             "--png": dict(metavar="FILE", help="picture of the curves (default: in FOLDER)"),
-            "--private": dict(action="store_true", help="with differential privacy, which protects each row; needs"),
-            "--epsilon": dict(type=float, metavar="ε", help="budget, which all steps together keep to; or"),
-            "--noise": dict(dest="noise_multiplier", type=float, metavar="σ", help="noise multiplier"),
+            "--private": dict(
+                action="store_true",
+                help="with differential privacy, which protects each row; needs",
+            ),
+            "--epsilon": dict(
+                type=float, metavar="ε", help="budget, which all steps together keep to; or"
+            ),
+            "--noise": dict(
+                dest="noise_multiplier", type=float, metavar="σ", help="noise multiplier"
+            ),
             "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1 for N rows)"),
             "--clip-norm": dict(
-                type=float, default=1.0, metavar="C", help="largest norm of a row's gradient (default: %(default)s)"
+                type=float,
+                default=1.0,
+                metavar="C",
+                help="largest norm of a row's gradient (default: %(default)s)",
             ),
         },
     ),
@@ -213,11 +277,22 @@ COMMANDS = {
         _epsilon,
         "plan private training: noise and ε",
         {
-            "--rows": dict(type=int, required=True, metavar="N", help="of the data set; one row is what is protected"),
-            "--batch": dict(type=int, required=True, metavar="B", help="rows that a step draws on average"),
-            "--epochs": dict(type=int, required=True, metavar="E", help="how often a row takes part on average"),
+            "--rows": dict(
+                type=int,
+                required=True,
+                metavar="N",
+                help="of the data set; one row is what is protected",
+            ),
+            "--batch": dict(
+                type=int, required=True, metavar="B", help="rows that a step draws on average"
+            ),
+            "--epochs": dict(
+                type=int, required=True, metavar="E", help="how often a row takes part on average"
+            ),
             "--noise": dict(type=float, metavar="σ", help="noise multiplier; or"),
-            "--epsilon": dict(type=float, metavar="ε", help="budget, from which the noise multiplier is found"),
+            "--epsilon": dict(
+                type=float, metavar="ε", help="budget, from which the noise multiplier is found"
+            ),
             "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1)"),
             "--png": dict(metavar="FILE", help="picture of ε against steps, and of σ against ε"),
         },
@@ -261,7 +336,9 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.run.__doc__, allow_abbrev=False)
+        subparser = subparsers.add_parser(
+            name, help=command.help, description=command.run.__doc__, allow_abbrev=False
+        )
         for option, settings in command.options.items():
             subparser.add_argument(option, **settings)
     return parser

@@ -60,7 +60,9 @@ def gradients(loss, variables):
 
         with tf.GradientTape() as tape:
             value = loss()
-        found = map(tf.convert_to_tensor, tape.gradient(value, [variable.value for variable in variables]))
+        found = map(
+            tf.convert_to_tensor, tape.gradient(value, [variable.value for variable in variables])
+        )
     else:
         import torch
 
@@ -78,7 +80,11 @@ def shapes_made(total, *arrays):
         class Note(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 result = function(*args, **(kwargs or {}))
-                shapes.update(tuple(x.shape) for x in keras.tree.flatten(result) if isinstance(x, torch.Tensor))
+                shapes.update(
+                    tuple(x.shape)
+                    for x in keras.tree.flatten(result)
+                    if isinstance(x, torch.Tensor)
+                )
                 return result
 
         tensors = [torch.tensor(array, requires_grad=True) for array in arrays]

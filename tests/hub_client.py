@@ -87,7 +87,9 @@ def write_checkpoint(folder, seed):
 
 def content(folder):
     """{path: bytes} of every file in a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
+    }
 
 
 def assert_same_weights(ours, theirs):

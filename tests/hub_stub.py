@@ -56,8 +56,14 @@ class HubStub:
 
     def environment(self, home, **changes):
         """Environment variables of a process that has this hub, `home` for all its caches, and no other network."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "KAGGLE", "XDG_"))}
-        nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("HF_", "HUGGING", "KAGGLE", "XDG_"))
+        }
+        nowhere = dict.fromkeys(
+            ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
+        )
         local = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         own = {"HOME": str(home), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return {**inherited, **nowhere, **local, **own, **changes}
@@ -65,7 +71,9 @@ class HubStub:
     def commit(self, repository, revision="main"):
         """The commit hash of a revision: 40 digits that follow from its files."""
         folder = self.repositories[repository][revision]
-        parts = (part for name, content in _files(folder).items() for part in (name.encode(), content))
+        parts = (
+            part for name, content in _files(folder).items() for part in (name.encode(), content)
+        )
         return hashlib.sha1(b"\0".join(parts)).hexdigest()
 
 
@@ -78,7 +86,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         question, download = INFO_OR_TREE.fullmatch(path), FILE.fullmatch(path)
         if question:
-            repository, kind, revision = question[1], question[2] or "revision", question[3] or "main"
+            repository, kind, revision = (
+                question[1],
+                question[2] or "revision",
+                question[3] or "main",
+            )
         elif download:
             repository, kind, revision = download[1], "resolve", download[2]
         else:
@@ -101,7 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "tree":
             return self._answer_json(
                 [
-                    {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    {
+                        "type": "file",
+                        "path": file,
+                        "size": len(content),
+                        "oid": hashlib.sha1(content).hexdigest(),
+                    }
                     for file, content in files.items()
                 ]
             )
@@ -118,7 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _refuse(self, status, code, message):
-        self._answer_json({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
+        self._answer_json(
+            {"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message}
+        )
 
     def _answer_json(self, value, status=200, headers=None):
         headers = {"Content-Type": "application/json", **(headers or {})}

@@ -36,7 +36,8 @@ def logits(backbone, row):
         a = block.attention
         normed = rms_norm(x, weight(block.attention_norm.scale), backbone.layer_norm_epsilon)
         heads = [
-            (normed @ weight(p.kernel)).reshape(len(row), -1, backbone.head_dim) for p in (a.query, a.key, a.value)
+            (normed @ weight(p.kernel)).reshape(len(row), -1, backbone.head_dim)
+            for p in (a.query, a.key, a.value)
         ]
         query, key, value = heads
         for turned in (query, key):

@@ -19,29 +19,65 @@ pytestmark = pytest.mark.usefixtures("no_cache")
         ("", "the following arguments are required: COMMAND (see keras-vaultgemma --help)"),
         ("sing", "argument COMMAND: invalid choice: 'sing'"),
         ("info", "the following arguments are required: PRESET (see keras-vaultgemma info --help)"),
-        ("generate x --max-new-tokens many", "argument --max-new-tokens: invalid int value: 'many'"),
+        (
+            "generate x --max-new-tokens many",
+            "argument --max-new-tokens: invalid int value: 'many'",
+        ),
         ("generate x --max-new-tokens 0", "`max_new_tokens` must be 1 or more. Received: 0"),
         ("generate x --max 3", "unrecognized arguments: --max 3"),
         ("generate x --dtype float31", "argument --dtype: invalid choice: 'float31'"),
         ("generate x --sampler oracle", "argument --sampler: invalid choice: 'oracle'"),
-        ("generate x --sampler beam --temperature 0", "--temperature must be a number above 0. Received: 0.0"),
-        ("generate x --sampler beam --temperature nan", "--temperature must be a number above 0. Received: nan"),
-        ("generate x --sampler beam --temperature inf", "--temperature must be a number above 0. Received: inf"),
-        ("generate x --sampler top_k --seed -1", "--seed must be from 0 to 2147483647. Received: -1"),
-        ("generate x --sampler top_k --seed 2147483648", "--seed must be from 0 to 2147483647. Received: 2147483648"),
-        ("generate x --preset nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
+        (
+            "generate x --sampler beam --temperature 0",
+            "--temperature must be a number above 0. Received: 0.0",
+        ),
+        (
+            "generate x --sampler beam --temperature nan",
+            "--temperature must be a number above 0. Received: nan",
+        ),
+        (
+            "generate x --sampler beam --temperature inf",
+            "--temperature must be a number above 0. Received: inf",
+        ),
+        (
+            "generate x --sampler top_k --seed -1",
+            "--seed must be from 0 to 2147483647. Received: -1",
+        ),
+        (
+            "generate x --sampler top_k --seed 2147483648",
+            "--seed must be from 0 to 2147483647. Received: 2147483648",
+        ),
+        (
+            "generate x --preset nowhere",
+            "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder",
+        ),
         (
             "epsilon --rows 100 --batch 10",
             "the following arguments are required: --epochs (see keras-vaultgemma epsilon --help)",
         ),
         ("epsilon --rows x --batch 10 --epochs 1", "argument --rows: invalid int value: 'x'"),
-        ("epsilon --rows 100 --batch 10 --epochs 1", "Exactly one of `epsilon` and `noise_multiplier` must be given."),
-        ("epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2", "`delta` must be above 0 and below 1."),
-        ("finetune", "the following arguments are required: --data (see keras-vaultgemma finetune --help)"),
+        (
+            "epsilon --rows 100 --batch 10 --epochs 1",
+            "Exactly one of `epsilon` and `noise_multiplier` must be given.",
+        ),
+        (
+            "epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2",
+            "`delta` must be above 0 and below 1.",
+        ),
+        (
+            "finetune",
+            "the following arguments are required: --data (see keras-vaultgemma finetune --help)",
+        ),
         ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
-        ("finetune --data a.csv --lora-rank -1", "`lora_rank` must be an integer from 0. Received: lora_rank=-1"),
-        ("info nowhere", "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder"),
+        (
+            "finetune --data a.csv --lora-rank -1",
+            "`lora_rank` must be an integer from 0. Received: lora_rank=-1",
+        ),
+        (
+            "info nowhere",
+            "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder",
+        ),
     ],
 )
 def test_errors(capsys, arguments, message):
@@ -73,7 +109,9 @@ def test_any_error_is_one_line(monkeypatch, capsys, error, message):
 def test_development_mode_shows_the_traceback(monkeypatch):
     fails_with(monkeypatch, ValueError("inside"))
     streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
-    monkeypatch.setattr(cli, "sys", SimpleNamespace(flags=SimpleNamespace(dev_mode=True), **streams))
+    monkeypatch.setattr(
+        cli, "sys", SimpleNamespace(flags=SimpleNamespace(dev_mode=True), **streams)
+    )
     with pytest.raises(ValueError, match="inside"):
         cli.main(["info", "x"])
 

@@ -10,7 +10,9 @@ from keras_vaultgemma._files import new_folder
 
 def content(folder):
     """{path: bytes} of every file in a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
+    }
 
 
 def write(folder, files):
@@ -24,7 +26,11 @@ def texts(folder):
 
 
 OLD = {"config.json": "old", "notes.txt": "mine", "model.weights.h5": "old weights"}
-NEW = {"assets/tokenizer/vocabulary.spm": "pieces", "config.json": "new", "model.weights.h5": "new weights"}
+NEW = {
+    "assets/tokenizer/vocabulary.spm": "pieces",
+    "config.json": "new",
+    "model.weights.h5": "new weights",
+}
 
 
 def test_new_folder_appears_whole(tmp_path):
@@ -71,7 +77,9 @@ def test_nothing_changes_where_writing_fails(tmp_path, error, exists):
     with pytest.raises(type(error)), new_folder(target) as folder:
         write(folder, NEW)
         raise error
-    assert texts(tmp_path) == ({f"saved/{name}": text for name, text in OLD.items()} if exists else {})
+    assert texts(tmp_path) == (
+        {f"saved/{name}": text for name, text in OLD.items()} if exists else {}
+    )
     assert os.listdir(tmp_path) == (["saved"] if exists else [])
 
 
@@ -85,7 +93,12 @@ def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch, h
     if not has_links:
         monkeypatch.setattr(os, "link", refuse_link)
     old = {**OLD, "model.weights.json": "old index"}
-    new = {"assets/a.txt": "a", "config.json": "new", "model.weights.json": "new index", "model_0.weights.h5": "part"}
+    new = {
+        "assets/a.txt": "a",
+        "config.json": "new",
+        "model.weights.json": "new index",
+        "model_0.weights.h5": "part",
+    }
     replace = os.replace
     for step in range(100):
         target = tmp_path / f"{step}/saved"
@@ -133,7 +146,9 @@ def test_no_file_is_missing_at_any_moment(tmp_path, monkeypatch):
     assert moments[-1] == {"notes.txt": "mine", **NEW} and len(moments) == 5
     # One file gives way to several, and is there until they are.
     with new_folder(target) as folder:
-        monkeypatch.setattr(os, "replace", lambda *args: (replace(*args), moments.append(texts(target))))
+        monkeypatch.setattr(
+            os, "replace", lambda *args: (replace(*args), moments.append(texts(target)))
+        )
         write(folder, {"model.weights.json": "index", "model_0.weights.h5": "part"})
     several = {"model.weights.json", "model_0.weights.h5"}
     assert all("model.weights.h5" in found or several <= found.keys() for found in moments)
@@ -150,7 +165,11 @@ def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "single, index", [("model.weights.h5", "model.weights.json"), ("model.safetensors", "model.safetensors.index.json")]
+    "single, index",
+    [
+        ("model.weights.h5", "model.weights.json"),
+        ("model.safetensors", "model.safetensors.index.json"),
+    ],
 )
 def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index):
     """Loaders look for the single file first, and would load the old weights without a word."""
@@ -163,7 +182,10 @@ def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index
 @pytest.mark.parametrize("target", ["file", "file/saved", "file/deep/saved"])
 def test_places_that_cannot_be_saved_to(tmp_path, target):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="cannot be saved to") as caught, new_folder(tmp_path / target):
+    with (
+        pytest.raises(ValueError, match="cannot be saved to") as caught,
+        new_folder(tmp_path / target),
+    ):
         pytest.fail("nothing should be written")
     assert str(tmp_path / target) in str(caught.value)
     assert texts(tmp_path) == {"file": "mine"}
@@ -173,7 +195,11 @@ def test_places_that_cannot_be_saved_to(tmp_path, target):
 def test_missing_parents_are_made(tmp_path):
     with new_folder(tmp_path / "a" / "b") as folder:
         (folder / "config.json").write_text("{}")
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["a", "a/b", "a/b/config.json"]
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "a",
+        "a/b",
+        "a/b/config.json",
+    ]
 
 
 def test_parent_that_is_not_writable(tmp_path, monkeypatch):
@@ -187,7 +213,9 @@ def test_parent_that_is_not_writable(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("obstacle", ["a mounted volume", "a parent that is not writable"])
-def test_existing_folder_that_nothing_can_be_renamed_into_from_beside(tmp_path, monkeypatch, obstacle):
+def test_existing_folder_that_nothing_can_be_renamed_into_from_beside(
+    tmp_path, monkeypatch, obstacle
+):
     target = tmp_path / "saved"
     write(target, OLD)
     if obstacle == "a mounted volume":

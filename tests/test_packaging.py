@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True)
     (path,) = folder.iterdir()
     return path
@@ -26,7 +36,10 @@ def test_wheel_carries_the_presets(wheel):
     for preset in (ROOT / "presets").iterdir():
         for path in preset.rglob("*"):
             if path.is_file():
-                assert f"keras_vaultgemma/bundled_presets/{path.relative_to(ROOT / 'presets')}" in names
+                assert (
+                    f"keras_vaultgemma/bundled_presets/{path.relative_to(ROOT / 'presets')}"
+                    in names
+                )
     assert not [name for name in names if name.split("/")[0] in ("tests", "tools")]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 13e6
@@ -37,9 +50,21 @@ def test_tiny_preset_loads_from_an_installed_wheel(wheel, tmp_path):
     saves a gigabyte of installing. The checkout is not on the path."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        str(wheel),
+    ]
     subprocess.run(command, check=True)
-    borrowed = next(path for path in map(Path, sys.path) if (path / "keras" / "__init__.py").exists())
+    borrowed = next(
+        path for path in map(Path, sys.path) if (path / "keras" / "__init__.py").exists()
+    )
     code = (
         "import keras_vaultgemma\n"
         "model = keras_vaultgemma.VaultGemmaCausalLM.from_preset('vaultgemma_tiny')\n"
@@ -49,7 +74,12 @@ def test_tiny_preset_loads_from_an_installed_wheel(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(borrowed)}
     # The editable install of this environment is a .pth file, which a folder on PYTHONPATH does not run.
     result = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        [python, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     place, text = result.stdout.splitlines()[:2]

@@ -52,7 +52,9 @@ CONFIGURATIONS = {
         attn_logit_softcapping=3.0,
         final_logit_softcapping=4.0,
     ),
-    "other theta and epsilon": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3),
+    "other theta and epsilon": dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3
+    ),
 }
 PROMPTS = [[2, 17, 5, 99, 250, 31, 8], [2, 4], [2, *range(40, 75)], [9]]
 
@@ -64,7 +66,9 @@ def pair(request, tmp_path_factory):
 
     torch.manual_seed(0)
     # Large enough that attention is far from uniform, both caps bite and logits differ by whole units.
-    config = transformers.VaultGemmaConfig(**{**BASE, "initializer_range": 0.25, **CONFIGURATIONS[request.param]})
+    config = transformers.VaultGemmaConfig(
+        **{**BASE, "initializer_range": 0.25, **CONFIGURATIONS[request.param]}
+    )
     theirs = transformers.VaultGemmaForCausalLM(config).eval()
     for name, parameter in theirs.named_parameters():
         if "norm" in name:  # written as zeros
@@ -82,7 +86,9 @@ def their_logits(theirs, row):
 
 
 def our_logits(ours, row):
-    return to_numpy(ours({"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}))[0]
+    return to_numpy(
+        ours({"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")})
+    )[0]
 
 
 def test_logits_equal_transformers(pair):
@@ -105,7 +111,9 @@ def test_caps_and_windows_matter_in_these_configurations(pair):
         ("sliding_window_size", 99),
     ):
         old = getattr(backbone, name)
-        matters = old is not None and (name != "sliding_window_size" or "sliding_attention" in backbone.layer_types)
+        matters = old is not None and (
+            name != "sliding_window_size" or "sliding_attention" in backbone.layer_types
+        )
         if matters:
             setattr(backbone, name, value)
             assert np.abs(reference.logits(backbone, row) - before).max() > 1e-2, name
@@ -119,12 +127,19 @@ def test_greedy_ids_equal_transformers(pair):
     expected = []
     for row in PROMPTS:
         ids = theirs.generate(
-            torch.tensor([row]), max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([row]),
+            max_new_tokens=48,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         expected.append(ids[0, len(row) :].tolist())
     together = ours.generate(PROMPTS, max_new_tokens=48, stop_token_ids=None, strip_prompt=True)
     assert together == expected
-    assert ours.generate(PROMPTS[0], max_new_tokens=48, stop_token_ids=None, strip_prompt=True) == expected[0]
+    assert (
+        ours.generate(PROMPTS[0], max_new_tokens=48, stop_token_ids=None, strip_prompt=True)
+        == expected[0]
+    )
 
 
 def test_logits_equal_the_reference(pair):
@@ -149,7 +164,13 @@ def test_backends_agree_on_the_tiny_preset(tiny, tmp_path):
     found = {"jax": our_logits(tiny, rows[0])}
     for name in ("torch", "tensorflow"):
         path = tmp_path / f"{name}.npy"
-        subprocess.run([sys.executable, "-c", code, path], env={**os.environ, "KERAS_BACKEND": name}, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, path],
+            env={**os.environ, "KERAS_BACKEND": name},
+            check=True,
+        )
         found[name] = np.load(path)
     for first, second in itertools.combinations(found, 2):
-        np.testing.assert_allclose(found[first], found[second], rtol=1e-5, atol=1e-5, err_msg=f"{first}, {second}")
+        np.testing.assert_allclose(
+            found[first], found[second], rtol=1e-5, atol=1e-5, err_msg=f"{first}, {second}"
+        )

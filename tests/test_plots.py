@@ -22,7 +22,9 @@ def test_written_whole(tmp_path):
 def test_without_matplotlib(monkeypatch):
     assert can_plot()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"A picture needs matplotlib: pip install keras-vaultgemma\[plot\]"):
+    with pytest.raises(
+        ImportError, match=r"A picture needs matplotlib: pip install keras-vaultgemma\[plot\]"
+    ):
         new_figure((1, 1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not can_plot()

@@ -9,14 +9,30 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README.read_text(), re.M | re.S))
-SURVIVES = re.search(r"A run that may be killed.*?^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
+SNIPPETS = dict(
+    re.findall(
+        r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README.read_text(), re.M | re.S
+    )
+)
+SURVIVES = re.search(
+    r"A run that may be killed.*?^```python\n(.*?)^```", README.read_text(), re.M | re.S
+)[1]
 
 
 def run(code, folder, **environment):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "KERAS_VAULTGEMMA_HOME": str(folder), **environment}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "KERAS_VAULTGEMMA_HOME": str(folder),
+        **environment,
+    }
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
     )
 
 
@@ -35,7 +51,15 @@ def test_the_promised_snippets_are_there():
 
 
 @pytest.mark.parametrize(
-    "title", ["Generate", "Switch the backend", "Fine-tune", "Adapters", "Train on documents or pairs", "Save"]
+    "title",
+    [
+        "Generate",
+        "Switch the backend",
+        "Fine-tune",
+        "Adapters",
+        "Train on documents or pairs",
+        "Save",
+    ],
 )
 def test_snippet_runs(title, tmp_path):
     result = run(SNIPPETS[title], tmp_path)
@@ -47,14 +71,18 @@ def test_snippet_runs(title, tmp_path):
 def test_the_private_snippet_keeps_to_its_budget(tmp_path):
     result = run(SNIPPETS["Fine-tune privately"], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    spent = re.search(r"PrivacySpent\(epsilon=([\d.]+), delta=0.0001, steps=15, .*zero-out", result.stdout)
+    spent = re.search(
+        r"PrivacySpent\(epsilon=([\d.]+), delta=0.0001, steps=15, .*zero-out", result.stdout
+    )
     assert 2.9 < float(spent[1]) <= 3.0
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_snippet_for_many_devices_runs_on_jax(devices, tmp_path):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    result = run(SNIPPETS["On a pod or a GPU cluster"], tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=flags)
+    result = run(
+        SNIPPETS["On a pod or a GPU cluster"], tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=flags
+    )
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -72,11 +100,17 @@ def test_snippets_that_need_the_weights_name_what_is_missing(tmp_path):
     lines = [line for line in lines if line]
     assert len(lines) == 4
     code = f"{imports}\nfor line in {lines!r}:\n    try:\n        exec(line)\n    except Exception as e:\n        print(type(e).__name__, e)"
-    result = run(code, tmp_path, KAGGLE_API_TOKEN="", HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
+    result = run(
+        code,
+        tmp_path,
+        KAGGLE_API_TOKEN="",
+        HTTPS_PROXY="http://127.0.0.1:9",
+        HTTP_PROXY="http://127.0.0.1:9",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    bundled, hugging_face, kaggle, folder = re.split(r"^(?=FileNotFoundError |ValueError )", result.stdout, flags=re.M)[
-        1:
-    ]
+    bundled, hugging_face, kaggle, folder = re.split(
+        r"^(?=FileNotFoundError |ValueError )", result.stdout, flags=re.M
+    )[1:]
     assert "Three ways" in bundled and "hf auth login" in bundled
     assert "hf://google/vaultgemma-1b" in hugging_face
     assert "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2" in kaggle

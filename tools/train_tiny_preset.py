@@ -19,7 +19,12 @@ import keras
 import numpy as np
 import sentencepiece
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor, VaultGemmaTokenizer
+from keras_vaultgemma import (
+    VaultGemmaBackbone,
+    VaultGemmaCausalLM,
+    VaultGemmaCausalLMPreprocessor,
+    VaultGemmaTokenizer,
+)
 from keras_vaultgemma.data.token_ids import pad_rows
 
 SEQUENCE_LENGTH = 256
@@ -41,7 +46,22 @@ def train_vocabulary(paragraphs, size):
     """SentencePiece BPE model of `size` pieces in Gemma's layout, as bytes."""
     names = ["<mask>", *(f"<unused{i}>" for i in range(101)), "<start_of_turn>", "<end_of_turn>"]
     names += ["\n" * n for n in range(1, 32)] + ["\u2581" * n for n in range(2, 32)]
-    tags = ["table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6"]
+    tags = [
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tfoot",
+        "tr",
+        "th",
+        "td",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+    ]
     tags += ["blockquote", "strong", "em", "b", "i", "u", "s", "sub", "sup", "code"]
     names += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
     model = io.BytesIO()
@@ -98,7 +118,12 @@ class Batches(keras.utils.PyDataset):
 
     def __init__(self, paragraphs, processor, dropout, batch_size, seed=0, **kwargs):
         super().__init__(**kwargs)
-        self.paragraphs, self.processor, self.dropout, self.batch_size = paragraphs, processor, dropout, batch_size
+        self.paragraphs, self.processor, self.dropout, self.batch_size = (
+            paragraphs,
+            processor,
+            dropout,
+            batch_size,
+        )
         self.rng = np.random.default_rng(seed)
         sentencepiece.set_random_generator_seed(seed)
         self._draw()
@@ -116,7 +141,9 @@ class Batches(keras.utils.PyDataset):
         return self.length
 
     def __getitem__(self, index):
-        return arrays(self.rows[index * self.batch_size : (index + 1) * self.batch_size], SEQUENCE_LENGTH)
+        return arrays(
+            self.rows[index * self.batch_size : (index + 1) * self.batch_size], SEQUENCE_LENGTH
+        )
 
     def on_epoch_end(self):
         self._draw()
@@ -134,8 +161,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--epochs", type=int, default=12, help="at most; also the length of the learning-rate schedule")
-    parser.add_argument("--patience", type=int, default=2, help="epochs without a lower held-out loss before the end")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=12,
+        help="at most; also the length of the learning-rate schedule",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=2,
+        help="epochs without a lower held-out loss before the end",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -160,7 +197,9 @@ def main():
         initializer_range=0.05,
         name="vaultgemma_tiny",
     )
-    preprocessor = VaultGemmaCausalLMPreprocessor(VaultGemmaTokenizer(proto=proto), sequence_length=SEQUENCE_LENGTH)
+    preprocessor = VaultGemmaCausalLMPreprocessor(
+        VaultGemmaTokenizer(proto=proto), sequence_length=SEQUENCE_LENGTH
+    )
     model = VaultGemmaCausalLM(backbone, preprocessor)
     backbone.summary()
 
@@ -173,11 +212,15 @@ def main():
         warmup_target=options.learning_rate,
         warmup_steps=min(200, steps),
     )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=options.weight_decay, beta_2=0.98, clipnorm=1.0)
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=options.weight_decay, beta_2=0.98, clipnorm=1.0
+    )
     optimizer.exclude_from_weight_decay(var_names=["scale"])
     model.compile(optimizer)
     validation = arrays(rows_of(held_out, processor.encode, SEQUENCE_LENGTH), SEQUENCE_LENGTH)
-    stop = keras.callbacks.EarlyStopping("val_loss", patience=options.patience, restore_best_weights=True)
+    stop = keras.callbacks.EarlyStopping(
+        "val_loss", patience=options.patience, restore_best_weights=True
+    )
     history = model.fit(
         batches,
         steps_per_epoch=options.steps,
@@ -199,7 +242,10 @@ def write_card(target, backbone, bits, steps, options, training, held_out):
     """metadata.json and README.md of the preset."""
     metadata_file = target / "metadata.json"
     metadata = json.loads(metadata_file.read_text())
-    size = {name: sum(len(p.encode()) for p in part) for name, part in (("training", training), ("held_out", held_out))}
+    size = {
+        name: sum(len(p.encode()) for p in part)
+        for name, part in (("training", training), ("held_out", held_out))
+    }
     metadata |= {
         "description": "A VaultGemma of 2.8 M parameters, trained on children's classics: for tests and first steps.",
         "license": "Apache-2.0",

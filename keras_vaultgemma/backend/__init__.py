@@ -5,7 +5,14 @@ PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs se
 nothing that this package uses.
 """
 
-from keras_vaultgemma.backend.autodiff import add_in_place, fused, gradients, multiply_no_nan, remat, while_loop
+from keras_vaultgemma.backend.autodiff import (
+    add_in_place,
+    fused,
+    gradients,
+    multiply_no_nan,
+    remat,
+    while_loop,
+)
 from keras_vaultgemma.backend.compile import (
     COMPILES_LAYERS,
     cache_compilations,
@@ -18,7 +25,12 @@ from keras_vaultgemma.backend.compile import (
 from keras_vaultgemma.backend.matmul import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
 from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
-from keras_vaultgemma.backend.sharding import all_gathered, check_distribution_support, per_device, unsupported_executor
+from keras_vaultgemma.backend.sharding import (
+    all_gathered,
+    check_distribution_support,
+    per_device,
+    unsupported_executor,
+)
 from keras_vaultgemma.backend.tensors import (
     as_argument,
     from_numpy,

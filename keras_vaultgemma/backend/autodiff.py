@@ -34,7 +34,9 @@ def gradients(function, tensors, jit_compile=False):
         lookups = []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tensors)
-            token = _TAPE.set(None if jit_compile else (tape, tf.compat.v1.get_default_graph(), tensors, lookups))
+            token = _TAPE.set(
+                None if jit_compile else (tape, tf.compat.v1.get_default_graph(), tensors, lookups)
+            )
             try:
                 scalar, others = function(tensors)
             finally:
@@ -42,11 +44,16 @@ def gradients(function, tensors, jit_compile=False):
         sources = [*tensors, *[rows for _, _, rows in lookups]]
         found = tape.gradient(scalar, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         # Where `function` looks rows up by itself, their gradient is a list of rows.
-        found, of_rows = [tf.convert_to_tensor(x) for x in found[: len(tensors)]], found[len(tensors) :]
+        found, of_rows = (
+            [tf.convert_to_tensor(x) for x in found[: len(tensors)]],
+            found[len(tensors) :],
+        )
         for (i, ids, _), rows in zip(lookups, of_rows, strict=True):
             # What `after` returns is nothing else's memory.
             rows = tf.reshape(rows, (-1, rows.shape[-1]))
-            found[i] = tf.raw_ops.InplaceAdd(x=schedule_after(found[i], rows), i=tf.reshape(ids, (-1,)), v=rows)
+            found[i] = tf.raw_ops.InplaceAdd(
+                x=schedule_after(found[i], rows), i=tf.reshape(ids, (-1,)), v=rows
+            )
         return found, others
 
     import torch
@@ -55,7 +62,10 @@ def gradients(function, tensors, jit_compile=False):
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
         scalar, others = function(tensors)
         found = torch.autograd.grad(scalar, tensors, allow_unused=True)
-    found = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, tensors, strict=True)]
+    found = [
+        torch.zeros_like(x) if gradient is None else gradient
+        for gradient, x in zip(found, tensors, strict=True)
+    ]
     return found, keras.tree.map_structure(lambda x: x.detach(), others)
 
 

@@ -53,7 +53,10 @@ def compile_function(function, variables, donate=(), fused=True, layers=None):
 def _compile_layers(function, variables, layers, donate, fused):
     if not COMPILES_LAYERS:
         options = dict(donate=donate, fused=fused)
-        return [compile_function(functools.partial(function, layer), variables, **options) for layer in layers]
+        return [
+            compile_function(functools.partial(function, layer), variables, **options)
+            for layer in layers
+        ]
     of_layers = {id(v) for layer in layers for v in layer.variables}
     shared = [v for v in variables if id(v) not in of_layers]
     programs, functions = {}, []
@@ -119,7 +122,9 @@ def compile_step(function, variables):
                 return keras.tree.pack_sequence_as(structure, program(values + leaves))
 
             def stateless(tensors):
-                with keras.StatelessScope(state_mapping=zip(variables, tensors[: len(variables)], strict=True)):
+                with keras.StatelessScope(
+                    state_mapping=zip(variables, tensors[: len(variables)], strict=True)
+                ):
                     return function(*keras.tree.pack_sequence_as(args, tensors[len(variables) :]))
 
             program, result = Recording.of(stateless, values + leaves)
@@ -159,7 +164,9 @@ def trace_once(layers):
             return layers[0](*args, **kwargs)
 
     def function_of(layer):
-        return lambda *args, **kwargs: call_first([value_of(v) for v in layer.variables], args, kwargs)
+        return lambda *args, **kwargs: call_first(
+            [value_of(v) for v in layer.variables], args, kwargs
+        )
 
     return [function_of(layer) for layer in layers]
 

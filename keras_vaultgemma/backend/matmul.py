@@ -80,7 +80,9 @@ def _jax_expanded():
         x, kernel = values
         rows = x if kernel.ndim == 3 else x.reshape(-1, x.shape[-1])
         of_rows = upstream if kernel.ndim == 3 else upstream.reshape(-1, upstream.shape[-1])
-        return jnp.matmul(upstream, jnp.swapaxes(kernel, -1, -2)), jnp.matmul(jnp.swapaxes(rows, -1, -2), of_rows)
+        return jnp.matmul(upstream, jnp.swapaxes(kernel, -1, -2)), jnp.matmul(
+            jnp.swapaxes(rows, -1, -2), of_rows
+        )
 
     product.defvjp(lambda *values: (product(*values), values), gradients)
     return product
@@ -100,7 +102,9 @@ def int8_matmul(x, kernel, transposed=False):
         import torch
 
         kernel = kernel.t() if transposed else kernel
-        return torch._int_mm(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
+        return torch._int_mm(x.reshape(-1, x.shape[-1]), kernel).reshape(
+            *x.shape[:-1], kernel.shape[1]
+        )
     if NAME == "jax" and _is_jax_cpu():
         if _is_short_row(x, LANES if transposed else ROWS):
             return _jax_transposed_int8_row(x, kernel) if transposed else _jax_int8_row(x, kernel)
@@ -121,7 +125,9 @@ def _tensorflow_matmul(x, kernel):
     count, (out, size) = rows.shape[0], kernel.shape
     if count and 1 < count <= MOST_FEW_ROWS and out % 2 == 0 and not _has_tensorflow_gpu():
         # Two halves: else XLA would turn the product round, and without XLA it is slower.
-        product = tf.matmul(tf.reshape(kernel, (2, -1, size)), tf.stack([rows, rows]), transpose_b=True)
+        product = tf.matmul(
+            tf.reshape(kernel, (2, -1, size)), tf.stack([rows, rows]), transpose_b=True
+        )
         product = tf.transpose(product, (2, 0, 1))
     else:
         product = tf.matmul(rows, kernel, transpose_b=True)
@@ -232,7 +238,9 @@ def _jax_matmul(x, kernel, transposed, dtype, least_rows=1):
         rows = jax.lax.optimization_barrier(jax.numpy.concatenate([rows, rows]))
     if transposed and rows.dtype != "int8" and 1 < len(rows) <= MOST_FEW_ROWS and _is_jax_cpu():
         # The barrier keeps XLA from turning it round again.
-        product = jax.lax.dot_general(kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        product = jax.lax.dot_general(
+            kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+        )
         product = jax.lax.optimization_barrier(product).T[:count]
     else:
         axes = (((1,), (1 if transposed else 0,)), ((), ()))

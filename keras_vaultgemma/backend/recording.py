@@ -7,7 +7,11 @@ import keras
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ONEDNN = torch.ops.mkldnn._linear_pointwise.default if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+_ONEDNN = (
+    torch.ops.mkldnn._linear_pointwise.default
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
 
 
 class Recording:

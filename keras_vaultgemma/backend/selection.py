@@ -19,7 +19,9 @@ def _choose_backend():
         return
     named = os.environ.get("KERAS_BACKEND")
     if named and named not in BACKENDS:
-        raise ValueError(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: KERAS_BACKEND={named!r}")
+        raise ValueError(
+            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: KERAS_BACKEND={named!r}"
+        )
     home = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
     if named or (home / "keras.json").exists() or importlib.util.find_spec("tensorflow"):
         return

@@ -65,7 +65,9 @@ def per_device(function, divided, whole):
     specs = (jax.sharding.PartitionSpec(axis), jax.sharding.PartitionSpec())
     mesh = distribution.device_mesh.backend_mesh
     # Other axes of the mesh stay the compiler's.
-    program = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={axis}, check_vma=False)
+    program = jax.shard_map(
+        share, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={axis}, check_vma=False
+    )
     return program(divided, whole)
 
 

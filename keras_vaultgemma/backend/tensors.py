@@ -26,16 +26,24 @@ def from_numpy(array, layout=None):
         mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
         sharding = jax.sharding.NamedSharding(mesh, layout.spec)
         # A copy of the part, for a view would keep the whole.
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: array[index].copy()
+        )
     is_bfloat16 = array.dtype.name == "bfloat16"
     if NAME == "torch":
         import torch
 
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
+        return (
+            torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+            if is_bfloat16
+            else torch.from_numpy(array)
+        )
     if NAME == "tensorflow" and array.ctypes.data % 64 == 0:
         import tensorflow as tf
 
-        tensor = tf.experimental.dlpack.from_dlpack((array.view("uint16") if is_bfloat16 else array).__dlpack__())
+        tensor = tf.experimental.dlpack.from_dlpack(
+            (array.view("uint16") if is_bfloat16 else array).__dlpack__()
+        )
         return tf.bitcast(tensor, tf.bfloat16) if is_bfloat16 else tensor
     return array
 

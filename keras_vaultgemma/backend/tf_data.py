@@ -23,10 +23,14 @@ def tensorflow_dataset(make_batches, structure):
         structure: a batch's nest with a `keras.KerasTensor` for each array.
     """
     if NAME != "tensorflow":
-        raise ValueError(f"A `tf.data.Dataset` needs the TensorFlow backend. Received: the backend {NAME!r}")
+        raise ValueError(
+            f"A `tf.data.Dataset` needs the TensorFlow backend. Received: the backend {NAME!r}"
+        )
     import tensorflow as tf
 
-    signature = keras.tree.map_structure(lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), structure)
+    signature = keras.tree.map_structure(
+        lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), structure
+    )
     return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
 
 
@@ -43,5 +47,7 @@ def in_tensorflow_graph(function, inputs, shapes, dtypes):
     """
     import tensorflow as tf
 
-    outputs = tf.numpy_function(lambda *args: function(*args), inputs, [tf.as_dtype(d) for d in dtypes])
+    outputs = tf.numpy_function(
+        lambda *args: function(*args), inputs, [tf.as_dtype(d) for d in dtypes]
+    )
     return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]

@@ -32,7 +32,9 @@ def train_step(model, step, *args):
     ]
     with keras.StatelessScope(state_mapping=values) as scope:
         logs = step(data)
-    return logs, tuple([scope.get_current_value(variable) for variable in variables] for variables in groups)
+    return logs, tuple(
+        [scope.get_current_value(variable) for variable in variables] for variables in groups
+    )
 
 
 # MERGED: """Normal deviates from a seed of 128 bits."""

@@ -67,7 +67,11 @@ KERAS_HUB_FIELDS = {
     "num_query_heads": ("num_query_heads", None, COUNT),
     "num_key_value_heads": ("num_key_value_heads", None, COUNT),
     "hidden_dim": ("hidden_dim", None, COUNT),
-    "intermediate_dim": ("intermediate_dim", None, ("an even integer above 0", lambda v: _is_count(v) and v % 2 == 0)),
+    "intermediate_dim": (
+        "intermediate_dim",
+        None,
+        ("an even integer above 0", lambda v: _is_count(v) and v % 2 == 0),
+    ),
     "head_dim": ("head_dim", None, COUNT),
     "attention_logit_soft_cap": ("attention_logit_soft_cap", None, CAP),
     "final_logit_soft_cap": ("final_logit_soft_cap", None, CAP),
@@ -121,9 +125,16 @@ def read_config(folder):
         arguments = (_keras if config["registered_name"] == KERAS else _keras_hub)(path, config)
     heads, groups = arguments["num_query_heads"], arguments["num_key_value_heads"]
     if heads % groups:
-        _reject(path, "num_query_heads", f"a multiple of the number of key-value heads, {groups}", heads)
+        _reject(
+            path, "num_query_heads", f"a multiple of the number of key-value heads, {groups}", heads
+        )
     if arguments["head_dim"] % 2:
-        _reject(path, "head_dim", "even, for rotary positions turn pairs of channels", arguments["head_dim"])
+        _reject(
+            path,
+            "head_dim",
+            "even, for rotary positions turn pairs of channels",
+            arguments["head_dim"],
+        )
     return {argument: arguments[argument] for argument in KERAS_FIELDS}
 
 
@@ -154,7 +165,9 @@ def _hugging_face(path, config):
         _reject(path, "model_type", repr(MODEL_TYPE), config.get("model_type"))
     arguments = _read(path, config, HUGGING_FACE_FIELDS)
     if config.get("attention_dropout"):
-        warnings.warn(f"{path}: `attention_dropout` is ignored; training here has no dropout", stacklevel=4)
+        warnings.warn(
+            f"{path}: `attention_dropout` is ignored; training here has no dropout", stacklevel=4
+        )
 
     if arguments["layer_types"] is None:  # transformers alternates, sliding first
         arguments["layer_types"] = _alternating(arguments["num_layers"])
@@ -165,7 +178,9 @@ def _hugging_face(path, config):
     rope = config.get(field) or {}
     fine = isinstance(rope, dict) and rope.keys() <= {"rope_type", "type", "rope_theta"}
     if not fine or rope.get("rope_type", rope.get("type", "default")) != "default":
-        _reject(path, field, "null, or of the rope_type 'default' with no more than a rope_theta", rope)
+        _reject(
+            path, field, "null, or of the rope_type 'default' with no more than a rope_theta", rope
+        )
     arguments["rope_theta"] = theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     if not _is_number(theta):
         _reject(path, "rope_theta", NUMBER[0], theta)
@@ -187,7 +202,9 @@ def _keras(path, config):
     config = _class_config(path, config)
     unknown = sorted(config.keys() - KERAS_FIELDS.keys() - {"name", "trainable", "dtype"})
     if unknown:
-        _reject(path, unknown[0], "absent, for the backbone has no such argument", config[unknown[0]])
+        _reject(
+            path, unknown[0], "absent, for the backbone has no such argument", config[unknown[0]]
+        )
     arguments = _with_defaults(_read(path, config, KERAS_FIELDS))
     _check_layers(path, arguments, "num_layers", "sliding_window_size")
     return arguments
@@ -210,9 +227,17 @@ def _class_config(path, config):
 
 
 def _check_layers(path, arguments, count_field, window_field):
-    count, types, window = (arguments[name] for name in ("num_layers", "layer_types", "sliding_window_size"))
-    if not isinstance(types, list) or len(types) != count or not all(name in LAYER_TYPES for name in types):
-        legal = f"null or a list of {count} (`{count_field}`) of {' and '.join(map(repr, LAYER_TYPES))}"
+    count, types, window = (
+        arguments[name] for name in ("num_layers", "layer_types", "sliding_window_size")
+    )
+    if (
+        not isinstance(types, list)
+        or len(types) != count
+        or not all(name in LAYER_TYPES for name in types)
+    ):
+        legal = (
+            f"null or a list of {count} (`{count_field}`) of {' and '.join(map(repr, LAYER_TYPES))}"
+        )
         _reject(path, "layer_types", legal, types)
     if not _is_count(window) and (window is not None or "sliding_attention" in types):
         _reject(path, window_field, COUNT[0] + ", or null where no layer slides", window)

@@ -37,7 +37,9 @@ def open_hdf5(path):
             file.visititems(visit)
     # HDF5 reports damage as any of these.
     except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is missing, cut short or no Keras weights file: {error}") from error
+        raise ValueError(
+            f"{path} is missing, cut short or no Keras weights file: {error}"
+        ) from error
     return tensors
 
 
@@ -76,13 +78,19 @@ def write_hdf5(path, tensors, dtype, layer_names, report=lambda name, count: Non
 
 def _map(path, name, dataset):
     dtype = dataset.dtype
-    if dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16":  # HDF5 has no such type
+    if (
+        dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16"
+    ):  # HDF5 has no such type
         dtype = BFLOAT16
     if dtype not in DTYPES:
         raise ValueError(f"{path}: {name} must be float32, float16 or bfloat16. Received: {dtype}")
-    offset = dataset.id.get_offset()  # none where the bytes are compressed, in pieces, in another file or not there
+    offset = (
+        dataset.id.get_offset()
+    )  # none where the bytes are compressed, in pieces, in another file or not there
     if offset is None or dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path}: {name} must be stored in this file, in one piece and not compressed, as Keras does")
+        raise ValueError(
+            f"{path}: {name} must be stored in this file, in one piece and not compressed, as Keras does"
+        )
     end = offset + dtype.itemsize * math.prod(dataset.shape)
     if end > path.stat().st_size:
         raise ValueError(f"{path} is cut short: {name} ends at byte {end} of {path.stat().st_size}")

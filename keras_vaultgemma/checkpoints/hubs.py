@@ -39,15 +39,25 @@ def from_hugging_face(preset, patterns):
     except Exception as error:  # also those of the HTTP library, which differs between versions
         cause = obstacle or error
         if isinstance(cause, errors.HFValidationError):
-            raise ValueError(f"`preset` must be hf://org/name[@revision]. Received: {preset!r}") from cause
+            raise ValueError(
+                f"`preset` must be hf://org/name[@revision]. Received: {preset!r}"
+            ) from cause
         if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
             page = f"https://huggingface.co/{name}"
-            raise FileNotFoundError(f"{preset} is gated: accept its terms at {page}, then `hf auth login`") from cause
+            raise FileNotFoundError(
+                f"{preset} is gated: accept its terms at {page}, then `hf auth login`"
+            ) from cause
         if isinstance(cause, errors.RepositoryNotFoundError):
-            raise ValueError(f"{preset} does not exist, or is private and needs `hf auth login`") from cause
+            raise ValueError(
+                f"{preset} does not exist, or is private and needs `hf auth login`"
+            ) from cause
         if isinstance(cause, errors.RevisionNotFoundError):
             raise ValueError(f"{preset} has no revision {revision!r}") from cause
-        problem = "is not in the local cache, and the hub cannot be asked" if offline else "could not be downloaded"
+        problem = (
+            "is not in the local cache, and the hub cannot be asked"
+            if offline
+            else "could not be downloaded"
+        )
         raise FileNotFoundError(f"{preset} {problem}: {_one_line(cause)}") from cause
     for path in Path(folder).rglob("*"):
         if path.is_file():
@@ -67,7 +77,9 @@ def from_kaggle(preset):
         FileNotFoundError: where it cannot be fetched.
     """
     if not re.fullmatch(r"kaggle://([^/]+/){3}[^/]+(/\d+)?", preset):
-        raise ValueError(f"`preset` must be kaggle://org/model/framework/variation[/version]. Received: {preset!r}")
+        raise ValueError(
+            f"`preset` must be kaggle://org/model/framework/variation[/version]. Received: {preset!r}"
+        )
     try:
         import kagglehub
     except ImportError as error:

@@ -7,7 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 """The dtypes that weights may have, by Keras's names for them."""
 
 BLOCK = 2**25
@@ -179,4 +183,6 @@ def _check_range(name, source, cast):
     if lost.any():
         value = float(np.abs(source[lost]).max())
         legal = float(ml_dtypes.finfo(cast.dtype).max)
-        raise ValueError(f"{name} must be from {-legal:g} to {legal:g} for {cast.dtype}. Received: ±{value:g}")
+        raise ValueError(
+            f"{name} must be from {-legal:g} to {legal:g} for {cast.dtype}. Received: ±{value:g}"
+        )

@@ -22,7 +22,9 @@ STATED = ("license", "sources", "privacy")
 def model_files(folder):
     """Paths, in a fixed order, of the files in a folder that belong to a model in any of the formats."""
     patterns = [*presets.DOWNLOADS["weights"], "assets/*/*.spm", "README.md"]
-    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+    return sorted(
+        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    )
 
 
 def digests(folder, report=lambda name, count: None):
@@ -135,10 +137,18 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
     use = USE[to].format(
         without_text="" if has_vocabulary else ", preprocessor=None",
         and_tokenizer=", AutoTokenizer" if has_vocabulary else "",
-        load_tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")' if has_vocabulary else "",
+        load_tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+        if has_vocabulary
+        else "",
     )
-    layers = {name: hyperparameters["layer_types"].count(name) for name in sorted(set(hyperparameters["layer_types"]))}
-    shown = {**hyperparameters, "layer_types": ", ".join(f"{count} x {name}" for name, count in layers.items())}
+    layers = {
+        name: hyperparameters["layer_types"].count(name)
+        for name in sorted(set(hyperparameters["layer_types"]))
+    }
+    shown = {
+        **hyperparameters,
+        "layer_types": ", ".join(f"{count} x {name}" for name, count in layers.items()),
+    }
     return "\n".join(
         [
             "---",

@@ -13,7 +13,12 @@ LEDGER = "privacy_ledger.jsonl"
 FILES = {
     "config": (CONFIG,),
     "vocabulary": ("tokenizer.model", "assets/tokenizer/vocabulary.spm"),
-    "weights": ("model.weights.h5", "model.weights.json", "model.safetensors", "model.safetensors.index.json"),
+    "weights": (
+        "model.weights.h5",
+        "model.weights.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ),
 }
 """What a caller may need of a preset, and the files of which one must be there, in Hugging Face's or Keras's layout."""
 
@@ -24,7 +29,12 @@ DOWNLOADS = {
 }
 """The same as patterns for a download; the rest of a repository is other formats of the same weights."""
 
-HUBS = {"vaultgemma_1b": ("hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2")}
+HUBS = {
+    "vaultgemma_1b": (
+        "hf://google/vaultgemma-1b",
+        "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2",
+    )
+}
 """Bundled presets whose weights are not bundled, and where they are."""
 
 RELEASE = "vaultgemma_1b"
@@ -35,8 +45,14 @@ def bundled():
     """Folder of each bundled preset by name."""
     package = Path(__file__).parents[1]
     # Inside a wheel the presets stand in the package, in a checkout beside it.
-    root = next((p for p in (package / "bundled_presets", package.parent / "presets") if p.is_dir()), None)
-    return {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG).exists()} if root else {}
+    root = next(
+        (p for p in (package / "bundled_presets", package.parent / "presets") if p.is_dir()), None
+    )
+    return (
+        {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG).exists()}
+        if root
+        else {}
+    )
 
 
 def release_metadata(preset, parameter_count):
@@ -94,20 +110,28 @@ def find(preset, need="weights"):
             f"kaggle://org/model/framework/variation[/version]. Received: {preset!r}"
         )
     if not file(folder, "config"):
-        raise ValueError(f"{preset} has no {CONFIG}, so it is neither a preset nor a Hugging Face checkpoint")
+        raise ValueError(
+            f"{preset} has no {CONFIG}, so it is neither a preset nor a Hugging Face checkpoint"
+        )
     if not file(folder, need):
-        raise FileNotFoundError(f"{preset} has no {need}: none of {', '.join(FILES[need])} is there")
+        raise FileNotFoundError(
+            f"{preset} has no {need}: none of {', '.join(FILES[need])} is there"
+        )
     return folder
 
 
 def file(folder, need):
     """Path of the folder's "config", "vocabulary" or "weights" (a single file or the index of several), or None."""
-    return next((Path(folder) / name for name in FILES[need] if (Path(folder) / name).is_file()), None)
+    return next(
+        (Path(folder) / name for name in FILES[need] if (Path(folder) / name).is_file()), None
+    )
 
 
 def is_keras(folder):
     """Whether a folder is a Keras preset of this package (and not a Hugging Face or other checkpoint)."""
-    return str(read_json(Path(folder) / CONFIG).get("registered_name")).startswith("keras_vaultgemma>")
+    return str(read_json(Path(folder) / CONFIG).get("registered_name")).startswith(
+        "keras_vaultgemma>"
+    )
 
 
 def _fetch(name, need):

@@ -54,11 +54,13 @@ def open_values(folder):
         tensors = open_hdf5(folder / WEIGHTS_FILE)
     head = tensors.pop(HEAD, None) if layout_format == weight_map.HUGGING_FACE else None
     weights = weight_map.weight_map(hyperparameters)
-    places = {weight.path: weight.places[layout_format] for weight in weights}
+    places = {weight.path: weight.locations[layout_format] for weight in weights}
     _check_head(folder, head, tensors.get(EMBEDDING))
     check_shapes(folder, {place.name: place.shape for place in places.values()}, tensors)
     return hyperparameters, {
-        weight.path: LazyTensor(tensors[places[weight.path].name], places[weight.path], weight.shape)
+        weight.path: LazyTensor(
+            tensors[places[weight.path].name], places[weight.path], weight.shape
+        )
         for weight in weights
     }
 
@@ -86,9 +88,13 @@ def load_weights(backbone, folder):
     for path, value in values.items():
         shape = tuple(variables[path].shape) if path in variables else None
         if shape != value.shape:
-            raise ValueError(f"{path} is misshapen in {folder}. Expected shape: {shape}. Found: {value.shape}")
+            raise ValueError(
+                f"{path} is misshapen in {folder}. Expected shape: {shape}. Found: {value.shape}"
+            )
     layers = {path.rpartition("/")[0] for path in values}
-    for path in sorted(path for path in variables.keys() - values.keys() if path.rpartition("/")[0] not in layers):
+    for path in sorted(
+        path for path in variables.keys() - values.keys() if path.rpartition("/")[0] not in layers
+    ):
         raise ValueError(
             f"{path} is missing from {folder}. Expected shape: {tuple(variables[path].shape)}. Found: None"
         )
@@ -124,7 +130,9 @@ def _is_finite(value):
 def _check_that_it_is_plain(folder):
     policy = keras_policy(folder)
     if policy is None:
-        raise KerasOnly(f"{folder / presets.CONFIG}: `dtype` must be one floating-point policy, not a quantized one")
+        raise KerasOnly(
+            f"{folder / presets.CONFIG}: `dtype` must be one floating-point policy, not a quantized one"
+        )
     if not (folder / WEIGHTS_FILE).is_file() and (folder / SHARD_INDEX).is_file():
         raise KerasOnly(
             f"{folder} must have its weights in one file, {WEIGHTS_FILE}. Received: several, listed in {SHARD_INDEX}"
@@ -137,8 +145,16 @@ def check_shapes(folder, shapes, tensors):
         expected = shapes.get(name)
         found = tensors[name].shape if name in tensors else None
         if expected != found:
-            problem = "is missing from" if found is None else "is unknown in" if expected is None else "is misshapen in"
-            raise ValueError(f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}")
+            problem = (
+                "is missing from"
+                if found is None
+                else "is unknown in"
+                if expected is None
+                else "is misshapen in"
+            )
+            raise ValueError(
+                f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}"
+            )
 
 
 def _check_head(folder, head, embedding):

@@ -29,22 +29,30 @@ def open_tensors(folder):
     """
     folder = Path(folder)
     index = folder / INDEX
-    if (folder / SINGLE).exists() or not index.exists():  # transformers looks for the single file first, too
+    if (
+        folder / SINGLE
+    ).exists() or not index.exists():  # transformers looks for the single file first, too
         return open_safetensors(folder / SINGLE)
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index}: `weight_map` must be an object from tensor names to files. Received: {names!r}")
+        raise ValueError(
+            f"{index}: `weight_map` must be an object from tensor names to files. Received: {names!r}"
+        )
     tensors = {}
     for file in sorted(set(map(str, names.values()))):
         if "/" in file or "\\" in file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: files must be *.safetensors in the index's own folder. Received: {file!r}")
+            raise ValueError(
+                f"{index}: files must be *.safetensors in the index's own folder. Received: {file!r}"
+            )
         for name, tensor in open_safetensors(folder / file).items():
             if names.get(name) != file:
                 raise ValueError(f"{index} puts {name} into {names.get(name)!r}, and {file} has it")
             tensors[name] = tensor
     missing = sorted(names.keys() - tensors.keys())
     if missing:
-        raise ValueError(f"{index} puts {missing[0]} into {names[missing[0]]!r}, which does not have it")
+        raise ValueError(
+            f"{index} puts {missing[0]} into {names[missing[0]]!r}, which does not have it"
+        )
     return tensors
 
 
@@ -59,7 +67,11 @@ def open_safetensors(path):
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = (
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
             fine = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
             if not fine or end - begin != dtype.itemsize * math.prod(shape):
                 raise ValueError
@@ -72,12 +84,18 @@ def open_safetensors(path):
                 f"that agree. Received: {str(entry)[:200]}"
             ) from error
     end = 0
-    for begin, next_end, name in sorted(spans):  # the format has no gaps, so an overlap cannot hide behind one
+    for begin, next_end, name in sorted(
+        spans
+    ):  # the format has no gaps, so an overlap cannot hide behind one
         if begin != end:
-            raise ValueError(f"{path}: {name} must begin at byte {end} of the data. Received: {begin}")
+            raise ValueError(
+                f"{path}: {name} must begin at byte {end} of the data. Received: {begin}"
+            )
         end = next_end
     if end != len(data):
-        raise ValueError(f"{path} must have {end} bytes of data, and is cut short or damaged. Received: {len(data)}")
+        raise ValueError(
+            f"{path} must have {end} bytes of data, and is cut short or damaged. Received: {len(data)}"
+        )
     return tensors
 
 
@@ -117,7 +135,11 @@ def write_safetensors(path, tensors, dtype, report=lambda name, count: None):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for place, _ in tensors:
         begin, end = end, end + dtype.itemsize * math.prod(place.shape)
-        header[place.name] = {"dtype": code, "shape": list(place.shape), "data_offsets": [begin, end]}
+        header[place.name] = {
+            "dtype": code,
+            "shape": list(place.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors lie at multiples of 8 bytes
     with path.open("wb") as file:
@@ -137,9 +159,15 @@ def _read_header(path):
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is cut short or no safetensors file: {size} bytes, a header of {length}")
+            raise ValueError(
+                f"{path} is cut short or no safetensors file: {size} bytes, a header of {length}"
+            )
         if length > MAX_HEADER:
-            raise ValueError(f"{path}: the header must have at most {MAX_HEADER} bytes. Received: {length}")
+            raise ValueError(
+                f"{path}: the header must have at most {MAX_HEADER} bytes. Received: {length}"
+            )
         header = parse_json(file.read(length), f"The header of {path}")
     header.pop("__metadata__", None)
-    return header, np.memmap(path, mode="r", offset=8 + length) if size > 8 + length else np.empty(0, "uint8")
+    return header, np.memmap(path, mode="r", offset=8 + length) if size > 8 + length else np.empty(
+        0, "uint8"
+    )

@@ -33,7 +33,9 @@ class Location(NamedTuple):
 
     def from_variable(self, value):
         """A variable's value as the file has it; a view where that can be."""
-        return value.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
+        return value.reshape([self.shape[axis] for axis in self.axes]).transpose(
+            np.argsort(self.axes)
+        )
 
 
 class Weight(NamedTuple):
@@ -42,12 +44,12 @@ class Weight(NamedTuple):
     Args:
         path: of the backbone's variable.
         shape: of the variable.
-        places: `{format: Place}`.
+        locations: `{format: Location}`.
     """
 
     path: str
     shape: tuple
-    places: dict
+    locations: dict
 
     @property
     def size(self):
@@ -68,17 +70,40 @@ def weight_map(hyperparameters):
     h = hyperparameters
     V, D, F, H = h["vocabulary_size"], h["hidden_dim"], h["intermediate_dim"], h["head_dim"]
     N, K = h["num_query_heads"], h["num_key_value_heads"]
-    embeddings = _Names("token_embedding/embeddings", "model.embed_tokens", *["layers/reversible_embedding"] * 2)
+    embeddings = _Names(
+        "token_embedding/embeddings", "model.embed_tokens", *["layers/reversible_embedding"] * 2
+    )
     weights = [_same(embeddings, (V, D))]
     for i in range(h["num_layers"]):
         block = _Block(i)
         weights += [
-            _same(block.names("attention_norm/scale", "input_layernorm", "pre_attention_norm"), (D,)),
-            _into_heads(block.names("attention/query/weight", "self_attn.q_proj", "attention/query_dense"), D, N, H),
-            _into_heads(block.names("attention/key/weight", "self_attn.k_proj", "attention/key_dense"), D, K, H),
-            _into_heads(block.names("attention/value/weight", "self_attn.v_proj", "attention/value_dense"), D, K, H),
+            _same(
+                block.names("attention_norm/scale", "input_layernorm", "pre_attention_norm"), (D,)
+            ),
+            _into_heads(
+                block.names("attention/query/weight", "self_attn.q_proj", "attention/query_dense"),
+                D,
+                N,
+                H,
+            ),
+            _into_heads(
+                block.names("attention/key/weight", "self_attn.k_proj", "attention/key_dense"),
+                D,
+                K,
+                H,
+            ),
+            _into_heads(
+                block.names("attention/value/weight", "self_attn.v_proj", "attention/value_dense"),
+                D,
+                K,
+                H,
+            ),
             _projection(
-                block.names("attention/attention_output/weight", "self_attn.o_proj", "attention/output_dense"),
+                block.names(
+                    "attention/attention_output/weight",
+                    "self_attn.o_proj",
+                    "attention/output_dense",
+                ),
                 (D, N * H),
                 Location("", (N, H, D), (2, 0, 1)),
             ),
@@ -87,7 +112,9 @@ def weight_map(hyperparameters):
             _projection(block.names("up/weight", "mlp.up_proj", "gating_ffw_2"), (F, D)),
             _projection(block.names("down/weight", "mlp.down_proj", "ffw_linear"), (D, F)),
         ]
-    final_norm = _Names("final_norm/scale", "model.norm", "layers/rms_normalization", "layers/rms_norm")
+    final_norm = _Names(
+        "final_norm/scale", "model.norm", "layers/rms_normalization", "layers/rms_norm"
+    )
     return [*weights, _same(final_norm, (D,))]
 
 
@@ -127,13 +154,15 @@ def _projection(names, shape, keras_hub=None):
 
 
 def _into_heads(names, width, heads, head_dim):
-    return _projection(names, (heads * head_dim, width), Location("", (heads, width, head_dim), (0, 2, 1)))
+    return _projection(
+        names, (heads * head_dim, width), Location("", (heads, width, head_dim), (0, 2, 1))
+    )
 
 
 def _weight(names, shape, keras_hub, keras):
-    places = {
+    locations = {
         HUGGING_FACE: Location(f"{names.hugging_face}.weight", shape, tuple(range(len(shape)))),
         KERAS_HUB: keras_hub._replace(name=f"{names.keras_hub}/vars/0"),
         KERAS: keras._replace(name=f"{names.keras}/vars/0"),
     }
-    return Weight(names.path, shape, places)
+    return Weight(names.path, shape, locations)

@@ -33,7 +33,11 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
     if preprocessor is not None:
         tokenizer = preprocessor.tokenizer
         ids = dict(
-            zip(SPECIAL_IDS, (tokenizer.start_token_id, tokenizer.end_token_id, tokenizer.pad_token_id), strict=True)
+            zip(
+                SPECIAL_IDS,
+                (tokenizer.start_token_id, tokenizer.end_token_id, tokenizer.pad_token_id),
+                strict=True,
+            )
         )
     files = {
         CONFIG: {**_config(hyperparameters), "dtype": dtype_name(dtype), **ids},
@@ -53,7 +57,9 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
             "model_max_length": hyperparameters["max_sequence_length"],
         }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _config(hyperparameters):
@@ -61,7 +67,10 @@ def _config(hyperparameters):
         field: hyperparameters[argument] if argument else default
         for field, (argument, default, _) in HUGGING_FACE_FIELDS.items()
     }
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": float(hyperparameters["rope_theta"])}
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": float(hyperparameters["rope_theta"]),
+    }
     if config["sliding_window"] is None:
         config["sliding_window"] = UNUSED_WINDOW
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -69,7 +78,9 @@ def _config(hyperparameters):
             config[field] = float(config[field])
     scalar = config["query_pre_attn_scalar"]
     if scalar != int(scalar):
-        raise ValueError(f"`query_pre_attn_scalar` must be an integer for transformers. Received: {scalar}")
+        raise ValueError(
+            f"`query_pre_attn_scalar` must be an integer for transformers. Received: {scalar}"
+        )
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
         raise ValueError(
@@ -119,7 +130,9 @@ def write_keras_config(folder, hyperparameters, dtype, preprocessor):
         preprocessor.save_to_preset(folder)
         reader = json.loads((folder / "preprocessor.json").read_text(encoding="utf-8"))
     task = _serialized(
-        "causal_lm", "VaultGemmaCausalLM", {"backbone": backbone, "preprocessor": reader, "name": TASK_NAME}
+        "causal_lm",
+        "VaultGemmaCausalLM",
+        {"backbone": backbone, "preprocessor": reader, "name": TASK_NAME},
     )
     for name, content in ((CONFIG, backbone), ("task.json", task)):
         (folder / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
@@ -128,7 +141,7 @@ def write_keras_config(folder, hyperparameters, dtype, preprocessor):
 def write_keras_weights(folder, hyperparameters, values, dtype, report):
     """Write model.weights.h5, tensor by tensor; the arguments are those of `write_config` and `write_h5`."""
     weights = weight_map.weight_map(hyperparameters)
-    tensors = [(weight.places[weight_map.KERAS], values[weight.path]) for weight in weights]
+    tensors = [(weight.locations[weight_map.KERAS], values[weight.path]) for weight in weights]
     write_hdf5(folder / WEIGHTS_FILE, tensors, dtype, _layer_names(weights), report)
 
 
@@ -136,7 +149,7 @@ def _layer_names(weights):
     names = dict(LAYERS_WITHOUT_WEIGHTS)
     for weight in weights:
         layers = weight.path.split("/")[:-1]
-        groups = weight.places[weight_map.KERAS].name.removesuffix("/vars/0").split("/")
+        groups = weight.locations[weight_map.KERAS].name.removesuffix("/vars/0").split("/")
         for depth, layer in enumerate(layers, 1):
             names["/".join([*groups[: depth + 1], "vars"])] = layer
     return names

@@ -1,3 +1,5 @@
 """From what users have to arrays."""
 
-from keras_vaultgemma import backend as backend  # selects the Keras backend before Keras is imported
+from keras_vaultgemma import (
+    backend as backend,
+)  # selects the Keras backend before Keras is imported

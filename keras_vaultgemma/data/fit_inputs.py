@@ -43,7 +43,9 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
         check_ids(x, y, sample_weight)
         return x, y, sample_weight
     is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
-    if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (is_tf_data and int(x.cardinality()) == 0):
+    if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (
+        is_tf_data and int(x.cardinality()) == 0
+    ):
         raise ValueError(NO_DATA)
     if preprocess is None or x is None:
         return x, y, sample_weight
@@ -78,7 +80,11 @@ def check_alone(y, sample_weight):
 
 def _array(x):
     """NumPy array of an array or tensor that has a value, else None."""
-    return keras.ops.convert_to_numpy(x) if hasattr(x, "shape") and not backend.is_symbolic_tensorflow(x) else None
+    return (
+        keras.ops.convert_to_numpy(x)
+        if hasattr(x, "shape") and not backend.is_symbolic_tensorflow(x)
+        else None
+    )
 
 
 def _check_labels(y, weights, vocabulary_size):
@@ -160,10 +166,14 @@ class CutRows:
 
     def report(self):
         """Warn, where rows were cut since the last report."""
-        rows, cut, unanswered = np.sum([*self.counts.values()], axis=0) if self.counts else (0, 0, 0)
+        rows, cut, unanswered = (
+            np.sum([*self.counts.values()], axis=0) if self.counts else (0, 0, 0)
+        )
         self.counts = {}
         if cut:
-            lost = f"; of {unanswered} of them the whole answer was cut away, and they teach nothing"
+            lost = (
+                f"; of {unanswered} of them the whole answer was cut away, and they teach nothing"
+            )
             warnings.warn(
                 f"{cut} of {rows} rows were longer than sequence_length={self.sequence_length} and were cut"
                 f"{lost if unanswered else ''}.",

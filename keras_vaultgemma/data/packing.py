@@ -42,13 +42,18 @@ def batches(documents, preprocessor, batch_size, sequence_length=None):
         if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     if isinstance(documents, (str, bytes, dict)):
-        raise ValueError(f"`documents` must be an iterable of strings or of rows of ids. Received: {documents!r}")
+        raise ValueError(
+            f"`documents` must be an iterable of strings or of rows of ids. Received: {documents!r}"
+        )
     return _batches(documents, preprocessor, batch_size * length, length)
 
 
 def _batches(documents, preprocessor, size, length):
     start, end = preprocessor.special_ids
-    tokens, owners = [], []  # The tokens that wait for a row, and the number of each one's document.
+    tokens, owners = (
+        [],
+        [],
+    )  # The tokens that wait for a row, and the number of each one's document.
     for i, document in enumerate(documents):
         row = start + _row(document, preprocessor.tokenizer, i) + end
         tokens += row
@@ -62,16 +67,22 @@ def _batches(documents, preprocessor, size, length):
     if not tokens:
         raise ValueError("`documents` must have one document or more. Received: none")
     padding = -len(tokens) % length + 1
-    yield _batch(tokens + [preprocessor.tokenizer.pad_token_id] * padding, owners + [0] * padding, length)
+    yield _batch(
+        tokens + [preprocessor.tokenizer.pad_token_id] * padding, owners + [0] * padding, length
+    )
 
 
 def _row(document, tokenizer, i):
     """The ids of document `i`."""
     if isinstance(document, (str, bytes)):
-        return tokenizer.tokenize([document.decode("utf-8") if isinstance(document, bytes) else document])[0]
+        return tokenizer.tokenize(
+            [document.decode("utf-8") if isinstance(document, bytes) else document]
+        )[0]
     row = np.asarray(document)
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-        raise ValueError(f"Every document must be a string or a row of ids. Received: document {i} is {document!r}")
+        raise ValueError(
+            f"Every document must be a string or a row of ids. Received: document {i} is {document!r}"
+        )
     check_ids(row, tokenizer.vocabulary_size())
     return row.tolist()
 
@@ -124,4 +135,6 @@ def tensorflow_dataset(documents, preprocessor, batch_size, sequence_length=None
 
     make_batches()  # It packs nothing yet, but refuses sizes.
     rows = keras.KerasTensor((None, sequence_length or preprocessor.sequence_length), "int32")
-    return backend.tensorflow_dataset(make_batches, ({"token_ids": rows, "padding_mask": rows}, rows, rows))
+    return backend.tensorflow_dataset(
+        make_batches, ({"token_ids": rows, "padding_mask": rows}, rows, rows)
+    )

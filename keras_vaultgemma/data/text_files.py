@@ -31,7 +31,11 @@ class Rows(NamedTuple):
     @property
     def samples(self):
         """The rows as `VaultGemmaCausalLM.fit` takes them."""
-        return self.texts if self.prompts is None else {"prompts": self.prompts, "responses": self.texts}
+        return (
+            self.texts
+            if self.prompts is None
+            else {"prompts": self.prompts, "responses": self.texts}
+        )
 
     def split(self):
         """(rows to train on, rows to hold out): every tenth is held out, at most 100 of them, evenly spread.
@@ -72,7 +76,9 @@ class Rows(NamedTuple):
         else:
             with CutRows() as cut_rows:
                 pairs = {"prompts": self.prompts, "responses": self.texts}
-                x, y, weights = preprocessor.call(self.texts if self.prompts is None else pairs, cut_rows=cut_rows)
+                x, y, weights = preprocessor.call(
+                    self.texts if self.prompts is None else pairs, cut_rows=cut_rows
+                )
         return {"x": x, "y": y, "sample_weight": weights}
 
 
@@ -114,22 +120,30 @@ def read_rows(path, text_column=None, prompt_column=None, response_column=None):
         raise ValueError(f"{path} must have one row or more. Received: none")
     if path.suffix == ".txt":
         if named:
-            raise ValueError(f"{path} has no columns; those of .jsonl and .csv files have names. Received: {named}")
+            raise ValueError(
+                f"{path} has no columns; those of .jsonl and .csv files have names. Received: {named}"
+            )
         return Rows([text for _, text in records], None)
     if named:
         columns = (
-            [text_column] if text_column is not None else [prompt_column or "prompt", response_column or "response"]
+            [text_column]
+            if text_column is not None
+            else [prompt_column or "prompt", response_column or "response"]
         )
     else:
         columns = _default_columns(path, records[0][1])
-    values = [[_value(path, line, record, column) for column in columns] for line, record in records]
+    values = [
+        [_value(path, line, record, column) for column in columns] for line, record in records
+    ]
     kept = [row for row in values if row[-1].strip()]
     if not kept:
         raise ValueError(
             f"{path} must have a row whose {columns[-1]!r} is not blank. Received: {len(values)} blank rows"
         )
     return Rows(
-        [row[-1] for row in kept], None if len(columns) == 1 else [row[0] for row in kept], len(values) - len(kept)
+        [row[-1] for row in kept],
+        None if len(columns) == 1 else [row[0] for row in kept],
+        len(values) - len(kept),
     )
 
 
@@ -145,9 +159,13 @@ def _default_columns(path, record):
 
 def _value(path, line, record, column):
     if column not in record:
-        raise ValueError(f"{path}, line {line}: there is no column {column!r}. It has the columns {list(record)}")
+        raise ValueError(
+            f"{path}, line {line}: there is no column {column!r}. It has the columns {list(record)}"
+        )
     if not isinstance(record[column], str):
-        raise ValueError(f"{path}, line {line}: {column!r} must be a string. Received: {record[column]!r}")
+        raise ValueError(
+            f"{path}, line {line}: {column!r} must be a string. Received: {record[column]!r}"
+        )
     # Line breaks of one kind: a file for Windows would teach the model another.
     return record[column].replace("\r\n", "\n")
 
@@ -167,7 +185,9 @@ def _read_json_lines(path):
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: must be an object. Received: {line.strip()[:100]}")
+                raise ValueError(
+                    f"{path}, line {number}: must be an object. Received: {line.strip()[:100]}"
+                )
             yield number, record
 
 

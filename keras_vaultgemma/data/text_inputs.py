@@ -33,11 +33,15 @@ def chat_parts(messages):
     An answer ends with its `<end_of_turn>`. What is given before it is, to the character, what `generate` continues.
     """
     if not messages:
-        raise ValueError("`messages` must be a list of one or more messages. Received: an empty one")
+        raise ValueError(
+            "`messages` must be a list of one or more messages. Received: an empty one"
+        )
     parts = [""]
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"`messages[{i}]` must be a dict with 'role' and 'content'. Received: {message!r}")
+            raise ValueError(
+                f"`messages[{i}]` must be a dict with 'role' and 'content'. Received: {message!r}"
+            )
         role, content = ROLES.get(message["role"]), message["content"]
         if role != ("user", "model")[i % 2]:
             raise ValueError(
@@ -94,7 +98,9 @@ def as_samples(x):
     samples = [chat_parts(chat)[:-1] for chat in chats]
     for i, parts in enumerate(samples):
         if not parts:
-            raise ValueError(f"A chat must have a message of the model to learn. Received: none in chat {i}")
+            raise ValueError(
+                f"A chat must have a message of the model to learn. Received: none in chat {i}"
+            )
     return samples, False, is_single
 
 
@@ -115,5 +121,7 @@ def as_texts(x):
     texts = [item.decode("utf-8") if isinstance(item, bytes) else item for item in items]
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"Every item must be a string. Received: item {i} is {text!r} ({type(text).__name__})")
+            raise ValueError(
+                f"Every item must be a string. Received: item {i} is {text!r} ({type(text).__name__})"
+            )
     return texts, is_single

@@ -48,7 +48,9 @@ def measure(model, x, y, sample_weight):
     is_label = sample_weight > 0
     size = _bytes_of(y[is_label], model.preprocessor.tokenizer)
     if not size:
-        raise ValueError("Held-out data must have a label that stands for text. Received: none, all were cut away")
+        raise ValueError(
+            "Held-out data must have a label that stands for text. Received: none, all were cut away"
+        )
     # Rows of nothing but prompts are not computed.
     rows = is_label.any(axis=1)
     nats = model.score(x["token_ids"][rows], x["padding_mask"][rows], target_ids=y[rows])

@@ -40,7 +40,9 @@ class Generator:
         self.compile = _uncompiled if run_eagerly else self._compile_function
         self.prefill = Prefill(model, self.compile)
         # The second of each pair also knows penalties and biases, which cost passes over all logits.
-        self._choose_first = [self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)]
+        self._choose_first = [
+            self.compile(f, donate=(1,)) for f in (self._choose_plain, self._choose_adjusted)
+        ]
         steps = [self._step_plain, self._step_adjusted]
         if self.rule is not None and not run_eagerly:  # what else a sampler does is its own affair
             loops = [backend.compile_step(step, self.variables) for step in steps]
@@ -108,7 +110,8 @@ class Generator:
             if draws_itself:
                 self._keep(state.seeds)
             ended = yield tuple(
-                [row[keep].tolist() for row, keep in zip(values, kept, strict=True)] for values in (tokens, log_probs)
+                [row[keep].tolist() for row, keep in zip(values, kept, strict=True)]
+                for values in (tokens, log_probs)
             )
             if ended is not None:
                 remaining = np.where(ended, 0, remaining)
@@ -128,11 +131,17 @@ class Generator:
         if self.rule is None:
             seeds = self._own_seeds()
             if settings.seed is not None:
-                seeds = [backend.as_argument(np.array([settings.seed, 0], v.dtype)) for v in self.sampler.variables]
+                seeds = [
+                    backend.as_argument(np.array([settings.seed, 0], v.dtype))
+                    for v in self.sampler.variables
+                ]
         elif self.rule.kind != "greedy":
             entropy = self._next_entropy() if settings.seed is None else [settings.seed]
             uniforms[:, start : start + max(limits)] = sampling.uniforms(entropy, rows, max(limits))
-        bias_ids, bias = _padded(list(settings.logit_bias), "int32"), _padded(settings.logit_bias.values(), "float32")
+        bias_ids, bias = (
+            _padded(list(settings.logit_bias), "int32"),
+            _padded(settings.logit_bias.values(), "float32"),
+        )
         state = DecodeState(
             cache=(),
             tokens=_int(tokens),
@@ -144,7 +153,9 @@ class Generator:
         )
         floats = (uniforms, settings.repetition_penalty, settings.min_p)
         floats = [np.asarray(x, "float32") for x in floats]
-        return state, Controls(*map(backend.as_argument, (_padded(stop_token_ids, "int32"), *floats, bias_ids, bias)))
+        return state, Controls(
+            *map(backend.as_argument, (_padded(stop_token_ids, "int32"), *floats, bias_ids, bias))
+        )
 
     def _step_plain(self, state, controls):
         return self._step(state, controls, adjusts=False)
@@ -181,7 +192,9 @@ class Generator:
             log_probs=write(state.log_probs, log_prob[:, None], state.slot),
             slot=state.slot + 1,
             positions=state.positions + 1,
-            remaining=ops.where(ops.logical_or(stops, ops.logical_not(goes_on)), 0, state.remaining - 1),
+            remaining=ops.where(
+                ops.logical_or(stops, ops.logical_not(goes_on)), 0, state.remaining - 1
+            ),
             seeds=seeds,
         )
 
@@ -199,7 +212,9 @@ class Generator:
         if adjusts:
             probabilities = sampling.min_p(probabilities, controls.min_p)
         if self.rule is not None:
-            return sampling.draw(probabilities, ops.take(controls.uniforms, state.slot, axis=1)), state.seeds
+            return sampling.draw(
+                probabilities, ops.take(controls.uniforms, state.slot, axis=1)
+            ), state.seeds
         scope_seeds = zip(self.sampler.variables, state.seeds, strict=True)
         with keras.StatelessScope(state_mapping=scope_seeds) as scope:
             token = self.sampler.get_next_token(probabilities)
@@ -216,7 +231,9 @@ class Generator:
 
     def _own_seeds(self):
         # Copies: the state is donated, and the sampler's variables are not.
-        return [backend.as_argument(np.array(ops.convert_to_numpy(v))) for v in self.sampler.variables]
+        return [
+            backend.as_argument(np.array(ops.convert_to_numpy(v))) for v in self.sampler.variables
+        ]
 
     def _keep(self, seeds):
         for variable, value in zip(self.sampler.variables, seeds, strict=True):

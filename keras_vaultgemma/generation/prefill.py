@@ -47,7 +47,9 @@ class Prefill:
         self._backbone = model.backbone
         self._empty = compile(self._empty_cache)
         if backend.COMPILES_LAYERS:
-            self._layers = compile(self._read_layer, donate=(10, 11), layers=self._backbone.transformer_layers)
+            self._layers = compile(
+                self._read_layer, donate=(10, 11), layers=self._backbone.transformer_layers
+            )
             self._read_chunk = self._read_by_layer
         else:
             self._read_chunk = compile(self._read, donate=(5, 6), fused=False)
@@ -90,7 +92,9 @@ class Prefill:
             slot = np.arange(slots)[None]
             length = np.array(lengths)[:, None]
             source = np.where(slot < length, places[:, 1:] + 1 - length + slot, 0)
-            cache = self._unpack(cache, _int(places[:, 0]), _int(source), _int(np.where(slot < length, slot, EMPTY)))
+            cache = self._unpack(
+                cache, _int(places[:, 0]), _int(source), _int(np.where(slot < length, slot, EMPTY))
+            )
         return hidden, cache, longest
 
     def _empty_cache(self, rows, lines):
@@ -108,7 +112,9 @@ class Prefill:
         Returns:
             (hidden state [B, D] of each row's last token so far, cache).
         """
-        states, cache = self._backbone.walk(token_ids, positions, cache=cache, start=start, segments=segments)
+        states, cache = self._backbone.walk(
+            token_ids, positions, cache=cache, start=start, segments=segments
+        )
         return _look_up(states, places, start, hidden), cache
 
     def _read_by_layer(self, token_ids, positions, segments, places, start, hidden, cache):
@@ -116,11 +122,17 @@ class Prefill:
         backbone, keys, values = self._backbone, list(cache.keys), list(cache.values)
         x = np.zeros((*token_ids.shape, backbone.hidden_dim), backbone.compute_dtype)
         last = len(keys) - 1
-        for i, (read, layer_type) in enumerate(zip(self._layers, backbone.layer_types, strict=True)):
-            window = backbone.sliding_window_size if layer_type == "sliding_attention" else UNBOUNDED
+        for i, (read, layer_type) in enumerate(
+            zip(self._layers, backbone.layer_types, strict=True)
+        ):
+            window = (
+                backbone.sliding_window_size if layer_type == "sliding_attention" else UNBOUNDED
+            )
             where = np.array(i == 0), np.array(i == last), np.array(window, "int32")
             chunk = token_ids, positions, segments, places, start, cache.positions
-            x, last_hidden, keys[i], values[i], key_positions = read(*where, *chunk, hidden, x, keys[i], values[i])
+            x, last_hidden, keys[i], values[i], key_positions = read(
+                *where, *chunk, hidden, x, keys[i], values[i]
+            )
         return last_hidden, KVCache(tuple(keys), tuple(values), key_positions)
 
     def _read_layer(
@@ -142,8 +154,13 @@ class Prefill:
         backbone = self._backbone
         x = ops.cond(is_first, lambda: backbone.embed(token_ids), lambda: x)
         key_positions = kv_cache.write(key_positions, positions, start)
-        mask, angles = causal_mask(positions, key_positions, window, segments, start), backbone.rotary_angles(positions)
-        x, (key, value) = block(x, angles=angles, attention_mask=mask, cache=(key, value), start=start)
+        mask, angles = (
+            causal_mask(positions, key_positions, window, segments, start),
+            backbone.rotary_angles(positions),
+        )
+        x, (key, value) = block(
+            x, angles=angles, attention_mask=mask, cache=(key, value), start=start
+        )
         new_hidden = lambda: _look_up(x, places, start, hidden, backbone.final_norm)  # noqa: E731
         return x, ops.cond(is_last, new_hidden, lambda: hidden), key, value, key_positions
 
@@ -167,7 +184,9 @@ def _unpack(cache, lines, source, positions):
     """
     _, slots, head_dim = cache.keys[0].shape
     heads = cache.keys[0].shape[0] // cache.positions.shape[0]
-    index = (lines[:, None] * heads + ops.arange(heads, dtype="int32"))[:, :, None] * slots + source[:, None]
+    index = (lines[:, None] * heads + ops.arange(heads, dtype="int32"))[
+        :, :, None
+    ] * slots + source[:, None]
     index = ops.reshape(index, (-1, slots))
 
     def rows_of(tensor):

@@ -39,7 +39,9 @@ class PromptLookup:
     def __init__(self, model, sampler, run_eagerly=False):
         rule = sampling.rule_of(sampler)
         if rule is None or rule.kind != "greedy":
-            raise ValueError(f"`prompt_lookup` needs `sampler` to be greedy. Received: {type(sampler).__name__}")
+            raise ValueError(
+                f"`prompt_lookup` needs `sampler` to be greedy. Received: {type(sampler).__name__}"
+            )
         self._generator = Generator(model, sampler, run_eagerly)
         self.variables = self._generator.variables
         self._model = model
@@ -57,8 +59,12 @@ class PromptLookup:
                 if ends is not None and ends(i, tokens):
                     break
             results.append((tokens, log_probs))
-        reasons = ["stop" if tokens and tokens[-1] in stop_token_ids else "length" for tokens, _ in results]
-        return Generated([tokens for tokens, _ in results], [probs for _, probs in results], reasons)
+        reasons = [
+            "stop" if tokens and tokens[-1] in stop_token_ids else "length" for tokens, _ in results
+        ]
+        return Generated(
+            [tokens for tokens, _ in results], [probs for _, probs in results], reasons
+        )
 
     def stream(self, rows, limits, stop_token_ids=(), settings=None, length=None):
         """As `generation.Generator.stream`, for one row; yields as many tokens as were accepted at once.
@@ -76,7 +82,10 @@ class PromptLookup:
             return
         hidden, cache, slot = self._generator.prefill([row], limit)
         token, log_prob = self._choose(hidden[:, None])
-        new, log_probs = ops.convert_to_numpy(token)[0].tolist(), ops.convert_to_numpy(log_prob)[0].tolist()
+        new, log_probs = (
+            ops.convert_to_numpy(token)[0].tolist(),
+            ops.convert_to_numpy(log_prob)[0].tolist(),
+        )
         text, left = list(row), limit
         while True:
             stop = next((i for i, token in enumerate(new) if token in stop_token_ids), None)
@@ -94,11 +103,16 @@ class PromptLookup:
             read[0, : 1 + len(guess)] = [text[-1], *guess]
             positions = len(text) - 1 + np.arange(length, dtype="int32")[None]
             positions[0, 1 + len(guess) :] = EMPTY
-            read, positions, start = map(backend.as_argument, (read, positions, np.asarray(slot, "int32")))
+            read, positions, start = map(
+                backend.as_argument, (read, positions, np.asarray(slot, "int32"))
+            )
             tokens, found, cache = self._check(read, positions, cache, start)
             new = ops.convert_to_numpy(tokens)[0].tolist()
             agreed = next((i for i, token in enumerate(guess) if token != new[i]), len(guess))
-            new, log_probs = new[: agreed + 1], ops.convert_to_numpy(found)[0, : agreed + 1].tolist()
+            new, log_probs = (
+                new[: agreed + 1],
+                ops.convert_to_numpy(found)[0, : agreed + 1].tolist(),
+            )
             # Slots of guesses that were refused are written again before a query comes to their positions.
             slot += agreed + 1
 

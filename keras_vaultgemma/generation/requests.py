@@ -36,11 +36,15 @@ def read_prompts(inputs, preprocessor, vocabulary_size):
             text without a preprocessor.
     """
     if isinstance(inputs, dict) and "token_ids" in inputs:
-        token_ids, mask = (ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask"))
+        token_ids, mask = (
+            ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask")
+        )
         prompts = Prompts(unpad_rows(token_ids, mask), "padded", width=token_ids.shape[1])
     elif _are_ids(inputs):
         is_single = (inputs.ndim if hasattr(inputs, "ndim") else np.ndim(inputs[0]) + 1) == 1
-        prompts = Prompts([list(map(int, row)) for row in ([inputs] if is_single else inputs)], "ids", is_single)
+        prompts = Prompts(
+            [list(map(int, row)) for row in ([inputs] if is_single else inputs)], "ids", is_single
+        )
     elif preprocessor is None:
         raise ValueError(
             "Without a preprocessor, `inputs` must be ids: {'token_ids', 'padding_mask'} or lists of ints. "
@@ -71,7 +75,9 @@ def _answer(prompts, generated, strip_prompt, preprocessor, cut):
     """
     if strip_prompt is None:
         strip_prompt = prompts.form == "chat"
-    rows = generated if strip_prompt else [a + b for a, b in zip(prompts.rows, generated, strict=True)]
+    rows = (
+        generated if strip_prompt else [a + b for a, b in zip(prompts.rows, generated, strict=True)]
+    )
     if prompts.form == "padded":
         token_ids, padding_mask = pad_rows(rows, max(prompts.width, *map(len, rows)))
         return {"token_ids": token_ids, "padding_mask": padding_mask}
@@ -86,7 +92,9 @@ def _concatenate_rows(outputs):
     """One output for several batches' outputs, each a list or a dict of padded arrays."""
     if not isinstance(outputs[0], dict):
         return [output for batch in outputs for output in batch]
-    rows = [row for batch in outputs for row in unpad_rows(batch["token_ids"], batch["padding_mask"])]
+    rows = [
+        row for batch in outputs for row in unpad_rows(batch["token_ids"], batch["padding_mask"])
+    ]
     token_ids, padding_mask = pad_rows(rows, max(batch["token_ids"].shape[1] for batch in outputs))
     return {"token_ids": token_ids, "padding_mask": padding_mask}
 
@@ -156,7 +164,9 @@ def make_request(
         ValueError: as there.
     """
     if max_length is not None and max_new_tokens is not None:
-        raise ValueError(f"Give one of `max_length` and `max_new_tokens`. Received: {max_length} and {max_new_tokens}")
+        raise ValueError(
+            f"Give one of `max_length` and `max_new_tokens`. Received: {max_length} and {max_new_tokens}"
+        )
     for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more. Received: {value}")
@@ -167,14 +177,24 @@ def make_request(
         limits = [max_new_tokens] * len(asked.rows)
     else:
         if max_length is None:
-            max_length = asked.width or getattr(preprocessor, "sequence_length", None) or backbone.max_sequence_length
+            max_length = (
+                asked.width
+                or getattr(preprocessor, "sequence_length", None)
+                or backbone.max_sequence_length
+            )
         check_lengths(asked.rows, max_length)
         limits = [max_length - len(row) for row in asked.rows]
-    backbone.warn_if_long(max(len(row) + limit for row, limit in zip(asked.rows, limits, strict=True)))
-    return Request(asked, limits, _stop_ids(stop_token_ids, asked.form, preprocessor), stop, settings)
+    backbone.warn_if_long(
+        max(len(row) + limit for row, limit in zip(asked.rows, limits, strict=True))
+    )
+    return Request(
+        asked, limits, _stop_ids(stop_token_ids, asked.form, preprocessor), stop, settings
+    )
 
 
-def complete(generator, request, preprocessor, strip_prompt=None, log_probs=False, finish_reason=False):
+def complete(
+    generator, request, preprocessor, strip_prompt=None, log_probs=False, finish_reason=False
+):
     """Generate, and bring the result into the form of the prompts.
 
     Args:
@@ -196,7 +216,11 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
         return texts[i].stopped
 
     generated = generator.generate(
-        asked.rows, request.limits, request.stop_token_ids, request.settings, ends if texts else None
+        asked.rows,
+        request.limits,
+        request.stop_token_ids,
+        request.settings,
+        ends if texts else None,
     )
     if log_probs and generated.log_probs is None:
         raise ValueError("`return_log_probs` needs a sampler that chooses one token at a time")
@@ -204,14 +228,19 @@ def complete(generator, request, preprocessor, strip_prompt=None, log_probs=Fals
     cut = [0] * len(tokens)
     if texts:
         tokens = [
-            row if not ends(i, row) else text.ids for i, (row, text) in enumerate(zip(tokens, texts, strict=True))
+            row if not ends(i, row) else text.ids
+            for i, (row, text) in enumerate(zip(tokens, texts, strict=True))
         ]
-        reasons = ["stop" if text.stopped else reason for text, reason in zip(texts, reasons, strict=True)]
+        reasons = [
+            "stop" if text.stopped else reason for text, reason in zip(texts, reasons, strict=True)
+        ]
         cut = [len(detokenize(text.ids)) - len(text.text) if text.stopped else 0 for text in texts]
     output = _answer(asked, list(map(strip_turn_end, tokens)), strip_prompt, preprocessor, cut)
     if not (log_probs or finish_reason):
         return output
-    probs = [row[: len(kept)] for row, kept in zip(probs, tokens, strict=True)] if log_probs else None
+    probs = (
+        [row[: len(kept)] for row, kept in zip(probs, tokens, strict=True)] if log_probs else None
+    )
     reasons = reasons if finish_reason else None
     if asked.is_single:
         probs, reasons = probs and probs[0], reasons and reasons[0]
@@ -229,7 +258,10 @@ def concatenate(outputs):
     if not isinstance(outputs[0], GenerationOutput):
         return _concatenate_rows(outputs)
     texts, probs, reasons = zip(*outputs, strict=True)
-    lists = (None if parts[0] is None else [item for part in parts for item in part] for parts in (probs, reasons))
+    lists = (
+        None if parts[0] is None else [item for part in parts for item in part]
+        for parts in (probs, reasons)
+    )
     return GenerationOutput(_concatenate_rows(texts), *lists)
 
 
@@ -238,14 +270,18 @@ def _settings(seed, repetition_penalty, min_p, logit_bias, vocabulary_size):
         raise ValueError(f"`seed` must be from 0 to {2**31 - 1}. Received: {seed}")
     # Written so that NaN is refused.
     if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"`repetition_penalty` must be a number above 0. Received: {repetition_penalty}")
+        raise ValueError(
+            f"`repetition_penalty` must be a number above 0. Received: {repetition_penalty}"
+        )
     if not 0 <= min_p <= 1:
         raise ValueError(f"`min_p` must be from 0 to 1. Received: {min_p}")
     logit_bias = dict(logit_bias or {})
     check_ids(list(logit_bias), vocabulary_size)
     for token, bias in logit_bias.items():
         if not -math.inf <= bias < math.inf:
-            raise ValueError(f"`logit_bias` must have numbers below infinity. Received: {bias} for id {token}")
+            raise ValueError(
+                f"`logit_bias` must have numbers below infinity. Received: {bias} for id {token}"
+            )
     return Settings(seed, repetition_penalty, min_p, logit_bias)
 
 
@@ -254,7 +290,9 @@ def _stop_strings(stop, preprocessor):
     if not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"`stop` must be a non-empty string or several. Received: {stop!r}")
     if stop and preprocessor is None:
-        raise ValueError("`stop` needs a preprocessor, to see the text; use `stop_token_ids` without one")
+        raise ValueError(
+            "`stop` needs a preprocessor, to see the text; use `stop_token_ids` without one"
+        )
     return stop
 
 
@@ -262,7 +300,9 @@ def _stop_ids(stop_token_ids, form, preprocessor):
     if not isinstance(stop_token_ids, str):
         return () if stop_token_ids is None else tuple(map(int, stop_token_ids))
     if stop_token_ids != "auto":
-        raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}")
+        raise ValueError(
+            f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}"
+        )
     if preprocessor is None:
         raise ValueError("`stop_token_ids='auto'` needs a preprocessor; pass None or a list of ids")
     tokenizer = preprocessor.tokenizer

@@ -34,7 +34,10 @@ def rule_of(sampler):
     Raises:
         ValueError: for a temperature that is not above 0.
     """
-    greedy, *others = (getattr(keras_hub.samplers, f"{name}Sampler") for name in ("Greedy", "Random", "TopK", "TopP"))
+    greedy, *others = (
+        getattr(keras_hub.samplers, f"{name}Sampler")
+        for name in ("Greedy", "Random", "TopK", "TopP")
+    )
     kind = type(sampler)
     # Not `isinstance`: what is derived from these may choose otherwise.
     if kind is not greedy and kind not in others:
@@ -44,7 +47,9 @@ def rule_of(sampler):
         raise ValueError(f"`temperature` must be a number above 0. Received: {sampler.temperature}")
     if kind is greedy:
         return Rule("greedy")
-    return Rule("random", sampler.temperature, getattr(sampler, "k", None), getattr(sampler, "p", None))
+    return Rule(
+        "random", sampler.temperature, getattr(sampler, "k", None), getattr(sampler, "p", None)
+    )
 
 
 def probabilities(logits, rule):
@@ -93,7 +98,10 @@ def top_p(probabilities, p):
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        reached = ops.sum(ops.where(probabilities >= middle, probabilities, 0.0), axis=-1, keepdims=True) >= p
+        reached = (
+            ops.sum(ops.where(probabilities >= middle, probabilities, 0.0), axis=-1, keepdims=True)
+            >= p
+        )
         return ops.where(reached, middle, low), ops.where(reached, high, middle)
 
     largest = ops.max(probabilities, axis=-1, keepdims=True)
@@ -151,7 +159,9 @@ def logit_bias(logits, bias_ids, bias):
     """
     size = logits.shape[1]
     places = ops.where(bias_ids < 0, size, bias_ids)[:, None]
-    added = ops.scatter_update(ops.zeros((size + 1,), "float32"), places, ops.clip(bias, -1e30, 1e30))
+    added = ops.scatter_update(
+        ops.zeros((size + 1,), "float32"), places, ops.clip(bias, -1e30, 1e30)
+    )
     return logits + added[None, :size]
 
 
@@ -166,7 +176,9 @@ def draw(probabilities, uniform):
     # In two levels, of about sqrt(V) numbers each: one float32 sum over 256,000 would lose the unlikely tokens.
     width = int(np.ceil(np.sqrt(size)))
     count = -(-size // width)
-    blocks = ops.reshape(ops.pad(probabilities, ((0, 0), (0, count * width - size))), (batch, count, width))
+    blocks = ops.reshape(
+        ops.pad(probabilities, ((0, 0), (0, count * width - size))), (batch, count, width)
+    )
     masses = ops.sum(blocks, axis=2)
     reached = ops.cumsum(masses, axis=1)
     # Below the total also when rounded: `uniform` is not closer to 1 than 2^-23.
@@ -188,7 +200,9 @@ def _first_above(target, masses, reached):
         masses, reached: float32 [B, N], and their cumulated sums.
     """
     above = ops.cast(ops.logical_and(masses > 0, reached > target[:, None]), "int32")
-    place = ops.where(ops.any(above > 0, axis=1), ops.argmax(above, axis=1), ops.argmax(masses, axis=1))
+    place = ops.where(
+        ops.any(above > 0, axis=1), ops.argmax(above, axis=1), ops.argmax(masses, axis=1)
+    )
     return ops.cast(place, "int32")
 
 

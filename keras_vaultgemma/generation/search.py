@@ -28,7 +28,9 @@ class SearchGenerator:
 
     def __init__(self, model, sampler, run_eagerly=False):
         if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
-            raise ValueError("`sampler` must be one that needs no draft model. Received: a SpeculativeSampler")
+            raise ValueError(
+                "`sampler` must be one that needs no draft model. Received: a SpeculativeSampler"
+            )
         self.model = model
         self.sampler = sampler
         self.variables = list(model.variables)
@@ -66,7 +68,9 @@ class SearchGenerator:
             variable.assign(value)
         generated = [
             cut_after_stop(tokens[len(row) : len(row) + limit], stop_token_ids)
-            for tokens, row, limit in zip(ops.convert_to_numpy(tokens).tolist(), rows, limits, strict=True)
+            for tokens, row, limit in zip(
+                ops.convert_to_numpy(tokens).tolist(), rows, limits, strict=True
+            )
         ]
         reasons = ["stop" if row and row[-1] in stop_token_ids else "length" for row in generated]
         return Generated(generated, None, reasons)
@@ -79,17 +83,23 @@ class SearchGenerator:
         backbone, variables = self.model.backbone, self.sampler.variables
         mask = ops.cast(padding_mask, "bool")
         cache = backbone.empty_cache(*token_ids.shape)
-        hidden_states, cache = backbone.walk(token_ids, segment_positions(padding_mask), cache=cache, start=0)
+        hidden_states, cache = backbone.walk(
+            token_ids, segment_positions(padding_mask), cache=cache, start=0
+        )
 
         def next_logits(prompt, cache, index):
             token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
             cache = kv_cache.merge_heads(cache)
-            states, cache = backbone.walk(token, ops.zeros_like(token) + index - 1, cache=cache, start=index - 1)
+            states, cache = backbone.walk(
+                token, ops.zeros_like(token) + index - 1, cache=cache, start=index - 1
+            )
             return self.model.logits(states)[:, 0], states[:, 0], kv_cache.split_heads(cache)
 
         # On JAX the outer scope holds the model's variables, and an inner scope hides it.
         model_state = [(v, ops.convert_to_tensor(v)) for v in self.variables]
-        with keras.StatelessScope(state_mapping=[*zip(variables, seeds, strict=True), *model_state]) as scope:
+        with keras.StatelessScope(
+            state_mapping=[*zip(variables, seeds, strict=True), *model_state]
+        ) as scope:
             tokens = self.sampler(
                 next=next_logits,
                 prompt=token_ids,

@@ -1,3 +1,5 @@
 """The mathematics of the model: layers and pure functions."""
 
-from keras_vaultgemma import backend as backend  # selects the Keras backend before Keras is imported
+from keras_vaultgemma import (
+    backend as backend,
+)  # selects the Keras backend before Keras is imported

@@ -47,7 +47,9 @@ def segment_positions(padding_mask):
 
 def _same_segment(segments, start=None, length=None):
     """bool [B, T, S]: which of `length` tokens from `start` on, or of all, are of one segment with which of all."""
-    queries = segments if start is None else ops.slice(segments, (0, start), (segments.shape[0], length))
+    queries = (
+        segments if start is None else ops.slice(segments, (0, start), (segments.shape[0], length))
+    )
     return ops.equal(queries[:, :, None], segments[:, None, :])
 
 
@@ -72,21 +74,32 @@ def attend(query, key, value, mask, scale, cap=None):
     heads = key.shape[1] if len(lead) == 2 else key.shape[0] // query.shape[0]
     groups = num_query_heads // heads
     if backend.ATTENDS_IN_ONE and groups == 1 and cap is None:
-        key, value = (ops.transpose(ops.reshape(x, (batch, heads, slots, -1)), (0, 2, 1, 3)) for x in (key, value))
+        key, value = (
+            ops.transpose(ops.reshape(x, (batch, heads, slots, -1)), (0, 2, 1, 3))
+            for x in (key, value)
+        )
         return ops.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
     # A matrix times a vector where a head has one query: XLA's CPU compiler takes 10 times as long over one row of a
     # matrix.
     rows, r = ((), "") if query.shape[1] == groups == 1 else ((groups * length,), "r")
-    query = ops.transpose(ops.reshape(query, (batch, length, heads, groups, head_dim)), (0, 2, 3, 1, 4))
+    query = ops.transpose(
+        ops.reshape(query, (batch, length, heads, groups, head_dim)), (0, 2, 3, 1, 4)
+    )
     b = "bk"[: len(lead)]
-    scores = ops.einsum(f"{b}{r}h,{b}sh->{b}{r}s", ops.reshape(query, (*lead, *rows, head_dim)), key)
+    scores = ops.einsum(
+        f"{b}{r}h,{b}sh->{b}{r}s", ops.reshape(query, (*lead, *rows, head_dim)), key
+    )
     scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
     scores = ops.reshape(scores, (batch, heads, groups, length, slots))
     # Finite, so that a row without any key does not turn into NaN.
     scores = ops.where(mask[:, None, None], scores, -1e30)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
-    output = ops.einsum(f"{b}{r}s,{b}sh->{b}{r}h", ops.reshape(weights, (*lead, *rows, slots)), value)
-    output = ops.transpose(ops.reshape(output, (batch, heads, groups, length, head_dim)), (0, 3, 1, 2, 4))
+    output = ops.einsum(
+        f"{b}{r}s,{b}sh->{b}{r}h", ops.reshape(weights, (*lead, *rows, slots)), value
+    )
+    output = ops.transpose(
+        ops.reshape(output, (batch, heads, groups, length, head_dim)), (0, 3, 1, 2, 4)
+    )
     return ops.reshape(output, (batch, length, num_query_heads, head_dim))
 
 
@@ -130,7 +143,9 @@ class VaultGemmaAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
 
-    def call(self, x, angles, attention_mask, cache=None, start=None, training=None, recompute=True):
+    def call(
+        self, x, angles, attention_mask, cache=None, start=None, training=None, recompute=True
+    ):
         """Attend from `x` to itself, or to a cache that `x` is first written into.
 
         Args:
@@ -147,9 +162,16 @@ class VaultGemmaAttention(keras.layers.Layer):
             [B, T, D]; with a cache, a pair of that and the new (keys, values).
         """
         batch, length, _ = ops.shape(x)
-        query = ops.reshape(self.query(x, training=training), (batch, length, self.num_query_heads, self.head_dim))
-        key = ops.reshape(self.key(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
-        value = ops.reshape(self.value(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim))
+        query = ops.reshape(
+            self.query(x, training=training), (batch, length, self.num_query_heads, self.head_dim)
+        )
+        key = ops.reshape(
+            self.key(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim)
+        )
+        value = ops.reshape(
+            self.value(x, training=training),
+            (batch, length, self.num_key_value_heads, self.head_dim),
+        )
         query, key = rotate(query, *angles), rotate(key, *angles)
         key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
         if cache is not None:
@@ -158,13 +180,17 @@ class VaultGemmaAttention(keras.layers.Layer):
                 for old, new in zip(cache, (key, value), strict=True)
             )
         attend_to = self._attend_to(attention_mask)
-        output = (backend.remat(attend_to) if cache is None and recompute else attend_to)(query, key, value)
+        output = (backend.remat(attend_to) if cache is None and recompute else attend_to)(
+            query, key, value
+        )
         output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
         output = self.attention_output(output, training=training)
         return output if cache is None else (output, (key, value))
 
     def _attend_to(self, mask):
         def attend_to(query, key, value):
-            return attend(query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap)
+            return attend(
+                query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap
+            )
 
         return attend_to

@@ -77,7 +77,9 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
                 x = self._apply(x, angles, attention_mask, training)
                 return x, *[scope.get_current_value(v) for v in seeds]
 
-        values = [backend.value_of(v) for v in trained] + [ops.copy(backend.value_of(v)) for v in seeds]
+        values = [backend.value_of(v) for v in trained] + [
+            ops.copy(backend.value_of(v)) for v in seeds
+        ]
         x, *states = backend.remat(apply)(x, *values)
         for seed, state in zip(seeds, states, strict=True):
             seed.assign(state)
@@ -85,7 +87,13 @@ class VaultGemmaDecoderBlock(keras.layers.Layer):
 
     def _apply(self, x, angles, attention_mask, training, cache=None, start=None):
         # Said to each layer, for in the backward pass, which may compute this again, Keras knows of no training.
-        options = dict(angles=angles, attention_mask=attention_mask, cache=cache, start=start, training=training)
+        options = dict(
+            angles=angles,
+            attention_mask=attention_mask,
+            cache=cache,
+            start=start,
+            training=training,
+        )
         # What is computed again as a whole need not be computed a third time.
         recompute = cache is None and not self.gradient_checkpointing
         attended = self.attention(self.attention_norm(x), recompute=recompute, **options)

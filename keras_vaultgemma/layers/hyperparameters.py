@@ -17,13 +17,21 @@ def check_hyperparameters(hyperparameters):
 
     def require(name, legal, fine):
         if not fine:
-            raise ValueError(f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}")
+            raise ValueError(
+                f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}"
+            )
 
     def is_positive(value):
         return isinstance(value, numbers.Real) and value > 0
 
     h = hyperparameters
-    for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim"):
+    for name in (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+    ):
         require(name, "a positive integer", is_count(h[name]))
     for name in ("intermediate_dim", "head_dim", "max_sequence_length"):
         require(name, "a positive integer", is_count(h[name]))
@@ -32,7 +40,11 @@ def check_hyperparameters(hyperparameters):
     for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
         require(name, "None or a number above 0", h[name] is None or is_positive(h[name]))
     heads = h["num_key_value_heads"]
-    require("num_query_heads", f"a multiple of num_key_value_heads={heads}", h["num_query_heads"] % heads == 0)
+    require(
+        "num_query_heads",
+        f"a multiple of num_key_value_heads={heads}",
+        h["num_query_heads"] % heads == 0,
+    )
     require("head_dim", "even, for rotary positions turn pairs of channels", h["head_dim"] % 2 == 0)
     count = h["num_layers"]
     fine = isinstance(h["layer_types"], (list, tuple)) and len(h["layer_types"]) == count

@@ -26,7 +26,9 @@ class Initial:
         if self.values is not None:
 
             def stored(shape, dtype, layout=None):
-                return backend.from_numpy(self._stored(self.path + name, tuple(shape)).read(dtype), layout)
+                return backend.from_numpy(
+                    self._stored(self.path + name, tuple(shape)).read(dtype), layout
+                )
 
             return stored
         # A new initializer each time: one instance would give two matrices of a shape the same values.

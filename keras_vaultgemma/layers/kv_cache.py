@@ -60,5 +60,7 @@ def merge_heads(cache):
 
 
 def _reshaped(cache, new_shape):
-    keys, values = (tuple(ops.reshape(x, new_shape(x.shape)) for x in tensors) for tensors in cache[:2])
+    keys, values = (
+        tuple(ops.reshape(x, new_shape(x.shape)) for x in tensors) for tensors in cache[:2]
+    )
     return KVCache(keys, values, cache.positions)

@@ -15,7 +15,11 @@ def low_rank_matmul(x, first, second, scale, transposed=False):
     """
     x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
     second = backend.value_of(second)
-    return backend.matmul(x * scale, second, transposed) if transposed else backend.expanded(x * scale, second)
+    return (
+        backend.matmul(x * scale, second, transposed)
+        if transposed
+        else backend.expanded(x * scale, second)
+    )
 
 
 class LowRankUpdate:
@@ -39,7 +43,9 @@ class LowRankUpdate:
     takes_row_factors = False
     """Whether the layer also computes with factors [B, in, r] and [B, r, out], one pair for each row of a batch."""
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0):
+    def enable_lora(
+        self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0
+    ):
         """Add factors and freeze the matrix.
 
         Args:
@@ -54,15 +60,21 @@ class LowRankUpdate:
         # Keras's own `enable_lora` would ask for the matrix [in, out], which a projection does not have as it is.
         self.check_base(self.quantization_mode)
         if self.lora_enabled:
-            raise ValueError(f"A layer has one adapter at most. Received: {self.path}, which has factors")
+            raise ValueError(
+                f"A layer has one adapter at most. Received: {self.path}, which has factors"
+            )
         inputs, outputs = self.adapted_shape
         shapes, initializers = ((inputs, rank), (rank, outputs)), (a_initializer, b_initializer)
         for variable in self.weights:
             variable.trainable = False
         self._tracker.unlock()
-        for name, shape, initializer in zip(self.lora_factor_names, shapes, initializers, strict=True):
+        for name, shape, initializer in zip(
+            self.lora_factor_names, shapes, initializers, strict=True
+        ):
             # Not cast: Keras would round the factors to a 16-bit compute dtype in every call.
-            options = dict(initializer=keras.initializers.get(initializer), dtype="float32", autocast=False)
+            options = dict(
+                initializer=keras.initializers.get(initializer), dtype="float32", autocast=False
+            )
             setattr(self, name, self.add_weight(name=name, shape=shape, **options))
         if dropout and not hasattr(self, "lora_seed"):
             self.lora_seed = keras.random.SeedGenerator()
@@ -86,7 +98,11 @@ class LowRankUpdate:
     @property
     def lora_factors(self):
         """The variables A [in, r] and B [r, out]; none without an adapter."""
-        return tuple(getattr(self, name) for name in self.lora_factor_names) if self.lora_enabled else ()
+        return (
+            tuple(getattr(self, name) for name in self.lora_factor_names)
+            if self.lora_enabled
+            else ()
+        )
 
     @property
     def lora_scale(self):
@@ -102,10 +118,14 @@ class LowRankUpdate:
     def merged(self, matrix, transposed=False):
         """W + s A B in the dtype of `matrix` W [in, out], rounded once; `transposed`, both are [out, in]."""
         a, b = self.lora_factors
-        update = self.lora_scale * (ops.matmul(ops.transpose(b), ops.transpose(a)) if transposed else ops.matmul(a, b))
+        update = self.lora_scale * (
+            ops.matmul(ops.transpose(b), ops.transpose(a)) if transposed else ops.matmul(a, b)
+        )
         return ops.cast(ops.cast(matrix, "float32") + update, matrix.dtype)
 
     def check_base(self, mode):
         """Raise ValueError for a quantization mode that no adapter can stand on."""
         if mode not in (None, "int8"):
-            raise ValueError(f"An adapter needs a base in floating point or int8. Received: {self.path} in {mode}")
+            raise ValueError(
+                f"An adapter needs a base in floating point or int8. Received: {self.path} in {mode}"
+            )

@@ -30,7 +30,9 @@ class Projection(LowRankUpdate, keras.layers.Dense):
             return
         size = input_shape[-1]
         # Under Keras's name for the variable, whatever its shape, for Keras reads its dtype and freezes it.
-        self._kernel = self.add_weight(name="weight", shape=(self.units, size), initializer=self.kernel_initializer)
+        self._kernel = self.add_weight(
+            name="weight", shape=(self.units, size), initializer=self.kernel_initializer
+        )
         self.bias = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: size})
         self.built = True
@@ -49,7 +51,9 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         """The matrix [in, units]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""
         if self.quantization_mode:
             return self._kernel if self.lora_enabled else super().kernel
-        return ops.transpose(self.merged(self._kernel, transposed=True) if self.lora_enabled else self._kernel)
+        return ops.transpose(
+            self.merged(self._kernel, transposed=True) if self.lora_enabled else self._kernel
+        )
 
     def call(self, x, training=None):
         product = backend.matmul(x, ops.convert_to_tensor(self._kernel), transposed=True)
@@ -60,7 +64,9 @@ class Projection(LowRankUpdate, keras.layers.Dense):
             # Keras quantizes a matrix [in, units].
             kernel = ops.transpose(self._kernel)
             self._untrack_variable(self._kernel)
-            self._kernel = self.add_weight(name="kernel", shape=kernel.shape, initializer=lambda *_, **__: kernel)
+            self._kernel = self.add_weight(
+                name="kernel", shape=kernel.shape, initializer=lambda *_, **__: kernel
+            )
         super().quantize(mode, type_check, config)
 
     def load_own_variables(self, store):
@@ -78,6 +84,10 @@ class Projection(LowRankUpdate, keras.layers.Dense):
     def _with_update(self, product, x, training):
         if self.lora_enabled:
             if training and self.lora_dropout:
-                x = keras.random.dropout(ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed)
-            product = ops.cast(product, "float32") + low_rank_matmul(x, *self.lora_factors, self.lora_scale)
+                x = keras.random.dropout(
+                    ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed
+                )
+            product = ops.cast(product, "float32") + low_rank_matmul(
+                x, *self.lora_factors, self.lora_scale
+            )
         return ops.cast(product, self.compute_dtype)

@@ -27,7 +27,14 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
     def adapted_shape(self):
         return self.input_dim, self.output_dim
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="zeros", b_initializer="random_normal", dropout=0.0):
+    def enable_lora(
+        self,
+        rank,
+        lora_alpha=None,
+        a_initializer="zeros",
+        b_initializer="random_normal",
+        dropout=0.0,
+    ):
         # A starts at 0 and not B, as in PEFT: each token moves by B times what it has learned.
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer, dropout=0.0)
 
@@ -46,18 +53,24 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         rows = backend.take_rows(ops.convert_to_tensor(self._embeddings), ids)
         if self.lora_enabled:
             a, b = self.lora_factors
-            update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b))
+            update = backend.matmul(
+                ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b)
+            )
             rows = ops.cast(rows, "float32") + update
         return ops.cast(rows, self.compute_dtype)
 
     def quantized_call(self, x, reverse=False):
         if self.quantization_mode != "int8" or not reverse:
             return super().quantized_call(x, reverse=reverse)
-        logits = int8_matmul(x, self._embeddings, self.embeddings_scale, self.inputs_quantizer, transposed=True)
+        logits = int8_matmul(
+            x, self._embeddings, self.embeddings_scale, self.inputs_quantizer, transposed=True
+        )
         return self._capped_with_update(logits, x)
 
     def _capped_with_update(self, logits, x):
         if self.lora_enabled:
             a, b = self.lora_factors
-            logits = ops.cast(logits, "float32") + low_rank_matmul(x, b, a, self.lora_scale, transposed=True)
+            logits = ops.cast(logits, "float32") + low_rank_matmul(
+                x, b, a, self.lora_scale, transposed=True
+            )
         return soft_cap(logits, self.logit_soft_cap)

@@ -21,7 +21,9 @@ class RMSNorm(keras.layers.Layer):
 
     def build(self, input_shape):
         initializer = "zeros" if self.initial is None else self.initial("scale", random="zeros")
-        self.scale = self.add_weight(shape=(input_shape[-1],), initializer=initializer, name="scale")
+        self.scale = self.add_weight(
+            shape=(input_shape[-1],), initializer=initializer, name="scale"
+        )
 
     def call(self, x):
         x = ops.cast(x, "float32")

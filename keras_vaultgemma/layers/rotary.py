@@ -18,7 +18,9 @@ class RotaryAngles(keras.layers.Layer):
     def __init__(self, head_dim, theta, **kwargs):
         super().__init__(**kwargs)
         # Constants from NumPy, so that every backend turns by the same angles.
-        self.frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype("float32")
+        self.frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(
+            "float32"
+        )
 
     def call(self, positions):
         """What `rotate` multiplies by, for int positions [B, T].

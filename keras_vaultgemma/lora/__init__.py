@@ -12,4 +12,14 @@ from keras_vaultgemma.lora.adapters import (
     use,
 )
 
-__all__ = ["active", "add", "load_adapter", "merge", "names", "remove", "save_adapter", "unmerge", "use"]
+__all__ = [
+    "active",
+    "add",
+    "load_adapter",
+    "merge",
+    "names",
+    "remove",
+    "save_adapter",
+    "unmerge",
+    "use",
+]

@@ -70,8 +70,12 @@ def add(model, rank, targets=None, alpha=None, dropout=0.0, name="default"):
     if not isinstance(alpha, numbers.Real) or not 0 < alpha < float("inf"):
         raise ValueError(f"`alpha` must be a finite number above 0. Received: alpha={alpha!r}")
     if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}")
-    paths = injection.match_targets(_backbone(model), DEFAULT_TARGETS if targets is None else targets)
+        raise ValueError(
+            f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}"
+        )
+    paths = injection.match_targets(
+        _backbone(model), DEFAULT_TARGETS if targets is None else targets
+    )
     _add(model, name, Adapter(int(rank), float(alpha), float(dropout), dict.fromkeys(paths)))
 
 
@@ -85,7 +89,9 @@ def use(model, name):
     """
     adapters = _unmerged(model)
     if name is not None and name not in adapters.stored:
-        raise ValueError(f"`name` must be None or one of {list(adapters.stored)}. Received: {name!r}")
+        raise ValueError(
+            f"`name` must be None or one of {list(adapters.stored)}. Received: {name!r}"
+        )
     if name != adapters.active:
         _switch(model, name)
 
@@ -143,7 +149,9 @@ def unmerge(model):
     layers = injection.adaptable_layers(backbone)
     for path, values in adapters.base.items():
         if len(values) != len(layers[path].weights):
-            raise ValueError(f"`unmerge` needs the layers as `merge` left them, and {path} was quantized since")
+            raise ValueError(
+                f"`unmerge` needs the layers as `merge` left them, and {path} was quantized since"
+            )
     for path, values in adapters.base.items():
         layers[path].load_own_variables(values)
     adapters.base = None
@@ -172,7 +180,9 @@ def save_adapter(model, folder, name=None, base_model=None):
     with backend.all_gathered(backbone.trainable_variables) as writes:
         if writes:
             adapter = _with_values(backbone, name)
-            write_adapter(folder, adapter, backbone.get_config(), base_model, backbone.privacy.ledger)
+            write_adapter(
+                folder, adapter, backbone.get_config(), base_model, backbone.privacy.ledger
+            )
 
 
 def load_adapter(model, folder, name="default"):
@@ -198,7 +208,9 @@ def _backbone(model):
 def _unmerged(model):
     adapters = _backbone(model).adapters
     if adapters.base is not None:
-        raise ValueError(f"The adapter {adapters.active!r} is merged into the model; call `lora.unmerge` first")
+        raise ValueError(
+            f"The adapter {adapters.active!r} is merged into the model; call `lora.unmerge` first"
+        )
     return adapters
 
 
@@ -250,7 +262,11 @@ def _with_values(backbone, name):
     """An adapter with its values, wherever they are."""
     adapters = backbone.adapters
     in_variables = name == adapters.active and adapters.base is None
-    return injection.read_factors(backbone, adapters.stored[name]) if in_variables else adapters.stored[name]
+    return (
+        injection.read_factors(backbone, adapters.stored[name])
+        if in_variables
+        else adapters.stored[name]
+    )
 
 
 def _forget_compiled_functions(model):

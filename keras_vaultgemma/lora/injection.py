@@ -14,7 +14,9 @@ def adaptable_layers(backbone):
     """{path: layer} of every layer that can have an adapter: the embedding and all projections."""
     layers = [backbone.token_embedding]
     for block in backbone.transformer_layers:
-        layers += [getattr(block.attention, name) for name in ATTENTION] + [getattr(block, name) for name in MLP]
+        layers += [getattr(block.attention, name) for name in ATTENTION] + [
+            getattr(block, name) for name in MLP
+        ]
     return {layer.path: layer for layer in layers}
 
 
@@ -32,11 +34,22 @@ def match_targets(backbone, targets):
         try:
             pattern = re.compile(target)
         except (re.error, TypeError) as error:
-            raise ValueError(f"A target must be a name or a regular expression. Received: {target!r}") from error
-        found = {path for path, layer in layers.items() if layer.name == target or pattern.fullmatch(path)}
+            raise ValueError(
+                f"A target must be a name or a regular expression. Received: {target!r}"
+            ) from error
+        found = {
+            path
+            for path, layer in layers.items()
+            if layer.name == target or pattern.fullmatch(path)
+        }
         if not found:
-            names, example = list(dict.fromkeys(layer.name for layer in layers.values())), list(layers)[1]
-            raise ValueError(f"A target must be one of {names} or match a path as {example}. Received: {target!r}")
+            names, example = (
+                list(dict.fromkeys(layer.name for layer in layers.values())),
+                list(layers)[1],
+            )
+            raise ValueError(
+                f"A target must be one of {names} or match a path as {example}. Received: {target!r}"
+            )
         chosen |= found
     if not chosen:
         raise ValueError(f"`target_layer_names` must name a layer. Received: {targets!r}")
@@ -51,9 +64,13 @@ def inject(backbone, adapter):
     layers = adaptable_layers(backbone)
     for path, factors in adapter.factors.items():
         names = ("a_initializer", "b_initializer")
-        initializers = {} if factors is None else dict(zip(names, map(_initializer, factors), strict=True))
+        initializers = (
+            {} if factors is None else dict(zip(names, map(_initializer, factors), strict=True))
+        )
         layers[path].trainable = True
-        layers[path].enable_lora(adapter.rank, adapter.alpha, dropout=adapter.dropout, **initializers)
+        layers[path].enable_lora(
+            adapter.rank, adapter.alpha, dropout=adapter.dropout, **initializers
+        )
 
 
 def assign_factors(backbone, adapter):

@@ -63,16 +63,28 @@ def _are_names(value):
 
 FIELDS = {
     "peft_type": ("'LORA'", lambda value: value == "LORA"),
-    "r": ("an integer from 1 to 2147483647", lambda value: type(value) is int and 0 < value < 2**31),
-    "lora_alpha": ("a finite number above 0", lambda value: _is_number(value) and 0 < value <= sys.float_info.max),
-    "lora_dropout": ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "r": (
+        "an integer from 1 to 2147483647",
+        lambda value: type(value) is int and 0 < value < 2**31,
+    ),
+    "lora_alpha": (
+        "a finite number above 0",
+        lambda value: _is_number(value) and 0 < value <= sys.float_info.max,
+    ),
+    "lora_dropout": (
+        "a number from 0 to below 1",
+        lambda value: _is_number(value) and 0 <= value < 1,
+    ),
     "bias": ("'none'", lambda value: value == "none"),
     "fan_in_fan_out": ("false", lambda value: not value),
     "init_lora_weights": (
         "one that leaves the base as it is: true, false, 'gaussian', 'orthogonal' or 'eva'",
         lambda value: type(value) is bool or value in ("gaussian", "orthogonal", "eva"),
     ),
-    "target_modules": ("a list of names or a string", lambda value: isinstance(value, str) or _are_names(value)),
+    "target_modules": (
+        "a list of names or a string",
+        lambda value: isinstance(value, str) or _are_names(value),
+    ),
     "exclude_modules": (
         "null, a list of names or a string",
         lambda value: value is None or isinstance(value, str) or _are_names(value),
@@ -80,7 +92,9 @@ FIELDS = {
     "layers_to_transform": (
         "null, an integer or a list of integers",
         lambda value: (
-            value is None or type(value) is int or (isinstance(value, list) and all(type(i) is int for i in value))
+            value is None
+            or type(value) is int
+            or (isinstance(value, list) and all(type(i) is int for i in value))
         ),
     ),
 }
@@ -116,11 +130,17 @@ def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None
     Raises:
         ValueError or OSError: where nothing can be written there.
     """
-    weights = {path: weight for path, weight in _weights(hyperparameters).items() if path in adapter.factors}
+    weights = {
+        path: weight
+        for path, weight in _weights(hyperparameters).items()
+        if path in adapter.factors
+    }
     tensors = [
         (place, LazyTensor(value, Location("", value.shape, (0, 1)), value.shape))
         for path, weight in weights.items()
-        for places, value in zip(_locations(weight, adapter.rank), adapter.factors[path], strict=True)
+        for places, value in zip(
+            _locations(weight, adapter.rank), adapter.factors[path], strict=True
+        )
         for place in places
     ]
     modules = {place.name.removeprefix(PREFIX).partition(".lora_")[0] for place, _ in tensors}
@@ -143,7 +163,9 @@ def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None
         "use_rslora": False,
     }
     with new_folder(folder) as new:
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         write_safetensors(new / WEIGHTS, tensors, DTYPES["float32"])
         if ledger is not None:
             ledger.write(new)
@@ -176,18 +198,28 @@ def read_adapter(folder, hyperparameters):
         if _is_chosen(_module(weight), config, tensors)
     }
     places = {path: _locations(weight, config["r"]) for path, weight in chosen.items()}
-    expected = {place.name: place.shape for pair in places.values() for factor in pair for place in factor}
+    expected = {
+        place.name: place.shape for pair in places.values() for factor in pair for place in factor
+    }
     if "token_embedding" in chosen:
         copies = {f"{PREFIX}{module}.base_layer.weight" for module in (EMBEDDING, HEAD)}
         expected |= dict.fromkeys(copies & tensors.keys(), chosen["token_embedding"].shape)
     check_shapes(folder, expected, tensors)
     if not chosen:
-        _reject(folder / CONFIG, "target_modules", "names of layers that this model has", config["target_modules"])
+        _reject(
+            folder / CONFIG,
+            "target_modules",
+            "names of layers that this model has",
+            config["target_modules"],
+        )
     return Adapter(
         config["r"],
         float(config["lora_alpha"]),
         float(config["lora_dropout"]),
-        {path: tuple(_read_factor(folder, factor, tensors) for factor in pair) for path, pair in places.items()},
+        {
+            path: tuple(_read_factor(folder, factor, tensors) for factor in pair)
+            for path, pair in places.items()
+        },
     )
 
 
@@ -196,13 +228,25 @@ def _read_config(path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     config = read_json(path)
-    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, **config}
+    config = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        **config,
+    }
     for field, (legal, is_fine) in FIELDS.items():
         if not is_fine(config.get(field)):
             _reject(path, field, legal, config.get(field))
     for field in sorted(config.keys() - HARMLESS):
         if config[field]:
-            _reject(path, field, "absent, null, false or empty, for it changes what an adapter computes", config[field])
+            _reject(
+                path,
+                field,
+                "absent, null, false or empty, for it changes what an adapter computes",
+                config[field],
+            )
     return config
 
 
@@ -272,9 +316,13 @@ def _read_factor(folder, places, tensors):
 def _shortened(modules, paths, hyperparameters):
     """`target_modules` of PEFT: names without their layer, where that means the same modules."""
     names = {module.rpartition(".")[2] for module in modules}
-    means = {path for path, weight in _weights(hyperparameters).items() if _module(weight).rpartition(".")[2] in names}
+    means = {
+        path
+        for path, weight in _weights(hyperparameters).items()
+        if _module(weight).rpartition(".")[2] in names
+    }
     return sorted(names if means == set(paths) else modules)
 
 
 def _module(weight):
-    return weight.places[weight_map.HUGGING_FACE].name.removesuffix(".weight")
+    return weight.locations[weight_map.HUGGING_FACE].name.removesuffix(".weight")

@@ -93,7 +93,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         **kwargs,
     ):
         if unknown := set(kwargs) - {"name", "trainable"}:
-            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
+            raise ValueError(
+                f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}"
+            )
         if layer_types is None and is_count(num_layers):
             layer_types = ["full_attention"] * num_layers
         arguments = dict(
@@ -104,7 +106,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             hidden_dim=hidden_dim,
             intermediate_dim=intermediate_dim,
             head_dim=head_dim,
-            query_pre_attn_scalar=head_dim if query_pre_attn_scalar is None else query_pre_attn_scalar,
+            query_pre_attn_scalar=head_dim
+            if query_pre_attn_scalar is None
+            else query_pre_attn_scalar,
             attention_logit_soft_cap=attention_logit_soft_cap,
             final_logit_soft_cap=final_logit_soft_cap,
             layer_types=layer_types,
@@ -122,7 +126,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         self.adapters = adapters.Adapters()
         self.privacy = PrivacyRecord()
 
-        initial = Initial(initializer_range, None if initial_values is None else dict(initial_values))
+        initial = Initial(
+            initializer_range, None if initial_values is None else dict(initial_values)
+        )
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
@@ -132,8 +138,12 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             name="token_embedding",
         )
         # It rounds the scale to the compute dtype like every Gemma: 33.94 is 34 in bfloat16.
-        self.embedding_scale = keras.layers.Rescaling(math.sqrt(hidden_dim), dtype=dtype, name="embedding_scale")
-        self.rotary_angles = RotaryAngles(head_dim, rope_theta, dtype="float32", name="rotary_angles")
+        self.embedding_scale = keras.layers.Rescaling(
+            math.sqrt(hidden_dim), dtype=dtype, name="embedding_scale"
+        )
+        self.rotary_angles = RotaryAngles(
+            head_dim, rope_theta, dtype="float32", name="rotary_angles"
+        )
         self.transformer_layers = [
             VaultGemmaDecoderBlock(
                 VaultGemmaAttention(
@@ -155,7 +165,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             )
             for i, layer_type in enumerate(self.layer_types)
         ]
-        self.final_norm = RMSNorm(layer_norm_epsilon, initial.below("final_norm"), dtype=dtype, name="final_norm")
+        self.final_norm = RMSNorm(
+            layer_norm_epsilon, initial.below("final_norm"), dtype=dtype, name="final_norm"
+        )
 
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
@@ -166,7 +178,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             **kwargs,
         )
         if initial.values:
-            raise ValueError(f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}")
+            raise ValueError(
+                f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}"
+            )
 
     def walk(self, token_ids, positions, cache=None, start=None, segments=None):
         """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
@@ -185,7 +199,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         Returns:
             Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
         """
-        key_positions = positions if cache is None else kv_cache.write(cache.positions, positions, start)
+        key_positions = (
+            positions if cache is None else kv_cache.write(cache.positions, positions, start)
+        )
         masks = {
             layer_type: causal_mask(
                 positions,
@@ -199,18 +215,26 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         angles = self.rotary_angles(positions)
         x = self.embed(token_ids)
         keys, values = [], []
-        blocks = self.transformer_layers if cache is None else backend.trace_once(self.transformer_layers)
+        blocks = (
+            self.transformer_layers
+            if cache is None
+            else backend.trace_once(self.transformer_layers)
+        )
         for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
             mask = masks[layer_type]
             if cache is None:
                 x = block(x, angles=angles, attention_mask=mask)
             else:
                 layer_cache = (cache.keys[i], cache.values[i])
-                x, (key, value) = block(x, angles=angles, attention_mask=mask, cache=layer_cache, start=start)
+                x, (key, value) = block(
+                    x, angles=angles, attention_mask=mask, cache=layer_cache, start=start
+                )
                 keys.append(key)
                 values.append(value)
         x = self.final_norm(x)
-        return x if cache is None else (x, kv_cache.KVCache(tuple(keys), tuple(values), key_positions))
+        return (
+            x if cache is None else (x, kv_cache.KVCache(tuple(keys), tuple(values), key_positions))
+        )
 
     def embed(self, token_ids):
         """What the first block reads, [B, T, D], for int32 [B, T]."""
@@ -229,7 +253,12 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
     def empty_cache(self, batch, slots):
         """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""
         return kv_cache.empty_cache(
-            self.num_layers, batch, slots, self.num_key_value_heads, self.head_dim, self.compute_dtype
+            self.num_layers,
+            batch,
+            slots,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.compute_dtype,
         )
 
     def call(self, inputs, training=None, mask=None):
@@ -254,10 +283,14 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         adapters.add(self, rank, target_layer_names, alpha, dropout, name)
 
     def save_lora_weights(self, filepath):
-        raise NotImplementedError("`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads")
+        raise NotImplementedError(
+            "`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads"
+        )
 
     def load_lora_weights(self, filepath):
-        raise NotImplementedError("`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT")
+        raise NotImplementedError(
+            "`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT"
+        )
 
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
@@ -308,7 +341,9 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         else:
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
             with read_ahead(values) as initial_values:
-                backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=initial_values)
+                backbone = cls(
+                    **{**hyperparameters, **identity, **kwargs}, initial_values=initial_values
+                )
         if load_weights:
             warn_if_not_finite(backbone, values)
             backbone.privacy.add(preset_ledger(folder, preset, backbone.count_params()))
@@ -349,6 +384,8 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         """
         sizes = read_config(presets.find(preset, "config"))
         if unknown := set(hyperparameters) - set(sizes):
-            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}")
+            raise ValueError(
+                f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}"
+            )
         sizes.update(hyperparameters)
         return layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)

@@ -41,7 +41,9 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self._generators = {}
-        super().__init__(inputs=backbone.input, outputs=self.logits(backbone(backbone.input)), **kwargs)
+        super().__init__(
+            inputs=backbone.input, outputs=self.logits(backbone(backbone.input)), **kwargs
+        )
 
     def logits(self, hidden_states):
         """Hidden states [B, T, D] to logits [B, T, V], float32, soft-capped where the backbone says so."""
@@ -61,10 +63,14 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
             FileNotFoundError: where weights or vocabulary are missing; it says how to get them.
         """
         wants_text = "preprocessor" not in kwargs
-        folder = presets.find(preset, "weights" if load_weights else "vocabulary" if wants_text else "config")
+        folder = presets.find(
+            preset, "weights" if load_weights else "vocabulary" if wants_text else "config"
+        )
         if wants_text and not presets.file(folder, "vocabulary"):
             files = ", ".join(presets.FILES["vocabulary"])
-            raise FileNotFoundError(f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids")
+            raise FileNotFoundError(
+                f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids"
+            )
         backbone_kwargs = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
         if "backbone" not in kwargs:
             backbone = VaultGemmaBackbone.from_preset(folder, load_weights, **backbone_kwargs)
@@ -158,13 +164,19 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
             request = make_request(inputs, self.backbone, self.preprocessor, **options)
             if as_batch:
                 request = request._replace(asked=request.asked._replace(is_single=False))
-            return complete(self._generator(prompt_lookup), request, self.preprocessor, *output_options)
+            return complete(
+                self._generator(prompt_lookup), request, self.preprocessor, *output_options
+            )
 
         if backend.is_tensorflow(inputs) and hasattr(inputs, "as_numpy_iterator"):
-            return concatenate([generate(batch, as_batch=True) for batch in inputs.as_numpy_iterator()])
+            return concatenate(
+                [generate(batch, as_batch=True) for batch in inputs.as_numpy_iterator()]
+            )
         return generate(inputs)
 
-    def stream(self, inputs, max_length=None, stop_token_ids="auto", *, prompt_lookup=False, **options):
+    def stream(
+        self, inputs, max_length=None, stop_token_ids="auto", *, prompt_lookup=False, **options
+    ):
         """Iterate over the text that follows one prompt while it is generated.
 
         ```python
@@ -185,17 +197,28 @@ class VaultGemmaCausalLM(FineTuning, keras_hub.models.CausalLM):
             ValueError: as `generate`, and for more than one prompt.
         """
         request = make_request(
-            inputs, self.backbone, self.preprocessor, max_length=max_length, stop_token_ids=stop_token_ids, **options
+            inputs,
+            self.backbone,
+            self.preprocessor,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            **options,
         )
         if not request.asked.is_single or request.asked.form not in ("text", "chat"):
-            raise ValueError(f"`inputs` of `stream` must be one string or one chat. Received: {inputs!r}")
+            raise ValueError(
+                f"`inputs` of `stream` must be one string or one chat. Received: {inputs!r}"
+            )
         return Stream(self._generator(prompt_lookup), request, self.preprocessor)
 
     def _generator(self, prompt_lookup=False):
         """The compiled generator, made anew where variables were added or replaced (LoRA, quantisation)."""
         chooses_by_itself = type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
-        kind = PromptLookup if prompt_lookup else Generator if chooses_by_itself else SearchGenerator
+        kind = (
+            PromptLookup if prompt_lookup else Generator if chooses_by_itself else SearchGenerator
+        )
         generator = self._generators.get(kind)
-        if generator is None or [id(v) for v in generator.variables] != [id(v) for v in self.variables]:
+        if generator is None or [id(v) for v in generator.variables] != [
+            id(v) for v in self.variables
+        ]:
             self._generators[kind] = generator = kind(self, self.sampler, self.run_eagerly)
         return generator

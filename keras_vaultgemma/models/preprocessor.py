@@ -71,7 +71,9 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         texts = x.get("prompts") if isinstance(x, dict) else x
         if backend.is_symbolic_tensorflow(texts):
             token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(
-                lambda *values: self._pack_for_training(keras.tree.pack_sequence_as(x, values), length, cut_rows),
+                lambda *values: self._pack_for_training(
+                    keras.tree.pack_sequence_as(x, values), length, cut_rows
+                ),
                 keras.tree.flatten(x),
                 [(*texts.shape, length)] * 4,
                 ["int32"] * 4,

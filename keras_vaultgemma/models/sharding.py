@@ -48,11 +48,18 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
     """
     backend.check_distribution_support()
     if not isinstance(device_mesh, keras.distribution.DeviceMesh):
-        raise ValueError(f"`device_mesh` must be a keras.distribution.DeviceMesh. Received: {device_mesh!r}")
+        raise ValueError(
+            f"`device_mesh` must be a keras.distribution.DeviceMesh. Received: {device_mesh!r}"
+        )
     names = tuple(device_mesh.axis_names)
-    for argument, axis in (("model_parallel_dim_name", model_axis), ("data_parallel_dim_name", data_axis)):
+    for argument, axis in (
+        ("model_parallel_dim_name", model_axis),
+        ("data_parallel_dim_name", data_axis),
+    ):
         if axis not in names:
-            raise ValueError(f"`{argument}` must be one of the mesh's axes {names}. Received: {argument}={axis!r}")
+            raise ValueError(
+                f"`{argument}` must be one of the mesh's axes {names}. Received: {argument}={axis!r}"
+            )
     if model_axis == data_axis:
         raise ValueError(
             "`model_parallel_dim_name` and `data_parallel_dim_name` must be two axes of the mesh. "
@@ -114,7 +121,12 @@ def variable_axes(axis, whole=()):
             "token_embedding/embeddings_scale": (axis,),
         },
     }
-    return {pattern: axes for part in parts if part not in whole for pattern, axes in parts[part].items()}
+    return {
+        pattern: axes
+        for part in parts
+        if part not in whole
+        for pattern, axes in parts[part].items()
+    }
 
 
 def _by_outputs(layer, axis):

@@ -68,7 +68,9 @@ class FineTuning(Scoring, PrivateTraining):
             # Keras would trace the model once more to build what is not used. None would keep the metrics of before.
             loss, weighted_metrics = None, [] if had_own_metrics else None
         elif is_auto:
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
         if privacy is not None and isinstance(weighted_metrics, str):
             weighted_metrics = None  # of the defaults none has the mark that it is not protected
         options = dict(weighted_metrics=weighted_metrics, sampler=sampler, privacy=privacy)
@@ -81,7 +83,11 @@ class FineTuning(Scoring, PrivateTraining):
 
     @property
     def metrics(self):
-        return [metric for metric in super().metrics if metric is not self._accuracy or self._reports_accuracy]
+        return [
+            metric
+            for metric in super().metrics
+            if metric is not self._accuracy or self._reports_accuracy
+        ]
 
     def call(self, inputs, training=None, mask=None):
         if self._returns_hidden_states:
@@ -108,7 +114,11 @@ class FineTuning(Scoring, PrivateTraining):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not self._returns_hidden_states:
             return super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        weights = ops.ones(ops.shape(y), "float32") if sample_weight is None else ops.cast(sample_weight, "float32")
+        weights = (
+            ops.ones(ops.shape(y), "float32")
+            if sample_weight is None
+            else ops.cast(sample_weight, "float32")
+        )
         while len(weights.shape) < len(y.shape):
             weights = weights[..., None]
         weights = ops.reshape(ops.broadcast_to(weights, ops.shape(y)), (-1,))
@@ -140,12 +150,18 @@ class FineTuning(Scoring, PrivateTraining):
         """A row's loss is the mean over its tokens that count, each times its weight."""
         if not self._loss_takes_hidden_states:
             return super().private_losses(x, y, sample_weight)
-        weights = ops.ones(ops.shape(y), "float32") if sample_weight is None else ops.cast(sample_weight, "float32")
+        weights = (
+            ops.ones(ops.shape(y), "float32")
+            if sample_weight is None
+            else ops.cast(sample_weight, "float32")
+        )
         count = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
         weights = weights / ops.maximum(count, 1.0)
         hidden_states = self.backbone(x, training=True)
         flat = ops.reshape(weights, (-1,))
-        total, losses, _ = self._cross_entropy(hidden_states, ops.reshape(y, (-1,)), flat, with_gradient=True)
+        total, losses, _ = self._cross_entropy(
+            hidden_states, ops.reshape(y, (-1,)), flat, with_gradient=True
+        )
         return total, ops.sum(ops.reshape(losses, ops.shape(weights)) * weights, axis=1)
 
     def preprocess_samples(self, x, y=None, sample_weight=None, cut_rows=None):
@@ -156,7 +172,9 @@ class FineTuning(Scoring, PrivateTraining):
         # Past `Layer.__call__`, which looks into every string and wraps errors.
         return self.preprocessor.call(x, cut_rows=cut_rows)
 
-    def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
+    def fit(
+        self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs
+    ):
         """Train on next-token prediction; see `keras.Model.fit` for the arguments that are not explained here.
 
         Args:
@@ -186,24 +204,40 @@ class FineTuning(Scoring, PrivateTraining):
             x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
             rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
-                validation_data = self._training_data(*validation_data, batch_size=rows, cut_rows=cut_rows)
+                validation_data = self._training_data(
+                    *validation_data, batch_size=rows, cut_rows=cut_rows
+                )
             elif validation_data is not None:
-                x_val, y_val, weight_val = self._training_data(validation_data, batch_size=rows, cut_rows=cut_rows)
+                x_val, y_val, weight_val = self._training_data(
+                    validation_data, batch_size=rows, cut_rows=cut_rows
+                )
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
             cut_rows.report()
             if self.optimizer and not self.optimizer.built:
                 # TensorFlow traces a step that makes variables twice: a second for each block, and 8 MB.
                 self.optimizer.build(self.trainable_variables)
             kwargs |= dict(
-                x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, validation_data=validation_data
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                validation_data=validation_data,
             )
-            with private_fit(self, kwargs, records) as arguments, resumable(self, arguments) as arguments:
+            with (
+                private_fit(self, kwargs, records) as arguments,
+                resumable(self, arguments) as arguments,
+            ):
                 # Past keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras slices itself.
                 return keras.Model.fit(self, **arguments)
 
     def _records(self, x):
         """The rows as the user gave them, for private training to know them again; None of ids and of streams."""
-        if self._dpsgd is None or self.preprocessor is None or hasattr(x, "__next__") or hasattr(x, "cardinality"):
+        if (
+            self._dpsgd is None
+            or self.preprocessor is None
+            or hasattr(x, "__next__")
+            or hasattr(x, "cardinality")
+        ):
             return None
         batches = [x]
         if isinstance(x, keras.utils.PyDataset):
@@ -235,7 +269,9 @@ class FineTuning(Scoring, PrivateTraining):
         self._check_that_there_is_a_loss()
         with CutRows() as cut_rows:
             x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
-            return keras.Model.evaluate(self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+            return keras.Model.evaluate(
+                self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs
+            )
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32 [B, T, V], for data as for `fit`."""
@@ -244,7 +280,9 @@ class FineTuning(Scoring, PrivateTraining):
 
     def _training_data(self, x, y=None, sample_weight=None, batch_size=None, cut_rows=None):
         preprocess = (
-            None if self.preprocessor is None else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
+            None
+            if self.preprocessor is None
+            else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
         )
         # To a loss of the user's own labels may mean something else, such as classes to ignore.
         size, labels_are_ids = self.backbone.vocabulary_size, self._loss_takes_hidden_states

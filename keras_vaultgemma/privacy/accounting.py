@@ -97,7 +97,9 @@ def spent(runs, delta, unit, mechanism=MECHANISM):
         unit, mechanism: in words.
     """
     value = round_up(epsilon(runs, delta))
-    return PrivacySpent(value, delta, sum(steps.count for steps in runs), mechanism, unit, NEIGHBOURING)
+    return PrivacySpent(
+        value, delta, sum(steps.count for steps in runs), mechanism, unit, NEIGHBOURING
+    )
 
 
 def epsilon(runs, delta):
@@ -146,10 +148,14 @@ def calibrate(steps, budget, delta, earlier=()):
         ValueError: for an argument outside its range, or a budget that `earlier` has used up.
     """
     if not 0 < budget <= LARGEST_EPSILON:
-        raise ValueError(f"`epsilon` must be above 0 and at most {LARGEST_EPSILON:g}. Received: epsilon={budget}")
+        raise ValueError(
+            f"`epsilon` must be above 0 and at most {LARGEST_EPSILON:g}. Received: epsilon={budget}"
+        )
     check_delta(delta)
     if steps.count == 0:
-        raise ValueError(f"`count` must be 1 or more for a noise multiplier to be found. Received: count={steps.count}")
+        raise ValueError(
+            f"`count` must be 1 or more for a noise multiplier to be found. Received: count={steps.count}"
+        )
     if earlier and (used := epsilon(earlier, delta)) >= budget:
         raise ValueError(
             f"`epsilon` must be above {round_up(used)}, which earlier runs on the same data have spent. "
@@ -206,7 +212,9 @@ def check(steps):
         if name == "max_batch_size" and value is None:
             continue
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < smallest:
-            raise ValueError(f"`{name}` must be an integer of {smallest} or more. Received: {name}={value!r}")
+            raise ValueError(
+                f"`{name}` must be an integer of {smallest} or more. Received: {name}={value!r}"
+            )
     # Not `<= 0`, so that NaN is refused.
     if not 0 < steps.sampling_probability <= 1:
         raise ValueError(
@@ -234,14 +242,24 @@ def _one_step(rows, sampling_probability, max_batch_size, noise_multiplier):
         from dp_accounting import NeighboringRelation
         from dp_accounting.pld import privacy_loss_distribution as pld
     except ImportError as error:
-        raise ImportError(f"Accounting needs dp-accounting: pip install keras-vaultgemma[privacy] ({error})") from error
-    common = dict(value_discretization_interval=INTERVAL, neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+        raise ImportError(
+            f"Accounting needs dp-accounting: pip install keras-vaultgemma[privacy] ({error})"
+        ) from error
+    common = dict(
+        value_discretization_interval=INTERVAL,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+    )
     if max_batch_size is None or max_batch_size >= rows:
-        both = pld.from_gaussian_mechanism(noise_multiplier, sampling_prob=sampling_probability, **common)
+        both = pld.from_gaussian_mechanism(
+            noise_multiplier, sampling_prob=sampling_probability, **common
+        )
     else:
         both = pld.from_truncated_subsampled_gaussian_mechanism(
             rows, sampling_probability, max_batch_size, noise_multiplier, **common
         )
     # The probabilities have no public name; tests compare with what the library's own accountant says.
     dense = (pmf.to_dense_pmf() for pmf in (both._pmf_remove, both._pmf_add))
-    return tuple(LossDistribution(p._discretization, p._lower_loss, p._probs, float(p._infinity_mass)) for p in dense)
+    return tuple(
+        LossDistribution(p._discretization, p._lower_loss, p._probs, float(p._infinity_mass))
+        for p in dense
+    )

@@ -23,8 +23,12 @@ def check_model(model, metrics):
             "one and added up have a larger ε than one batch of their size; give `fit` a larger `batch_size`. "
             f"Received: gradient_accumulation_steps={optimizer.gradient_accumulation_steps}"
         )
-    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(optimizer, "loss_scale_factor", None)
-    halves = sorted({layer.path for layer in _layers(model) if layer.dtype_policy.compute_dtype == "float16"})
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
+        optimizer, "loss_scale_factor", None
+    )
+    halves = sorted(
+        {layer.path for layer in _layers(model) if layer.dtype_policy.compute_dtype == "float16"}
+    )
     if scales or halves:
         raise ValueError(
             "Private training needs gradients at their own scale, which loss scaling and float16 do not give: use "
@@ -35,7 +39,9 @@ def check_model(model, metrics):
             "Private training needs `steps_per_execution=1`: each step is written down before it is done. "
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
-    mixing = [layer.path for layer in _layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    mixing = [
+        layer.path for layer in _layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     if mixing:
         raise ValueError(
             "Private training needs layers that compute each row by itself; BatchNormalization mixes the rows of a "
@@ -67,14 +73,18 @@ def check_fit(arguments, public_validation):
     for name, reason in reasons.items():
         value = arguments.get(name)
         if value is not None and not (name == "validation_split" and value == 0):
-            raise ValueError(f"Private training takes no `{name}`: {reason}. Received: {name}={value!r}")
+            raise ValueError(
+                f"Private training takes no `{name}`: {reason}. Received: {name}={value!r}"
+            )
     if arguments.get("validation_data") is not None and not public_validation:
         raise ValueError(
             "Metrics on `validation_data` are not covered by the guarantee: say `DPSGD(public_validation=True)` where "
             "the rows are public, or leave them out. Received: validation_data"
         )
     for callback in keras.tree.flatten(arguments.get("callbacks") or []):
-        if isinstance(callback, (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)):
+        if isinstance(
+            callback, (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+        ):
             raise ValueError(
                 "Weights that are saved in the middle of private training must come with their ledger: use "
                 f"`TrainingCheckpoint`. Received: {type(callback).__name__}"
@@ -153,7 +163,9 @@ def check_losses(model, rows):
         )
     for loss in [] if model.loss is None else keras.tree.flatten(model.loss):
         function = keras.losses.get(loss)
-        function = getattr(function, "call", function)  # of a `keras.losses.Loss`, that before it averages
+        function = getattr(
+            function, "call", function
+        )  # of a `keras.losses.Loss`, that before it averages
         x, y = (keras.tree.map_structure(lambda array: array[[0, -1]], part) for part in rows[:2])
         predicted = keras.ops.convert_to_numpy(model(x))
         together, alone = (_values(function, y[:count], predicted[:count]) for count in (2, 1))
@@ -166,7 +178,9 @@ def check_losses(model, rows):
 
 
 def _values(function, *arrays):
-    return np.asarray(keras.ops.convert_to_numpy(function(*map(keras.ops.convert_to_tensor, arrays))))
+    return np.asarray(
+        keras.ops.convert_to_numpy(function(*map(keras.ops.convert_to_tensor, arrays)))
+    )
 
 
 def _layers(layer):

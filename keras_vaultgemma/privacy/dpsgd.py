@@ -98,13 +98,22 @@ class DPSGD:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be above 0 and finite. Received: {name}={value}")
         if unit not in UNITS:
-            raise ValueError(f"`unit` must be one of {', '.join(map(repr, UNITS))}. Received: unit={unit!r}")
-        is_count = isinstance(microbatch_size, numbers.Integral) and not isinstance(microbatch_size, bool)
+            raise ValueError(
+                f"`unit` must be one of {', '.join(map(repr, UNITS))}. Received: unit={unit!r}"
+            )
+        is_count = isinstance(microbatch_size, numbers.Integral) and not isinstance(
+            microbatch_size, bool
+        )
         if microbatch_size is not None and not (is_count and microbatch_size > 0):
             raise ValueError(
                 f"`microbatch_size` must be a positive integer or None. Received: microbatch_size={microbatch_size!r}"
             )
-        self.epsilon, self.noise_multiplier, self.delta, self.clip_norm = epsilon, noise_multiplier, delta, clip_norm
+        self.epsilon, self.noise_multiplier, self.delta, self.clip_norm = (
+            epsilon,
+            noise_multiplier,
+            delta,
+            clip_norm,
+        )
         self.unit, self.microbatch_size = unit, microbatch_size
         self.extend_budget, self.public_validation = extend_budget, public_validation
         self.ledger, self.seed_for_tests = ledger, seed_for_tests
@@ -113,7 +122,9 @@ class DPSGD:
     def mechanism(self):
         """What the ledger says that a run does, in words."""
         is_private = self.seed_for_tests is None
-        return accounting.MECHANISM if is_private else f"{accounting.SEEDED}: {accounting.MECHANISM}"
+        return (
+            accounting.MECHANISM if is_private else f"{accounting.SEEDED}: {accounting.MECHANISM}"
+        )
 
     def secret(self):
         """A new secret for one call of `fit`; with `seed_for_tests` a known one, and a warning."""

@@ -39,7 +39,9 @@ def key(folder=None):
             file.flush()
             os.fsync(file.fileno())
     if len(found) != KEY_SIZE:
-        raise ValueError(f"{path} must have {KEY_SIZE} bytes. Received: {len(found)}; remove it for a new key")
+        raise ValueError(
+            f"{path} must have {KEY_SIZE} bytes. Received: {len(found)}; remove it for a new key"
+        )
     return found
 
 

@@ -56,7 +56,9 @@ def private_fit(model, arguments, records=None):
     per_epoch = planning.steps_per_epoch(count, batch_size)
     checks.check_microbatch(model, settings.microbatch_size)
     # At most a quarter of a batch, for the last microbatch of a step is rarely full.
-    at_once = min(model.rows_at_once(rows), max(1, batch_size // 4)) if model.takes_row_variables else 1
+    at_once = (
+        min(model.rows_at_once(rows), max(1, batch_size // 4)) if model.takes_row_variables else 1
+    )
     microbatch = settings.microbatch_size or at_once
     path = _ledger_path(settings, arguments)
     if path is not None and path.exists():
@@ -89,7 +91,9 @@ def private_fit(model, arguments, records=None):
         len(model._seeds),
     )
     if is_cut_short and not run.planned_steps:
-        arguments["epochs"] = saved["position"]["epoch"]  # where a resumed run begins: it does no step
+        arguments["epochs"] = saved["position"][
+            "epoch"
+        ]  # where a resumed run begins: it does no step
     arguments |= {
         "shuffle": False,
         "steps_per_epoch": per_epoch,
@@ -101,7 +105,9 @@ def private_fit(model, arguments, records=None):
     opened = OpenRun(path, run, record.history)
     if {*opened.ledger.runs[:-1]} != {*record.ledger.runs}:
         opened.close()
-        raise ValueError(f"{path} must have one writer. Received: a run that began while this one was planned")
+        raise ValueError(
+            f"{path} must have one writer. Received: a run that began while this one was planned"
+        )
     record.begin(opened)
     try:
         yield arguments
@@ -114,17 +120,28 @@ def _plan(record, settings, dataset, unit, shape, done, is_resumed):
     delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
     earlier = record.ledger.on(dataset)
     spent = accounting.epsilon(earlier, delta) if earlier else 0.0
-    asked = max(0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done)
+    asked = max(
+        0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
+    )
     epsilon, noise = settings.epsilon, settings.noise_multiplier
     budget = record.budgets.get(dataset) if epsilon is None else epsilon
     is_used_up = budget is not None and spent >= USED_UP * budget
     if is_used_up and settings.extend_budget:
         epsilon, noise, is_used_up = None, noise or earlier[-1].noise_multiplier, False
     if asked and not is_used_up:
-        steps = planning.plan(**shape, delta=delta, epsilon=epsilon, noise_multiplier=noise, earlier=earlier, done=done)
+        steps = planning.plan(
+            **shape,
+            delta=delta,
+            epsilon=epsilon,
+            noise_multiplier=noise,
+            earlier=earlier,
+            done=done,
+        )
     else:
         # The run releases nothing; it needs a shape all the same.
-        steps = earlier[-1] if earlier else planning.plan(**shape, delta=delta, noise_multiplier=1.0)
+        steps = (
+            earlier[-1] if earlier else planning.plan(**shape, delta=delta, noise_multiplier=1.0)
+        )
         steps = steps._replace(count=0)
     if epsilon is None and not settings.extend_budget:
         budget = record.budgets.setdefault(dataset, accounting.epsilon([*earlier, steps], delta))
@@ -244,7 +261,12 @@ class _Counting(keras.callbacks.Callback):
     def __init__(self, record, is_cut_short, per_epoch, done):
         super().__init__()
         self.counted = {}
-        self._record, self._is_cut_short, self._per_epoch, self._done = record, is_cut_short, per_epoch, done
+        self._record, self._is_cut_short, self._per_epoch, self._done = (
+            record,
+            is_cut_short,
+            per_epoch,
+            done,
+        )
 
     def on_epoch_begin(self, epoch, logs=None):
         first, before = divmod(self._done, self._per_epoch)
@@ -261,7 +283,8 @@ class _Counting(keras.callbacks.Callback):
         run = self._record.run
         if self._is_cut_short and run.done >= run.run.planned_steps:
             warnings.warn(
-                f"The budget for these rows ends after {run.done} more steps, and so does `fit`", stacklevel=2
+                f"The budget for these rows ends after {run.done} more steps, and so does `fit`",
+                stacklevel=2,
             )
             self.model.stop_training = True
 

@@ -67,7 +67,9 @@ class Run(NamedTuple):
 
     def steps(self, count):
         """`accounting.Steps` of this run."""
-        return Steps(count, self.rows, self.sampling_probability, self.max_batch_size, self.noise_multiplier)
+        return Steps(
+            count, self.rows, self.sampling_probability, self.max_batch_size, self.noise_multiplier
+        )
 
     @property
     def block(self):
@@ -88,7 +90,11 @@ class Ledger(NamedTuple):
 
     def on(self, dataset):
         """List of `Steps` of the runs on some data, and of those that may be on the same data."""
-        return [run.steps(count) for run, count in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
+        return [
+            run.steps(count)
+            for run, count in self.runs
+            if fingerprint.may_be_equal(run.dataset, dataset)
+        ]
 
     def spent(self, delta=None):
         """{fingerprint: `PrivacySpent`} of each data set.
@@ -97,16 +103,24 @@ class Ledger(NamedTuple):
             delta: in (0, 1); the smallest that the runs on the data were meant for if None.
         """
         return {
-            dataset: self.spent_on(dataset, delta) for dataset in dict.fromkeys(run.dataset for run, _ in self.runs)
+            dataset: self.spent_on(dataset, delta)
+            for dataset in dict.fromkeys(run.dataset for run, _ in self.runs)
         }
 
     def spent_on(self, dataset, delta=None):
         """`PrivacySpent` of the runs on some data, and of those that may be on the same; `delta` as for `spent`."""
         runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
         if not runs:
-            raise ValueError(f"`dataset` must be the fingerprint of a run's data. Received: dataset={dataset!r}")
-        units, mechanisms = ("; ".join(dict.fromkeys(getattr(r, name) for r in runs)) for name in ("unit", "mechanism"))
-        return accounting.spent(self.on(dataset), delta or min(run.delta for run in runs), units, mechanisms)
+            raise ValueError(
+                f"`dataset` must be the fingerprint of a run's data. Received: dataset={dataset!r}"
+            )
+        units, mechanisms = (
+            "; ".join(dict.fromkeys(getattr(r, name) for r in runs))
+            for name in ("unit", "mechanism")
+        )
+        return accounting.spent(
+            self.on(dataset), delta or min(run.delta for run in runs), units, mechanisms
+        )
 
     def describe(self):
         """A sentence for each run, in order."""
@@ -176,7 +190,11 @@ def preset_ledger(folder, preset="", parameter_count=None):
     if (folder / FILE).is_file():
         return read_ledger(folder / FILE)
     metadata = folder / presets.METADATA
-    stated = read_json(metadata) if metadata.is_file() else presets.release_metadata(preset, parameter_count)
+    stated = (
+        read_json(metadata)
+        if metadata.is_file()
+        else presets.release_metadata(preset, parameter_count)
+    )
     statement = stated.get("privacy")
     return Ledger((statement,)) if statement else Ledger()
 
@@ -229,7 +247,9 @@ def parse_ledger(content, path):
                 raise ValueError(f"unknown kind {kind!r}")
         except (KeyError, TypeError, ValueError) as error:
             message = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, line {number} is not an entry of a privacy ledger: {message}") from error
+            raise ValueError(
+                f"{path}, line {number} is not an entry of a privacy ledger: {message}"
+            ) from error
     return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
 
 

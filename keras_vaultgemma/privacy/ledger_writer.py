@@ -6,7 +6,14 @@ from pathlib import Path
 
 from keras_vaultgemma._files import check_link, sync_folder
 from keras_vaultgemma.privacy import accounting
-from keras_vaultgemma.privacy.ledger import Ledger, combine_ledgers, entry_line, plain_training, read_ledger, run_entry
+from keras_vaultgemma.privacy.ledger import (
+    Ledger,
+    combine_ledgers,
+    entry_line,
+    plain_training,
+    read_ledger,
+    run_entry,
+)
 
 try:
     import fcntl
@@ -33,7 +40,9 @@ class OpenRun:
         accounting.check(run.steps(run.planned_steps))
         accounting.check_delta(run.delta)
         if not 0 < run.clip_norm < float("inf"):
-            raise ValueError(f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}")
+            raise ValueError(
+                f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}"
+            )
         self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
         self._history, self._file = history or Ledger(), None
         if path is not None:
@@ -56,12 +65,16 @@ class OpenRun:
         self._history = combine_ledgers(there, history)
         counted = {run.name: count for run, count in there.runs}
         missing = Ledger(
-            tuple(statement for statement in history.statements if statement not in there.statements),
+            tuple(
+                statement for statement in history.statements if statement not in there.statements
+            ),
             tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
         )
         # What a torn line left is closed, so that it spoils no other.
         torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._write((b"\n" if torn else b"") + missing.lines(counted) + entry_line(run_entry(self.run)))
+        self._write(
+            (b"\n" if torn else b"") + missing.lines(counted) + entry_line(run_entry(self.run))
+        )
         sync_folder(path.parent)
 
     @property

@@ -74,7 +74,9 @@ def epsilon(parts, delta):
     # δ(ε) = upper - e^(ε - centre) lower for ε between a loss of the grid and the one before it.
     before = losses - parts[0][0].interval
     before = before[before < centre]
-    too_large = np.flatnonzero(upper[: len(before)] - np.exp(before - centre) * lower[: len(before)] > delta)
+    too_large = np.flatnonzero(
+        upper[: len(before)] - np.exp(before - centre) * lower[: len(before)] > delta
+    )
     if not len(too_large):
         return max(0.0, float(losses[0]))
     last = too_large[-1]

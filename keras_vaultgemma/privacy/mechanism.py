@@ -86,7 +86,12 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
             ops.sum(used * ops.cast(norms > clip_norm, "float32")),
             ops.sum(present - used),
         ]
-        return start + size, total, [old + update for old, update in zip(statistics, new, strict=True)], list(state)
+        return (
+            start + size,
+            total,
+            [old + update for old, update in zip(statistics, new, strict=True)],
+            list(state),
+        )
 
     zeros = [backend.zeros(shape) for shape in shapes]
     start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
@@ -130,7 +135,9 @@ def clip_factors(gradients, losses, is_present, clip_norm):
         not finite; whether a row is present and finite; the norms before clipping.
     """
     norms = ops.sqrt(sum(_squared_norms(gradient) for gradient in gradients))
-    is_finite = ops.logical_and(is_present, ops.logical_and(ops.isfinite(norms), ops.isfinite(losses)))
+    is_finite = ops.logical_and(
+        is_present, ops.logical_and(ops.isfinite(norms), ops.isfinite(losses))
+    )
     factors = clip_norm * (1 - ROUNDING) / ops.maximum(norms, clip_norm * (1 - ROUNDING))
     return ops.where(is_finite, factors, 0.0), is_finite, norms
 

@@ -10,7 +10,17 @@ HEAD_ROOM_COST = 0.01
 """Part of ε that cutting large batches off may cost."""
 
 
-def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, microbatch=1, earlier=(), done=0):
+def plan(
+    rows,
+    batch_size,
+    epochs,
+    delta,
+    epsilon=None,
+    noise_multiplier=None,
+    microbatch=1,
+    earlier=(),
+    done=0,
+):
     """The steps of a run, with room for batches larger than the expected one.
 
     Args:
@@ -35,12 +45,22 @@ def plan(rows, batch_size, epochs, delta, epsilon=None, noise_multiplier=None, m
             "Exactly one of `epsilon` and `noise_multiplier` must be given. "
             f"Received: epsilon={epsilon}, noise_multiplier={noise_multiplier}"
         )
-    for name, value in dict(rows=rows, batch_size=batch_size, epochs=epochs, microbatch=microbatch).items():
+    for name, value in dict(
+        rows=rows, batch_size=batch_size, epochs=epochs, microbatch=microbatch
+    ).items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     if batch_size > rows:
-        raise ValueError(f"`batch_size` must be at most the {rows} rows. Received: batch_size={batch_size}")
-    steps = Steps(epochs * steps_per_epoch(rows, batch_size) - done, rows, batch_size / rows, None, noise_multiplier)
+        raise ValueError(
+            f"`batch_size` must be at most the {rows} rows. Received: batch_size={batch_size}"
+        )
+    steps = Steps(
+        epochs * steps_per_epoch(rows, batch_size) - done,
+        rows,
+        batch_size / rows,
+        None,
+        noise_multiplier,
+    )
     if epsilon is None:
         return steps._replace(max_batch_size=head_room(steps, delta, microbatch))
     steps = accounting.calibrate(steps, epsilon, delta, earlier)
@@ -73,12 +93,18 @@ def head_room(steps, delta, microbatch):
     """
 
     def costs_too_much(multiple):
-        return accounting.epsilon([steps._replace(max_batch_size=multiple * microbatch)], delta) > limit
+        return (
+            accounting.epsilon([steps._replace(max_batch_size=multiple * microbatch)], delta)
+            > limit
+        )
 
     limit = accounting.epsilon([steps._replace(max_batch_size=None)], delta) * (1 + HEAD_ROOM_COST)
     mean = steps.rows * steps.sampling_probability
     deviation = math.sqrt(mean * (1 - steps.sampling_probability))
-    too_small, width = math.ceil(mean / microbatch) - 1, max(1, math.ceil(4 * deviation / microbatch))
+    too_small, width = (
+        math.ceil(mean / microbatch) - 1,
+        max(1, math.ceil(4 * deviation / microbatch)),
+    )
     enough = too_small + width
     while costs_too_much(enough):
         too_small, enough = enough, enough + width

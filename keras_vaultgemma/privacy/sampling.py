@@ -45,9 +45,13 @@ def sample_rows(secret, step, count, probability, max_batch_size=None):
     if count < 1:
         raise ValueError(f"`count` must be 1 or more. Received: count={count}")
     if not 0 < probability <= 1:
-        raise ValueError(f"`probability` must be above 0 and at most 1. Received: probability={probability}")
+        raise ValueError(
+            f"`probability` must be above 0 and at most 1. Received: probability={probability}"
+        )
     if max_batch_size is not None and max_batch_size < 1:
-        raise ValueError(f"`max_batch_size` must be 1 or more. Received: max_batch_size={max_batch_size}")
+        raise ValueError(
+            f"`max_batch_size` must be 1 or more. Received: max_batch_size={max_batch_size}"
+        )
     drawn = _poisson(secret, step, count, probability)
     if max_batch_size is None or len(drawn) <= max_batch_size:
         return drawn
@@ -107,7 +111,9 @@ class PrivateBatches(keras.utils.PyDataset):
         run_facts: what must be the same for a run to go on; how many batches there are need not be.
     """
 
-    def __init__(self, rows, steps, length, variables, microbatch, secret, first_step, dataset, layers=0):
+    def __init__(
+        self, rows, steps, length, variables, microbatch, secret, first_step, dataset, layers=0
+    ):
         super().__init__()
         self.run_facts = {"rows": steps.rows, "fingerprint": dataset}
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
@@ -121,7 +127,11 @@ class PrivateBatches(keras.utils.PyDataset):
     def __getitem__(self, index):
         step, steps = self._first_step + index, self._steps
         drawn = sample_rows(
-            self._secret, step, steps.rows, steps.sampling_probability, max_batch_size=steps.max_batch_size
+            self._secret,
+            step,
+            steps.rows,
+            steps.sampling_probability,
+            max_batch_size=steps.max_batch_size,
         )
         seeds = [noise_seed(self._secret, step, i) for i in range(self._variables)]
         layer_seeds = [layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
@@ -156,8 +166,12 @@ def as_rows(x, y=None, sample_weight=None):
     """
     if isinstance(x, keras.utils.PyDataset):
         if x.num_batches is None:
-            raise ValueError("A `keras.utils.PyDataset` for private training must have a length. Received: none")
-        batches = [_packed(*keras.utils.unpack_x_y_sample_weight(x[i])) for i in range(x.num_batches)]
+            raise ValueError(
+                "A `keras.utils.PyDataset` for private training must have a length. Received: none"
+            )
+        batches = [
+            _packed(*keras.utils.unpack_x_y_sample_weight(x[i])) for i in range(x.num_batches)
+        ]
         return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
     return _packed(x, y, sample_weight)
 

@@ -90,7 +90,11 @@ def derive(secret, purpose, *numbers):
         raise ValueError(f"`secret` must have {SIZE} bytes. Received: {len(secret)} bytes")
     for number in numbers:
         if not 0 <= number < 2**64:
-            raise ValueError(f"Numbers to derive from must be from 0 to 2^64 - 1. Received: {number}")
+            raise ValueError(
+                f"Numbers to derive from must be from 0 to 2^64 - 1. Received: {number}"
+            )
     # Ends the purpose, and all numbers are of one length: no two lists give the same message.
-    message = purpose.encode() + b"\0" + b"".join(int(number).to_bytes(8, "big") for number in numbers)
+    message = (
+        purpose.encode() + b"\0" + b"".join(int(number).to_bytes(8, "big") for number in numbers)
+    )
     return hmac.digest(secret, message, hashlib.sha256)

@@ -43,14 +43,18 @@ class PrivateTraining:
         """
         if not self._unprotected:
             names = ("loss", "clipped_share", "not_finite_rows")
-            self._unprotected = [keras.metrics.Mean(name=checks.UNPROTECTED + name) for name in names]
+            self._unprotected = [
+                keras.metrics.Mean(name=checks.UNPROTECTED + name) for name in names
+            ]
         try:
             super().compile(*args, **kwargs)
             if privacy is not None:
                 checks.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
                 backend.return_memory_of_compilations()
         except BaseException:
-            self.compiled = False  # else `fit` would go on with half of it, and without what was refused
+            self.compiled = (
+                False  # else `fit` would go on with half of it, and without what was refused
+            )
             raise
         self._dpsgd = privacy
 
@@ -61,7 +65,9 @@ class PrivateTraining:
 
     def get_metrics_result(self):
         own = {metric.name for metric in self._unprotected}
-        return {name: value for name, value in super().get_metrics_result().items() if name not in own}
+        return {
+            name: value for name, value in super().get_metrics_result().items() if name not in own
+        }
 
     def fit(self, x=None, y=None, **arguments):
         """As `keras.Model.fit`; in private training `batch_size` is the expected one.
@@ -75,7 +81,9 @@ class PrivateTraining:
 
     def train_on_batch(self, *args, **kwargs):
         if self._dpsgd:
-            raise ValueError("Private training draws its batches itself, in `fit`. Received: a batch to train on")
+            raise ValueError(
+                "Private training draws its batches itself, in `fit`. Received: a batch to train on"
+            )
         return super().train_on_batch(*args, **kwargs)
 
     def train_step(self, *args, **kwargs):
@@ -110,7 +118,9 @@ class PrivateTraining:
             `(total, losses)`, float32 scalar and [R]. Each row's part of the total is a function of the row alone.
         """
         predicted = self(x, training=True)
-        total = ops.cast(self.compute_loss(x, y, predicted, sample_weight, training=True), "float32")
+        total = ops.cast(
+            self.compute_loss(x, y, predicted, sample_weight, training=True), "float32"
+        )
         self.compute_metrics(x, y, predicted, sample_weight)
         return total, ops.reshape(total, (1,))
 
@@ -162,7 +172,9 @@ class PrivateTraining:
         now = [(v, backend.value_of(v)) for v in [*self.variables, *self.metrics_variables]]
         values = [backend.value_of(v) for v in trained]
         # Each row is computed with a copy of its own, whose gradient is the row's alone.
-        copies = values if size == 1 else [ops.broadcast_to(x[None], (size, *x.shape)) for x in values]
+        copies = (
+            values if size == 1 else [ops.broadcast_to(x[None], (size, *x.shape)) for x in values]
+        )
 
         def row_gradients(start, before):
             def part(x):
@@ -173,7 +185,10 @@ class PrivateTraining:
             def losses_of(copies):
                 with keras.StatelessScope(state_mapping=now) as scope:
                     # Not in the mapping, which takes values of the variables' own shapes alone.
-                    for variable, value in [*zip(trained, copies, strict=True), *zip(states, before, strict=True)]:
+                    for variable, value in [
+                        *zip(trained, copies, strict=True),
+                        *zip(states, before, strict=True),
+                    ]:
                         scope.add_update((variable, value))
                     others = [v for v, _ in now if not any(v is state for state in states)]
                     fixed = [scope.get_current_value(v) for v in others]
@@ -186,11 +201,15 @@ class PrivateTraining:
                             )
                     return total, (losses, [scope.get_current_value(v) for v in states])
 
-            gradients, (losses, after) = backend.gradients(losses_of, copies, jit_compile=bool(self.jit_compile))
+            gradients, (losses, after) = backend.gradients(
+                losses_of, copies, jit_compile=bool(self.jit_compile)
+            )
             return [g if size > 1 else g[None] for g in gradients], losses, after
 
         start, shapes = [backend.value_of(v) for v in states], [tuple(v.shape) for v in trained]
         for i, variable in enumerate([] if seeds is None else self._seeds):
             start[i] = ops.cast(seeds[i], variable.dtype)
         rows = ops.shape(keras.tree.flatten(inputs)[0])[0]
-        return mechanism.clipped_sum(row_gradients, shapes, count, rows, size, self._dpsgd.clip_norm, start)
+        return mechanism.clipped_sum(
+            row_gradients, shapes, count, rows, size, self._dpsgd.clip_norm, start
+        )

@@ -12,7 +12,11 @@ from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, widest
 from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
 from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
-from keras_vaultgemma.checkpoints.writers import write_hugging_face_config, write_keras_config, write_keras_weights
+from keras_vaultgemma.checkpoints.writers import (
+    write_hugging_face_config,
+    write_keras_config,
+    write_keras_weights,
+)
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.recipes.progress import Progress
@@ -23,7 +27,16 @@ SHARD_SIZE = "5GB"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def convert(source, target, to="keras", dtype=None, shard_size=None, verify=False, overwrite=False, progress=True):
+def convert(
+    source,
+    target,
+    to="keras",
+    dtype=None,
+    shard_size=None,
+    verify=False,
+    overwrite=False,
+    progress=True,
+):
     """Write a model in another format, with no more than a part of one tensor in memory.
 
     Args:
@@ -60,7 +73,11 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
 
     reading = sum(path.stat().st_size for path in model_files(folder))
     work = reading + (3 if verify else 2) * parameter_count * dtype.itemsize
-    with new_folder(target) as new, Progress(work, progress) as bar, ThreadPoolExecutor(1) as other_core:
+    with (
+        new_folder(target) as new,
+        Progress(work, progress) as bar,
+        ThreadPoolExecutor(1) as other_core,
+    ):
         # Hashing leaves the interpreter to others, and takes about as long as everything else together.
         source_digests = other_core.submit(digests, folder, bar.report)
         if to == "keras":
@@ -68,7 +85,9 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
             write_keras_weights(new, hyperparameters, values, dtype, bar.report)
         else:
             write_hugging_face_config(new, hyperparameters, dtype, preprocessor, vocabulary)
-            tensors = [(weight.places[weight_map.HUGGING_FACE], values[weight.path]) for weight in weights]
+            tensors = [
+                (weight.locations[weight_map.HUGGING_FACE], values[weight.path]) for weight in weights
+            ]
             write_tensors(new, tensors, dtype, _bytes(shard_size or SHARD_SIZE), bar.report)
         if verify:
             verify_conversion(folder, new, dtype, bar.report)
@@ -82,7 +101,9 @@ def convert(source, target, to="keras", dtype=None, shard_size=None, verify=Fals
         card = model_card(to, statement, hyperparameters, vocabulary is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")
         statement["files"] = digests(new, bar.report)
-        (new / presets.METADATA).write_text(json.dumps(statement, indent=4, ensure_ascii=False), encoding="utf-8")
+        (new / presets.METADATA).write_text(
+            json.dumps(statement, indent=4, ensure_ascii=False), encoding="utf-8"
+        )
         written = {path.relative_to(new) for path in model_files(new)}
     for path in model_files(target):  # what is left of a model that was there before
         if path.relative_to(target) not in written:
@@ -98,7 +119,9 @@ def _check(to, dtype, shard_size):
     if shard_size is None:
         return
     if to != "hf":
-        raise ValueError(f"`shard_size` goes with to='hf'; a Keras preset has one file. Received: {shard_size!r}")
+        raise ValueError(
+            f"`shard_size` goes with to='hf'; a Keras preset has one file. Received: {shard_size!r}"
+        )
     _bytes(shard_size)
 
 
@@ -107,7 +130,9 @@ def _bytes(size):
     match = re.fullmatch(r"(\d{1,18})\s*([KMG]B)?", str(size).upper())
     count = int(match[1]) * UNITS[match[2] or ""] if match and not isinstance(size, bool) else 0
     if not count:
-        raise ValueError(f"`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: {size!r}")
+        raise ValueError(
+            f"`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: {size!r}"
+        )
     return count
 
 
@@ -116,11 +141,15 @@ def _check_target(folder, target, overwrite):
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists. Pass overwrite=True (--overwrite) to replace the model in it")
+        raise FileExistsError(
+            f"{target} exists. Pass overwrite=True (--overwrite) to replace the model in it"
+        )
     if path.resolve() == folder.resolve():
         raise ValueError(f"`target` must be another folder than the source. Received: {target}")
     if path.is_dir() and any(path.iterdir()) and not (path / presets.CONFIG).is_file():
-        raise ValueError(f"{target} is no model's folder, for it has no {presets.CONFIG}: it is not overwritten")
+        raise ValueError(
+            f"{target} is no model's folder, for it has no {presets.CONFIG}: it is not overwritten"
+        )
 
 
 def _open(folder):

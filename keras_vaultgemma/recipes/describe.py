@@ -35,7 +35,10 @@ def describe(preset):
     metadata_file = folder / presets.METADATA
     metadata = read_json(metadata_file) if metadata_file.is_file() else {}
     sections = {
-        "Architecture": {**architecture, "layer_types": ", ".join(f"{n} x {layer_type}" for layer_type, n in layers)},
+        "Architecture": {
+            **architecture,
+            "layer_types": ", ".join(f"{n} x {layer_type}" for layer_type, n in layers),
+        },
         "Parameters": {
             "count": f"{count:,}",
             "in float32": f"{count * 4 / 1e6:,.1f} MB",
@@ -63,7 +66,10 @@ def _vocabulary(folder):
     if not presets.file(folder, "vocabulary"):
         return "no vocabulary here"
     tokenizer = VaultGemmaTokenizer.from_preset(folder)
-    special = {token: tokenizer.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", TURN_START, TURN_END)}
+    special = {
+        token: tokenizer.token_to_id(token)
+        for token in ("<pad>", "<eos>", "<bos>", TURN_START, TURN_END)
+    }
     # SentencePiece gives an unknown piece the id of <unk>.
     known = {token: i for token, i in special.items() if tokenizer.id_to_token(i) == token}
     return {"pieces": tokenizer.vocabulary_size(), **known}
@@ -85,7 +91,9 @@ def _private_runs(ledger):
     try:
         for dataset, spent in ledger.spent().items():
             mark = "" if spent.is_private else f"{SEEDED}: "
-            section[f"data {dataset[:13]}"] = f"{mark}ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
+            section[f"data {dataset[:13]}"] = (
+                f"{mark}ε = {spent.epsilon:g} at δ = {spent.delta:g} for {spent.unit}"
+            )
     except ImportError as error:
         section["ε"] = str(error)
     if plain:
@@ -99,5 +107,7 @@ def _table(section):
         return [f"  {section}"]
     lines = []
     for name, value in section.items():
-        lines += textwrap.wrap(f"  {name:{LABEL}}{value}", WIDTH, subsequent_indent=" " * (2 + LABEL))
+        lines += textwrap.wrap(
+            f"  {name:{LABEL}}{value}", WIDTH, subsequent_indent=" " * (2 + LABEL)
+        )
     return lines

@@ -60,7 +60,9 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     given = dict(training) if samples is None else {"x": samples}
     if compile_options.get("privacy") is None:
         given["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
-    history = model.fit(**given, **{**fit_options, "callbacks": [pace, *fit_options.get("callbacks", ())]})
+    history = model.fit(
+        **given, **{**fit_options, "callbacks": [pace, *fit_options.get("callbacks", ())]}
+    )
     after = measure(model, **validation)
     return Outcome(before, after, history.history, pace.losses)
 
@@ -134,34 +136,60 @@ def finetune(
     if png is not None:
         new_figure((1, 1))
     if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 0:
-        raise ValueError(f"`lora_rank` must be an integer from 0. Received: lora_rank={lora_rank!r}")
+        raise ValueError(
+            f"`lora_rank` must be an integer from 0. Received: lora_rank={lora_rank!r}"
+        )
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"`learning_rate` must be a number above 0. Received: learning_rate={learning_rate!r}")
-    for name in ("epochs", *(name for name in ("batch_size", "sequence_length") if options[name] is not None)):
-        if isinstance(options[name], bool) or not isinstance(options[name], int) or options[name] < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={options[name]!r}")
+        raise ValueError(
+            f"`learning_rate` must be a number above 0. Received: learning_rate={learning_rate!r}"
+        )
+    for name in (
+        "epochs",
+        *(name for name in ("batch_size", "sequence_length") if options[name] is not None),
+    ):
+        if (
+            isinstance(options[name], bool)
+            or not isinstance(options[name], int)
+            or options[name] < 1
+        ):
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received: {name}={options[name]!r}"
+            )
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"`seed` must be from 0 to {LARGEST_SEED}. Received: seed={seed}")
     if merge and not lora_rank:
         raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
     for name in ("epsilon", "delta", "noise_multiplier"):
         if options[name] is not None and not private:
-            raise ValueError(f"`{name}` goes with private=True (--private). Received: {name}={options[name]}")
-    guarantee = DPSGD(epsilon, delta, clip_norm, noise_multiplier=noise_multiplier) if private else None
+            raise ValueError(
+                f"`{name}` goes with private=True (--private). Received: {name}={options[name]}"
+            )
+    guarantee = (
+        DPSGD(epsilon, delta, clip_norm, noise_multiplier=noise_multiplier) if private else None
+    )
     packed = not private if packed is None else packed
     checkpoint = TrainingCheckpoint(output / CHECKPOINT, save_freq)
-    columns = dict(text_column=text_column, prompt_column=prompt_column, response_column=response_column)
+    columns = dict(
+        text_column=text_column, prompt_column=prompt_column, response_column=response_column
+    )
     learnt = read_rows(data, **columns)
     blank = learnt.blank
-    learnt, unseen = learnt.split() if validation is None else (learnt, read_rows(validation, **columns))
+    learnt, unseen = (
+        learnt.split() if validation is None else (learnt, read_rows(validation, **columns))
+    )
     begin_run(output, options)
 
     keras.utils.set_random_seed(seed)
     model = VaultGemmaCausalLM.from_preset(preset, **({"dtype": dtype} if dtype else {}))
     if sequence_length is not None:
         model.preprocessor.sequence_length = sequence_length
-    training, validation = learnt.ids(model.preprocessor, packed), unseen.ids(model.preprocessor, packed=True)
-    batch_size = batch_size or (min(PRIVATE_BATCH_SIZE, len(learnt.texts)) if private else BATCH_SIZE)
+    training, validation = (
+        learnt.ids(model.preprocessor, packed),
+        unseen.ids(model.preprocessor, packed=True),
+    )
+    batch_size = batch_size or (
+        min(PRIVATE_BATCH_SIZE, len(learnt.texts)) if private else BATCH_SIZE
+    )
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
     rate = learning_rate or (LORA_RATE if lora_rank else FULL_RATE)
@@ -170,7 +198,9 @@ def finetune(
         training,
         validation,
         compile_options=dict(
-            optimizer=keras.optimizers.Adam(rate), gradient_checkpointing=gradient_checkpointing, privacy=guarantee
+            optimizer=keras.optimizers.Adam(rate),
+            gradient_checkpointing=gradient_checkpointing,
+            privacy=guarantee,
         ),
         fit_options=dict(
             batch_size=batch_size,
@@ -183,7 +213,9 @@ def finetune(
     )
     written = finish_run(output, options, model, outcome)
     if checkpoint.failure:
-        raise FloatingPointError(f"{checkpoint.failure}. These are in {written[0].partition(':')[0]}")
+        raise FloatingPointError(
+            f"{checkpoint.failure}. These are in {written[0].partition(':')[0]}"
+        )
     first = f"{preset} on {data}: {len(learnt.texts):,} rows to train on, {len(unseen.texts):,} held out"
     return "\n".join(
         [

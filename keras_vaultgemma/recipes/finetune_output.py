@@ -12,7 +12,13 @@ from keras_vaultgemma._plots import can_plot, new_figure, save_figure
 from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.training.checkpoint import FILE
 
-ADAPTER, PRESET, CHECKPOINT, RUN, CURVES = "adapter", "preset", "checkpoint", "run.json", "curves.png"
+ADAPTER, PRESET, CHECKPOINT, RUN, CURVES = (
+    "adapter",
+    "preset",
+    "checkpoint",
+    "run.json",
+    "curves.png",
+)
 
 FREE = (
     "data",
@@ -42,9 +48,15 @@ def begin_run(folder, options):
     if (folder / CHECKPOINT / FILE).exists():
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))["options"]
-            other = [name for name, value in _plain(options).items() if name not in FREE and begun.get(name) != value]
+            other = [
+                name
+                for name, value in _plain(options).items()
+                if name not in FREE and begun.get(name) != value
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}). Give this run another `output`") from error
+            raise ValueError(
+                f"{path} is missing or damaged ({error}). Give this run another `output`"
+            ) from error
         for name in other:
             raise ValueError(
                 f"{folder} has a run with {name}={begun.get(name)!r}. Received: {name}={options[name]!r}. "
@@ -84,8 +96,14 @@ def finish_run(folder, options, model, outcome):
         _write(new, options, **likelihoods, history=outcome.history)
         if png is not None:
             plot_curves(options["png"] or new / CURVES, outcome)
-    kind, loads = (ADAPTER, "lora.load_adapter(model, folder)") if has_adapter else (PRESET, "from_preset")
-    drawn = f"{png}: the curves" if png is not None else "No curves: pip install keras-vaultgemma[plot] draws them"
+    kind, loads = (
+        (ADAPTER, "lora.load_adapter(model, folder)") if has_adapter else (PRESET, "from_preset")
+    )
+    drawn = (
+        f"{png}: the curves"
+        if png is not None
+        else "No curves: pip install keras-vaultgemma[plot] draws them"
+    )
     return [f"{folder / kind}: for {loads}", drawn]
 
 
@@ -123,9 +141,12 @@ def plot_curves(path, outcome):
         [epochs * (i + 1) / len(losses) for i in range(len(losses))],
         losses,
         color="#7fb2e5",
-        label="training, mean of the epoch so far" + ("" if "val_loss" in outcome.history else "; not protected"),
+        label="training, mean of the epoch so far"
+        + ("" if "val_loss" in outcome.history else "; not protected"),
     )
-    before, after = (likelihood.nats / likelihood.tokens for likelihood in (outcome.before, outcome.after))
+    before, after = (
+        likelihood.nats / likelihood.tokens for likelihood in (outcome.before, outcome.after)
+    )
     # Private training measures nothing on the way.
     held_out = [before, *outcome.history.get("val_loss", [after])]
     places = range(len(held_out)) if "val_loss" in outcome.history else (0, epochs)

@@ -9,7 +9,9 @@ POINTS = 10
 """Of a curve."""
 
 
-def privacy_budget(rows, batch_size, epochs, noise_multiplier=None, epsilon=None, delta=None, png=None):
+def privacy_budget(
+    rows, batch_size, epochs, noise_multiplier=None, epsilon=None, delta=None, png=None
+):
     """The answer, and what it means.
 
     Args:
@@ -60,7 +62,13 @@ def curves(steps, delta):
     noises = (steps.noise_multiplier * np.geomspace(0.8, 4, POINTS)).tolist()
     return (
         (counts, [accounting.epsilon([steps._replace(count=count)], delta) for count in counts]),
-        (noises, [accounting.epsilon([steps._replace(noise_multiplier=noise)], delta) for noise in noises]),
+        (
+            noises,
+            [
+                accounting.epsilon([steps._replace(noise_multiplier=noise)], delta)
+                for noise in noises
+            ],
+        ),
     )
 
 
@@ -73,6 +81,8 @@ def plot(figure, steps, delta, spent):
     left.set(xlabel="steps", ylabel="ε", title=f"σ = {steps.noise_multiplier:.4g}, δ = {delta:.3g}")
     right.plot(with_noise, noises)
     right.plot(spent, steps.noise_multiplier, "o", color="black")
-    right.set(xlabel="ε", ylabel="σ, noise multiplier", title=f"{steps.count:,} steps, δ = {delta:.3g}")
+    right.set(
+        xlabel="ε", ylabel="σ, noise multiplier", title=f"{steps.count:,} steps, δ = {delta:.3g}"
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -28,7 +28,9 @@ def make_sampler(name, **options):
             )
     # Not `<= 0`, so that NaN is rejected.
     if not 0 < options.get("temperature", 1.0) < float("inf"):
-        raise ValueError(f"--temperature must be a number above 0. Received: {options['temperature']}")
+        raise ValueError(
+            f"--temperature must be a number above 0. Received: {options['temperature']}"
+        )
     if not 0 <= options.get("seed", 0) <= LARGEST_SEED:
         raise ValueError(f"--seed must be from 0 to {LARGEST_SEED}. Received: {options['seed']}")
     return getattr(keras_hub.samplers, class_name)(**options)

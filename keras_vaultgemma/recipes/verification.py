@@ -32,7 +32,9 @@ def verify_conversion(source, target, dtype, report=lambda name, count: None):
     """
     verify_tensors(source, target, dtype, report)
     formats = {format_of(source), format_of(target)}
-    if weight_map.HUGGING_FACE in formats and all(map(importlib.util.find_spec, ("torch", "transformers"))):
+    if weight_map.HUGGING_FACE in formats and all(
+        map(importlib.util.find_spec, ("torch", "transformers"))
+    ):
         verify_logits(source, target, dtype)
 
 
@@ -41,11 +43,17 @@ def verify_tensors(source, target, dtype, report=lambda name, count: None):
     hyperparameters, values = open_values(source)
     _, written = open_values(target)
     for weight in weight_map.weight_map(hyperparameters):
-        place = weight.places[weight_map.KERAS]
-        pairs = zip(values[weight.path].blocks(place, dtype), written[weight.path].blocks(place, dtype), strict=True)
+        place = weight.locations[weight_map.KERAS]
+        pairs = zip(
+            values[weight.path].blocks(place, dtype),
+            written[weight.path].blocks(place, dtype),
+            strict=True,
+        )
         for expected, found in pairs:
             if not equal_bits(expected, found):
-                raise ValueError(f"{weight.path} must be the source's, bit by bit, in the target. Received: other bits")
+                raise ValueError(
+                    f"{weight.path} must be the source's, bit by bit, in the target. Received: other bits"
+                )
             report(weight.path, found.nbytes)
 
 
@@ -91,6 +99,8 @@ def _transformers_logits(folder, prompt, dtype):
         if bars:
             transformers.utils.logging.enable_progress_bar()
     with torch.inference_mode():
-        for parameter in model.parameters() if dtype else ():  # and not the buffers, one of which scales the embedding
+        for parameter in (
+            model.parameters() if dtype else ()
+        ):  # and not the buffers, one of which scales the embedding
             parameter.copy_(parameter.to(getattr(torch, dtype)))
         return model(torch.from_numpy(prompt)).logits.numpy()

@@ -39,7 +39,10 @@ class Batches(keras.utils.PyDataset):
         else:
             self.items_are = "rows"
             self._data = keras.tree.map_structure(_as_array, data)
-            self._count, self._batch_size = len(keras.tree.flatten(self._data)[0]), _positive("batch_size", batch_size)
+            self._count, self._batch_size = (
+                len(keras.tree.flatten(self._data)[0]),
+                _positive("batch_size", batch_size),
+            )
         if not self._count:
             raise ValueError(f"`x` must have a row or a batch at least. Received: {data!r}")
         if not isinstance(shuffle, bool):
@@ -48,7 +51,9 @@ class Batches(keras.utils.PyDataset):
             )
         self._shuffle, self.seed = shuffle, seed
         self._pass = -(-self._count // self._batch_size)
-        self.steps = self._pass if steps_per_epoch is None else _positive("steps_per_epoch", steps_per_epoch)
+        self.steps = (
+            self._pass if steps_per_epoch is None else _positive("steps_per_epoch", steps_per_epoch)
+        )
         self.start(0)
 
     def start(self, epoch, batch=0):
@@ -98,7 +103,9 @@ class Batches(keras.utils.PyDataset):
 
 @functools.lru_cache(maxsize=4)
 def _order(count, seed, turn):
-    return np.arange(count) if seed is None else np.random.default_rng([seed, turn]).permutation(count)
+    return (
+        np.arange(count) if seed is None else np.random.default_rng([seed, turn]).permutation(count)
+    )
 
 
 def _as_array(x):

@@ -65,7 +65,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         super().__init__()
         is_count = isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0
         if save_freq != "epoch" and not is_count:
-            raise ValueError(f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}")
+            raise ValueError(
+                f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}"
+            )
         self.path = Path(folder) / FILE
         self.save_freq = save_freq
         self.failure = None
@@ -77,7 +79,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         # `resumable` puts a `CheckpointedRun` in its place.
-        raise ValueError("A TrainingCheckpoint must be in the list of `callbacks` of `VaultGemmaCausalLM.fit`")
+        raise ValueError(
+            "A TrainingCheckpoint must be in the list of `callbacks` of `VaultGemmaCausalLM.fit`"
+        )
 
 
 def checkpoint_of(arguments):
@@ -85,7 +89,9 @@ def checkpoint_of(arguments):
     callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
     checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
     if len(checkpoints) > 1:
-        raise ValueError(f"A run has one TrainingCheckpoint. Received: {len(checkpoints)} in `callbacks`")
+        raise ValueError(
+            f"A run has one TrainingCheckpoint. Received: {len(checkpoints)} in `callbacks`"
+        )
     return checkpoints[0] if checkpoints else None
 
 
@@ -106,13 +112,17 @@ def resumable(model, arguments):
         yield arguments
         return
     if arguments.get("validation_split"):
-        raise ValueError("A run with a TrainingCheckpoint takes `validation_data` instead of a `validation_split`")
+        raise ValueError(
+            "A run with a TrainingCheckpoint takes `validation_data` instead of a `validation_split`"
+        )
     checkpoint.failure = None
     saved = read_state_facts(checkpoint.path) if checkpoint.path.exists() else None
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     x, y, weight = (arguments.pop(name, None) for name in ("x", "y", "sample_weight"))
     batches = Batches(
-        x if isinstance(x, keras.utils.PyDataset) else keras.utils.pack_x_y_sample_weight(x, y, weight),
+        x
+        if isinstance(x, keras.utils.PyDataset)
+        else keras.utils.pack_x_y_sample_weight(x, y, weight),
         batch_size=arguments.get("batch_size") or 32,
         shuffle=arguments.pop("shuffle", True),
         seed=saved["seed"] if saved else int(np.random.randint(2**31)),
@@ -130,7 +140,9 @@ def resumable(model, arguments):
             **arguments,
             "x": batches,
             "shuffle": False,
-            "initial_epoch": arguments["epochs"] if run.start["is_finished"] else run.start["epoch"],
+            "initial_epoch": arguments["epochs"]
+            if run.start["is_finished"]
+            else run.start["epoch"],
             # Last, since it saves what the others have made of an epoch.
             "callbacks": [*others, run],
         }

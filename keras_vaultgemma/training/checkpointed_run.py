@@ -45,7 +45,12 @@ class CheckpointedRun(keras.callbacks.Callback):
 
     def __init__(self, checkpoint, model, batches, callbacks, saved, initial_epoch):
         super().__init__()
-        self._checkpoint, self._batches, self._callbacks, self._saved = checkpoint, batches, callbacks, saved
+        self._checkpoint, self._batches, self._callbacks, self._saved = (
+            checkpoint,
+            batches,
+            callbacks,
+            saved,
+        )
         self._facts = {
             "seed": batches.seed,
             "data": batches.facts,
@@ -87,21 +92,31 @@ class CheckpointedRun(keras.callbacks.Callback):
             # runs what of a step depends on no data: it counts the step, draws seeds, decays weights.
             raise StopIteration
         step = (self._batches.seed, self._epoch, self._batches.done + batch)
-        backend.seed_global_generator(int(np.random.SeedSequence(step).generate_state(1, "uint64")[0]))
+        backend.seed_global_generator(
+            int(np.random.SeedSequence(step).generate_state(1, "uint64")[0])
+        )
         self._first = batch
 
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution` these are several, and the last of an epoch may be said to be beyond its end.
         self._last = min(batch, len(self._batches) - 1)
         self._unsaved += self._last + 1 - self._first
-        loss = logs.get("loss", 0.0)  # private training has none: a row without a finite loss has no part in it
+        loss = logs.get(
+            "loss", 0.0
+        )  # private training has none: a row without a finite loss has no part in it
         if not np.isfinite(loss):
             # The update before is known to be good where its weights were looked at.
-            since = " (by this batch, or by the update after the one before)" if self._batches_unseen() else ""
+            since = (
+                " (by this batch, or by the update after the one before)"
+                if self._batches_unseen()
+                else ""
+            )
             self._stop(f"the loss is {loss}{since}")
             return
         done = self._batches.done + self._last + 1
-        is_due = self._is_due() and done < self._batches.steps  # after an epoch's last batch callbacks come first
+        is_due = (
+            self._is_due() and done < self._batches.steps
+        )  # after an epoch's last batch callbacks come first
         if self._keeps_copy or is_due:
             backend.update_variables(self.model)
         if self._keeps_copy:
@@ -114,13 +129,17 @@ class CheckpointedRun(keras.callbacks.Callback):
             self._save({"epoch": self._epoch, "batch": done, "is_finished": False})
 
     def on_epoch_end(self, epoch, logs=None):
-        if not self.model.stop_training and (self._checkpoint.save_freq == "epoch" or self._is_due()):
+        if not self.model.stop_training and (
+            self._checkpoint.save_freq == "epoch" or self._is_due()
+        ):
             self._save({"epoch": epoch + 1, "batch": 0, "is_finished": False})
 
     def on_train_end(self, logs=None):
         # Nothing to save where nothing was left to train.
         if self._checkpoint.failure is None and self._epoch is not None:
-            self._save({"epoch": self._epoch + 1, "batch": 0, "is_finished": self.model.stop_training})
+            self._save(
+                {"epoch": self._epoch + 1, "batch": 0, "is_finished": self.model.stop_training}
+            )
 
     def _batches_unseen(self):
         """How many batches before the last one have left weights that nobody has looked at."""
@@ -132,7 +151,9 @@ class CheckpointedRun(keras.callbacks.Callback):
     def _save(self, position):
         if not self._keeps_copy and not weights_are_finite(self._variables):
             unseen = self._batches_unseen()
-            self._stop(f"it{f' or one of the {unseen} before' * bool(unseen)} leaves weights that are not finite")
+            self._stop(
+                f"it{f' or one of the {unseen} before' * bool(unseen)} leaves weights that are not finite"
+            )
             return
         self._unsaved = 0
         try:
@@ -150,7 +171,11 @@ class CheckpointedRun(keras.callbacks.Callback):
             **metric_variables(self.model),
             **best_weight_arrays(self.model, self._callbacks),
         }
-        facts = {**self._facts, "position": position, "memories": callback_memories(self._callbacks)}
+        facts = {
+            **self._facts,
+            "position": position,
+            "memories": callback_memories(self._callbacks),
+        }
         write_state(self._checkpoint.path, facts, values)
         self._position = position
 
@@ -181,7 +206,11 @@ class CheckpointedRun(keras.callbacks.Callback):
             state = f"after {_describe_position(self._position)}, the last checkpoint"
         first, last = (self._batches.done + batch + 1 for batch in (self._first, self._last))
         batches = f"batch {last}" if first == last else f"batches {first} to {last}"
-        items = [int(i) for batch in range(self._first, self._last + 1) for i in self._batches.items(batch)]
+        items = [
+            int(i)
+            for batch in range(self._first, self._last + 1)
+            for i in self._batches.items(batch)
+        ]
         self._checkpoint.failure = (
             f"Epoch {self._epoch + 1}, {batches} of {self._batches.steps} ({self._batches.items_are} {items} of the "
             f"data): {reason}. Training stops; weights and optimizer are again as they were {state}"

@@ -74,7 +74,9 @@ def head_factors(embedding, rows):
     """The factors of the logits that a `ReversibleEmbedding` makes of `rows` [N, D] in reverse."""
     is_int8 = embedding.quantization_mode == "int8"
     table = embedding.table
-    scale, quantizer = (embedding.embeddings_scale, embedding.inputs_quantizer) if is_int8 else (None, None)
+    scale, quantizer = (
+        (embedding.embeddings_scale, embedding.inputs_quantizer) if is_int8 else (None, None)
+    )
     first = Factor(rows, table, scale, quantizer, table.trainable)
     if not embedding.lora_enabled:
         return [first]
@@ -105,21 +107,32 @@ def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // factors[0].table.shape[0])
     targets, weights = ops.cast(targets, "int32"), ops.cast(weights, "float32")
     if not with_gradient:
-        (losses, is_correct, _), _ = _per_device(factors, targets, weights, cap, with_gradient, chunk_size)
+        (losses, is_correct, _), _ = _per_device(
+            factors, targets, weights, cap, with_gradient, chunk_size
+        )
         return ops.sum(weights * losses), losses, is_correct
 
     @ops.custom_gradient
     def packed(targets, weights, *tensors):
         tensors = iter(tensors)
-        given = [Factor(*[x if x is None else next(tensors) for x in factor[:3]], *factor[3:]) for factor in factors]
-        (losses, is_correct, of_rows), of_tables = _per_device(given, targets, weights, cap, with_gradient, chunk_size)
+        given = [
+            Factor(*[x if x is None else next(tensors) for x in factor[:3]], *factor[3:])
+            for factor in factors
+        ]
+        (losses, is_correct, of_rows), of_tables = _per_device(
+            given, targets, weights, cap, with_gradient, chunk_size
+        )
         gradients = []
         for of_row, of_table, x in zip(of_rows, of_tables, given, strict=True):
             gradients += [of_row, of_table, *([] if x.scale is None else [None])]
 
         def gradient(*args, upstream=None):
             factor = (args[0] if upstream is None else upstream)[0]
-            return None, None, *(None if g is None else ops.cast(factor, g.dtype) * g for g in gradients)
+            return (
+                None,
+                None,
+                *(None if g is None else ops.cast(factor, g.dtype) * g for g in gradients),
+            )
 
         # One output, for on PyTorch there can be no more.
         return ops.concatenate([ops.sum(weights * losses)[None], losses, is_correct]), gradient
@@ -134,11 +147,16 @@ def _per_device(factors, targets, weights, cap, with_gradient, size):
 
     def share(divided, whole):
         rows, targets, weights = divided
-        given = [f._replace(rows=x, table=y, scale=z) for f, x, (y, z) in zip(factors, rows, whole, strict=True)]
+        given = [
+            f._replace(rows=x, table=y, scale=z)
+            for f, x, (y, z) in zip(factors, rows, whole, strict=True)
+        ]
         return _in_chunks(given, targets, weights, cap, with_gradient, size)
 
     rows = [factor.rows for factor in factors]
-    return backend.per_device(share, (rows, targets, weights), [(factor.table, factor.scale) for factor in factors])
+    return backend.per_device(
+        share, (rows, targets, weights), [(factor.table, factor.scale) for factor in factors]
+    )
 
 
 def _in_chunks(factors, targets, weights, cap, with_gradient, size):
@@ -148,15 +166,25 @@ def _in_chunks(factors, targets, weights, cap, with_gradient, size):
     tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
     # What has weight 0 may be no token at all; out of range or not finite its loss, and 0 times it, would be no number.
     targets, counts = ops.where(weights > 0, targets, 0), weights[:, None] > 0
-    parts = [f._replace(rows=ops.where(counts, f.rows, 0), table=x) for f, x in zip(factors, tables, strict=True)]
+    parts = [
+        f._replace(rows=ops.where(counts, f.rows, 0), table=x)
+        for f, x in zip(factors, tables, strict=True)
+    ]
     if isinstance(count, int) and count <= size:
         # A loop would begin with tables of zeros, and hold them beside the gradients that it adds.
-        losses, is_correct, of_rows, of_tables = _of_chunk(parts, targets, weights, cap, with_gradient)
+        losses, is_correct, of_rows, of_tables = _of_chunk(
+            parts, targets, weights, cap, with_gradient
+        )
     else:
-        losses, is_correct, of_rows, of_tables = _in_loop(parts, targets, weights, cap, with_gradient, size)
+        losses, is_correct, of_rows, of_tables = _in_loop(
+            parts, targets, weights, cap, with_gradient, size
+        )
     of_tables = iter(of_tables)
     is_wanted = [with_gradient and factor.is_trained for factor in factors]
-    tables = [ops.cast(next(of_tables), f.table.dtype) if w else None for f, w in zip(factors, is_wanted, strict=True)]
+    tables = [
+        ops.cast(next(of_tables), f.table.dtype) if w else None
+        for f, w in zip(factors, is_wanted, strict=True)
+    ]
     return (losses, is_correct, of_rows), tables
 
 
@@ -175,7 +203,9 @@ def _in_loop(factors, targets, weights, cap, with_gradient, size):
     used = ops.sum(ops.cast(weights > 0, "int32"))
     rows = [ops.take(factor.rows, order, axis=0) for factor in factors]
     targets = ops.take(targets, order, axis=0)
-    weights = ops.where(ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0)
+    weights = ops.where(
+        ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0
+    )
 
     def add_chunk(start, losses, is_correct, of_rows, of_tables):
         def part(x):
@@ -196,9 +226,13 @@ def _in_loop(factors, targets, weights, cap, with_gradient, size):
         ops.zeros((padded,)),
         ops.zeros((padded,)),
         [ops.zeros_like(x) for x in rows] if with_gradient else [],
-        [backend.zeros(factor.table.shape) for factor in factors if factor.is_trained] if with_gradient else [],
+        [backend.zeros(factor.table.shape) for factor in factors if factor.is_trained]
+        if with_gradient
+        else [],
     )
-    _, losses, is_correct, of_rows, of_tables = backend.while_loop(lambda start, *_: start < used, add_chunk, state)
+    _, losses, is_correct, of_rows, of_tables = backend.while_loop(
+        lambda start, *_: start < used, add_chunk, state
+    )
     of_rows = [ops.take(x, back, axis=0) for x in of_rows]
     return ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows, of_tables
 
@@ -206,11 +240,16 @@ def _in_loop(factors, targets, weights, cap, with_gradient, size):
 def _of_chunk(factors, targets, weights, cap, with_gradient):
     """(losses [n], is_correct [n], gradients of rows, gradients of the trained tables): the latter of the total."""
     logits = sum(factor.product() for factor in factors)
-    losses, is_correct, of_logits = backend.fused(_of_logits)(logits, targets, weights, cap, with_gradient)
+    losses, is_correct, of_logits = backend.fused(_of_logits)(
+        logits, targets, weights, cap, with_gradient
+    )
     if not with_gradient:
         return losses, is_correct, [], []
     gradients = [factor.gradients(of_logits) for factor in factors]
-    of_rows = [ops.cast(new, factor.rows.dtype) for factor, (new, _) in zip(factors, gradients, strict=True)]
+    of_rows = [
+        ops.cast(new, factor.rows.dtype)
+        for factor, (new, _) in zip(factors, gradients, strict=True)
+    ]
     return losses, is_correct, of_rows, [new for _, new in gradients if new is not None]
 
 
@@ -226,7 +265,9 @@ def _of_logits(logits, target, weight, cap, with_gradient):
         return losses, is_correct, None
     one_hot = ops.arange(capped.shape[1], dtype="int32")[None] == target[:, None]
     # Exponentials anew, for those of the sum would have to be kept.
-    gradient = ops.exp(capped - total[:, None]) * weight[:, None] - ops.where(one_hot, weight[:, None], 0.0)
+    gradient = ops.exp(capped - total[:, None]) * weight[:, None] - ops.where(
+        one_hot, weight[:, None], 0.0
+    )
     if cap is not None:
         gradient = gradient * (1.0 - ops.square(capped / cap))
     return losses, is_correct, gradient
@@ -239,7 +280,9 @@ def _matmul_in_parts(x, table):
 
     def add(start, rows, product):
         part = ops.slice(table, (start, 0), (rows, width))
-        return product + ops.matmul(ops.slice(x, (0, start), (ops.shape(x)[0], rows)), ops.cast(part, x.dtype))
+        return product + ops.matmul(
+            ops.slice(x, (0, start), (ops.shape(x)[0], rows)), ops.cast(part, x.dtype)
+        )
 
     whole, rest = divmod(vocabulary_size, PART)
     if whole:

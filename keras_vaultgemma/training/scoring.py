@@ -47,29 +47,53 @@ class Scoring:
                 an embedding that is quantized to something else than int8.
         """
         if scoring_mode not in ("loss", "logits"):
-            raise ValueError(f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}")
+            raise ValueError(
+                f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}"
+            )
         if self.preprocessor is not None and not hasattr(token_ids, "dtype"):
             texts, _ = as_texts(token_ids)
             rows = self.preprocessor.tokenize_prompts(texts)
             token_ids, padding_mask = pad_rows(rows, max(map(len, rows)))
         token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
         check_ids(token_ids, self.backbone.vocabulary_size)
-        mask = np.ones_like(token_ids) if padding_mask is None else np.asarray(ops.convert_to_numpy(padding_mask))
+        mask = (
+            np.ones_like(token_ids)
+            if padding_mask is None
+            else np.asarray(ops.convert_to_numpy(padding_mask))
+        )
         x = {"token_ids": token_ids, "padding_mask": mask.astype("int32")}
         if scoring_mode == "logits":
             return keras.Model.predict(self, x, verbose=0)
         if target_ids is None:
-            target_ids, weights = np.roll(token_ids, -1, axis=1), (np.roll(mask, -1, axis=1) == mask) & (mask > 0)
+            target_ids, weights = (
+                np.roll(token_ids, -1, axis=1),
+                (np.roll(mask, -1, axis=1) == mask) & (mask > 0),
+            )
             weights[:, -1] = False
         else:
             target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
-            check_ids(target_ids[weights], self.backbone.vocabulary_size, "`target_ids` where the mask is true")
+            check_ids(
+                target_ids[weights],
+                self.backbone.vocabulary_size,
+                "`target_ids` where the mask is true",
+            )
         check_table(self.backbone.token_embedding)
-        if self._scorer is None or [id(v) for v in self._scorer.variables] != [id(v) for v in self.variables]:
+        if self._scorer is None or [id(v) for v in self._scorer.variables] != [
+            id(v) for v in self.variables
+        ]:
             self._scorer = Scorer(self)
-        arrays = (x["token_ids"], x["padding_mask"], target_ids.astype("int32"), weights.astype("float32"))
-        batches = [[array[i : i + ROWS] for array in arrays] for i in range(0, len(token_ids), ROWS)]
-        return np.concatenate([ops.convert_to_numpy(self._scorer.call(*batch)) for batch in batches])
+        arrays = (
+            x["token_ids"],
+            x["padding_mask"],
+            target_ids.astype("int32"),
+            weights.astype("float32"),
+        )
+        batches = [
+            [array[i : i + ROWS] for array in arrays] for i in range(0, len(token_ids), ROWS)
+        ]
+        return np.concatenate(
+            [ops.convert_to_numpy(self._scorer.call(*batch)) for batch in batches]
+        )
 
     def _score_rows(self, token_ids, padding_mask, targets, weights):
         """[B, T], weighted losses."""

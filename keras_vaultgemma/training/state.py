@@ -102,7 +102,10 @@ Other classes of callbacks name the attributes in one of their own, `kept`.
 
 def callback_memories(callbacks):
     """What callbacks remember: {"class number": {attribute: value}} for JSON."""
-    return {key: {name: getattr(callback, name) for name in names} for key, names, callback in _with_memory(callbacks)}
+    return {
+        key: {name: getattr(callback, name) for name in names}
+        for key, names, callback in _with_memory(callbacks)
+    }
 
 
 def best_weight_arrays(model, callbacks):
@@ -123,13 +126,19 @@ def restore_callbacks(model, callbacks, memories, best_weights):
             setattr(callback, name, value)
         if any(name.startswith(f"best/{key}/") for name in best_weights):
             weights = enumerate(model.get_weights())
-            callback.best_weights = [best_weights.get(f"best/{key}/{i}", weight) for i, weight in weights]
+            callback.best_weights = [
+                best_weights.get(f"best/{key}/{i}", weight) for i, weight in weights
+            ]
 
 
 def _with_memory(callbacks):
-    kinds = KEPT | {type(callback): callback.kept for callback in callbacks if hasattr(callback, "kept")}
+    kinds = KEPT | {
+        type(callback): callback.kept for callback in callbacks if hasattr(callback, "kept")
+    }
     for kind, names in kinds.items():
-        for number, callback in enumerate(callback for callback in callbacks if isinstance(callback, kind)):
+        for number, callback in enumerate(
+            callback for callback in callbacks if isinstance(callback, kind)
+        ):
             yield f"{kind.__name__} {number}", names, callback
 
 
@@ -166,7 +175,9 @@ def write_state(path, facts, values):
 
 def as_array(value):
     """A Keras variable's value as a NumPy array, which may be the very memory; an array as it is."""
-    return np.asarray(keras.ops.convert_to_numpy(value.value if isinstance(value, keras.Variable) else value))
+    return np.asarray(
+        keras.ops.convert_to_numpy(value.value if isinstance(value, keras.Variable) else value)
+    )
 
 
 def read_state_facts(path):
@@ -181,9 +192,19 @@ def read_state_facts(path):
                 damaged = archive.testzip()
                 if damaged is None:
                     return json.loads(archive.read(FACTS))
-        except (zipfile.BadZipFile, EOFError, KeyError, OSError, RuntimeError, ValueError, struct.error) as error:
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            KeyError,
+            OSError,
+            RuntimeError,
+            ValueError,
+            struct.error,
+        ) as error:
             damaged = error
-    raise ValueError(f"{path} is cut short or damaged ({damaged}). Delete it to start the run again")
+    raise ValueError(
+        f"{path} is cut short or damaged ({damaged}). Delete it to start the run again"
+    )
 
 
 def read_state_arrays(path, *groups):

@@ -74,7 +74,10 @@ def test_variables_can_be_read_in_the_middle_of_an_epoch():
             backend.update_variables(self.model)
             values.append(float(to_numpy(self.model.weights[0])[0, 0]))
 
-    model, values = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")]), []
+    model, values = (
+        keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")]),
+        [],
+    )
     model.compile(keras.optimizers.SGD(0.125), "mse")
     model.fit(np.ones((3, 1)), np.zeros((3, 1)), batch_size=1, callbacks=[Read()], verbose=0)
     assert values == [0.75, 0.625, 0.5625]  # of (w + b)² both gradients are 2 (w + b): 2, 1 and 1/2
@@ -108,8 +111,13 @@ def test_a_program_for_each_kind_of_layer(widths, kinds):
     for factor in (2, 3):
         shared.assign(factor)
         for function, x, one in zip(functions, xs, expected, strict=True):
-            np.testing.assert_allclose(to_numpy(function(keras.ops.convert_to_tensor(x))), factor * one, rtol=1e-5)
-    assert len(calls) == {"jax": kinds, "tensorflow": len(layers), "torch": 2 * len(layers)}[backend.NAME]
+            np.testing.assert_allclose(
+                to_numpy(function(keras.ops.convert_to_tensor(x))), factor * one, rtol=1e-5
+            )
+    assert (
+        len(calls)
+        == {"jax": kinds, "tensorflow": len(layers), "torch": 2 * len(layers)}[backend.NAME]
+    )
 
 
 @pytest.mark.parametrize("widths, traces", [((3, 3, 3), 1), ((3, 3, 4), 3)])

@@ -8,7 +8,9 @@ from keras_vaultgemma import backend
 
 
 def test_gradients_and_what_comes_with_them():
-    x, y, unused = (ops.convert_to_tensor(np.array(values, "float32")) for values in ([1, 2], [3, 4], [5, 6]))
+    x, y, unused = (
+        ops.convert_to_tensor(np.array(values, "float32")) for values in ([1, 2], [3, 4], [5, 6])
+    )
 
     def function(tensors):
         x, y, _ = tensors
@@ -21,7 +23,9 @@ def test_gradients_and_what_comes_with_them():
 
 def test_gradients_of_rows_of_a_table_are_dense():
     table, ids = ops.ones((4, 2)), ops.convert_to_tensor(np.array([1, 1, 3]))
-    (found,), _ = backend.gradients(lambda tensors: (ops.sum(ops.take(tensors[0], ids, axis=0)), ()), [table])
+    (found,), _ = backend.gradients(
+        lambda tensors: (ops.sum(ops.take(tensors[0], ids, axis=0)), ()), [table]
+    )
     assert to_numpy(found).tolist() == [[0, 0], [2, 2], [0, 0], [1, 1]]
 
 
@@ -31,7 +35,10 @@ COUNTS = np.bincount(IDS.ravel(), minlength=6)[:, None]
 USES = {
     "none": (lambda table: 0.0, 0),
     "squares": (lambda table: ops.sum(ops.square(table)), 2 * TABLE),
-    "sum": (lambda table: ops.sum(table), 1),  # whose gradient the compiled function has as a constant
+    "sum": (
+        lambda table: ops.sum(table),
+        1,
+    ),  # whose gradient the compiled function has as a constant
 }
 
 
@@ -47,7 +54,9 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
 
     def run():
         def more(count, total):
-            (found,), _ = backend.gradients(function, [backend.value_of(variable)], jit_compile=how == "XLA")
+            (found,), _ = backend.gradients(
+                function, [backend.value_of(variable)], jit_compile=how == "XLA"
+            )
             return count + 1, total + found
 
         state = (ops.zeros((), "int32"), backend.zeros(TABLE.shape))
@@ -55,7 +64,9 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
             return backend.while_loop(lambda count, _: count < 2, more, state)[1]
         return more(*state)[1]
 
-    call = run if how == "eagerly" else backend.compile_function(run, [variable], fused=how == "XLA")
+    call = (
+        run if how == "eagerly" else backend.compile_function(run, [variable], fused=how == "XLA")
+    )
     expected = (2 * TABLE * COUNTS + of_others) * (2 if how == "within a loop" else 1)
     for _ in range(3):
         np.testing.assert_allclose(to_numpy(call()), expected, rtol=1e-6)
@@ -65,8 +76,15 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
 def test_scaled_by_0_is_0():
     x = ops.convert_to_tensor(np.array([[1, 2], [np.nan, np.inf], [3, -np.inf]], "float32"))
     factors = ops.convert_to_tensor(np.array([[0.5], [0], [2]], "float32"))
-    assert to_numpy(backend.multiply_no_nan(x, factors)).tolist() == [[0.5, 1], [0, 0], [6, -np.inf]]
+    assert to_numpy(backend.multiply_no_nan(x, factors)).tolist() == [
+        [0.5, 1],
+        [0, 0],
+        [6, -np.inf],
+    ]
 
 
 def test_add():
-    assert to_numpy(backend.add_in_place(ops.ones(2), ops.arange(2, dtype="float32"))).tolist() == [1, 2]
+    assert to_numpy(backend.add_in_place(ops.ones(2), ops.arange(2, dtype="float32"))).tolist() == [
+        1,
+        2,
+    ]

@@ -10,7 +10,11 @@ from keras_vaultgemma import backend
 def test_it_is_the_loop_of_keras():
     def body(i, total, log):
         twice = ops.cast(2 * i, "float32")
-        return i + 1, total + twice, ops.slice_update(log, ops.reshape(i, (1,)), ops.reshape(twice, (1,)))
+        return (
+            i + 1,
+            total + twice,
+            ops.slice_update(log, ops.reshape(i, (1,)), ops.reshape(twice, (1,))),
+        )
 
     state = (ops.zeros((), "int32"), ops.zeros(()), ops.zeros(5))
     i, total, log = backend.while_loop(lambda i, *_: i < 4, body, state)
@@ -18,7 +22,9 @@ def test_it_is_the_loop_of_keras():
     np.testing.assert_array_equal(ops.convert_to_numpy(log), [0, 2, 4, 6, 0])
 
 
-@pytest.mark.skipif(backend.NAME != "tensorflow", reason="the others have no iterations side by side")
+@pytest.mark.skipif(
+    backend.NAME != "tensorflow", reason="the others have no iterations side by side"
+)
 def test_tensorflow_is_told_to_have_one_iteration_under_way():
     import tensorflow as tf
 
@@ -26,5 +32,7 @@ def test_tensorflow_is_told_to_have_one_iteration_under_way():
     def run():
         return backend.while_loop(lambda i: i < 3, lambda i: (i + 1,), (tf.zeros((), tf.int32),))
 
-    (loop,) = [op for op in run.get_concrete_function().graph.get_operations() if op.type.endswith("While")]
+    (loop,) = [
+        op for op in run.get_concrete_function().graph.get_operations() if op.type.endswith("While")
+    ]
     assert loop.get_attr("parallel_iterations") == 1

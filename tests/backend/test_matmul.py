@@ -9,16 +9,25 @@ from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 24), (24,), (1, 1, 64), (5, 7, 24), (2, 40, 24)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 24), (2, 3, 24), (24,), (1, 1, 64), (5, 7, 24), (2, 40, 24)]
+)
 @pytest.mark.parametrize("width", [40, 41])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("is_intel", [False, True])
-def test_matmul_with_and_without_gradients(monkeypatch, dtype, tolerance, shape, width, transposed, is_intel):
+def test_matmul_with_and_without_gradients(
+    monkeypatch, dtype, tolerance, shape, width, transposed, is_intel
+):
     """Of one, few and many rows."""
     monkeypatch.setattr(matmul, "_is_intel", lambda: is_intel)
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=shape), rng.normal(size=(width, shape[-1]) if transposed else (shape[-1], width))
-    x, kernel = (keras.ops.cast(keras.ops.convert_to_tensor(a.astype("float32")), dtype) for a in (x, kernel))
+    x, kernel = (
+        rng.normal(size=shape),
+        rng.normal(size=(width, shape[-1]) if transposed else (shape[-1], width)),
+    )
+    x, kernel = (
+        keras.ops.cast(keras.ops.convert_to_tensor(a.astype("float32")), dtype) for a in (x, kernel)
+    )
     exact = [to_numpy(keras.ops.cast(a, "float32")).astype("float64") for a in (x, kernel)]
     expected = exact[0] @ (exact[1].T if transposed else exact[1])
     compiled = backend.compile_function(lambda a, b: backend.matmul(a, b, transposed), [])
@@ -42,7 +51,10 @@ def test_a_float32_table_under_a_mixed_policy(rows):
 
 def test_a_matrix_for_each_row():
     rng = np.random.default_rng(0)
-    x, kernels = rng.normal(size=(2, 3, 600)).astype("float32"), rng.normal(size=(2, 600, 8)).astype("float32")
+    x, kernels = (
+        rng.normal(size=(2, 3, 600)).astype("float32"),
+        rng.normal(size=(2, 600, 8)).astype("float32"),
+    )
     found = to_numpy(backend.matmul(*map(keras.ops.convert_to_tensor, (x, kernels))))
     np.testing.assert_allclose(found, x.astype("float64") @ kernels, rtol=1e-4, atol=1e-3)
 
@@ -52,7 +64,8 @@ def test_a_matrix_for_each_row():
 def test_int8_matmul_is_exact(shape, transposed):
     rng = np.random.default_rng(0)
     x, kernel = (
-        rng.integers(-127, 128, s).astype("int8") for s in (shape, (40, shape[-1]) if transposed else (shape[-1], 40))
+        rng.integers(-127, 128, s).astype("int8")
+        for s in (shape, (40, shape[-1]) if transposed else (shape[-1], 40))
     )
     expected = x.astype("int64") @ (kernel.T if transposed else kernel).astype("int64")
     compiled = backend.compile_function(lambda a, b: backend.int8_matmul(a, b, transposed), [])
@@ -64,9 +77,18 @@ def test_int8_matmul_is_exact(shape, transposed):
 def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
     """Sums of float32 stand behind it on JAX, which are exact up to 2^24."""
     size, width = shape
-    for kernel, transposed in ((np.full(shape, -127, "int8"), False), (np.full((width, size), -127, "int8"), True)):
-        compiled = backend.compile_function(lambda a, b, t=transposed: backend.int8_matmul(a, b, t), [])
-        found = to_numpy(compiled(*map(keras.ops.convert_to_tensor, (np.full((1, 1, size), -127, "int8"), kernel))))
+    for kernel, transposed in (
+        (np.full(shape, -127, "int8"), False),
+        (np.full((width, size), -127, "int8"), True),
+    ):
+        compiled = backend.compile_function(
+            lambda a, b, t=transposed: backend.int8_matmul(a, b, t), []
+        )
+        found = to_numpy(
+            compiled(
+                *map(keras.ops.convert_to_tensor, (np.full((1, 1, size), -127, "int8"), kernel))
+            )
+        )
         assert found.shape == (1, 1, width) and (found == size * 127**2).all()
 
 
@@ -109,5 +131,9 @@ def test_gradients_through_a_transposed_product(rows):
     rng = np.random.default_rng(0)
     table = keras.Variable(rng.normal(size=(40, 24)).astype("float32"))
     x = keras.ops.convert_to_tensor(rng.normal(size=(1, rows, 24)).astype("float32"))
-    (found,) = gradients(lambda: keras.ops.sum(backend.matmul(x, keras.ops.convert_to_tensor(table), True)), [table])
-    np.testing.assert_allclose(found, np.broadcast_to(to_numpy(x).sum((0, 1)), (40, 24)), rtol=1e-5, atol=1e-5)
+    (found,) = gradients(
+        lambda: keras.ops.sum(backend.matmul(x, keras.ops.convert_to_tensor(table), True)), [table]
+    )
+    np.testing.assert_allclose(
+        found, np.broadcast_to(to_numpy(x).sum((0, 1)), (40, 24)), rtol=1e-5, atol=1e-5
+    )

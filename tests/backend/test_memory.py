@@ -53,7 +53,9 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
-@pytest.mark.parametrize("call, megabytes", [("", range(100, 140)), ("backend.return_freed_memory()", range(12))])
+@pytest.mark.parametrize(
+    "call, megabytes", [("", range(100, 140)), ("backend.return_freed_memory()", range(12))]
+)
 def test_blocks_before_one_that_is_in_use(call, megabytes):
     assert printed(RESIDENT + LARGE_BLOCKS.format(call=call)) in megabytes
 
@@ -74,4 +76,8 @@ def test_a_compiled_function_keeps_no_zeros():
 def printed(script):
     # TensorFlow with oneDNN keeps all memory it ever had.
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
-    return int(subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, check=True
+        ).stdout
+    )

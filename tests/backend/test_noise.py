@@ -40,7 +40,9 @@ def test_steps_variables_and_secrets_are_independent():
     """A restart has another secret (secret_key.py)."""
     streams = [
         noise(secret, step, variable)
-        for secret, step, variable in itertools.product((bytes(16), bytes(15) + b"\1"), (0, 1), (0, 1))
+        for secret, step, variable in itertools.product(
+            (bytes(16), bytes(15) + b"\1"), (0, 1), (0, 1)
+        )
     ]
     correlations = np.corrcoef(streams) - np.eye(len(streams))
     assert np.abs(correlations).max() < 5 / DRAWS**0.5
@@ -57,5 +59,7 @@ def test_the_same_seed_gives_the_same_noise():
 def test_every_bit_of_the_seed_counts(word, bit):
     seeds = np.full((2, 4), 7, "uint32")
     seeds[1, word] ^= np.uint32(1 << bit)
-    one, other = (to_numpy(backend.normal(ops.convert_to_tensor(seed), (64,))) for seed in seeds.view("int32"))
+    one, other = (
+        to_numpy(backend.normal(ops.convert_to_tensor(seed), (64,))) for seed in seeds.view("int32")
+    )
     assert not np.any(one == other)

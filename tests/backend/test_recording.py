@@ -69,7 +69,11 @@ def test_products_with_a_matrix(rows):
     generator = torch.Generator().manual_seed(0)
     kernel = torch.rand(24, 8, generator=generator)
     with torch.no_grad():
-        recording, _ = Recording.of(lambda tensors: backend.matmul(*tensors), [torch.zeros(rows, 24), kernel])
+        recording, _ = Recording.of(
+            lambda tensors: backend.matmul(*tensors), [torch.zeros(rows, 24), kernel]
+        )
         for _ in range(3):
             x = torch.rand(rows, 24, generator=generator)
-            np.testing.assert_allclose(recording([x, kernel])[0], x.numpy() @ kernel.numpy(), rtol=1e-5)
+            np.testing.assert_allclose(
+                recording([x, kernel])[0], x.numpy() @ kernel.numpy(), rtol=1e-5
+            )

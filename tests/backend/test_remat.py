@@ -36,7 +36,9 @@ def stack(layers, recomputed):
 
 
 def test_gradients_are_those_of_the_function():
-    found, expected = (gradients(*stack(3, how)) for how in (backend.remat, lambda function: function))
+    found, expected = (
+        gradients(*stack(3, how)) for how in (backend.remat, lambda function: function)
+    )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -50,7 +52,9 @@ def test_several_results_and_integers():
     variable = keras.Variable([1.0, 2.0])
 
     def total():
-        y, seed = backend.remat(function)(backend.value_of(variable), ops.convert_to_tensor(np.array(3, "int32")))
+        y, seed = backend.remat(function)(
+            backend.value_of(variable), ops.convert_to_tensor(np.array(3, "int32"))
+        )
         return ops.sum(y) * ops.cast(seed, "float32")
 
     np.testing.assert_array_equal(gradients(total, [variable])[0], [12, 12])
@@ -96,5 +100,9 @@ def test_an_elementwise_function_and_its_gradients(compile):
     expected = np.tanh(inner) * up
     slope = (1 - np.tanh(inner) ** 2) * up
     np.testing.assert_allclose(to_numpy(y), expected, atol=1e-6)
-    np.testing.assert_allclose(to_numpy(of_gate), 2 * expected * slope * (1 - np.tanh(gate) ** 2) * up, atol=1e-5)
-    np.testing.assert_allclose(to_numpy(of_up), 2 * expected * (np.tanh(inner) + slope * np.tanh(gate)), atol=1e-5)
+    np.testing.assert_allclose(
+        to_numpy(of_gate), 2 * expected * slope * (1 - np.tanh(gate) ** 2) * up, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        to_numpy(of_up), 2 * expected * (np.tanh(inner) + slope * np.tanh(gate)), atol=1e-5
+    )

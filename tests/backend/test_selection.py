@@ -10,7 +10,11 @@ from keras_vaultgemma.backend.selection import _choose_backend
 
 def run(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
     )
 
 
@@ -35,7 +39,10 @@ def test_tensorflow_is_never_imported():
 
 def test_unknown_backend_is_named():
     result = run("from keras_vaultgemma import VaultGemmaCausalLM", KERAS_BACKEND="theano")
-    assert "KERAS_BACKEND must be one of jax, torch, tensorflow. Received: KERAS_BACKEND='theano'" in result.stderr
+    assert (
+        "KERAS_BACKEND must be one of jax, torch, tensorflow. Received: KERAS_BACKEND='theano'"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("installed, chosen", [(["torch"], "torch"), (["torch", "jax"], "jax")])
@@ -43,7 +50,9 @@ def test_without_tensorflow_an_installed_backend_is_taken(monkeypatch, tmp_path,
     monkeypatch.setenv("KERAS_BACKEND", "")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.delitem(sys.modules, "keras")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: name if name in installed else None
+    )
     _choose_backend()
     assert os.environ["KERAS_BACKEND"] == chosen
 

@@ -15,7 +15,9 @@ def test_a_model_runs_by_itself_unless_told_otherwise():
     model.compile("sgd", "mse")
     assert backend.unsupported_executor(model) is None
     model.compile("sgd", "mse", jit_compile=True)
-    assert backend.unsupported_executor(model) == ("torch.compile" if backend.NAME == "torch" else None)
+    assert backend.unsupported_executor(model) == (
+        "torch.compile" if backend.NAME == "torch" else None
+    )
 
 
 def test_without_a_distribution_every_process_saves_its_own():

@@ -26,7 +26,9 @@ def test_batches_and_functions_inside_tensorflow():
 
     found = [batch.tolist() for batch in dataset.map(double).as_numpy_iterator()]
     assert found == [[0, 2, 4], [6, 8, 10]] and seen == [(True, True)]
-    assert backend.is_tensorflow(tf.constant(1)) and not backend.is_symbolic_tensorflow(tf.constant(1))
+    assert backend.is_tensorflow(tf.constant(1)) and not backend.is_symbolic_tensorflow(
+        tf.constant(1)
+    )
 
 
 @pytest.mark.skipif(backend.NAME == "tensorflow", reason="there it works")

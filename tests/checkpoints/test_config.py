@@ -7,7 +7,12 @@ import pytest
 import transformers
 
 from keras_vaultgemma import VaultGemmaBackbone
-from keras_vaultgemma.checkpoints.config import KERAS_FIELDS, keras_policy, names_a_class, read_config
+from keras_vaultgemma.checkpoints.config import (
+    KERAS_FIELDS,
+    keras_policy,
+    names_a_class,
+    read_config,
+)
 
 HUB = dict(
     vocabulary_size=256000,
@@ -75,11 +80,17 @@ CASES = {
         initializer_range=0.3,
     ),
     "layer types null": dict(layer_types=None, num_hidden_layers=5),
-    "layer types mixed": dict(layer_types=["sliding_attention"] * 2 + ["full_attention"], num_hidden_layers=3),
+    "layer types mixed": dict(
+        layer_types=["sliding_attention"] * 2 + ["full_attention"], num_hidden_layers=3
+    ),
     "theta at the top": dict(rope_theta=777.0),
     "theta in rope_parameters": dict(rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
-    "theta in both": dict(rope_theta=1.0, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
-    "theta beside rope_parameters": dict(rope_theta=777.0, rope_parameters={"rope_type": "default"}),
+    "theta in both": dict(
+        rope_theta=1.0, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
+    ),
+    "theta beside rope_parameters": dict(
+        rope_theta=777.0, rope_parameters={"rope_type": "default"}
+    ),
     "rope_parameters null": dict(rope_parameters=None),
     "rope_scaling null": dict(rope_scaling=None, rope_theta=777.0),
     "rope_scaling of the default type": dict(rope_scaling={"type": "default"}, rope_theta=777.0),
@@ -115,7 +126,9 @@ def test_every_field_is_read_as_transformers_reads_it(tmp_path, case):
 
 
 def test_what_transformers_saves_is_read(tmp_path):
-    theirs = transformers.VaultGemmaConfig(rope_parameters={"rope_type": "default", "rope_theta": 123.0})
+    theirs = transformers.VaultGemmaConfig(
+        rope_parameters={"rope_type": "default", "rope_theta": 123.0}
+    )
     theirs.save_pretrained(tmp_path)
     arguments = read_config(tmp_path)
     assert arguments["rope_theta"] == 123.0
@@ -172,24 +185,36 @@ WRONG = [
     )
     for value in (None, 0, -1, 4.0, "4", True, [4], 2**31)
 ]
-WRONG += [("num_hidden_layers", value, "an integer from 1 to 1000") for value in (None, 0, 4.0, True, 1001, 2**31)]
+WRONG += [
+    ("num_hidden_layers", value, "an integer from 1 to 1000")
+    for value in (None, 0, 4.0, True, 1001, 2**31)
+]
 
 
 @pytest.mark.parametrize(("field", "value", "legal"), WRONG)
 def test_a_field_out_of_range_is_named(tmp_path, field, value, legal):
     with pytest.raises(ValueError) as error:
         read_config(hugging_face(tmp_path, **{field: value}))
-    for part in (str(tmp_path / "config.json"), f"`{field}` must be ", legal, f"Received: {repr(value)[:50]}"):
+    for part in (
+        str(tmp_path / "config.json"),
+        f"`{field}` must be ",
+        legal,
+        f"Received: {repr(value)[:50]}",
+    ):
         assert part in str(error.value)
 
 
 def test_a_wrong_theta_in_rope_parameters_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`rope_theta` must be a finite number above 0. Received: 'x'"):
+    with pytest.raises(
+        ValueError, match=r"`rope_theta` must be a finite number above 0. Received: 'x'"
+    ):
         read_config(hugging_face(tmp_path, rope_theta=1.0, rope_parameters={"rope_theta": "x"}))
 
 
 def test_no_window_where_no_layer_slides(tmp_path):
-    folder = hugging_face(tmp_path, num_hidden_layers=2, layer_types=["full_attention"] * 2, sliding_window=None)
+    folder = hugging_face(
+        tmp_path, num_hidden_layers=2, layer_types=["full_attention"] * 2, sliding_window=None
+    )
     assert read_config(folder)["sliding_window_size"] is None
 
 
@@ -226,19 +251,32 @@ def test_keras_hub_config(tmp_path):
         max_sequence_length=1024,
         initializer_range=0.02,
     )
-    arguments = read_config(keras_hub(tmp_path, use_sliding_window_attention=True, attention_logit_soft_cap=50.0))
+    arguments = read_config(
+        keras_hub(tmp_path, use_sliding_window_attention=True, attention_logit_soft_cap=50.0)
+    )
     assert arguments["layer_types"] == ["sliding_attention", "full_attention"] * 2
     assert arguments["attention_logit_soft_cap"] == 50.0
 
 
 def test_keras_hub_config_of_an_older_version_takes_its_defaults(tmp_path):
-    needed = ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "head_dim")
+    needed = (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+        "head_dim",
+    )
     optional = HUB.keys() - {*needed, "intermediate_dim"}
     expected = {**read_config(keras_hub(tmp_path)), "sliding_window_size": 4096}
     assert read_config(keras_hub(tmp_path, without=optional)) == expected
     small = {**dict.fromkeys(needed, 2), "intermediate_dim": 8}
     backbone = VaultGemmaBackbone(**read_config(keras_hub(tmp_path, without=optional, **small)))
-    assert (backbone.query_pre_attn_scalar, backbone.rope_theta, backbone.max_sequence_length) == (2, 10_000.0, 1024)
+    assert (backbone.query_pre_attn_scalar, backbone.rope_theta, backbone.max_sequence_length) == (
+        2,
+        10_000.0,
+        1024,
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +312,9 @@ def test_another_keras_hub_class_is_named(tmp_path, name):
 
 
 def test_a_keras_hub_config_without_its_arguments(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"registered_name": "keras_hub>GemmaBackbone", "config": [1]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"registered_name": "keras_hub>GemmaBackbone", "config": [1]})
+    )
     with pytest.raises(ValueError, match=r"`config` must be an object. Received: \[1\]"):
         read_config(tmp_path)
 
@@ -318,7 +358,9 @@ def test_a_saved_backbone_is_read_back(tmp_path):
         dtype="bfloat16",
     )
     backbone.save_to_preset(tmp_path / "saved")
-    built = {k: v for k, v in backbone.get_config().items() if k not in ("name", "trainable", "dtype")}
+    built = {
+        k: v for k, v in backbone.get_config().items() if k not in ("name", "trainable", "dtype")
+    }
     assert read_config(tmp_path / "saved") == built
     assert keras_policy(tmp_path / "saved") == "bfloat16"
     assert names_a_class(tmp_path / "saved")
@@ -348,7 +390,9 @@ def test_a_field_of_a_keras_preset_out_of_range_is_named(tmp_path, field, value,
     with pytest.raises(ValueError) as error:
         read_config(own_config(tmp_path, **{field: value}))
     named = "sliding_window_size" if legal is None else field
-    assert f"{tmp_path / 'config.json'}: `{named}` must be {legal or 'an integer from 1'}" in str(error.value)
+    assert f"{tmp_path / 'config.json'}: `{named}` must be {legal or 'an integer from 1'}" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def test_reads_what_keras_writes(path, dtype):
     assert tensors.keys() == {"layers/dense/vars/0", "layers/dense/vars/1"}
     kernel = tensors["layers/dense/vars/0"]
     assert kernel.dtype == np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    assert np.array_equal(kernel.astype("float32"), to_numpy(model.layers[0].kernel.value).astype("float32"))
+    assert np.array_equal(
+        kernel.astype("float32"), to_numpy(model.layers[0].kernel.value).astype("float32")
+    )
     assert isinstance(kernel, np.memmap)
     assert not kernel.flags.writeable
 
@@ -57,15 +59,21 @@ def virtual(file):
 def test_a_dataset_that_is_not_one_run_of_bytes_is_refused(path, write):
     with h5py.File(path, "w") as file:
         write(file)
-    with pytest.raises(ValueError, match=rf"{path.name}: x must be stored in this file, in one piece"):
+    with pytest.raises(
+        ValueError, match=rf"{path.name}: x must be stored in this file, in one piece"
+    ):
         open_hdf5(path)
 
 
-@pytest.mark.parametrize("value", [np.ones(4, "int8"), np.ones(4), np.ones(4, ">f4"), "text", np.zeros(4, "V2")])
+@pytest.mark.parametrize(
+    "value", [np.ones(4, "int8"), np.ones(4), np.ones(4, ">f4"), "text", np.zeros(4, "V2")]
+)
 def test_another_dtype_is_refused(path, value):
     with h5py.File(path, "w") as file:
         file["x"] = value
-    with pytest.raises(ValueError, match=f"{path.name}: x must be float32, float16 or bfloat16. Received: "):
+    with pytest.raises(
+        ValueError, match=f"{path.name}: x must be float32, float16 or bfloat16. Received: "
+    ):
         open_hdf5(path)
 
 
@@ -78,33 +86,46 @@ def test_links_are_not_followed(path):
 
 
 def test_a_damaged_file_is_named(path):
-    with pytest.raises(ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"):
+    with pytest.raises(
+        ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"
+    ):
         open_hdf5(path)
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(50)]).save_weights(path)
     whole = path.read_bytes()
     for content in (b"", b"PK\x03\x04", whole[:-1], whole[:600], whole[100:]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"):
+        with pytest.raises(
+            ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"
+        ):
             open_hdf5(path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_keras_reads_what_is_written(path, dtype):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, dtype=dtype, name="d")])
-    kernel, bias = (np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((3, 5), (5,)))
+    kernel, bias = (
+        np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((3, 5), (5,))
+    )
     tensors = [
         (
             Location("layers/dense/vars/0", (3, 5), (0, 1)),
             LazyTensor(kernel.T.copy(), Location("", (5, 3), (1, 0)), (3, 5)),
         ),
-        (Location("layers/dense/vars/1", (5,), (0,)), LazyTensor(bias, Location("", (5,), (0,)), (5,))),
+        (
+            Location("layers/dense/vars/1", (5,), (0,)),
+            LazyTensor(bias, Location("", (5,), (0,)), (5,)),
+        ),
     ]
     reported = []
     stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    write_hdf5(path, tensors, stored_dtype, {"layers/dense/vars": "d"}, lambda *part: reported.append(part))
+    write_hdf5(
+        path, tensors, stored_dtype, {"layers/dense/vars": "d"}, lambda *part: reported.append(part)
+    )
     model.load_weights(path)
     for variable, value in zip(model.variables, (kernel, bias), strict=True):
-        assert np.array_equal(to_numpy(variable.value).astype("float32"), value.astype(stored_dtype).astype("float32"))
+        assert np.array_equal(
+            to_numpy(variable.value).astype("float32"), value.astype(stored_dtype).astype("float32")
+        )
     size = stored_dtype.itemsize
     assert reported == [("layers/dense/vars/0", 15 * size), ("layers/dense/vars/1", 5 * size)]
     with h5py.File(path) as file:

@@ -27,7 +27,9 @@ def folders(tmp_path_factory):
     """{format: (folder, its weights by path of the variable)} of a tiny model."""
 
     root = tmp_path_factory.mktemp("hostile")
-    model = VaultGemmaCausalLM(VaultGemmaBackbone(**{**RELEASE_LIKE, "num_layers": 1, "vocabulary_size": 32}))
+    model = VaultGemmaCausalLM(
+        VaultGemmaBackbone(**{**RELEASE_LIKE, "num_layers": 1, "vocabulary_size": 32})
+    )
     model.save_to_preset(root / "keras")
     convert(root / "keras", root / "hf", to="hf", shard_size=20_000, progress=False)
     weights = {v.path: to_numpy(v) for v in model.backbone.variables}
@@ -42,7 +44,9 @@ def outcome(folder):
         _, values = open_values(folder)
         result = {path: value.read("float32") for path, value in values.items()}
     except ValueError as error:
-        assert str(folder) in str(error) or "Expected shape" in str(error), f"names no file: {error}"
+        assert str(folder) in str(error) or "Expected shape" in str(error), (
+            f"names no file: {error}"
+        )
         result = error
     finally:
         peak = tracemalloc.get_traced_memory()[1]
@@ -91,7 +95,11 @@ def edited(data, changes, header):
 )
 def test_random_damage(folders, tmp_path, kind, name, header):
     source, weights = folders[kind]
-    name = name if (source / name).exists() else sorted(p.name for p in source.glob("*.safetensors"))[0]
+    name = (
+        name
+        if (source / name).exists()
+        else sorted(p.name for p in source.glob("*.safetensors"))[0]
+    )
     folder = tmp_path / "damaged"
     folder.mkdir()
     for path in source.iterdir():
@@ -101,18 +109,26 @@ def test_random_damage(folders, tmp_path, kind, name, header):
     tally = {"equal": 0, "error": 0, "other values": 0}
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
     )
     @given(edits)
     def run(changes):
         damaged = edited(original, changes, header)
-        (folder / name).unlink()  # a new file, for arrays of the last example may still map the old one
+        (
+            folder / name
+        ).unlink()  # a new file, for arrays of the last example may still map the old one
         (folder / name).write_bytes(damaged)
         result = outcome(folder)
         if isinstance(result, ValueError):
             tally["error"] += 1
             return
-        assert {path: value.shape for path, value in result.items()} == {p: v.shape for p, v in weights.items()}
+        assert {path: value.shape for path, value in result.items()} == {
+            p: v.shape for p, v in weights.items()
+        }
         same = all(np.array_equal(result[path], weights[path]) for path in weights)
         tally["equal" if same else "other values"] += 1
         # Bytes of a tensor carry no check sum: other values are what the file says. A changed header must not change them.
@@ -149,7 +165,10 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"w": {**ENTRY, "dtype": "PICKLE"}}, b"\0" * 8),
         ({"w": {**ENTRY, "shape": "2"}}, b"\0" * 8),
         ({"w": 3}, b"\0" * 8),
-        (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "w": {"dtype": "F32"}}', b"\0" * 8),
+        (
+            b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "w": {"dtype": "F32"}}',
+            b"\0" * 8,
+        ),
         (b"[" * 100_000, b""),
         (b'{"w": ' * 100_000, b""),
         (b'{"w": ' + b"9" * 5_000 + b"}", b""),
@@ -193,7 +212,8 @@ def test_a_config_that_asks_for_too_much_is_compared_with_the_file_first(folders
 
 
 @pytest.mark.parametrize(
-    "file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.pkl", "..\\x.safetensors"]
+    "file",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.pkl", "..\\x.safetensors"],
 )
 def test_an_index_that_leaves_the_folder(folder, file):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
@@ -210,7 +230,9 @@ def test_links_out_of_the_folder_are_not_followed(folders, tmp_path, name):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     error = outcome(folder)
-    assert isinstance(error, ValueError) and "leaves its folder" in str(error) and name in str(error)
+    assert (
+        isinstance(error, ValueError) and "leaves its folder" in str(error) and name in str(error)
+    )
 
 
 def test_links_of_the_hubs_cache_and_inside_the_folder_are(folders, tmp_path):

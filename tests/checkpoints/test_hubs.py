@@ -25,7 +25,9 @@ def test_backbone_from_hugging_face_is_the_one_in_the_repository(hub, checkpoint
 def test_revision_is_a_branch_tag_or_commit(hub, checkpoints, tmp_path):
     commits = hub.commit("test/open", "v2"), hub.commit("test/open", "main")
     handles = ["hf://test/open@v2", f"hf://test/open@{commits[0]}", "hf://test/open"]
-    by_name, by_commit, newest = (answer["folder"] for answer in find_each(handles, env=hub.environment(tmp_path)))
+    by_name, by_commit, newest = (
+        answer["folder"] for answer in find_each(handles, env=hub.environment(tmp_path))
+    )
     assert by_name == by_commit
     assert content(by_name) == content(checkpoints["v2"])
     assert (Path(by_name).name, Path(newest).name) == commits
@@ -34,7 +36,10 @@ def test_revision_is_a_branch_tag_or_commit(hub, checkpoints, tmp_path):
 def test_no_more_is_downloaded_than_asked_for(hub, tmp_path):
     env = hub.environment(tmp_path)
     assert content(find("hf://test/open", "config", env=env)["folder"]).keys() == {"config.json"}
-    assert content(find("hf://test/open", "weights", env=env)["folder"]).keys() == {"config.json", "model.safetensors"}
+    assert content(find("hf://test/open", "weights", env=env)["folder"]).keys() == {
+        "config.json",
+        "model.safetensors",
+    }
     assert not any("training.bin" in request for request in hub.requests)
 
 
@@ -60,7 +65,9 @@ def test_part_of_a_repository_in_the_cache_is_not_enough(hub, tmp_path):
 def test_gated_repository_needs_a_token_that_is_accepted(hub, tmp_path):
     handles = ["hf://test/gated", "hf://test/closed"]
     for changes in ({}, {"HF_TOKEN": "hf_somebody"}):
-        for handle, answer in zip(handles, find_each(handles, env=hub.environment(tmp_path, **changes)), strict=True):
+        for handle, answer in zip(
+            handles, find_each(handles, env=hub.environment(tmp_path, **changes)), strict=True
+        ):
             page = handle.replace("hf://", "https://huggingface.co/")
             message = f"{handle} is gated: accept its terms at {page}, then `hf auth login`"
             assert answer == {"error": "FileNotFoundError", "message": message}
@@ -135,7 +142,9 @@ def test_file_of_another_etag_than_its_content_is_not_kept(checkpoints, tmp_path
 
 def test_repository_without_weights(checkpoints, tmp_path):
     (tmp_path / "repository").mkdir()
-    (tmp_path / "repository/config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
+    (tmp_path / "repository/config.json").write_bytes(
+        (checkpoints["main"] / "config.json").read_bytes()
+    )
     with HubStub({"test/bare": {"main": tmp_path / "repository"}}) as hub:
         answer = find("hf://test/bare", env=hub.environment(tmp_path))
     assert answer["error"] == "FileNotFoundError"
@@ -197,8 +206,12 @@ def test_kaggle_answers_are_explained(monkeypatch, status, error, message):
         presets.find("kaggle://a/b/keras/c")
 
 
-@pytest.mark.parametrize("handle", ["kaggle://keras/vaultgemma", "kaggle://a/b/keras/c/latest", "kaggle://a//keras/c"])
+@pytest.mark.parametrize(
+    "handle", ["kaggle://keras/vaultgemma", "kaggle://a/b/keras/c/latest", "kaggle://a//keras/c"]
+)
 def test_wrong_kaggle_handle(handle):
-    with pytest.raises(ValueError, match="must be kaggle://org/model/framework/variation") as caught:
+    with pytest.raises(
+        ValueError, match="must be kaggle://org/model/framework/variation"
+    ) as caught:
         presets.find(handle)
     assert handle in str(caught.value)

@@ -67,8 +67,14 @@ def test_a_window_that_nobody_uses_is_not_null(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query_pre_attn_scalar": 7.5}, "`query_pre_attn_scalar` must be an integer for transformers. Received: 7.5"),
-        ({"hidden_dim": 50}, "`hidden_dim` must be a multiple of num_query_heads=4 for transformers. Received: 50"),
+        (
+            {"query_pre_attn_scalar": 7.5},
+            "`query_pre_attn_scalar` must be an integer for transformers. Received: 7.5",
+        ),
+        (
+            {"hidden_dim": 50},
+            "`hidden_dim` must be a multiple of num_query_heads=4 for transformers. Received: 50",
+        ),
     ],
 )
 def test_what_transformers_cannot_hold_is_named(tmp_path, change, message):
@@ -83,7 +89,12 @@ def test_tokenizers_agree(tiny, tmp_path):
     assert (tmp_path / "tokenizer.model").read_bytes() == vocabulary.read_bytes()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == ALL["max_sequence_length"]
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (2, 1, 0, 4096)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (
+        2,
+        1,
+        0,
+        4096,
+    )
     for text in TEXTS:
         ids = theirs(text).input_ids
         assert ids == [2, *tiny.preprocessor.tokenizer.tokenize([text])[0]], text

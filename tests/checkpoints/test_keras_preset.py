@@ -11,7 +11,12 @@ from common import random_backbone, to_numpy
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.checkpoints.reader import open_values
-from keras_vaultgemma.checkpoints.writers import BACKBONE_NAME, TASK_NAME, write_keras_config, write_keras_weights
+from keras_vaultgemma.checkpoints.writers import (
+    BACKBONE_NAME,
+    TASK_NAME,
+    write_keras_config,
+    write_keras_weights,
+)
 
 JSON = ("config.json", "task.json", "preprocessor.json", "tokenizer.json")
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
@@ -25,7 +30,14 @@ def content(path):
         found[name] = {key: str(value) for key, value in item.attrs.items()}
         if isinstance(item, h5py.Dataset):
             tag = item.id.get_type().get_tag() if item.dtype.kind == "V" else None
-            found[name] = (found[name], item.shape, item.dtype, item.chunks, tag, item[()].tobytes())
+            found[name] = (
+                found[name],
+                item.shape,
+                item.dtype,
+                item.chunks,
+                tag,
+                item[()].tobytes(),
+            )
 
     with h5py.File(path) as file:
         file.visititems(visit)
@@ -41,7 +53,9 @@ def build(tiny, dtype, has_text, **changes):
 @pytest.mark.parametrize("has_text", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_what_keras_saves(tiny, tmp_path, dtype, has_text):
-    sliding = dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window_size=5)
+    sliding = dict(
+        layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window_size=5
+    )
     model = build(tiny, dtype, has_text, vocabulary_size=4096, final_logit_soft_cap=9.5, **sliding)
     model.save_to_preset(tmp_path / "saved")
     (tmp_path / "new").mkdir()
@@ -49,16 +63,26 @@ def test_equals_what_keras_saves(tiny, tmp_path, dtype, has_text):
     reported = []
     write_keras_config(tmp_path / "new", hyperparameters, DTYPES[dtype], model.preprocessor)
     write_keras_weights(
-        tmp_path / "new", hyperparameters, values, DTYPES[dtype], lambda name, count: reported.append(count)
+        tmp_path / "new",
+        hyperparameters,
+        values,
+        DTYPES[dtype],
+        lambda name, count: reported.append(count),
     )
     names = {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*")}
     written = {path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*")}
     assert {str(name) for name in names - written} == {"metadata.json"} and not written - names
     for name in JSON if has_text else JSON[:2]:
-        assert json.loads((tmp_path / "new" / name).read_text()) == json.loads((tmp_path / "saved" / name).read_text())
+        assert json.loads((tmp_path / "new" / name).read_text()) == json.loads(
+            (tmp_path / "saved" / name).read_text()
+        )
     if has_text:
-        assert (tmp_path / "new" / VOCABULARY).read_bytes() == (tmp_path / "saved" / VOCABULARY).read_bytes()
-    assert content(tmp_path / "new/model.weights.h5") == content(tmp_path / "saved/model.weights.h5")
+        assert (tmp_path / "new" / VOCABULARY).read_bytes() == (
+            tmp_path / "saved" / VOCABULARY
+        ).read_bytes()
+    assert content(tmp_path / "new/model.weights.h5") == content(
+        tmp_path / "saved/model.weights.h5"
+    )
     assert sum(reported) == model.backbone.count_params() * DTYPES[dtype].itemsize
 
 
@@ -68,7 +92,9 @@ def test_this_package_and_keras_hub_load_it(tiny, tmp_path):
     (tmp_path / "new").mkdir()
     hyperparameters, values = open_values(tmp_path / "saved")
     write_keras_config(tmp_path / "new", hyperparameters, DTYPES["float32"], model.preprocessor)
-    write_keras_weights(tmp_path / "new", hyperparameters, values, DTYPES["float32"], lambda *_: None)
+    write_keras_weights(
+        tmp_path / "new", hyperparameters, values, DTYPES["float32"], lambda *_: None
+    )
     model.save_to_preset(tmp_path / "saved")
     (tmp_path / "new/metadata.json").write_bytes((tmp_path / "saved/metadata.json").read_bytes())
     for load in (VaultGemmaCausalLM.from_preset, keras_hub.models.CausalLM.from_preset):

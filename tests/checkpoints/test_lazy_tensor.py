@@ -36,7 +36,12 @@ def test_read_gives_memory_of_its_own(tmp_path, place, dtype):
     assert value.flags.c_contiguous and value.flags.writeable
     (tmp_path / "x").write_bytes(bytes(48))
     assert np.array_equal(value, VALUE.astype(value.dtype))
-    assert (tensor.name, tensor.shape, tensor.dtype, tensor.nbytes) == ("x", (3, 4), np.dtype("float32"), 48)
+    assert (tensor.name, tensor.shape, tensor.dtype, tensor.nbytes) == (
+        "x",
+        (3, 4),
+        np.dtype("float32"),
+        48,
+    )
 
 
 @pytest.mark.parametrize("source", DTYPES)
@@ -72,14 +77,20 @@ def test_memory_is_aligned_for_a_backend_to_take_over(tmp_path, shape):
 def test_read_knows_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad, position):
     monkeypatch.setattr(lazy_tensor, "STRIP", 1)
     limit = float(ml_dtypes.finfo(DTYPES[dtype]).max)
-    value = np.resize(np.array([limit, -limit, 0.0, -0.0], "float32"), (300, 1)).astype(DTYPES[dtype])
+    value = np.resize(np.array([limit, -limit, 0.0, -0.0], "float32"), (300, 1)).astype(
+        DTYPES[dtype]
+    )
     place = Location("x", (1, 300), (1, 0))
 
     def read(value):
         value.T.tofile(tmp_path / "x")
-        tensor = LazyTensor(np.memmap(tmp_path / "x", value.dtype, "r", shape=(1, 300)), place, (300, 1))
+        tensor = LazyTensor(
+            np.memmap(tmp_path / "x", value.dtype, "r", shape=(1, 300)), place, (300, 1)
+        )
         plain = LazyTensor(
-            np.memmap(tmp_path / "x", value.dtype, "r", shape=(300, 1)), PLAIN._replace(shape=(300, 1)), (300, 1)
+            np.memmap(tmp_path / "x", value.dtype, "r", shape=(300, 1)),
+            PLAIN._replace(shape=(300, 1)),
+            (300, 1),
         )
         assert tensor.is_finite is None
         tensor.read()
@@ -94,7 +105,9 @@ def test_read_knows_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad,
 
 def test_finite_is_said_of_what_was_read(tmp_path):
     tensor = stored(tmp_path, VALUE * 1e6)
-    assert [(tensor.read(dtype).dtype.name, tensor.is_finite) for dtype in ("float16", "float32")] == [
+    assert [
+        (tensor.read(dtype).dtype.name, tensor.is_finite) for dtype in ("float16", "float32")
+    ] == [
         ("float16", False),
         ("float32", True),
     ]
@@ -133,7 +146,9 @@ def test_a_finite_value_beyond_the_dtype_is_named(tmp_path, source):
     value = VALUE.copy()
     value[1, 1] = -70_000
     tensor = stored(tmp_path, value.astype(DTYPES[source]))
-    with pytest.raises(ValueError, match=r"x must be from -65504 to 65504 for float16. Received: ±(70000|70144)"):
+    with pytest.raises(
+        ValueError, match=r"x must be from -65504 to 65504 for float16. Received: ±(70000|70144)"
+    ):
         list(tensor.blocks(PLAIN, DTYPES["float16"]))
     (block,) = tensor.blocks(PLAIN, DTYPES["bfloat16"])
     assert np.isfinite(block).all()
@@ -148,7 +163,12 @@ def test_infinity_and_nan_stay_what_they_are(tmp_path):
 
 def test_widest():
     f32, f16, bf16 = DTYPES["float32"], DTYPES["float16"], DTYPES["bfloat16"]
-    assert [widest([f16]), widest([bf16, bf16]), widest([bf16, f32]), widest([f16, bf16])] == [f16, bf16, f32, f32]
+    assert [widest([f16]), widest([bf16, bf16]), widest([bf16, f32]), widest([f16, bf16])] == [
+        f16,
+        bf16,
+        f32,
+        f32,
+    ]
     assert [dtype_name(dtype) for dtype in DTYPES.values()] == list(DTYPES)
 
 
@@ -167,4 +187,7 @@ def test_equal_bits(monkeypatch):
 
 
 def test_as_bytes():
-    assert bytes(as_bytes(VALUE.astype(ml_dtypes.bfloat16))) == VALUE.astype(ml_dtypes.bfloat16).tobytes()
+    assert (
+        bytes(as_bytes(VALUE.astype(ml_dtypes.bfloat16)))
+        == VALUE.astype(ml_dtypes.bfloat16).tobytes()
+    )

@@ -8,7 +8,10 @@ from common import RELEASE_LIKE
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.metadata import model_card
 
-HYPERPARAMETERS = {**RELEASE_LIKE, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+HYPERPARAMETERS = {
+    **RELEASE_LIKE,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 METADATA = {
     "parameter_count": 1_234_567,
     "dtype": "bfloat16",

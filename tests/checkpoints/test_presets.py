@@ -29,7 +29,11 @@ def test_release_is_described_by_the_bundled_preset():
     metadata = read_json(presets.find("vaultgemma_1b", "config") / "metadata.json")
     assert count == metadata["parameter_count"] == 1_038_741_120
     privacy = metadata["privacy"]
-    assert (privacy["epsilon"], privacy["delta"], privacy["noise_multiplier"]) == (2.0, 1.1e-10, 0.614)
+    assert (privacy["epsilon"], privacy["delta"], privacy["noise_multiplier"]) == (
+        2.0,
+        1.1e-10,
+        0.614,
+    )
     assert privacy["unit"] == "one sequence of 1024 consecutive tokens"
 
 
@@ -67,10 +71,14 @@ def test_bundled_config_has_every_argument_that_saving_writes(tmp_path):
     assert list(saved["config"]) == list(bundled["config"])
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="only PyTorch has a device without memory")
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="only PyTorch has a device without memory"
+)
 def test_vaultgemma_1b_builds_without_weights():
     with keras.device("meta"):
-        backbone = VaultGemmaBackbone.from_preset("vaultgemma_1b", load_weights=False, dtype="bfloat16")
+        backbone = VaultGemmaBackbone.from_preset(
+            "vaultgemma_1b", load_weights=False, dtype="bfloat16"
+        )
     assert backbone.count_params() == 1_038_741_120
     assert backbone.name == "vaultgemma_1b"
     assert {v.dtype for v in backbone.weights} == {"bfloat16"}
@@ -104,7 +112,11 @@ def test_weights_come_from_hugging_face_once_the_terms_are_accepted(hub, tmp_pat
 
 @pytest.mark.parametrize("reason", ["gated", "no network", "HF_HUB_OFFLINE"])
 def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, reason):
-    changes = {"gated": {}, "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_HUB_OFFLINE": {reason: "1"}}
+    changes = {
+        "gated": {},
+        "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        "HF_HUB_OFFLINE": {reason: "1"},
+    }
     start = time.monotonic()
     answer = find("vaultgemma_1b", env=hub.environment(tmp_path, **changes[reason]))
     assert time.monotonic() - start < hubs.PATIENCE
@@ -112,14 +124,28 @@ def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, r
     message = answer["message"]
     assert "gated" in message
     assert "https://huggingface.co/google/vaultgemma-1b" in message and "hf auth login" in message
-    assert "https://www.kaggle.com/models/keras/vaultgemma" in message and "KAGGLE_API_TOKEN" in message
+    assert (
+        "https://www.kaggle.com/models/keras/vaultgemma" in message
+        and "KAGGLE_API_TOKEN" in message
+    )
     folder = tmp_path / ".cache/keras_vaultgemma/vaultgemma_1b"
-    assert "hf download google/vaultgemma-1b --local-dir" in message and f"copy that folder to {folder}" in message
+    assert (
+        "hf download google/vaultgemma-1b --local-dir" in message
+        and f"copy that folder to {folder}" in message
+    )
     tried = message.partition("What was tried:")[2].strip().splitlines()
-    starts = [str(folder), "hf://google/vaultgemma-1b", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2"]
+    starts = [
+        str(folder),
+        "hf://google/vaultgemma-1b",
+        "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2",
+    ]
     assert len(tried) == 3
     assert all(line.startswith(f"- {start} ") for line, start in zip(tried, starts, strict=True))
-    expected = {"gated": "is gated", "no network": "cannot be asked", "HF_HUB_OFFLINE": "offline mode is enabled"}
+    expected = {
+        "gated": "is gated",
+        "no network": "cannot be asked",
+        "HF_HUB_OFFLINE": "offline mode is enabled",
+    }
     assert expected[reason] in tried[1]
     assert not (tmp_path / ".cache/keras_vaultgemma").exists()
 
@@ -127,7 +153,9 @@ def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, r
 # Folders
 
 
-@pytest.mark.parametrize("preset", ["vaultgemma_2b", "no/such/folder", "", "gs://bucket/model", "\0", None, 3, b"x"])
+@pytest.mark.parametrize(
+    "preset", ["vaultgemma_2b", "no/such/folder", "", "gs://bucket/model", "\0", None, 3, b"x"]
+)
 def test_unknown_preset(preset):
     with pytest.raises(ValueError, match="`preset` must be a bundled preset") as caught:
         VaultGemmaBackbone.from_preset(preset)
@@ -148,7 +176,9 @@ def test_folder_without_config(tmp_path):
 
 def test_folder_without_weights(checkpoints, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"has no weights: none of model\.weights\.h5, .* is there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no weights: none of model\.weights\.h5, .* is there"
+    ):
         VaultGemmaBackbone.from_preset(tmp_path)
     assert presets.find(tmp_path, "config") == tmp_path
 

@@ -14,7 +14,13 @@ RELEASED = 1_038_741_120
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "assets/tokenizer").mkdir(parents=True)
-    for name in ("config.json", "metadata.json", "model.safetensors", "assets/tokenizer/vocabulary.spm", "notes.txt"):
+    for name in (
+        "config.json",
+        "metadata.json",
+        "model.safetensors",
+        "assets/tokenizer/vocabulary.spm",
+        "notes.txt",
+    ):
         (tmp_path / name).write_text(json.dumps({"name": name}))
     return tmp_path
 
@@ -26,7 +32,9 @@ def test_digests_of_the_files_of_a_model(folder, monkeypatch):
     assert list(digests) == ["assets/tokenizer/vocabulary.spm", "config.json", "model.safetensors"]
     for name, digest in digests.items():
         assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert sum(count for _, count in reported) == sum((folder / name).stat().st_size for name in digests)
+    assert sum(count for _, count in reported) == sum(
+        (folder / name).stat().st_size for name in digests
+    )
     assert {name for name, _ in reported} == {"vocabulary.spm", "config.json", "model.safetensors"}
 
 
@@ -52,7 +60,9 @@ def test_what_the_release_is_called(source, expected):
 
 
 def test_the_release_is_given_its_statement(tmp_path):
-    metadata = metadata.metadata("hf://google/vaultgemma-1b", tmp_path, {}, RELEASED, DTYPES["bfloat16"])
+    metadata = metadata.metadata(
+        "hf://google/vaultgemma-1b", tmp_path, {}, RELEASED, DTYPES["bfloat16"]
+    )
     stated = json.loads((presets.bundled()["vaultgemma_1b"] / "metadata.json").read_text())
     assert metadata["privacy"] == stated["privacy"] and metadata["privacy"]["epsilon"] == 2.0
     assert metadata["license"] == stated["license"]
@@ -60,18 +70,30 @@ def test_the_release_is_given_its_statement(tmp_path):
     assert (metadata["dtype"], metadata["parameter_count"]) == ("bfloat16", RELEASED)
 
 
-@pytest.mark.parametrize(("source", "count"), [("hf://google/vaultgemma-1b", 5), ("hf://a/b", RELEASED)])
+@pytest.mark.parametrize(
+    ("source", "count"), [("hf://google/vaultgemma-1b", 5), ("hf://a/b", RELEASED)]
+)
 def test_no_other_source_is(tmp_path, source, count):
     metadata = metadata.metadata(source, tmp_path, {}, count, DTYPES["float32"])
     assert "privacy" not in metadata and "license" not in metadata
 
 
 def test_what_a_source_states_is_handed_on(folder):
-    stated = {"privacy": None, "license": "mine", "corpus": {"name": "x"}, "dtype": "float32", "files": {"a": "b"}}
+    stated = {
+        "privacy": None,
+        "license": "mine",
+        "corpus": {"name": "x"},
+        "dtype": "float32",
+        "files": {"a": "b"},
+    }
     stated["source"] = {"name": "hf://before", "revision": "1"}
     (folder / "metadata.json").write_text(json.dumps(stated))
     metadata = metadata.metadata("vaultgemma_1b", folder, {"x": "y"}, RELEASED, DTYPES["float16"])
-    assert (metadata["privacy"], metadata["license"], metadata["corpus"]) == (None, "mine", {"name": "x"})
+    assert (metadata["privacy"], metadata["license"], metadata["corpus"]) == (
+        None,
+        "mine",
+        {"name": "x"},
+    )
     assert metadata["source"] == {
         "name": "vaultgemma_1b",
         "revision": None,
@@ -82,7 +104,9 @@ def test_what_a_source_states_is_handed_on(folder):
 
 
 def test_a_folder_is_noted_without_its_path(folder):
-    assert metadata.metadata(folder, folder, {}, 1, DTYPES["float32"])["source"]["name"] == folder.name
+    assert (
+        metadata.metadata(folder, folder, {}, 1, DTYPES["float32"])["source"]["name"] == folder.name
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,4 +125,9 @@ def test_revision_of_a_hub(tmp_path, source, place, revision):
 
 def test_a_folder_called_2_is_no_revision(tmp_path):
     (tmp_path / "2").mkdir()
-    assert metadata.metadata(tmp_path / "2", tmp_path / "2", {}, 1, DTYPES["float32"])["source"]["revision"] is None
+    assert (
+        metadata.metadata(tmp_path / "2", tmp_path / "2", {}, 1, DTYPES["float32"])["source"][
+            "revision"
+        ]
+        is None
+    )

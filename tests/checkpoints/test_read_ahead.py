@@ -60,14 +60,21 @@ def test_no_more_is_read_ahead_than_the_limit(monkeypatch):
 def test_one_of_another_dtype_is_read_anew():
     log = []
     with read_ahead(values_of(range(3), log)) as values:
-        read = [values["0"].read("float32"), values["1"].read("float16"), values["2"].read("float16")]
+        read = [
+            values["0"].read("float32"),
+            values["1"].read("float16"),
+            values["2"].read("float16"),
+        ]
     assert [value.dtype for value in read] == ["float32", "float16", "float16"]
     assert [value[0] for value in read] == [0, 1, 2]
 
 
 def test_errors_arrive_and_end_the_thread():
     log = []
-    with pytest.raises(ValueError, match="no file"), read_ahead(values_of((1, -1, 2), log)) as values:
+    with (
+        pytest.raises(ValueError, match="no file"),
+        read_ahead(values_of((1, -1, 2), log)) as values,
+    ):
         values["1"].read("float32")
         values["-1"].read("float32")
     assert not any(thread.is_alive() for *_, thread in log)

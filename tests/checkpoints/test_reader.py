@@ -85,7 +85,10 @@ def edit(folder, change):
 def expected_values(state):
     """{end of a variable's path: value} from transformers' state dict, float32."""
     arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
-    values = {"token_embedding/embeddings": arrays[EMBEDDING], "final_norm/scale": arrays["model.norm.weight"]}
+    values = {
+        "token_embedding/embeddings": arrays[EMBEDDING],
+        "final_norm/scale": arrays["model.norm.weight"],
+    }
     for i in range(3):
         for ours, name in HUGGING_FACE.items():
             values[f"decoder_block_{i}/{ours}"] = arrays[f"model.layers.{i}.{name}"]
@@ -93,7 +96,10 @@ def expected_values(state):
 
 
 def our_values(backbone):
-    return {variable.path: to_numpy(keras.ops.cast(variable.value, "float32")) for variable in backbone.variables}
+    return {
+        variable.path: to_numpy(keras.ops.cast(variable.value, "float32"))
+        for variable in backbone.variables
+    }
 
 
 def assert_values(backbone, values):
@@ -107,13 +113,17 @@ def assert_values(backbone, values):
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
 def test_every_tensor_arrives_in_every_dtype(theirs, tmp_path, source, target):
-    state = {name: tensor.to(getattr(torch, source)) for name, tensor in theirs.state_dict().items()}
+    state = {
+        name: tensor.to(getattr(torch, source)) for name, tensor in theirs.state_dict().items()
+    }
     theirs.save_pretrained(tmp_path, state_dict=dict(state))  # it empties the dict
     backbone = VaultGemmaBackbone.from_preset(tmp_path, dtype=target)
     assert {variable.dtype for variable in backbone.variables} == {target}
     values = expected_values(state)
     dtype = np.dtype(ml_dtypes.bfloat16 if target == "bfloat16" else target)
-    assert_values(backbone, {name: value.astype(dtype).astype("float32") for name, value in values.items()})
+    assert_values(
+        backbone, {name: value.astype(dtype).astype("float32") for name, value in values.items()}
+    )
 
 
 def test_shards_and_their_index(theirs, tmp_path):
@@ -161,7 +171,10 @@ def one_bit_less(tensors):
 
 
 WRONG = {
-    "missing": (lambda t: t.pop(QUERY), rf"{QUERY} is missing from .*Expected shape: \(60, 24\). Found: None"),
+    "missing": (
+        lambda t: t.pop(QUERY),
+        rf"{QUERY} is missing from .*Expected shape: \(60, 24\). Found: None",
+    ),
     "no embedding": (lambda t: t.pop(EMBEDDING), rf"{EMBEDDING} is missing from "),
     "extra": (
         lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(60)}),
@@ -234,7 +247,9 @@ def test_an_index_that_points_outside_is_refused(folder):
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     index = {"weight_map": {EMBEDDING: "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json: files must be .* Received: '../elsewhere.safetensors'"):
+    with pytest.raises(
+        ValueError, match=r"index.json: files must be .* Received: '../elsewhere.safetensors'"
+    ):
         VaultGemmaBackbone.from_preset(folder)
 
 
@@ -242,15 +257,21 @@ def test_a_quantized_backbone_is_refused(folder):
     backbone = VaultGemmaBackbone(**read_config(folder))
     backbone.transformer_layers[1].up.quantize("int8")
     with pytest.raises(
-        ValueError, match=r"quantize the model afterwards. Received: .*decoder_block_1/up/kernel of dtype int8"
+        ValueError,
+        match=r"quantize the model afterwards. Received: .*decoder_block_1/up/kernel of dtype int8",
     ):
         load_weights(backbone, folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_warn(folder, value):
-    edit(folder, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].view(-1)[7:8].fill_(value))
-    with pytest.warns(UserWarning, match="decoder_block_2/down/weight holds NaN or infinite values"):
+    edit(
+        folder,
+        lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].view(-1)[7:8].fill_(value),
+    )
+    with pytest.warns(
+        UserWarning, match="decoder_block_2/down/weight holds NaN or infinite values"
+    ):
         VaultGemmaBackbone.from_preset(folder)
 
 
@@ -258,7 +279,9 @@ def test_weights_too_large_for_the_dtype_warn(folder, recwarn):
     edit(folder, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
     VaultGemmaBackbone.from_preset(folder, dtype="bfloat16")
     assert not [w for w in recwarn if "infinite" in str(w.message)]
-    with pytest.warns(UserWarning, match="final_norm/scale holds NaN or infinite values.*too large for float16"):
+    with pytest.warns(
+        UserWarning, match="final_norm/scale holds NaN or infinite values.*too large for float16"
+    ):
         VaultGemmaBackbone.from_preset(folder, dtype="float16")
 
 
@@ -275,7 +298,11 @@ def test_finite_weights_do_not_warn(folder, dtype):
 def test_weights_are_in_memory_once(tmp_path, form):
     """The bar of the full size, with room for Keras's objects. NumPy's memory is traced; JAX's own is not."""
     small = random_backbone(
-        num_layers=1, vocabulary_size=16_384, hidden_dim=512, intermediate_dim=4096, dtype="bfloat16"
+        num_layers=1,
+        vocabulary_size=16_384,
+        hidden_dim=512,
+        intermediate_dim=4096,
+        dtype="bfloat16",
     )
     small.save_to_preset(tmp_path / "keras")
     if form == "hugging_face":
@@ -306,7 +333,9 @@ TOKEN_IDS = np.array([[2, *range(20, 39)], [2, 5, 3, 150, 9, *range(100, 115)]],
 def hub_backbone(**changes):
     hub = keras_hub.models.GemmaBackbone(**{**HUB, **changes})
     random = np.random.default_rng(0)
-    for variable in hub.variables:  # large enough that attention is far from uniform and both caps bite
+    for (
+        variable
+    ) in hub.variables:  # large enough that attention is far from uniform and both caps bite
         variable.assign(random.normal(0, 0.3, variable.shape).astype("float32"))
     return hub
 
@@ -360,7 +389,9 @@ def test_hidden_states_equal_keras_hub_with_caps_and_sliding_layers(tmp_path):
 def test_a_keras_hub_task_loads_with_its_vocabulary(tmp_path):
     tokenizer = keras_hub.models.GemmaTokenizer(proto=str(VOCABULARY))
     backbone = hub_backbone(vocabulary_size=tokenizer.vocabulary_size(), final_logit_soft_cap=2.0)
-    task = keras_hub.models.GemmaCausalLM(backbone, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer))
+    task = keras_hub.models.GemmaCausalLM(
+        backbone, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)
+    )
     task.save_to_preset(tmp_path / "hub")
     ours = VaultGemmaCausalLM.from_preset(tmp_path / "hub")
     text = "Once upon a time"
@@ -380,9 +411,12 @@ def test_a_bfloat16_keras_hub_preset(tmp_path):
         output = to_numpy(block.attention.output_dense.kernel.value).astype("float32")
         for n in range(6):
             channels = slice(10 * n, 10 * n + 10)
-            assert np.array_equal(ours[f"decoder_block_{i}/attention/query/weight"][channels], query[n].T)
             assert np.array_equal(
-                ours[f"decoder_block_{i}/attention/attention_output/weight"][:, channels], output[n].T
+                ours[f"decoder_block_{i}/attention/query/weight"][channels], query[n].T
+            )
+            assert np.array_equal(
+                ours[f"decoder_block_{i}/attention/attention_output/weight"][:, channels],
+                output[n].T,
             )
 
 
@@ -406,9 +440,18 @@ def remove(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove, rf"{BLOCK}/pre_ffw_norm/vars/0 is missing from .*Expected shape: \(24,\). Found: None"),
-        (extend, rf"{BLOCK}/post_ffw_norm/vars/0 is unknown in .*Expected shape: None. Found: \(24,\)"),
-        (transpose, rf"{BLOCK}/ffw_linear/vars/0 is misshapen in .*Expected shape: \(40, 24\). Found: \(24, 40\)"),
+        (
+            remove,
+            rf"{BLOCK}/pre_ffw_norm/vars/0 is missing from .*Expected shape: \(24,\). Found: None",
+        ),
+        (
+            extend,
+            rf"{BLOCK}/post_ffw_norm/vars/0 is unknown in .*Expected shape: None. Found: \(24,\)",
+        ),
+        (
+            transpose,
+            rf"{BLOCK}/ffw_linear/vars/0 is misshapen in .*Expected shape: \(40, 24\). Found: \(24, 40\)",
+        ),
     ],
 )
 def test_what_does_not_fit_in_a_keras_hub_preset_is_named(hub_folder, change, message):
@@ -421,7 +464,9 @@ def test_what_does_not_fit_in_a_keras_hub_preset_is_named(hub_folder, change, me
 def test_a_keras_hub_file_cut_short_is_named(hub_folder):
     path = hub_folder / "model.weights.h5"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model.weights.h5 is missing, cut short or no Keras weights file"):
+    with pytest.raises(
+        ValueError, match=r"model.weights.h5 is missing, cut short or no Keras weights file"
+    ):
         VaultGemmaBackbone.from_preset(hub_folder)
 
 
@@ -437,14 +482,21 @@ def test_keras_hub_post_norms_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def own_preset(tmp_path_factory):
     """(backbone, its folder, which no test may change)."""
-    backbone, folder = random_backbone(num_key_value_heads=2), tmp_path_factory.mktemp("preset") / "own"
+    backbone, folder = (
+        random_backbone(num_key_value_heads=2),
+        tmp_path_factory.mktemp("preset") / "own",
+    )
     backbone.save_to_preset(folder)
     return backbone, folder
 
 
 def test_open_values_of_every_format(theirs, folder, hub_preset, own_preset):
     own, own_folder = own_preset
-    for place, name in ((folder, "hugging_face"), (hub_preset[1], "keras_hub"), (own_folder, "keras")):
+    for place, name in (
+        (folder, "hugging_face"),
+        (hub_preset[1], "keras_hub"),
+        (own_folder, "keras"),
+    ):
         assert format_of(place) == name
         hyperparameters, values = open_values(str(place))
         assert hyperparameters == read_config(place)
@@ -454,7 +506,9 @@ def test_open_values_of_every_format(theirs, folder, hub_preset, own_preset):
         for path, value in values.items():
             assert np.array_equal(value.read("float32"), loaded[path]), path
     _, values = open_values(own_folder)
-    assert np.array_equal(values["decoder_block_2/up/weight"].read(), our_values(own)["decoder_block_2/up/weight"])
+    assert np.array_equal(
+        values["decoder_block_2/up/weight"].read(), our_values(own)["decoder_block_2/up/weight"]
+    )
 
 
 def test_values_open_without_being_read(own_preset, tmp_path):
@@ -476,18 +530,21 @@ def test_load_of_a_keras_preset_casts(own_preset, dtype):
     backbone = random_backbone(num_key_value_heads=2, dtype=dtype)
     load_weights(backbone, folder)
     expected = {
-        path: np.asarray(keras.ops.cast(keras.ops.cast(v, dtype), "float32")) for path, v in our_values(own).items()
+        path: np.asarray(keras.ops.cast(keras.ops.cast(v, dtype), "float32"))
+        for path, v in our_values(own).items()
     }
     assert_values(backbone, expected)
 
 
 def test_load_into_another_architecture_is_named(own_preset):
     with pytest.raises(
-        ValueError, match=r"embeddings is misshapen in .*Expected shape: \(99, 48\). Found: \(128, 48\)"
+        ValueError,
+        match=r"embeddings is misshapen in .*Expected shape: \(99, 48\). Found: \(128, 48\)",
     ):
         load_weights(random_backbone(num_key_value_heads=2, vocabulary_size=99), own_preset[1])
     with pytest.raises(
-        ValueError, match=r"decoder_block_2/attention_norm/scale is misshapen in .*Expected shape: None"
+        ValueError,
+        match=r"decoder_block_2/attention_norm/scale is misshapen in .*Expected shape: None",
     ):
         load_weights(random_backbone(num_key_value_heads=2, num_layers=2), own_preset[1])
     with pytest.raises(ValueError, match=r"decoder_block_3/.* is missing from .*Found: None"):
@@ -514,12 +571,16 @@ def test_a_quantized_preset_is_for_keras(tmp_path):
 def test_a_preset_in_several_files_is_for_keras(tmp_path):
     random_backbone().save_to_preset(tmp_path / "shards", max_shard_size=0.0002)
     assert len(list((tmp_path / "shards").glob("*.h5"))) > 1
-    with pytest.raises(KerasOnly, match="must have its weights in one file, model.weights.h5. Received: several"):
+    with pytest.raises(
+        KerasOnly, match="must have its weights in one file, model.weights.h5. Received: several"
+    ):
         open_values(tmp_path / "shards")
     assert issubclass(KerasOnly, ValueError)
 
 
-@pytest.mark.parametrize("change", [dict(num_layers=1000), dict(hidden_dim=2**31 - 2), dict(vocabulary_size=2**31 - 1)])
+@pytest.mark.parametrize(
+    "change", [dict(num_layers=1000), dict(hidden_dim=2**31 - 2), dict(vocabulary_size=2**31 - 1)]
+)
 def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
     folder = shutil.copytree(own_preset[1], tmp_path / "own")
     config = json.loads((folder / "config.json").read_text())
@@ -527,7 +588,9 @@ def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
     (folder / "config.json").write_text(json.dumps(config))
     tracemalloc.start()
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"vars/0 is (missing from|misshapen in) .*own. Expected shape: "):
+    with pytest.raises(
+        ValueError, match=r"vars/0 is (missing from|misshapen in) .*own. Expected shape: "
+    ):
         open_values(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

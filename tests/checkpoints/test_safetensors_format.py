@@ -26,15 +26,24 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 def write(path, header, data=b"", length=None):
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(content) if length is None else length).to_bytes(8, "little") + content + data)
+    path.write_bytes(
+        (len(content) if length is None else length).to_bytes(8, "little") + content + data
+    )
     return path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_reads_what_the_library_writes(tmp_path, dtype):
-    values = {"a": torch.randn(3, 5), "b": torch.randn(7), "none": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    values = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7),
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+    }
     path = tmp_path / SINGLE
-    safetensors.torch.save_file({k: v.to(getattr(torch, dtype)) for k, v in values.items()}, path, {"format": "pt"})
+    safetensors.torch.save_file(
+        {k: v.to(getattr(torch, dtype)) for k, v in values.items()}, path, {"format": "pt"}
+    )
     tensors = open_tensors(tmp_path)
     assert tensors.keys() == values.keys()
     for name, value in values.items():
@@ -78,7 +87,10 @@ def test_a_file_may_hold_no_tensor(tmp_path):
 )
 def test_a_malformed_entry_is_refused(tmp_path, entry):
     path = write(tmp_path / SINGLE, {"x": entry}, bytes(24))
-    with pytest.raises(ValueError, match=rf"{SINGLE}: the entry of x must have a dtype of F32, F16, BF16.*Received: "):
+    with pytest.raises(
+        ValueError,
+        match=rf"{SINGLE}: the entry of x must have a dtype of F32, F16, BF16.*Received: ",
+    ):
         open_safetensors(path)
 
 
@@ -86,12 +98,18 @@ def test_tensors_must_fill_the_file(tmp_path):
     path = tmp_path / SINGLE
     later = {**ENTRY, "data_offsets": [24, 48]}
     assert open_safetensors(write(path, {"y": later, "x": ENTRY}, bytes(48))).keys() == {"x", "y"}
-    with pytest.raises(ValueError, match=f"{SINGLE}: y must begin at byte 24 of the data. Received: 0"):
+    with pytest.raises(
+        ValueError, match=f"{SINGLE}: y must begin at byte 24 of the data. Received: 0"
+    ):
         open_safetensors(write(path, {"x": ENTRY, "y": ENTRY}, bytes(24)))
-    with pytest.raises(ValueError, match=f"{SINGLE}: y must begin at byte 0 of the data. Received: 24"):
+    with pytest.raises(
+        ValueError, match=f"{SINGLE}: y must begin at byte 0 of the data. Received: 24"
+    ):
         open_safetensors(write(path, {"y": later}, bytes(48)))
     for size in (0, 1, 47, 49):
-        with pytest.raises(ValueError, match=rf"{SINGLE} must have 48 bytes of data.*Received: {size}"):
+        with pytest.raises(
+            ValueError, match=rf"{SINGLE} must have 48 bytes of data.*Received: {size}"
+        ):
             open_safetensors(write(path, {"x": ENTRY, "y": later}, bytes(size)))
 
 
@@ -113,7 +131,9 @@ def test_a_malformed_header_is_refused(tmp_path, header, message):
 
 @pytest.mark.parametrize("length", [3, 2**20, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
-    with pytest.raises(ValueError, match=rf"{SINGLE} is cut short or no safetensors file: 10 bytes.*{length}"):
+    with pytest.raises(
+        ValueError, match=rf"{SINGLE} is cut short or no safetensors file: 10 bytes.*{length}"
+    ):
         open_safetensors(write(tmp_path / SINGLE, b"{}", length=length))
 
 
@@ -127,7 +147,9 @@ def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
     path = write(tmp_path / SINGLE, b"{}", length=MAX_HEADER + 1)
     os.truncate(path, 2 * MAX_HEADER)  # holes: it takes no space
     start = time.monotonic()
-    with pytest.raises(ValueError, match=f"{SINGLE}: the header must have at most {MAX_HEADER} bytes"):
+    with pytest.raises(
+        ValueError, match=f"{SINGLE}: the header must have at most {MAX_HEADER} bytes"
+    ):
         open_safetensors(path)
     assert time.monotonic() - start < 1
 
@@ -135,7 +157,9 @@ def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
 def test_a_giant_tensor_in_a_small_file_is_refused(tmp_path):
     size = 10 * 2**30
     path = write(
-        tmp_path / SINGLE, {"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, bytes(800)
+        tmp_path / SINGLE,
+        {"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}},
+        bytes(800),
     )
     with pytest.raises(ValueError, match=f"{SINGLE} must have {size} bytes of data"):
         open_safetensors(path)
@@ -148,14 +172,21 @@ def test_a_missing_file_is_named(tmp_path):
 
 def shards(folder, index):
     for name in ("a", "b"):
-        write(folder / f"{name}.safetensors", {name: ENTRY}, np.full(6, ord(name), "float32").tobytes())
+        write(
+            folder / f"{name}.safetensors",
+            {name: ENTRY},
+            np.full(6, ord(name), "float32").tobytes(),
+        )
     (folder / INDEX).write_text(json.dumps({"weight_map": index}))
     return folder
 
 
 def test_an_index_joins_its_files(tmp_path):
     tensors = open_tensors(shards(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"}))
-    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [[97.0] * 3] * 2, "b": [[98.0] * 3] * 2}
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "a": [[97.0] * 3] * 2,
+        "b": [[98.0] * 3] * 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -174,8 +205,14 @@ def test_an_index_joins_its_files(tmp_path):
         ({"a": ["a.safetensors"]}, "the index's own folder"),
         ({"a": "c.safetensors"}, "c.safetensors does not exist"),
         ({"b": "a.safetensors"}, "puts a into None, and a.safetensors has it"),
-        ({"a": "b.safetensors", "b": "b.safetensors"}, "puts a into 'b.safetensors', which does not have it"),
-        ({"a": "a.safetensors", "b": "b.safetensors", "c": "b.safetensors"}, "puts c into 'b.safetensors', which does"),
+        (
+            {"a": "b.safetensors", "b": "b.safetensors"},
+            "puts a into 'b.safetensors', which does not have it",
+        ),
+        (
+            {"a": "a.safetensors", "b": "b.safetensors", "c": "b.safetensors"},
+            "puts c into 'b.safetensors', which does",
+        ),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path, index, message):
@@ -185,7 +222,9 @@ def test_an_index_that_is_wrong_is_refused(tmp_path, index, message):
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     folder = shards(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"})
-    write(folder / "b.safetensors", {"b": ENTRY, "a": {**ENTRY, "data_offsets": [24, 48]}}, bytes(48))
+    write(
+        folder / "b.safetensors", {"b": ENTRY, "a": {**ENTRY, "data_offsets": [24, 48]}}, bytes(48)
+    )
     with pytest.raises(ValueError, match=r"puts a into 'a.safetensors', and b.safetensors has it"):
         open_tensors(folder)
 
@@ -199,10 +238,20 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 def tensors():
     """Three tensors of 12, 20 and 4 values, to write; the second lies turned in the source."""
     random = np.random.default_rng(0)
-    values = {"a": random.normal(size=(3, 4)), "b": random.normal(size=(5, 4)), "c": random.normal(size=4)}
+    values = {
+        "a": random.normal(size=(3, 4)),
+        "b": random.normal(size=(5, 4)),
+        "c": random.normal(size=4),
+    }
     values = {name: value.astype("float32") for name, value in values.items()}
-    places = {"a": Location("a", (3, 4), (0, 1)), "b": Location("b", (4, 5), (1, 0)), "c": Location("c", (4,), (0,))}
-    plain = {name: Location("", value.shape, tuple(range(value.ndim))) for name, value in values.items()}
+    places = {
+        "a": Location("a", (3, 4), (0, 1)),
+        "b": Location("b", (4, 5), (1, 0)),
+        "c": Location("c", (4,), (0,)),
+    }
+    plain = {
+        name: Location("", value.shape, tuple(range(value.ndim))) for name, value in values.items()
+    }
     return values, [(places[n], LazyTensor(v, plain[n], v.shape)) for n, v in values.items()]
 
 
@@ -229,7 +278,10 @@ def test_shards_are_filled_in_order(tmp_path, tensors):
     write_tensors(tmp_path, to_write, np.dtype("<f4"), 96)  # 48, 80 and 16 bytes
     index = json.loads((tmp_path / INDEX).read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    assert index == {"metadata": {"total_size": 144}, "weight_map": {"a": first, "b": second, "c": second}}
+    assert index == {
+        "metadata": {"total_size": 144},
+        "weight_map": {"a": first, "b": second, "c": second},
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == [first, second, INDEX]
     read = open_tensors(tmp_path)
     assert np.array_equal(read["a"], values["a"]) and np.array_equal(read["b"], values["b"].T)

@@ -7,16 +7,34 @@ import pytest
 from common import RELEASE_LIKE, random_backbone
 
 from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5
-from keras_vaultgemma.checkpoints.weight_map import HUGGING_FACE, KERAS, KERAS_HUB, Location, weight_map
+from keras_vaultgemma.checkpoints.weight_map import (
+    HUGGING_FACE,
+    KERAS,
+    KERAS_HUB,
+    Location,
+    weight_map,
+)
 
 # No two widths alike, so that a shape in the wrong place shows.
-SIZES = dict(num_layers=2, num_query_heads=6, num_key_value_heads=2, hidden_dim=24, intermediate_dim=40, head_dim=10)
+SIZES = dict(
+    num_layers=2,
+    num_query_heads=6,
+    num_key_value_heads=2,
+    hidden_dim=24,
+    intermediate_dim=40,
+    head_dim=10,
+)
 BLOCK = {
     "attention_norm/scale": ("input_layernorm", (24,), "pre_attention_norm", (24,)),
     "attention/query/weight": ("self_attn.q_proj", (60, 24), "attention/query_dense", (6, 24, 10)),
     "attention/key/weight": ("self_attn.k_proj", (20, 24), "attention/key_dense", (2, 24, 10)),
     "attention/value/weight": ("self_attn.v_proj", (20, 24), "attention/value_dense", (2, 24, 10)),
-    "attention/attention_output/weight": ("self_attn.o_proj", (24, 60), "attention/output_dense", (6, 10, 24)),
+    "attention/attention_output/weight": (
+        "self_attn.o_proj",
+        (24, 60),
+        "attention/output_dense",
+        (6, 10, 24),
+    ),
     "mlp_norm/scale": ("pre_feedforward_layernorm", (24,), "pre_ffw_norm", (24,)),
     "gate/weight": ("mlp.gate_proj", (40, 24), "gating_ffw", (24, 40)),
     "up/weight": ("mlp.up_proj", (40, 24), "gating_ffw_2", (24, 40)),
@@ -30,13 +48,15 @@ def weights():
 
 
 def test_paths_and_shapes_are_the_backbones(weights):
-    expected = {variable.path: tuple(variable.shape) for variable in random_backbone(**SIZES).variables}
+    expected = {
+        variable.path: tuple(variable.shape) for variable in random_backbone(**SIZES).variables
+    }
     assert {weight.path: weight.shape for weight in weights} == expected
     assert sum(weight.size for weight in weights) == sum(map(math.prod, expected.values()))
 
 
 def test_names_and_shapes_in_the_other_libraries(weights):
-    places = {weight.path: weight.places for weight in weights}
+    places = {weight.path: weight.locations for weight in weights}
     ends = ("token_embedding/embeddings", "final_norm/scale")
     hugging_face = ["model.embed_tokens.weight", "model.norm.weight"]
     keras_hub = ["layers/reversible_embedding/vars/0", "layers/rms_normalization/vars/0"]
@@ -46,7 +66,10 @@ def test_names_and_shapes_in_the_other_libraries(weights):
         for path, (theirs, their_shape, hub, hub_shape) in BLOCK.items():
             place = places[f"decoder_block_{i}/{path}"]
             assert place[HUGGING_FACE][:2] == (f"model.layers.{i}.{theirs}.weight", their_shape)
-            assert place[KERAS_HUB][:2] == (f"layers/gemma_decoder_block{suffix}/{hub}/vars/0", hub_shape)
+            assert place[KERAS_HUB][:2] == (
+                f"layers/gemma_decoder_block{suffix}/{hub}/vars/0",
+                hub_shape,
+            )
     assert len(weights) == 2 + 2 * len(BLOCK)
 
 
@@ -54,20 +77,22 @@ def test_names_and_values_in_keras_own_file(weights, tmp_path):
     backbone = random_backbone(**SIZES)
     backbone.save_weights(tmp_path / "model.weights.h5")
     saved = open_hdf5(tmp_path / "model.weights.h5")
-    assert saved.keys() == {weight.places[KERAS].name for weight in weights}
+    assert saved.keys() == {weight.locations[KERAS].name for weight in weights}
     values = {variable.path: variable.numpy() for variable in backbone.variables}
     for weight in weights:
-        place = weight.places[KERAS]
-        assert np.array_equal(place.to_variable(saved[place.name], weight.shape), values[weight.path])
+        place = weight.locations[KERAS]
+        assert np.array_equal(
+            place.to_variable(saved[place.name], weight.shape), values[weight.path]
+        )
 
 
 @pytest.mark.parametrize("name", [HUGGING_FACE, KERAS_HUB, KERAS])
 def test_there_and_back(weights, name):
     for weight in weights:
         value = np.arange(weight.size).reshape(weight.shape)
-        stored = weight.places[name].from_variable(value)
-        assert stored.shape == weight.places[name].shape
-        assert np.array_equal(weight.places[name].to_variable(stored, weight.shape), value)
+        stored = weight.locations[name].from_variable(value)
+        assert stored.shape == weight.locations[name].shape
+        assert np.array_equal(weight.locations[name].to_variable(stored, weight.shape), value)
 
 
 def test_heads_lie_side_by_side():

@@ -42,7 +42,10 @@ def test_a_single_sample_gets_a_batch_axis(tiny):
     assert x["token_ids"].shape == x["padding_mask"].shape == y.shape == weight.shape == (1, 256)
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="imports TensorFlow, which other backends never do",
+)
 def test_tf_data(tiny):
     import tensorflow as tf
 
@@ -70,14 +73,20 @@ def test_labels_that_count_are_checked(label, weights):
     with pytest.raises(ValueError, match=message):
         next(
             prepare_fit_inputs(
-                iter([(x, np.array([[label, 1], [3, 4]]), weights)]), None, None, lambda *batch: batch, 10
+                iter([(x, np.array([[label, 1], [3, 4]]), weights)]),
+                None,
+                None,
+                lambda *batch: batch,
+                10,
             )[0]
         )
     y = np.array([[label, 1], [3, 4]])
     assert prepare_fit_inputs(x, y, weights, None, 10, labels_are_ids=False) == (x, y, weights)
 
 
-@pytest.mark.parametrize("weights", [np.array([0, 1]), np.array([[0], [1]]), np.array([[0, 1], [1, 1]])])
+@pytest.mark.parametrize(
+    "weights", [np.array([0, 1]), np.array([[0], [1]]), np.array([[0, 1], [1, 1]])]
+)
 def test_labels_without_weight_may_be_anything(weights):
     x, y = {"token_ids": np.array([[1, 9], [2, 3]])}, np.array([[-100, 1], [3, 4]])
     assert prepare_fit_inputs(x, y, weights, None, 10) == (x, y, weights)
@@ -89,7 +98,9 @@ def test_labels_without_weight_may_be_anything(weights):
 )
 def test_labels_and_weights_beside_texts_are_refused(make, name):
     labels = {"y": None, "sample_weight": None, name: [1, 0]}
-    with pytest.raises(ValueError, match=f"^`{name}` must be None beside texts.*Received: {name} of type list"):
+    with pytest.raises(
+        ValueError, match=f"^`{name}` must be None beside texts.*Received: {name} of type list"
+    ):
         prepare_fit_inputs(make(), preprocess=count_letters, vocabulary_size=10, **labels)
 
 
@@ -105,7 +116,10 @@ def test_no_rows_are_refused():
         ([], "non-empty list"),
         (["a", None], "item 1 is None"),
         ({"prompts": [], "responses": []}, "non-empty list"),
-        ({"prompt": ["a"], "responses": ["b"]}, r"keys 'prompts' and 'responses'.*Received: \['prompt', 'responses'\]"),
+        (
+            {"prompt": ["a"], "responses": ["b"]},
+            r"keys 'prompts' and 'responses'.*Received: \['prompt', 'responses'\]",
+        ),
     ],
 )
 def test_bad_data(tiny, x, message):
@@ -125,12 +139,21 @@ def test_empty_streams_are_refused():
         next(stream)
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="imports TensorFlow, which other backends never do",
+)
 def test_empty_tf_data_is_refused():
     import tensorflow as tf
 
     with pytest.raises(ValueError, match="one batch or more. Received: none"):
-        prepare_fit_inputs(tf.data.Dataset.from_tensor_slices(["a"]).batch(1).take(0), None, None, count_letters, 10)
+        prepare_fit_inputs(
+            tf.data.Dataset.from_tensor_slices(["a"]).batch(1).take(0),
+            None,
+            None,
+            count_letters,
+            10,
+        )
 
 
 def test_cut_rows_are_counted():
@@ -152,5 +175,10 @@ def test_cut_rows_are_counted():
         cut_rows.report()
         cut_rows.count(rows[:1], weights[:1])
         cut_rows.report()
-    with pytest.warns(UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were cut\.$"), cut_rows:
+    with (
+        pytest.warns(
+            UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were cut\.$"
+        ),
+        cut_rows,
+    ):
         cut_rows.count(rows[1:2], weights[1:2])

@@ -32,7 +32,9 @@ def stacked(batches):
 
 def test_rows_by_hand(preprocessor):
     """[2 5 6 7 1] [2 8 1] [2 9..15 1] [2 1] [2 16 17 1] in rows of six."""
-    token_ids, segments, y, weights = stacked(packing.batches(ROWS, preprocessor, 2, sequence_length=6))
+    token_ids, segments, y, weights = stacked(
+        packing.batches(ROWS, preprocessor, 2, sequence_length=6)
+    )
     assert token_ids.tolist() == [
         [2, 5, 6, 7, 1, 2],
         [8, 1, 2, 9, 10, 11],
@@ -63,7 +65,10 @@ def test_rows_by_hand(preprocessor):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_no_token_and_no_label_is_lost(preprocessor, length, batch_size):
     batches = list(packing.batches(ROWS, preprocessor, batch_size, length))
-    assert all(len(y) == batch_size for _, y, _ in batches[:-1]) and 1 <= len(batches[-1][1]) <= batch_size
+    assert (
+        all(len(y) == batch_size for _, y, _ in batches[:-1])
+        and 1 <= len(batches[-1][1]) <= batch_size
+    )
     token_ids, segments, y, weights = stacked(batches)
     assert {array.dtype.name for array in (token_ids, segments, y, weights)} == {"int32"}
     documents = [[2, *row, 1] for row in ROWS]
@@ -82,8 +87,15 @@ def test_one_long_document_fills_many_batches(preprocessor):
 def test_texts_ids_and_bytes_give_the_same_batches(preprocessor):
     expected = stacked(packing.batches(TEXTS, preprocessor, 2, 8))
     rows = preprocessor.tokenizer.tokenize(TEXTS)
-    for documents in (iter(TEXTS), (t.encode() for t in TEXTS), rows, [np.array(row, "int64") for row in rows]):
-        for found, array in zip(stacked(packing.batches(documents, preprocessor, 2, 8)), expected, strict=True):
+    for documents in (
+        iter(TEXTS),
+        (t.encode() for t in TEXTS),
+        rows,
+        [np.array(row, "int64") for row in rows],
+    ):
+        for found, array in zip(
+            stacked(packing.batches(documents, preprocessor, 2, 8)), expected, strict=True
+        ):
             np.testing.assert_array_equal(found, array)
 
 
@@ -96,12 +108,18 @@ def test_batches_are_packed_as_documents_are_read(preprocessor):
 
 @pytest.mark.parametrize("sliding", [False, True])
 def test_packed_rows_give_what_each_segment_gives_alone(preprocessor, sliding):
-    options = dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=3) if sliding else {}
+    options = (
+        dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=3)
+        if sliding
+        else {}
+    )
     model = VaultGemmaCausalLM(random_backbone(**{"num_layers": 2, **options}))
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 128, n).tolist() for n in (4, 9, 1, 14, 0, 6)]
     ((x, y, weights),) = packing.batches(documents, preprocessor, 8, 16)
-    places = [(i, row == n) for i, row in enumerate(x["padding_mask"]) for n in range(1, row.max() + 1)]
+    places = [
+        (i, row == n) for i, row in enumerate(x["padding_mask"]) for n in range(1, row.max() + 1)
+    ]
     token_ids, mask = pad_rows([x["token_ids"][i, place] for i, place in places], 16)
     targets, _ = pad_rows([y[i, place] for i, place in places], 16)
     packed, alone = (
@@ -113,7 +131,9 @@ def test_packed_rows_give_what_each_segment_gives_alone(preprocessor, sliding):
         np.testing.assert_allclose(packed[i, place], alone[row, : place.sum()], atol=2e-5)
         np.testing.assert_allclose(scored[i, place], scored_alone[row, : place.sum()], atol=2e-5)
     losses = model.score(token_ids, mask, target_ids=targets)
-    learnt = [losses[row, : place.sum()][weights[i, place] == 1] for row, (i, place) in enumerate(places)]
+    learnt = [
+        losses[row, : place.sum()][weights[i, place] == 1] for row, (i, place) in enumerate(places)
+    ]
     model.compile()
     loss = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)["loss"]
     assert loss == pytest.approx(np.concatenate(learnt).mean(), rel=1e-5)
@@ -141,13 +161,18 @@ def test_packed_dataset_is_what_batches_yields(preprocessor):
     dataset = packing.PackedDataset(TEXTS, preprocessor, 2, 8)
     batches = list(packing.batches(TEXTS, preprocessor, 2, 8))
     assert len(dataset) == dataset.num_batches == len(batches)
-    for found, expected in zip(stacked(dataset[i] for i in range(len(dataset))), stacked(batches), strict=True):
+    for found, expected in zip(
+        stacked(dataset[i] for i in range(len(dataset))), stacked(batches), strict=True
+    ):
         np.testing.assert_array_equal(found, expected)
     x, _, _ = packing.PackedDataset(["The fox"], preprocessor, 1)[0]
     assert x["token_ids"].shape == (1, preprocessor.sequence_length)
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="imports TensorFlow, which other backends never do",
+)
 def test_tf_data(preprocessor):
     dataset = packing.tensorflow_dataset(TEXTS, preprocessor, 2, 8)
     expected = stacked(packing.batches(TEXTS, preprocessor, 2, 8))
@@ -166,10 +191,26 @@ def test_tf_data_needs_tensorflow(preprocessor):
 @pytest.mark.parametrize(
     "documents, options, message",
     [
-        (TEXTS, dict(batch_size=0), "`batch_size` must be a positive integer. Received: batch_size=0"),
-        (TEXTS, dict(batch_size=1, sequence_length=2.5), "`sequence_length` must be a positive integer.*=2.5"),
-        (TEXTS, dict(batch_size=1, sequence_length=0), "`sequence_length` must be a positive integer.*=0"),
-        ("one text", dict(batch_size=1), "`documents` must be an iterable of strings.*Received: 'one text'"),
+        (
+            TEXTS,
+            dict(batch_size=0),
+            "`batch_size` must be a positive integer. Received: batch_size=0",
+        ),
+        (
+            TEXTS,
+            dict(batch_size=1, sequence_length=2.5),
+            "`sequence_length` must be a positive integer.*=2.5",
+        ),
+        (
+            TEXTS,
+            dict(batch_size=1, sequence_length=0),
+            "`sequence_length` must be a positive integer.*=0",
+        ),
+        (
+            "one text",
+            dict(batch_size=1),
+            "`documents` must be an iterable of strings.*Received: 'one text'",
+        ),
     ],
 )
 def test_arguments_are_refused_at_once(preprocessor, documents, options, message):

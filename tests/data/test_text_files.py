@@ -28,7 +28,9 @@ def test_texts_end_at_blank_lines(write):
 
 
 def test_columns_of_a_table(write):
-    path = write("a.csv", '\ufeffid,text,note\r\n1,"a, b",x\r\n2,"line\r\nbreak ""q""",y\r\n3, ,z\r\n')
+    path = write(
+        "a.csv", '\ufeffid,text,note\r\n1,"a, b",x\r\n2,"line\r\nbreak ""q""",y\r\n3, ,z\r\n'
+    )
     assert read_rows(path) == Rows(["a, b", 'line\nbreak "q"'], None, blank=1)
     assert read_rows(path, text_column="note") == Rows(["x", "y", "z"], None)
     pairs = read_rows(path, prompt_column="note", response_column="text")
@@ -37,7 +39,10 @@ def test_columns_of_a_table(write):
 
 def test_json_lines(write):
     path = write(
-        "a.jsonl", lines({"prompt": "Who?", "response": "A\r\n\nB"}) + "\n" + lines({"prompt": "", "response": "C"})
+        "a.jsonl",
+        lines({"prompt": "Who?", "response": "A\r\n\nB"})
+        + "\n"
+        + lines({"prompt": "", "response": "C"}),
     )
     assert read_rows(path) == Rows(["A\n\nB", "C"], ["Who?", ""])
     assert read_rows(path, text_column="response") == Rows(["A\n\nB", "C"], None)
@@ -58,17 +63,42 @@ def test_very_long_values(write):
 @pytest.mark.parametrize(
     "name, content, columns, message",
     [
-        ("a.parquet", "x", {}, r"must be a file named \.txt, \.jsonl, \.csv\. Received: .*a\.parquet"),
+        (
+            "a.parquet",
+            "x",
+            {},
+            r"must be a file named \.txt, \.jsonl, \.csv\. Received: .*a\.parquet",
+        ),
         ("a.txt", " \n\n\t\n", {}, r"a\.txt must have one row or more\. Received: none"),
         ("a.csv", "", {}, "one row or more. Received: none"),
         ("a.csv", "text\n", {}, "one row or more. Received: none"),
         ("a.jsonl", "\n", {}, "one row or more. Received: none"),
         ("a.csv", "text\n \n\t\n", {}, "a row whose 'text' is not blank. Received: 2 blank rows"),
         ("a.txt", "x", {"text_column": "text"}, r"a\.txt has no columns; .* Received: \['text'\]"),
-        ("a.csv", "id,note\n1,x\n", {}, r"no column 'text', and no 'prompt' and 'response'.*columns \['id', 'note'\]"),
-        ("a.csv", "id,note\n1,x\n", {"text_column": "txt"}, r"line 2: there is no column 'txt'. .* \['id', 'note'\]"),
-        ("a.jsonl", lines({"text": "x"}, {"b": "y"}), {}, r"line 2: there is no column 'text'. .*columns \['b'\]"),
-        ("a.jsonl", lines({"text": "x"}, {"text": 3}), {}, "line 2: 'text' must be a string. Received: 3"),
+        (
+            "a.csv",
+            "id,note\n1,x\n",
+            {},
+            r"no column 'text', and no 'prompt' and 'response'.*columns \['id', 'note'\]",
+        ),
+        (
+            "a.csv",
+            "id,note\n1,x\n",
+            {"text_column": "txt"},
+            r"line 2: there is no column 'txt'. .* \['id', 'note'\]",
+        ),
+        (
+            "a.jsonl",
+            lines({"text": "x"}, {"b": "y"}),
+            {},
+            r"line 2: there is no column 'text'. .*columns \['b'\]",
+        ),
+        (
+            "a.jsonl",
+            lines({"text": "x"}, {"text": 3}),
+            {},
+            "line 2: 'text' must be a string. Received: 3",
+        ),
         ("a.jsonl", lines({"text": None}), {}, "line 1: 'text' must be a string. Received: None"),
         ("a.jsonl", '{"text": "x"}\n{"text"', {}, "line 2: not JSON"),
         ("a.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
@@ -78,7 +108,12 @@ def test_very_long_values(write):
         ("a.csv", "text,b\nx,y,z\n", {}, "line 2: must have 2 values, as the header has"),
         ("a.txt", b"\xff\xfe", {}, r"a\.txt must be text in UTF-8"),
         ("a.csv", b"text\n\xff\n", {}, r"a\.csv must be text in UTF-8"),
-        ("a.csv", "a,b\nx,y\n", {"text_column": "a", "prompt_column": "b"}, "one column of texts, or two"),
+        (
+            "a.csv",
+            "a,b\nx,y\n",
+            {"text_column": "a", "prompt_column": "b"},
+            "one column of texts, or two",
+        ),
     ],
 )
 def test_bad_files(write, name, content, columns, message):
@@ -116,8 +151,13 @@ def test_packed_texts_fill_rows_in_order(tiny):
 
 def test_a_row_for_each_text_and_for_each_pair(tiny):
     texts, prompts = ["The fox.", "The hare."], ["Who?", "Who else?"]
-    for prompts_or_none, raw in ((None, texts), (prompts, {"prompts": prompts, "responses": texts})):
-        data = Rows(texts, prompts_or_none).ids(tiny.preprocessor, packed=prompts_or_none is not None)
+    for prompts_or_none, raw in (
+        (None, texts),
+        (prompts, {"prompts": prompts, "responses": texts}),
+    ):
+        data = Rows(texts, prompts_or_none).ids(
+            tiny.preprocessor, packed=prompts_or_none is not None
+        )
         x, y, weight = tiny.preprocessor(raw)
         np.testing.assert_array_equal(data["x"]["token_ids"], x["token_ids"])
         np.testing.assert_array_equal(data["y"], y)
@@ -127,5 +167,7 @@ def test_a_row_for_each_text_and_for_each_pair(tiny):
 def test_rows_that_are_too_long_are_counted(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
     texts = ["The fox.", "A much longer tale of a hare and a tortoise."]
-    with pytest.warns(UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were cut"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were cut"
+    ):
         Rows(texts, None).ids(preprocessor, packed=False)

@@ -24,7 +24,9 @@ def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
     data = Rows(texts, None).ids(tiny.preprocessor, packed=True)
     found = measure(tiny, **data)
     assert found.bytes == sum(len(text.encode()) for text in texts)
-    assert found.tokens == sum(len(row) + 1 for row in tiny.preprocessor.tokenizer.tokenize(texts))  # each with <eos>
+    assert found.tokens == sum(
+        len(row) + 1 for row in tiny.preprocessor.tokenizer.tokenize(texts)
+    )  # each with <eos>
     nats = 0.0
     for text in texts:
         ids = np.array([[2, *tiny.preprocessor.tokenizer.tokenize([text])[0], 1]])
@@ -49,7 +51,9 @@ def test_responses_alone_count(tiny):
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_what_was_cut_away_does_not_count(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
-    pairs = Rows(["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"])
+    pairs = Rows(
+        ["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"]
+    )
     found = measure(tiny, **pairs.ids(preprocessor, packed=True))
     assert found.bytes == len(b"The tortoise.")
     pairs = Rows(pairs.texts[1:], pairs.prompts[1:])

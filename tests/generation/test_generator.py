@@ -15,7 +15,9 @@ from keras_vaultgemma.generation.state import Settings
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
 OWN = type("OwnSampler", (keras_hub.samplers.RandomSampler,), {})
 """No rule is known for it, so it is called for every token."""
-SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2)
+SLIDING = dict(
+    layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2
+)
 
 
 def sampler(name, **kwargs):
@@ -45,7 +47,12 @@ def test_eager_equals_compiled(model):
 def test_rows_stop_at_their_own_limit(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS, [8] * 4).tokens
-    assert generator.generate(ROWS, [0, 8, 3, 1]).tokens == [full[0][:0], full[1], full[2][:3], full[3][:1]]
+    assert generator.generate(ROWS, [0, 8, 3, 1]).tokens == [
+        full[0][:0],
+        full[1],
+        full[2][:3],
+        full[3][:1],
+    ]
     assert generator.generate(ROWS, [0] * 4).tokens == [[]] * 4
 
 
@@ -76,10 +83,14 @@ def test_more_stop_ids_than_one_block(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS[:1], [6]).tokens[0]
     others = [i for i in range(128) if i not in full][:9]
-    assert generator.generate(ROWS[:1], [6], [*others, full[3]]).tokens[0] == cut_after_stop(full, [full[3]])
+    assert generator.generate(ROWS[:1], [6], [*others, full[3]]).tokens[0] == cut_after_stop(
+        full, [full[3]]
+    )
 
 
-@pytest.mark.parametrize("name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))])
+@pytest.mark.parametrize(
+    "name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))]
+)
 def test_a_seed_repeats_and_the_next_call_goes_on(model, name, config):
     def generator(seed):
         return Generator(model, sampler(name, seed=seed, **config))
@@ -104,7 +115,10 @@ def test_sampling_follows_the_distribution(model):
 
 def test_low_temperature_is_greedy(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
-    assert Generator(model, sampler("random", seed=0, temperature=1e-4)).generate(ROWS, [6] * 4).tokens == greedy
+    assert (
+        Generator(model, sampler("random", seed=0, temperature=1e-4)).generate(ROWS, [6] * 4).tokens
+        == greedy
+    )
 
 
 def test_a_sampler_of_the_users_own(model):
@@ -128,7 +142,10 @@ def test_a_sampler_of_the_users_own(model):
 
 def test_bfloat16_generates_from_a_bfloat16_cache():
     model = VaultGemmaCausalLM(random_backbone(dtype="bfloat16"))
-    assert keras.backend.standardize_dtype(model.backbone.empty_cache(1, 4).keys[0].dtype) == "bfloat16"
+    assert (
+        keras.backend.standardize_dtype(model.backbone.empty_cache(1, 4).keys[0].dtype)
+        == "bfloat16"
+    )
     found = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [4] * 4).tokens
     assert [len(row) for row in found] == [4] * 4
 
@@ -137,20 +154,29 @@ def test_bfloat16_generates_from_a_bfloat16_cache():
 
 
 def test_log_probs_are_those_of_the_model(model):
-    for sampled in (keras_hub.samplers.GreedySampler(), sampler("top_k", k=5, temperature=2.0, seed=1)):
-        found = Generator(model, sampled).generate(ROWS, [6, 3, 6, 1], settings=Settings(repetition_penalty=1.5))
+    for sampled in (
+        keras_hub.samplers.GreedySampler(),
+        sampler("top_k", k=5, temperature=2.0, seed=1),
+    ):
+        found = Generator(model, sampled).generate(
+            ROWS, [6, 3, 6, 1], settings=Settings(repetition_penalty=1.5)
+        )
         for row, tokens, log_probs in zip(ROWS, found.tokens, found.log_probs, strict=True):
             logits = reference.logits(model.backbone, row + tokens)[len(row) - 1 : -1]
             expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             np.testing.assert_allclose(log_probs, expected[range(len(tokens)), tokens], atol=1e-4)
 
 
-@pytest.mark.parametrize("name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))])
+@pytest.mark.parametrize(
+    "name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
+)
 def test_steps_that_are_played_back_are_those_of_python(model, monkeypatch, name, config):
     """PyTorch records a step after a few, others compile the loop; the sampler's own seed and every option go along."""
     settings = Settings(seed=5, repetition_penalty=1.3, min_p=0.01, logit_bias={7: -2.0})
     for options in ({}, dict(settings=settings)):
-        eager, compiled = (Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False))
+        eager, compiled = (
+            Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False)
+        )
         monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
         expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
         assert found.tokens == expected.tokens
@@ -163,10 +189,14 @@ def test_finish_reasons(model):
     tokens = generator.generate(ROWS, [6] * 4).tokens
     found = generator.generate(ROWS, [6, 0, 6, 6], [tokens[0][3]])
     assert found.finish_reasons[:2] == ["stop", "length"]
-    assert found.finish_reasons == ["stop" if row and row[-1] == tokens[0][3] else "length" for row in found.tokens]
+    assert found.finish_reasons == [
+        "stop" if row and row[-1] == tokens[0][3] else "length" for row in found.tokens
+    ]
 
 
-@pytest.mark.parametrize("name, config", [("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))])
+@pytest.mark.parametrize(
+    "name, config", [("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
+)
 def test_a_seed_gives_a_prompt_its_text_whatever_else_is_in_the_batch(model, name, config):
     generator = Generator(model, sampler(name, seed=0, **config))
     settings = Settings(seed=7)
@@ -233,7 +263,10 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
         expected.append(int(logits.argmax()))
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     settings = Settings(repetition_penalty=penalty)
-    assert generator.generate([row, ROWS[2]], [12, 3], settings=settings).tokens[0] == expected[len(row) :]
+    assert (
+        generator.generate([row, ROWS[2]], [12, 3], settings=settings).tokens[0]
+        == expected[len(row) :]
+    )
 
 
 def test_logit_bias_forbids_and_forces(model):
@@ -242,13 +275,18 @@ def test_logit_bias_forbids_and_forces(model):
     forbidden = {row[0]: -np.inf for row in plain}
     found = generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias=forbidden)).tokens
     assert not set(forbidden) & {token for row in found for token in row}
-    assert generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias={77: 1e4})).tokens == [[77] * 4] * 4
+    assert (
+        generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias={77: 1e4})).tokens
+        == [[77] * 4] * 4
+    )
 
 
 def test_min_p_of_one_is_greedy(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
     assert (
-        Generator(model, sampler("random", seed=0)).generate(ROWS, [6] * 4, settings=Settings(min_p=1.0)).tokens
+        Generator(model, sampler("random", seed=0))
+        .generate(ROWS, [6] * 4, settings=Settings(min_p=1.0))
+        .tokens
         == greedy
     )
 
@@ -257,16 +295,22 @@ def test_stream_is_generate_in_parts(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     expected = generator.generate(ROWS, [9, 2, 5, 9])
     parts = list(generator.stream(ROWS, [9, 2, 5, 9], length=1))
-    assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [[1, 0, 0, 1]] * 4
+    assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [
+        [1, 0, 0, 1]
+    ] * 4
     for i in range(4):
         assert [token for new, _ in parts for token in new[i]] == expected.tokens[i]
-        np.testing.assert_allclose([p for _, probs in parts for p in probs[i]], expected.log_probs[i], atol=1e-5)
+        np.testing.assert_allclose(
+            [p for _, probs in parts for p in probs[i]], expected.log_probs[i], atol=1e-5
+        )
 
 
 def test_rows_end_where_the_caller_says(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS, [20] * 4).tokens
-    found = generator.generate(ROWS, [20] * 4, ends=lambda i, row: (i == 1 and len(row) >= 3) or i == 3).tokens
+    found = generator.generate(
+        ROWS, [20] * 4, ends=lambda i, row: (i == 1 and len(row) >= 3) or i == 3
+    ).tokens
     assert found[0] == full[0] and found[2] == full[2]
     assert 3 <= len(found[1]) < 20 and found[1] == full[1][: len(found[1])]
     assert found[3] == full[3][:1]
@@ -284,11 +328,15 @@ def test_few_compilations_for_any_lengths(model, monkeypatch):
 
         compiled = backend.compile_function(function, variables, **options)
         of_layers = isinstance(compiled, list)
-        return [partial(call, layer) for layer in compiled] if of_layers else partial(call, compiled)
+        return (
+            [partial(call, layer) for layer in compiled] if of_layers else partial(call, compiled)
+        )
 
     generator = Generator.__new__(Generator)
     monkeypatch.setattr(
-        Generator, "_compile_function", lambda self, f, **options: counted(f, self.variables, **options)
+        Generator,
+        "_compile_function",
+        lambda self, f, **options: counted(f, self.variables, **options),
     )
     generator.__init__(model, keras_hub.samplers.GreedySampler())
     random = np.random.default_rng(0)

@@ -9,9 +9,17 @@ from common import random_backbone, to_numpy
 from keras_vaultgemma import VaultGemmaCausalLM, backend
 from keras_vaultgemma.generation import prefill
 from keras_vaultgemma.generation.generator import Generator
-from keras_vaultgemma.generation.prefill import Prefill, cache_slots, chunk_lengths, pack_prompts, prefill_cost
+from keras_vaultgemma.generation.prefill import (
+    Prefill,
+    cache_slots,
+    chunk_lengths,
+    pack_prompts,
+    prefill_cost,
+)
 
-SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2)
+SLIDING = dict(
+    layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2
+)
 
 
 @pytest.fixture(params=[dict(num_layers=2), SLIDING])
@@ -21,7 +29,11 @@ def backbone(request):
 
 def greedy(backbone, rows, count):
     model = VaultGemmaCausalLM(backbone)
-    return Generator(model, keras_hub.samplers.GreedySampler()).generate(rows, [count] * len(rows)).tokens
+    return (
+        Generator(model, keras_hub.samplers.GreedySampler())
+        .generate(rows, [count] * len(rows))
+        .tokens
+    )
 
 
 def test_a_prompt_longer_than_a_chunk(backbone, monkeypatch):
@@ -43,12 +55,16 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
     """Keys, values and positions of every token, against those of a line for each row."""
     rows = [list(range(2, 42)), [5, 6, 7], list(range(60, 70))]
     lengths = [len(row) for row in rows]
-    compile = lambda function, **options: backend.compile_function(function, list(backbone.variables), **options)  # noqa: E731
+    compile = lambda function, **options: backend.compile_function(
+        function, list(backbone.variables), **options
+    )  # noqa: E731
     model = VaultGemmaCausalLM(backbone)
     apart = [[i] for i in range(3)]
     monkeypatch.setattr(prefill, "pack_prompts", lambda lengths, slots: apart)
     hidden, cache, start = Prefill(model, compile)(rows, 10)
-    monkeypatch.setattr(prefill, "pack_prompts", (lambda *_: apart) if cost is None else pack_prompts)
+    monkeypatch.setattr(
+        prefill, "pack_prompts", (lambda *_: apart) if cost is None else pack_prompts
+    )
     monkeypatch.setattr(prefill, "CHUNK_COST", cost or 0)
     assert len(prefill.pack_prompts(lengths, 256)) == line_count
     other_hidden, other, other_start = Prefill(model, compile)(rows, 10)
@@ -56,7 +72,11 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
     np.testing.assert_allclose(to_numpy(other_hidden), to_numpy(hidden), atol=1e-5)
     for i, length in enumerate(lengths):
         expected = [*range(length)] + [-1] * (256 - length)
-        assert to_numpy(other.positions)[i].tolist() == to_numpy(cache.positions)[i].tolist() == expected
+        assert (
+            to_numpy(other.positions)[i].tolist()
+            == to_numpy(cache.positions)[i].tolist()
+            == expected
+        )
         for a, b in zip([*other.keys, *other.values], [*cache.keys, *cache.values], strict=True):
             a, b = (to_numpy(x).reshape(3, -1, *x.shape[1:])[i, :, :length] for x in (a, b))
             np.testing.assert_allclose(a, b, atol=1e-5)
@@ -76,7 +96,11 @@ def test_chunks_and_caches():
         [256, 64, 64, 16],
     ]
     # Padding costs more, the more lines there are.
-    assert [chunk_lengths(n, lines=8) for n in (17, 100, 145)] == [[16, 16], [64, 16, 16, 16], [64, 64, 16, 16]]
+    assert [chunk_lengths(n, lines=8) for n in (17, 100, 145)] == [
+        [16, 16],
+        [64, 16, 16, 16],
+        [64, 64, 16, 16],
+    ]
 
 
 @pytest.mark.parametrize("lines", [1, 2, 8])
@@ -88,8 +112,13 @@ def test_chunks_are_the_cheapest(lines):
 
     for length in (1, 15, 33, 80, 81, 129, 200, 257, 300, 450, 511):
         counts = itertools.product(*(range(-(-length // kind) + 1) for kind in prefill.CHUNKS))
-        every = [[kind for kind, n in zip(prefill.CHUNKS, count, strict=True) for _ in range(n)] for count in counts]
-        assert cost(chunk_lengths(length, lines)) == min(cost(chunks) for chunks in every if sum(chunks) >= length)
+        every = [
+            [kind for kind, n in zip(prefill.CHUNKS, count, strict=True) for _ in range(n)]
+            for count in counts
+        ]
+        assert cost(chunk_lengths(length, lines)) == min(
+            cost(chunks) for chunks in every if sum(chunks) >= length
+        )
 
 
 def test_cache_slots():
@@ -98,7 +127,12 @@ def test_cache_slots():
 
 
 def test_lines():
-    assert pack_prompts([16] * 4, 256) == [[0], [1], [2], [3]]  # a line for all would cost the same, and a copy
+    assert pack_prompts([16] * 4, 256) == [
+        [0],
+        [1],
+        [2],
+        [3],
+    ]  # a line for all would cost the same, and a copy
     assert pack_prompts([256] * 4, 256) == [[0], [1], [2], [3]]  # there is no room for two
     assert pack_prompts([100, 5, 200, 90], 256) == [[2], [0, 3, 1]]
     assert pack_prompts([7], 256) == [[0]]

@@ -38,7 +38,10 @@ def test_what_repeats_takes_fewer_passes(model, monkeypatch):
     row, count = [2, 17, 5], 33
     tokens = Generator(model, greedy()).generate([row], [count]).tokens[0]
     text = row + tokens
-    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: text[len(ids) : len(ids) + length])
+    monkeypatch.setattr(
+        "keras_vaultgemma.prompt_lookup.draft",
+        lambda ids, length: text[len(ids) : len(ids) + length],
+    )
     parts = [new for (new,), _ in PromptLookup(model, greedy()).stream([row], [count])]
     assert [len(part) for part in parts] == [1, 8, 8, 8, 8]
     assert [token for part in parts for token in part] == tokens
@@ -61,14 +64,19 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
     assert 1 + len(passes) <= len(expected[0]) / 1.5
 
 
-@pytest.mark.parametrize("length, reads", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)])
+@pytest.mark.parametrize(
+    "length, reads", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)]
+)
 @pytest.mark.parametrize("is_right", [True, False])
 def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right):
     """Guesses are read while there is room for them, and take none of their own."""
     row, count = np.random.default_rng(0).integers(2, 128, length).tolist(), SMALLEST_CACHE - length
     (tokens,) = Generator(model, greedy()).generate([row], [count]).tokens
     text = row + tokens if is_right else [127] * SMALLEST_CACHE
-    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: text[len(ids) : len(ids) + length])
+    monkeypatch.setattr(
+        "keras_vaultgemma.prompt_lookup.draft",
+        lambda ids, length: text[len(ids) : len(ids) + length],
+    )
     lookup, caches = PromptLookup(model, greedy()), []
     passes, prefill = count_passes(lookup), lookup._generator.prefill
     lookup._generator.prefill = lambda *args: caches.append(prefill(*args)) or caches[-1]
@@ -79,7 +87,9 @@ def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right
 
 def test_wrong_guesses_change_nothing(model, monkeypatch):
     expected = Generator(model, greedy()).generate(ROWS, [20] * 3).tokens
-    monkeypatch.setattr("keras_vaultgemma.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length])
+    monkeypatch.setattr(
+        "keras_vaultgemma.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length]
+    )
     assert PromptLookup(model, greedy()).generate(ROWS, [20] * 3).tokens == expected
 
 

@@ -37,7 +37,10 @@ def test_chats(preprocessor):
         (np.array([[2, 5], [7, 8]]), Prompts([[2, 5], [7, 8]], "ids", False)),
         ([np.array([2, 5]), np.array([7])], Prompts([[2, 5], [7]], "ids", False)),
         (
-            {"token_ids": np.array([[0, 2, 5], [7, 8, 0]]), "padding_mask": np.array([[0, 1, 1], [1, 1, 0]])},
+            {
+                "token_ids": np.array([[0, 2, 5], [7, 8, 0]]),
+                "padding_mask": np.array([[0, 1, 1], [1, 1, 0]]),
+            },
             Prompts([[2, 5], [7, 8]], "padded", False, 3),
         ),
         (
@@ -88,7 +91,9 @@ def test_answers_have_the_form_of_the_prompts(preprocessor):
     assert _answer(Prompts(once, "text", True), more, None, preprocessor, [3]) == "Once u"
     assert _answer(Prompts(once, "text", False), more, True, preprocessor, [0]) == [" upon"]
     reply = [list(map(int, preprocessor.tokenizer("Hello<end_of_turn>")))]
-    assert _answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello<end_of_turn>"
+    assert (
+        _answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello<end_of_turn>"
+    )
     assert _answer(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None, [0]) == [2, 5, 7, 8]
     padded = _answer(Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None, [0, 0])
     assert padded["token_ids"].tolist() == [[2, 5, 7, 0, 0], [3, 8, 9, 0, 0]]

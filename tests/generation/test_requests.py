@@ -57,7 +57,9 @@ def test_stop_strings_cut_exactly(tiny):
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(tiny):
-    assert tiny.generate(PROMPTS[0], max_new_tokens=3, stop="upon") == tiny.generate(PROMPTS[0], max_new_tokens=3)
+    assert tiny.generate(PROMPTS[0], max_new_tokens=3, stop="upon") == tiny.generate(
+        PROMPTS[0], max_new_tokens=3
+    )
 
 
 def test_a_stop_string_does_not_begin_in_the_prompt(tiny):
@@ -77,7 +79,9 @@ def test_stop_strings_with_prompt_lookup_and_with_a_seed(tiny, is_random):
     stops = [full[0][11:19], full[1][5:20]]
     expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in full]
     assert [len(text) for text in expected[:2]] == [11, 5] and expected[2] == full[2]
-    found = continuation(tiny, PROMPTS, 30, stop=stops, return_log_probs=True, return_finish_reason=True, **options)
+    found = continuation(
+        tiny, PROMPTS, 30, stop=stops, return_log_probs=True, return_finish_reason=True, **options
+    )
     assert found.output == expected and found.finish_reason == ["stop", "stop", "length"]
     for prompt, text, log_probs in zip(PROMPTS, expected, found.log_probs, strict=True):
         stream = tiny.stream(prompt, max_new_tokens=30, stop=stops, **options)
@@ -103,7 +107,11 @@ def test_a_stop_string_that_the_vocabulary_spells_in_bytes(tiny, writes, stop, e
     writes(row)
     for prompts in (PROMPTS[0], PROMPTS):
         found = continuation(tiny, prompts, 99, stop=stop, return_finish_reason=True)
-        single = found if prompts == PROMPTS[0] else GenerationOutput(found.output[2], None, found.finish_reason[2])
+        single = (
+            found
+            if prompts == PROMPTS[0]
+            else GenerationOutput(found.output[2], None, found.finish_reason[2])
+        )
         assert single == GenerationOutput(expected, None, "length" if expected == text else "stop")
     stream = tiny.stream(PROMPTS[0], max_new_tokens=99, stop=stop)
     pieces = list(stream)
@@ -113,7 +121,9 @@ def test_a_stop_string_that_the_vocabulary_spells_in_bytes(tiny, writes, stop, e
 
 def test_log_probs_and_finish_reasons(tiny):
     plain = tiny.generate(PROMPTS, max_new_tokens=12)
-    found = tiny.generate(PROMPTS, max_new_tokens=12, return_log_probs=True, return_finish_reason=True)
+    found = tiny.generate(
+        PROMPTS, max_new_tokens=12, return_log_probs=True, return_finish_reason=True
+    )
     assert isinstance(found, GenerationOutput) and found.output == plain
     assert found.finish_reason == ["length"] * 3
     row = tiny.preprocessor.tokenize_prompts(PROMPTS[:1])[0]
@@ -122,7 +132,9 @@ def test_log_probs_and_finish_reasons(tiny):
     np.testing.assert_allclose(found.log_probs[0], -losses[len(row) - 1 : -1], atol=1e-4)
 
     stop = plain[0][-6:]
-    one = tiny.generate(PROMPTS[0], max_new_tokens=40, stop=stop, return_log_probs=True, return_finish_reason=True)
+    one = tiny.generate(
+        PROMPTS[0], max_new_tokens=40, stop=stop, return_log_probs=True, return_finish_reason=True
+    )
     assert one.finish_reason == "stop" and one.output == plain[0][:-6]
     np.testing.assert_allclose(one.log_probs, found.log_probs[0][: len(one.log_probs)], atol=1e-4)
     assert tiny.generate(PROMPTS[0], max_new_tokens=2, return_finish_reason=True).log_probs is None
@@ -148,7 +160,9 @@ def test_stream_joined_is_generate(tiny, kwargs):
         assert "".join(pieces) == continuation(tiny, prompt, 25, **kwargs)
         assert (
             stream.finish_reason
-            == tiny.generate(prompt, max_new_tokens=25, return_finish_reason=True, **kwargs).finish_reason
+            == tiny.generate(
+                prompt, max_new_tokens=25, return_finish_reason=True, **kwargs
+            ).finish_reason
         )
     assert len(pieces) > 3 or kwargs
 
@@ -167,7 +181,11 @@ def test_stream_of_a_chat_and_of_a_search(tiny):
 def test_the_marker_that_ends_a_reply_is_no_part_of_it(tiny, writes, stop):
     row = list(map(int, tiny.preprocessor.tokenizer("A reply.<end_of_turn>")))
     writes(row)
-    assert tiny.generate(CHAT, max_new_tokens=99, stop=stop, return_finish_reason=True) == ("A reply.", None, "stop")
+    assert tiny.generate(CHAT, max_new_tokens=99, stop=stop, return_finish_reason=True) == (
+        "A reply.",
+        None,
+        "stop",
+    )
     stream = tiny.stream(CHAT, max_new_tokens=99, stop=stop)
     assert "".join(stream) == "A reply." and stream.finish_reason == "stop" and stream.ids == row
 
@@ -175,7 +193,11 @@ def test_the_marker_that_ends_a_reply_is_no_part_of_it(tiny, writes, stop):
 def test_the_marker_is_text_where_it_does_not_end_a_reply(tiny):
     end = tiny.preprocessor.tokenizer.end_of_turn_id
     options = dict(max_new_tokens=3, stop_token_ids=None, logit_bias={end: 1e4})
-    assert tiny.generate(CHAT, **options) == "".join(tiny.stream(CHAT, **options)) == "<end_of_turn>" * 3
+    assert (
+        tiny.generate(CHAT, **options)
+        == "".join(tiny.stream(CHAT, **options))
+        == "<end_of_turn>" * 3
+    )
 
 
 def test_an_interrupt_ends_a_stream_and_leaves_the_model_usable(tiny):
@@ -210,14 +232,20 @@ def test_same_seed_same_text(tiny):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(stop=["a", ""]), "`stop` must be a non-empty string or several. Received: \\('a', ''\\)"),
+        (
+            dict(stop=["a", ""]),
+            "`stop` must be a non-empty string or several. Received: \\('a', ''\\)",
+        ),
         (dict(stop=[3]), "`stop` must be"),
         (dict(seed=-1), "`seed` must be from 0 to 2147483647. Received: -1"),
         (dict(repetition_penalty=0), "`repetition_penalty` must be a number above 0. Received: 0"),
         (dict(repetition_penalty=float("nan")), "`repetition_penalty` must be"),
         (dict(min_p=1.5), "`min_p` must be from 0 to 1. Received: 1.5"),
         (dict(logit_bias={10**6: 1.0}), "from 0 to 4095. Received: 1000000"),
-        (dict(logit_bias={5: float("inf")}), "`logit_bias` must have numbers below infinity. Received: inf for id 5"),
+        (
+            dict(logit_bias={5: float("inf")}),
+            "`logit_bias` must have numbers below infinity. Received: inf for id 5",
+        ),
         (dict(prompt_lookup=True, min_p=0.5), "`prompt_lookup` follows greedy decoding"),
     ],
 )
@@ -259,10 +287,14 @@ def test_datasets(tiny):
             assert tiny.generate(batched(data), max_new_tokens=4) == texts.output
     mask = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
     padded = {"token_ids": rows, "padding_mask": mask}
-    found = tiny.generate(tf.data.Dataset.from_tensor_slices(padded).batch(2), max_new_tokens=4, stop_token_ids=None)
+    found = tiny.generate(
+        tf.data.Dataset.from_tensor_slices(padded).batch(2), max_new_tokens=4, stop_token_ids=None
+    )
     whole = tiny.generate(padded, max_new_tokens=4, stop_token_ids=None)
     for key in padded:
         np.testing.assert_array_equal(found[key], whole[key])
     assert found["padding_mask"].sum(1).tolist() == [8, 7, 6]
-    with pytest.raises(ValueError, match="`inputs` must have at least one prompt. Received: an empty dataset"):
+    with pytest.raises(
+        ValueError, match="`inputs` must have at least one prompt. Received: an empty dataset"
+    ):
         tiny.generate(strings.take(0), max_new_tokens=4)

@@ -17,7 +17,9 @@ def call(request):
 
     def run(function, *arrays):
         arguments = [keras.ops.convert_to_tensor(np.asarray(x)) for x in arrays]
-        compiled = backend.compile_function(function, []) if request.param == "compiled" else function
+        compiled = (
+            backend.compile_function(function, []) if request.param == "compiled" else function
+        )
         return to_numpy(compiled(*arguments))
 
     return run
@@ -70,7 +72,12 @@ def test_repetition_penalty_of_many_repetitions_in_a_large_vocabulary(call):
 
 def test_logit_bias_is_added_in_every_row(call):
     logits = random_logits(3, 6)
-    found = call(sampling.logit_bias, logits, np.array([4, -1, 0, -1], "int32"), np.array([2, 9, -3, 7], "float32"))
+    found = call(
+        sampling.logit_bias,
+        logits,
+        np.array([4, -1, 0, -1], "int32"),
+        np.array([2, 9, -3, 7], "float32"),
+    )
     expected = logits + np.array([-3, 0, 0, 0, 2, 0], "float32")
     np.testing.assert_array_equal(found, expected)
 
@@ -89,13 +96,22 @@ def test_logit_bias_forbids_without_nan(call, bias):
 
 
 def test_infinite_logit_bias_forces(call):
-    found = call(sampling.logit_bias, random_logits(2, 8), np.array([5], "int32"), np.array([np.inf], "float32"))
-    np.testing.assert_array_equal(call(lambda x: sampling.probabilities(x, Rule("random")), found), np.eye(8)[[5, 5]])
+    found = call(
+        sampling.logit_bias,
+        random_logits(2, 8),
+        np.array([5], "int32"),
+        np.array([np.inf], "float32"),
+    )
+    np.testing.assert_array_equal(
+        call(lambda x: sampling.probabilities(x, Rule("random")), found), np.eye(8)[[5, 5]]
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.25, 1.0])
 def test_min_p_keeps_a_share_of_the_largest(call, threshold):
-    probabilities = np.array([[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.2, 0.2, 0.2, 0.2, 0.2], [0, 0, 0.03, 0.97, 0]])
+    probabilities = np.array(
+        [[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.2, 0.2, 0.2, 0.2, 0.2], [0, 0, 0.03, 0.97, 0]]
+    )
     probabilities = probabilities.astype("float32")
     expected = [[x if x >= threshold * max(row) else 0 for x in row] for row in probabilities]
     found = call(sampling.min_p, probabilities, np.float32(threshold))
@@ -119,7 +135,19 @@ def test_top_k_keeps_ties():
 
 # 0.75 is where two tokens reach it exactly.
 @pytest.mark.parametrize(
-    "p, kept", [(0.0, 1), (0.4, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.96, 5), (0.97, 6), (1.0, 6), (2.0, 6)]
+    "p, kept",
+    [
+        (0.0, 1),
+        (0.4, 1),
+        (0.5, 1),
+        (0.51, 2),
+        (0.75, 2),
+        (0.76, 3),
+        (0.96, 5),
+        (0.97, 6),
+        (1.0, 6),
+        (2.0, 6),
+    ],
 )
 def test_top_p_keeps_the_token_that_crosses(call, p, kept):
     probabilities = np.array([[2**-5, 0.5, 2**-4, 0, 2**-3, 0.25, 2**-6]], "float32")
@@ -141,17 +169,23 @@ def test_top_p_tells_neighbouring_float32_apart(call):
     found = call(lambda x: sampling.top_p(x, 0.25), probabilities)
     np.testing.assert_array_equal(found, [[0, larger, 0, 0]])
     # The next ones are equal, and both stay.
-    np.testing.assert_array_equal(call(lambda x: sampling.top_p(x, 0.3), probabilities), [[0.25, larger, 0.25, 0]])
+    np.testing.assert_array_equal(
+        call(lambda x: sampling.top_p(x, 0.3), probabilities), [[0.25, larger, 0.25, 0]]
+    )
 
 
 def test_top_p_keeps_all_that_does_not_reach_p(call):
     probabilities = np.array([[0.25, 0, 0.125, 0.125]], "float32")
-    np.testing.assert_array_equal(call(lambda x: sampling.top_p(x, 0.75), probabilities), probabilities)
+    np.testing.assert_array_equal(
+        call(lambda x: sampling.top_p(x, 0.75), probabilities), probabilities
+    )
 
 
 def test_top_p_of_1_keeps_what_rounding_would_drop(call):
     probabilities = np.array([[1.0, 1e-9, 1e-30, 0.0]], "float32")
-    np.testing.assert_array_equal(call(lambda x: sampling.top_p(x, 1.0), probabilities), probabilities)
+    np.testing.assert_array_equal(
+        call(lambda x: sampling.top_p(x, 1.0), probabilities), probabilities
+    )
 
 
 def test_top_p_of_a_large_vocabulary(call):
@@ -166,7 +200,9 @@ def test_top_p_of_a_large_vocabulary(call):
 # With two levels: 1 block, a last block of one number, a full square, many.
 @pytest.mark.parametrize("size", [1, 2, 5, 49, 50, 1000])
 def test_draw_frequencies_are_the_probabilities(call, size):
-    counts = np.random.default_rng(0).multinomial(4096, random_probabilities(size).astype("float64"))
+    counts = np.random.default_rng(0).multinomial(
+        4096, random_probabilities(size).astype("float64")
+    )
     grid = (np.arange(4096) / 4096).astype("float32")
     # Exact sums, so that not one draw may fall elsewhere; the total is 2.
     rows = np.tile((counts / 2048).astype("float32"), (4096, 1))
@@ -177,7 +213,9 @@ def test_draw_frequencies_are_the_probabilities(call, size):
 
 def test_draw_frequencies_of_rounded_probabilities(call):
     probabilities = random_probabilities(1000)
-    drawn = call(sampling.draw, np.tile(probabilities, (4096, 1)), (np.arange(4096) / 4096).astype("float32"))
+    drawn = call(
+        sampling.draw, np.tile(probabilities, (4096, 1)), (np.arange(4096) / 4096).astype("float32")
+    )
     counts = np.bincount(drawn, minlength=1000)
     assert np.abs(counts - probabilities * 4096.0).max() < 1.01
     assert (np.diff(drawn) >= 0).all()
@@ -219,7 +257,11 @@ def test_draw_passes_over_probability_0_where_cumulated_sums_round():
     if not rows.size:
         pytest.skip("cumulated sums of this backend do not change at 0")
     lower = np.minimum(reached[rows, places], reached[rows, places + 1]) / reached[rows, -1]
-    uniform = ((np.floor(lower / STEP)[:, None] + np.arange(-2, 3)) * STEP).clip(0, 1 - STEP).astype("float32")
+    uniform = (
+        ((np.floor(lower / STEP)[:, None] + np.arange(-2, 3)) * STEP)
+        .clip(0, 1 - STEP)
+        .astype("float32")
+    )
     draw = backend.compile_function(sampling.draw, [])
     probabilities = probabilities.reshape(20, -1)
     for row in set(rows):
@@ -241,8 +283,12 @@ def test_draw_with_probabilities_that_vanish_beside_others(call, tiny):
 
 def test_draw_from_one_token(call):
     for token in (0, 7, 99):
-        probabilities = np.tile(np.eye(100, dtype="float32")[token] * np.float32(0.3), (len(EXTREMES), 1))
-        np.testing.assert_array_equal(call(sampling.draw, probabilities, np.array(EXTREMES, "float32")), token)
+        probabilities = np.tile(
+            np.eye(100, dtype="float32")[token] * np.float32(0.3), (len(EXTREMES), 1)
+        )
+        np.testing.assert_array_equal(
+            call(sampling.draw, probabilities, np.array(EXTREMES, "float32")), token
+        )
 
 
 def test_uniforms_are_multiples_within_the_unit_interval():
@@ -279,7 +325,9 @@ def test_uniforms_of_any_entropy_differ():
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 63, 64])
 def test_the_first_uniforms_do_not_depend_on_their_number(count):
     numbers = sampling.uniforms([9], [[1], [1], [2]], 1000)
-    np.testing.assert_array_equal(sampling.uniforms([9], [[1], [1], [2]], count), numbers[:, :count])
+    np.testing.assert_array_equal(
+        sampling.uniforms([9], [[1], [1], [2]], count), numbers[:, :count]
+    )
 
 
 def test_uniforms_stay_the_same_for_ever():
@@ -317,7 +365,9 @@ def test_no_rule_of_derived_samplers():
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.5, float("nan")])
 def test_temperature_must_be_above_0(name, temperature):
     sampler = getattr(keras_hub.samplers, f"{name}Sampler")(temperature=temperature)
-    with pytest.raises(ValueError, match=f"`temperature` must be a number above 0. Received: {temperature}"):
+    with pytest.raises(
+        ValueError, match=f"`temperature` must be a number above 0. Received: {temperature}"
+    ):
         rule_of(sampler)
 
 
@@ -370,8 +420,12 @@ def test_probabilities_are_float32():
 def test_same_frequencies_as_keras_hub(name, options):
     sampler = getattr(keras_hub.samplers, f"{name}Sampler")(seed=0, temperature=2.0, **options)
     logits = np.tile(random_logits(1, 8), (20_000, 1))
-    theirs = to_numpy(sampler.get_next_token(sampler.compute_probabilities(keras.ops.convert_to_tensor(logits))))
-    ours = to_numpy(sampling.probabilities(keras.ops.convert_to_tensor(logits[:1]), rule_of(sampler)))[0]
+    theirs = to_numpy(
+        sampler.get_next_token(sampler.compute_probabilities(keras.ops.convert_to_tensor(logits)))
+    )
+    ours = to_numpy(
+        sampling.probabilities(keras.ops.convert_to_tensor(logits[:1]), rule_of(sampler))
+    )[0]
     theirs = np.bincount(theirs, minlength=8) / 20_000
     np.testing.assert_array_equal(theirs > 0, ours > 0)
     np.testing.assert_allclose(theirs, ours / ours.sum(), atol=0.015)

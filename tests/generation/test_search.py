@@ -23,14 +23,22 @@ def test_beam_search_finds_what_a_full_search_finds(model):
     first = log_probs([row])[0]
     second = log_probs([[*row, i] for i in range(size)])
     best = np.unravel_index(np.argmax(first[:, None] + second), (size, size))
-    found = SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=size)).generate([row], [2]).tokens
+    found = (
+        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=size))
+        .generate([row], [2])
+        .tokens
+    )
     assert found == [[int(i) for i in best]]
 
 
 def test_one_beam_is_greedy_for_rows_of_different_lengths(model):
-    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6, 5, 4, 3]).tokens
+    greedy = (
+        Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6, 5, 4, 3]).tokens
+    )
     assert (
-        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1)).generate(ROWS, [6, 5, 4, 3]).tokens
+        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1))
+        .generate(ROWS, [6, 5, 4, 3])
+        .tokens
         == greedy
     )
 
@@ -39,7 +47,9 @@ def test_contrastive_search_without_penalty_is_greedy(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [6]).tokens
     contrastive = SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.0))
     assert contrastive.generate(ROWS[:1], [6]).tokens == greedy
-    assert contrastive.generate(ROWS[:1], [6], [greedy[0][2]]).tokens == [cut_after_stop(greedy[0], [greedy[0][2]])]
+    assert contrastive.generate(ROWS[:1], [6], [greedy[0][2]]).tokens == [
+        cut_after_stop(greedy[0], [greedy[0][2]])
+    ]
 
 
 def test_contrastive_search_equals_the_written_out_one(model):
@@ -49,7 +59,9 @@ def test_contrastive_search_equals_the_written_out_one(model):
     def hidden(row):
         x = {"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}
         states = to_numpy(model.backbone(x))
-        return states[0] / np.linalg.norm(states[0], axis=-1, keepdims=True), to_numpy(model(x))[0, -1]
+        return states[0] / np.linalg.norm(states[0], axis=-1, keepdims=True), to_numpy(model(x))[
+            0, -1
+        ]
 
     for _ in range(8):
         logits = hidden(row)[1].astype("float64")
@@ -58,13 +70,17 @@ def test_contrastive_search_equals_the_written_out_one(model):
         candidates = np.argsort(-p)[:k].tolist()
         states = [hidden([*row, token])[0] for token in candidates]
         scores = [
-            (1 - alpha) * p[token] - alpha * (s[:-1] @ s[-1]).max() for token, s in zip(candidates, states, strict=True)
+            (1 - alpha) * p[token] - alpha * (s[:-1] @ s[-1]).max()
+            for token, s in zip(candidates, states, strict=True)
         ]
         row.append(candidates[int(np.argmax(scores))])
     contrastive = SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(k=k, alpha=alpha))
     found = contrastive.generate(ROWS[:1], [8]).tokens[0]
     assert found == row[len(ROWS[0]) :]
-    assert found != Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [8]).tokens[0]
+    assert (
+        found
+        != Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [8]).tokens[0]
+    )
 
 
 def test_speculative_sampler_is_refused(model):
@@ -74,7 +90,9 @@ def test_speculative_sampler_is_refused(model):
 
 def test_settings_are_refused(model):
     with pytest.raises(ValueError, match="one token at a time. Received: Settings\\(seed=3"):
-        SearchGenerator(model, keras_hub.samplers.BeamSampler()).generate(ROWS, [2] * 4, settings=Settings(seed=3))
+        SearchGenerator(model, keras_hub.samplers.BeamSampler()).generate(
+            ROWS, [2] * 4, settings=Settings(seed=3)
+        )
 
 
 def test_finish_reasons_and_no_tokens(model):

@@ -11,7 +11,11 @@ _ = 0
 
 
 def mask_of(query, key, window=None):
-    return to_numpy(causal_mask(np.array([query], "int32"), np.array([key], "int32"), window)).astype(int)[0].tolist()
+    return (
+        to_numpy(causal_mask(np.array([query], "int32"), np.array([key], "int32"), window))
+        .astype(int)[0]
+        .tolist()
+    )
 
 
 def test_mask_is_causal():
@@ -79,7 +83,9 @@ def test_a_row_that_is_one_text_is_masked_as_without_segments():
     assert to_numpy(positions).tolist() == np.where(masks, masks.cumsum(1) - 1, -1).tolist()
     for window in (None, 3):
         expected = to_numpy(causal_mask(positions, positions, window))
-        np.testing.assert_array_equal(to_numpy(causal_mask(positions, positions, window, masks)), expected)
+        np.testing.assert_array_equal(
+            to_numpy(causal_mask(positions, positions, window, masks)), expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,5 +131,9 @@ def test_attend_equals_a_loop(cap, length, heads):
 def test_a_query_that_sees_nothing_stays_finite():
     query, key = np.ones((1, 1, 2, 4), "float32"), np.ones((1, 1, 3, 4), "float32")
     value = np.arange(12, dtype="float32").reshape(1, 1, 3, 4)
-    arrays = [keras.ops.convert_to_tensor(x) for x in (query, key, value, np.zeros((1, 1, 3), bool))]
-    np.testing.assert_allclose(to_numpy(attend(*arrays, scale=1.0))[0, 0, 0], value.mean((0, 1, 2)), rtol=1e-6)
+    arrays = [
+        keras.ops.convert_to_tensor(x) for x in (query, key, value, np.zeros((1, 1, 3), bool))
+    ]
+    np.testing.assert_allclose(
+        to_numpy(attend(*arrays, scale=1.0))[0, 0, 0], value.mean((0, 1, 2)), rtol=1e-6
+    )

@@ -13,5 +13,9 @@ def test_block_without_attention_and_mlp_is_the_identity():
     x = np.random.default_rng(0).normal(size=(1, 2, 48)).astype("float32")
     mask = np.ones((1, 2, 2), bool)
     angles = RotaryAngles(16, 1e4)(np.array([[0, 1]], "int32"))
-    out = block(keras.ops.convert_to_tensor(x), angles=angles, attention_mask=keras.ops.convert_to_tensor(mask))
+    out = block(
+        keras.ops.convert_to_tensor(x),
+        angles=angles,
+        attention_mask=keras.ops.convert_to_tensor(mask),
+    )
     np.testing.assert_array_equal(to_numpy(out), x)

@@ -21,7 +21,10 @@ def test_what_is_fine():
     check_hyperparameters(HYPERPARAMETERS)
     check_hyperparameters(
         HYPERPARAMETERS
-        | dict(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window_size=2)
+        | dict(
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            sliding_window_size=2,
+        )
     )
     assert [is_count(x) for x in (1, 0, True, 1.0, "1")] == [True, False, False, False, False]
 
@@ -34,14 +37,26 @@ def test_what_is_fine():
             "`num_query_heads` must be a multiple of num_key_value_heads=2. Received: num_query_heads=3",
         ),
         (dict(head_dim=15), "`head_dim` must be even.*head_dim=15"),
-        (dict(vocabulary_size=0), "`vocabulary_size` must be a positive integer. Received: vocabulary_size=0"),
+        (
+            dict(vocabulary_size=0),
+            "`vocabulary_size` must be a positive integer. Received: vocabulary_size=0",
+        ),
         (dict(num_layers=2.5), "`num_layers` must be a positive integer. Received: num_layers=2.5"),
-        (dict(hidden_dim="48"), "`hidden_dim` must be a positive integer. Received: hidden_dim='48'"),
+        (
+            dict(hidden_dim="48"),
+            "`hidden_dim` must be a positive integer. Received: hidden_dim='48'",
+        ),
         (dict(rope_theta=0), "`rope_theta` must be a number above 0. Received: rope_theta=0"),
         (dict(query_pre_attn_scalar=-1), "`query_pre_attn_scalar` must be a number above 0"),
-        (dict(layer_norm_epsilon="small"), "`layer_norm_epsilon` must be a number above 0. Received.*'small'"),
+        (
+            dict(layer_norm_epsilon="small"),
+            "`layer_norm_epsilon` must be a number above 0. Received.*'small'",
+        ),
         (dict(final_logit_soft_cap=0.0), "`final_logit_soft_cap` must be None or a number above 0"),
-        (dict(layer_types=["full_attention"]), r"`layer_types` must be 3 \(num_layers\) of .*Received: layer_types="),
+        (
+            dict(layer_types=["full_attention"]),
+            r"`layer_types` must be 3 \(num_layers\) of .*Received: layer_types=",
+        ),
         (dict(layer_types=["full_attention"] * 2 + ["local"]), "`layer_types` must be .*'local'"),
         (
             dict(layer_types=["sliding_attention"] * 3),

@@ -18,7 +18,9 @@ def test_rms_norm_multiplies_by_one_plus_scale():
     norm.build(x.shape)
     norm.scale.assign([0.5, -0.5])
     rms = np.sqrt(12.5 + 1e-3)
-    np.testing.assert_allclose(to_numpy(norm(x)), [[3 / rms * 1.5, -4 / rms * 0.5], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        to_numpy(norm(x)), [[3 / rms * 1.5, -4 / rms * 0.5], [0, 0]], rtol=1e-6
+    )
 
 
 def test_rms_norm_computes_in_float32():
@@ -38,7 +40,9 @@ def test_rotation_equals_the_written_out_one(theta):
     for b, t, n in np.ndindex(2, 3, 2):
         expected = reference.rotate(x[b, t, n].astype("float64"), positions[b, t], theta)
         # Angles near 1000 radians have an error of 3e-5 in float32.
-        np.testing.assert_allclose(turned[b, t, n], expected, atol=1e-4 if positions[b, t] == 1000 else 1e-5)
+        np.testing.assert_allclose(
+            turned[b, t, n], expected, atol=1e-4 if positions[b, t] == 1000 else 1e-5
+        )
 
 
 def test_rotation_of_position_0_changes_nothing():
@@ -55,7 +59,9 @@ def test_angles_stay_float32_under_a_bfloat16_policy():
 
 def test_soft_cap():
     x = np.array([0.0, 1.0, -1000.0], "float32")
-    np.testing.assert_allclose(to_numpy(soft_cap(keras.ops.convert_to_tensor(x), 5.0)), 5 * np.tanh(x / 5), rtol=1e-6)
+    np.testing.assert_allclose(
+        to_numpy(soft_cap(keras.ops.convert_to_tensor(x), 5.0)), 5 * np.tanh(x / 5), rtol=1e-6
+    )
     assert soft_cap(x, None) is x
 
 
@@ -78,13 +84,21 @@ def test_quantizing_hands_keras_its_own_layout(mode, tolerance):
     np.testing.assert_array_equal(to_numpy(layer(x)), expected)
     layer.quantize(mode)
     assert layer.weight is None and layer.weights[0].path == "a/kernel"
-    np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(
+        to_numpy(layer(x)), expected, atol=tolerance * np.abs(expected).max()
+    )
 
 
 def test_quantised_products_are_those_of_keras():
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, 3, 16)).astype("float32"), rng.normal(size=(16, 24)).astype("float32")
-    ours, theirs = projection(24, "a", Initial(0.1), "float32"), keras.layers.Dense(24, use_bias=False)
+    x, kernel = (
+        rng.normal(size=(2, 3, 16)).astype("float32"),
+        rng.normal(size=(16, 24)).astype("float32"),
+    )
+    ours, theirs = (
+        projection(24, "a", Initial(0.1), "float32"),
+        keras.layers.Dense(24, use_bias=False),
+    )
     for layer in (ours, theirs):
         layer.build((None, None, 16))
     ours.weight.assign(kernel.T)
@@ -100,9 +114,13 @@ def test_quantised_products_are_those_of_keras():
     for layer in (ours, theirs):
         layer.build()
         layer.embeddings.assign(embeddings)
-    np.testing.assert_allclose(to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5)
+    np.testing.assert_allclose(
+        to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5
+    )
     for layer in (ours, theirs):
         layer.quantize("int8")
     ids = np.array([[0, 5, 23]])
     np.testing.assert_allclose(to_numpy(ours(ids)), to_numpy(theirs(ids)), rtol=1e-6)
-    np.testing.assert_allclose(to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5, atol=1e-5
+    )

@@ -12,7 +12,13 @@ from keras_vaultgemma.layers.projection import Projection, projection
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 
 RANK, ALPHA = 3, 6.0
-BASES = [("float32", None), ("bfloat16", None), ("mixed_bfloat16", None), ("float32", "int8"), ("bfloat16", "int8")]
+BASES = [
+    ("float32", None),
+    ("bfloat16", None),
+    ("mixed_bfloat16", None),
+    ("float32", "int8"),
+    ("bfloat16", "int8"),
+]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "mixed_bfloat16": 2e-2}
 
 
@@ -26,7 +32,9 @@ def adapted(layer, mode):
         layer.quantize(mode)
     (weight, *scale) = [to_numpy(variable.value).astype("float32") for variable in layer.weights]
     if scale:  # one for each row of an embedding, and for each column of a projection
-        weight = weight / (scale[0][:, None] if isinstance(layer, ReversibleEmbedding) else scale[0])
+        weight = weight / (
+            scale[0][:, None] if isinstance(layer, ReversibleEmbedding) else scale[0]
+        )
     elif isinstance(layer, Projection):
         weight = weight.T
     layer.enable_lora(RANK, lora_alpha=ALPHA)
@@ -44,7 +52,9 @@ def adapted_projection(dtype="float32", mode=None):
 
 
 def adapted_embedding(dtype="float32", mode=None):
-    layer = ReversibleEmbedding(24, 16, embeddings_initializer=keras.initializers.RandomNormal(stddev=0.3), dtype=dtype)
+    layer = ReversibleEmbedding(
+        24, 16, embeddings_initializer=keras.initializers.RandomNormal(stddev=0.3), dtype=dtype
+    )
     layer.build()
     return layer, *adapted(layer, mode)
 
@@ -52,7 +62,9 @@ def adapted_embedding(dtype="float32", mode=None):
 def check(found, expected, tolerance):
     """Each within `tolerance` of the largest value: 16-bit sums are as exact as their largest summand."""
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.astype("float32"), other, atol=tolerance * np.abs(other).max())
+        np.testing.assert_allclose(
+            one.astype("float32"), other, atol=tolerance * np.abs(other).max()
+        )
 
 
 def weighted_sum(output, upstream):
@@ -62,7 +74,10 @@ def weighted_sum(output, upstream):
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
 def test_projection(dtype, mode):
     layer, weight, a, b = adapted_projection(dtype, mode)
-    x, upstream = keras.Variable(random(2, 5, 16), dtype=layer.compute_dtype), random(2, 5, 24, seed=9)
+    x, upstream = (
+        keras.Variable(random(2, 5, 16), dtype=layer.compute_dtype),
+        random(2, 5, 24, seed=9),
+    )
     rows, rows_upstream = to_numpy(x).astype("float32").reshape(-1, 16), upstream.reshape(-1, 24)
     scale = ALPHA / RANK
     output = layer(x * 1)
@@ -100,7 +115,10 @@ def test_rows_of_the_embedding(dtype, mode):
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
 def test_embedding_in_reverse(dtype, mode):
     layer, weight, a, b = adapted_embedding(dtype, mode)
-    x, upstream = keras.Variable(random(2, 5, 16), dtype=layer.compute_dtype), random(2, 5, 24, seed=9)
+    x, upstream = (
+        keras.Variable(random(2, 5, 16), dtype=layer.compute_dtype),
+        random(2, 5, 24, seed=9),
+    )
     rows, rows_upstream = to_numpy(x).astype("float32").reshape(-1, 16), upstream.reshape(-1, 24)
     scale = ALPHA / RANK
     merged = weight + scale * a @ b
@@ -108,7 +126,9 @@ def test_embedding_in_reverse(dtype, mode):
     logits = to_numpy(layer(x * 1, reverse=True)).reshape(-1, 24)
     check([logits], [rows @ merged.T], max(tolerance, 2e-2 if mode else 0))
 
-    dx, da, db = gradients(lambda: weighted_sum(layer(x * 1, reverse=True), upstream), [x, *layer.lora_factors])
+    dx, da, db = gradients(
+        lambda: weighted_sum(layer(x * 1, reverse=True), upstream), [x, *layer.lora_factors]
+    )
     check(
         [dx.reshape(-1, 16), da, db],
         [
@@ -132,7 +152,9 @@ def test_soft_cap_comes_after_the_update():
 def test_product_in_both_layouts():
     x, a, b = random(2, 5, 7), random(7, 3, seed=1), random(3, 4, seed=2)
     expected = x @ a @ b * 0.5
-    np.testing.assert_allclose(to_numpy(low_rank_matmul(x, a, b, 0.5)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        to_numpy(low_rank_matmul(x, a, b, 0.5)), expected, rtol=1e-4, atol=1e-5
+    )
     transposed = low_rank_matmul(x, a.T.copy(), b.T.copy(), 0.5, transposed=True)
     np.testing.assert_allclose(to_numpy(transposed), expected, rtol=1e-4, atol=1e-5)
 
@@ -157,7 +179,9 @@ def test_factors_are_not_rounded_to_the_compute_dtype(dtype):
     layer = projection(1, "p", Initial(0.0), dtype)
     layer.build((None, 1))
     layer.enable_lora(2)
-    for variable, value in zip(layer.lora_factors, ([[1.0, -1.0]], [[1 + 2**-10], [1.0]]), strict=True):
+    for variable, value in zip(
+        layer.lora_factors, ([[1.0, -1.0]], [[1 + 2**-10], [1.0]]), strict=True
+    ):
         variable.assign(value)
     assert float(to_numpy(layer(np.ones((1, 1), "float32")))[0, 0]) == 2**-10
 
@@ -171,7 +195,9 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     x = np.zeros((1, 400, 16), "float32")
     x[..., 3] = 1  # each row has one channel, which is dropped or doubled
     update = ALPHA / RANK * (a @ b)[3]
-    np.testing.assert_allclose(to_numpy(layer(x)), np.broadcast_to(weight[3] + update, (1, 400, 24)), rtol=1e-4)
+    np.testing.assert_allclose(
+        to_numpy(layer(x)), np.broadcast_to(weight[3] + update, (1, 400, 24)), rtol=1e-4
+    )
     first, second = (to_numpy(layer(x, training=True))[0] for _ in range(2))
     dropped = np.isclose(first, weight[3], atol=1e-5).all(axis=1)
     doubled = np.isclose(first, weight[3] + 2 * update, atol=1e-4).all(axis=1)
@@ -184,7 +210,11 @@ def test_taking_factors_away_leaves_the_frozen_matrix():
     before = [variable.path for variable in layer.variables]
     layer.disable_lora()
     assert len(before) == 3 and [variable.path for variable in layer.variables] == ["p/weight"]
-    assert layer.trainable_variables == [] and not layer.lora_enabled and "lora_rank" not in layer.get_config()
+    assert (
+        layer.trainable_variables == []
+        and not layer.lora_enabled
+        and "lora_rank" not in layer.get_config()
+    )
     np.testing.assert_array_equal(to_numpy(layer.kernel), weight)
     x = random(2, 16)
     np.testing.assert_allclose(to_numpy(layer(x)), x @ weight, rtol=1e-4, atol=1e-5)
@@ -204,7 +234,9 @@ def test_merged_matrix_is_rounded_once(make):
 
 def test_merged_matrix_of_a_mixed_policy_is_float32():
     layer, weight, a, b = adapted_projection("mixed_bfloat16")
-    np.testing.assert_allclose(to_numpy(layer.kernel), weight + ALPHA / RANK * a @ b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        to_numpy(layer.kernel), weight + ALPHA / RANK * a @ b, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_other_quantized_bases_are_refused():

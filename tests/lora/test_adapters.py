@@ -15,7 +15,10 @@ from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.privacy.ledger import FILE
 
 ROW = [2, 17, 5, 99, 31]
-IDS = {"token_ids": np.array([ROW, [2, 40, 8, 7, 0]]), "padding_mask": np.array([[1] * 5, [1] * 4 + [0]])}
+IDS = {
+    "token_ids": np.array([ROW, [2, 40, 8, 7, 0]]),
+    "padding_mask": np.array([[1] * 5, [1] * 4 + [0]]),
+}
 ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token_embedding"]
 BASES = [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int8")]
 
@@ -65,7 +68,9 @@ def fit(model, epochs=1, optimizer=None):
     ids = np.random.default_rng(5).integers(3, 128, (8, 9)).astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((8, 8), "int32")}
     model.compile(optimizer=optimizer or keras.optimizers.SGD(0.1))
-    return model.fit(x, ids[:, 1:], batch_size=4, epochs=epochs, shuffle=False, verbose=0).history["loss"]
+    return model.fit(x, ids[:, 1:], batch_size=4, epochs=epochs, shuffle=False, verbose=0).history[
+        "loss"
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "mode"), [("mixed_bfloat16", None), ("bfloat16", "int8")])
@@ -81,7 +86,9 @@ def test_a_new_adapter_changes_nothing_and_training_moves_nothing_else(dtype, mo
     assert losses[-1] < losses[0]
     assert_same(base_values(model), base)
     assert [
-        path for path, value in values(model.trainable_variables).items() if np.array_equal(value, factors[path])
+        path
+        for path, value in values(model.trainable_variables).items()
+        if np.array_equal(value, factors[path])
     ] == []
 
 
@@ -154,7 +161,13 @@ def test_named_adapters():
     large = logits(model)
     assert adapters.names(model) == ["small", "large"] and adapters.active(model) == "large"
     assert np.abs(small - base).max() > 0.1 and np.abs(large - base).max() > 0.1
-    for name, expected in [("small", small), ("large", large), (None, base), ("large", large), ("small", small)]:
+    for name, expected in [
+        ("small", small),
+        ("large", large),
+        (None, base),
+        ("large", large),
+        ("small", small),
+    ]:
         adapters.use(model, name)
         assert adapters.active(model) == name
         np.testing.assert_array_equal(logits(model), expected)
@@ -228,7 +241,9 @@ def test_training_goes_on_from_a_saved_adapter(tmp_path):
     fit(first)
     fit(second)
     one, other = values(second.trainable_variables), values(first.trainable_variables)
-    assert one.keys() == other.keys() and all(np.allclose(one[path], other[path], atol=1e-6) for path in one)
+    assert one.keys() == other.keys() and all(
+        np.allclose(one[path], other[path], atol=1e-6) for path in one
+    )
     assert_same(base_values(second), base_values(first))
 
 
@@ -258,7 +273,10 @@ def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
     saved = VaultGemmaCausalLM.from_preset(tmp_path / "preset", preprocessor=None)
     expected = base_values(model)
     # keras-hub builds a quantized preset with float32 scales.
-    found = {path: value.astype(expected[path].dtype) for path, value in values(saved.backbone.weights).items()}
+    found = {
+        path: value.astype(expected[path].dtype)
+        for path, value in values(saved.backbone.weights).items()
+    }
     assert_same(found, expected)
 
 
@@ -278,7 +296,8 @@ def test_a_failed_load_changes_nothing(tmp_path):
     adapters.save_adapter(other, tmp_path / "other")
     before = logits(model)
     with pytest.raises(
-        ValueError, match=r"q_proj.lora_A.weight is misshapen.*Expected shape: \(2, 48\). Found: \(2, 32\)"
+        ValueError,
+        match=r"q_proj.lora_A.weight is misshapen.*Expected shape: \(2, 48\). Found: \(2, 32\)",
     ):
         adapters.load_adapter(model, tmp_path / "other", name="other")
     assert adapters.names(model) == ["default"]
@@ -307,8 +326,14 @@ def test_a_damaged_ledger_changes_nothing(tmp_path):
         (dict(rank=2.5), "`rank` must be a positive integer. Received: rank=2.5"),
         (dict(rank=True), "`rank` must be a positive integer. Received: rank=True"),
         (dict(rank=2, alpha=0), "`alpha` must be a finite number above 0. Received: alpha=0"),
-        (dict(rank=2, alpha=float("inf")), "`alpha` must be a finite number above 0. Received: alpha=inf"),
-        (dict(rank=2, dropout=1.0), "`dropout` must be a number from 0 to below 1. Received: dropout=1.0"),
+        (
+            dict(rank=2, alpha=float("inf")),
+            "`alpha` must be a finite number above 0. Received: alpha=inf",
+        ),
+        (
+            dict(rank=2, dropout=1.0),
+            "`dropout` must be a number from 0 to below 1. Received: dropout=1.0",
+        ),
         (dict(rank=2, target_layer_names=["q_proj"]), "Received: 'q_proj'"),
         (dict(rank=2, name=""), "`name` must be a string that no adapter of this model has"),
         (dict(rank=2, name=3), "`name` must be .*Received: 3"),
@@ -331,7 +356,9 @@ def taken():
 def test_what_needs_another_state(tmp_path):
     model = make_model()
     for function in (adapters.merge, adapters.unmerge):
-        with pytest.raises(ValueError, match=f"`{function.__name__}` needs .*, and the model has none"):
+        with pytest.raises(
+            ValueError, match=f"`{function.__name__}` needs .*, and the model has none"
+        ):
             function(model)
     with pytest.raises(ValueError, match=r"`name` must be one of \[\]. Received: None"):
         adapters.save_adapter(model, tmp_path / "none")
@@ -348,7 +375,9 @@ def test_what_needs_another_state(tmp_path):
         lambda model: adapters.load_adapter(model, tmp_path / "a", name="b"),
         lambda model: model.backbone.enable_lora(2, name="b"),
     ):
-        with pytest.raises(ValueError, match="'default' is merged into the model; call `lora.unmerge` first"):
+        with pytest.raises(
+            ValueError, match="'default' is merged into the model; call `lora.unmerge` first"
+        ):
             change(model)
     model.quantize("int8")
     with pytest.raises(ValueError, match="as `merge` left them, and .*query was quantized since"):
@@ -358,7 +387,8 @@ def test_what_needs_another_state(tmp_path):
 def test_an_int4_base_is_refused():
     model = make_model(mode="int4")
     with pytest.raises(
-        ValueError, match="base in floating point or int8. Received: decoder_block_0/attention/query in int4"
+        ValueError,
+        match="base in floating point or int8. Received: decoder_block_0/attention/query in int4",
     ):
         model.backbone.enable_lora(2)
     assert adapters.names(model) == []
@@ -374,7 +404,10 @@ def test_keras_hubs_own_files_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_16_bit_weights_is_refused(dtype):
     model = make_model(dtype)
-    with pytest.raises(ValueError, match=f'load the model with dtype="mixed_bfloat16".*enable_lora.*of dtype {dtype}'):
+    with pytest.raises(
+        ValueError,
+        match=f'load the model with dtype="mixed_bfloat16".*enable_lora.*of dtype {dtype}',
+    ):
         fit(model)
 
 
@@ -382,4 +415,6 @@ def test_full_fine_tuning_moves_every_weight():
     model = make_model("mixed_bfloat16")
     before = base_values(model)
     fit(model, epochs=2, optimizer=keras.optimizers.Adam(1e-2))
-    assert [path for path, value in base_values(model).items() if np.array_equal(value, before[path])] == []
+    assert [
+        path for path, value in base_values(model).items() if np.array_equal(value, before[path])
+    ] == []

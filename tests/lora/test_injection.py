@@ -29,9 +29,15 @@ def test_every_matrix_can_have_an_adapter(backbone):
         (["token_embedding", r".*_1/up"], ["token_embedding", "decoder_block_1/up"]),
         (
             [r"decoder_block_0/attention/.*"],
-            [f"decoder_block_0/attention/{name}" for name in ("query", "key", "value", "attention_output")],
+            [
+                f"decoder_block_0/attention/{name}"
+                for name in ("query", "key", "value", "attention_output")
+            ],
         ),
-        ([r".*_0/(gate|up)", "gate"], ["decoder_block_0/gate", "decoder_block_0/up", "decoder_block_1/gate"]),
+        (
+            [r".*_0/(gate|up)", "gate"],
+            ["decoder_block_0/gate", "decoder_block_0/up", "decoder_block_1/gate"],
+        ),
     ],
 )
 def test_targets(backbone, targets, expected):
@@ -43,7 +49,10 @@ def test_targets(backbone, targets, expected):
     [
         (["query", "q_proj"], "must be one of .*'token_embedding', 'query'.*Received: 'q_proj'"),
         (["attention"], "Received: 'attention'"),
-        (["decoder_block_7/.*"], "match a path as decoder_block_0/attention/query. Received: 'decoder_block_7"),
+        (
+            ["decoder_block_7/.*"],
+            "match a path as decoder_block_0/attention/query. Received: 'decoder_block_7",
+        ),
         ([r"query("], r"a name or a regular expression. Received: 'query\('"),
         ([3], "a name or a regular expression. Received: 3"),
         ([], "must name a layer"),
@@ -59,28 +68,41 @@ def test_in_and_out_to_the_bit():
     random = np.random.default_rng(0)
     layers = injection.adaptable_layers(backbone)
     factors = {
-        path: (random.normal(size=(48, 5)).astype("float32"), random.normal(size=(5, width)).astype("float32"))
+        path: (
+            random.normal(size=(48, 5)).astype("float32"),
+            random.normal(size=(5, width)).astype("float32"),
+        )
         for path, width in (("decoder_block_0/attention/key", 64), ("decoder_block_0/gate", 96))
     }
     injection.inject(backbone, Adapter(5, 2.5, 0.25, factors))
     assert [v.path for v in backbone.trainable_variables] == [
         f"{path}/lora_kernel_{x}" for path in factors for x in "ab"
     ]
-    assert (layers["decoder_block_0/gate"].lora_scale, layers["decoder_block_0/gate"].lora_dropout) == (0.5, 0.25)
+    assert (
+        layers["decoder_block_0/gate"].lora_scale,
+        layers["decoder_block_0/gate"].lora_dropout,
+    ) == (0.5, 0.25)
     new = {path: (a + 1, b * 2) for path, (a, b) in factors.items()}
     for values in (factors, new):
         injection.assign_factors(backbone, Adapter(5, 2.5, 0.25, values))
         read = injection.read_factors(backbone, Adapter(5, 2.5, 0.25, dict.fromkeys(factors)))
         for path, pair in values.items():
-            assert all(np.array_equal(one, other) for one, other in zip(read.factors[path], pair, strict=True))
+            assert all(
+                np.array_equal(one, other)
+                for one, other in zip(read.factors[path], pair, strict=True)
+            )
     injection.assign_factors(backbone, Adapter(5, 2.5, 0.25, factors))
-    assert np.array_equal(read.factors["decoder_block_0/gate"][0], new["decoder_block_0/gate"][0])  # no view
+    assert np.array_equal(
+        read.factors["decoder_block_0/gate"][0], new["decoder_block_0/gate"][0]
+    )  # no view
     base = to_numpy(layers["decoder_block_0/gate"].weights[0]).T
     merged = injection.saved_values(layers["decoder_block_0/gate"])
     a, b = factors["decoder_block_0/gate"]
     np.testing.assert_allclose(merged["0"], base + 0.5 * a @ b, rtol=1e-5, atol=1e-5)
     injection.remove_factors(backbone)
-    assert backbone.trainable_variables == [] and not any("lora" in v.path for v in backbone.variables)
+    assert backbone.trainable_variables == [] and not any(
+        "lora" in v.path for v in backbone.variables
+    )
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="Keras distributes models on JAX only")
@@ -88,14 +110,21 @@ def test_each_device_is_given_its_part_of_a_factor(monkeypatch):
     """And not by a program that Keras compiles, in which a large factor is a constant."""
     layouts, from_numpy = [], backend.from_numpy
     monkeypatch.setattr(
-        backend, "from_numpy", lambda array, layout=None: layouts.append(layout) or from_numpy(array, layout)
+        backend,
+        "from_numpy",
+        lambda array, layout=None: layouts.append(layout) or from_numpy(array, layout),
     )
     map_of = LayoutMap(DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"]))
     map_of["decoder_block_0/gate/lora_kernel_b"] = (None, "model")
-    factors = {"decoder_block_0/gate": (np.ones((48, 2), "float32"), np.full((2, 96), 3, "float32"))}
+    factors = {
+        "decoder_block_0/gate": (np.ones((48, 2), "float32"), np.full((2, 96), 3, "float32"))
+    }
     with ModelParallel(layout_map=map_of, auto_shard_dataset=False).scope():
         backbone = random_backbone(num_layers=1)
         injection.inject(backbone, Adapter(2, 2.0, 0.0, factors))
     assert [tuple(layout.spec) for layout in layouts] == [(None, None), (None, "model")]
     found = injection.adaptable_layers(backbone)["decoder_block_0/gate"].lora_factors
-    assert all(np.array_equal(to_numpy(x), y) for x, y in zip(found, factors["decoder_block_0/gate"], strict=True))
+    assert all(
+        np.array_equal(to_numpy(x), y)
+        for x, y in zip(found, factors["decoder_block_0/gate"], strict=True)
+    )

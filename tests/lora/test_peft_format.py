@@ -74,14 +74,20 @@ def written(folder, **changes):
     """A folder with an adapter on all query and value layers as PEFT writes it, and its config's `changes`."""
     random = np.random.default_rng(0)
     tensors = {
-        f"base_model.model.model.layers.{i}.self_attn.{name}.{factor}.weight": random.normal(size=shape).astype(
-            "float32"
-        )
+        f"base_model.model.model.layers.{i}.self_attn.{name}.{factor}.weight": random.normal(
+            size=shape
+        ).astype("float32")
         for i in range(3)
         for name in ("q_proj", "v_proj")
         for factor, shape in (("lora_A", (4, 48)), ("lora_B", (64, 4)))
     }
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"], **changes}
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["v_proj", "q_proj"],
+        **changes,
+    }
     folder.mkdir(exist_ok=True)
     (folder / peft_format.CONFIG).write_text(json.dumps(config))
     save(folder, tensors)
@@ -96,7 +102,13 @@ ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token
 
 
 @pytest.mark.parametrize(
-    "targets", [["query", "value"], ALL, ["token_embedding"], [r"decoder_block_[12]/attention/.*", r".*_0/down"]]
+    "targets",
+    [
+        ["query", "value"],
+        ALL,
+        ["token_embedding"],
+        [r"decoder_block_[12]/attention/.*", r".*_0/down"],
+    ],
 )
 def test_peft_loads_ours(model, base, targets, tmp_path):
     before = logits(model)
@@ -112,12 +124,23 @@ def test_peft_loads_ours(model, base, targets, tmp_path):
     np.testing.assert_allclose(their_logits(theirs), expected, atol=2e-4)
     config = peft.PeftConfig.from_pretrained(tmp_path / "ours")
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (3, 7, 0.0, "none")
-    assert (config.peft_type, config.task_type) == ("LORA", "CAUSAL_LM") and config.base_model_name_or_path == str(
-        base[1]
-    )
+    assert (config.peft_type, config.task_type) == (
+        "LORA",
+        "CAUSAL_LM",
+    ) and config.base_model_name_or_path == str(base[1])
     if targets == ALL:
         assert config.target_modules == {
-            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+            *(
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "embed_tokens",
+                "lm_head",
+            )
         }
 
 
@@ -128,11 +151,17 @@ def test_peft_loads_ours(model, base, targets, tmp_path):
         dict(target_modules="all-linear"),
         dict(target_modules=r".*layers\.[01]\.mlp\.(up|down)_proj"),
         dict(target_modules=["k_proj"], layers_to_transform=[0, 2]),
-        dict(target_modules=["k_proj", "q_proj"], exclude_modules=["model.layers.1.self_attn.k_proj"]),
+        dict(
+            target_modules=["k_proj", "q_proj"], exclude_modules=["model.layers.1.self_attn.k_proj"]
+        ),
         dict(target_modules=["embed_tokens", "o_proj"], ensure_weight_tying=True),
         dict(target_modules=["lm_head"], ensure_weight_tying=True),
         dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0]),
-        dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0], ensure_weight_tying=True),
+        dict(
+            target_modules=["embed_tokens", "q_proj"],
+            layers_to_transform=[0],
+            ensure_weight_tying=True,
+        ),
         dict(target_modules=["k_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=0),
     ],
 )
@@ -141,7 +170,8 @@ def test_ours_loads_one_of_peft(model, base, options, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied embeddings
         theirs = peft.get_peft_model(
-            their_model(base[1]), peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options)
+            their_model(base[1]),
+            peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options),
         )
     torch.manual_seed(0)
     for name, parameter in theirs.named_parameters():
@@ -157,14 +187,23 @@ def test_ours_loads_one_of_peft(model, base, options, tmp_path):
 def test_written_and_read_to_the_bit(hyperparameters, tmp_path):
     ours = random_adapter(attention__query=(48, 64), down=(96, 48))
     ours = ours._replace(
-        factors={"token_embedding": (np.ones((128, 3), "f4"), np.full((3, 48), 2, "f4")), **ours.factors}
+        factors={
+            "token_embedding": (np.ones((128, 3), "f4"), np.full((3, 48), 2, "f4")),
+            **ours.factors,
+        }
     )
     peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
     read = peft_format.read_adapter(tmp_path / "a", hyperparameters)
     assert read[:3] == (3, 5.0, 0.25) and list(read.factors) == list(ours.factors)
     for path, factors in ours.factors.items():
-        assert all(np.array_equal(one, other) for one, other in zip(read.factors[path], factors, strict=True))
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [peft_format.CONFIG, peft_format.WEIGHTS]
+        assert all(
+            np.array_equal(one, other)
+            for one, other in zip(read.factors[path], factors, strict=True)
+        )
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        peft_format.CONFIG,
+        peft_format.WEIGHTS,
+    ]
     config = json.loads((tmp_path / "a" / peft_format.CONFIG).read_text())
     assert config["target_modules"] == [
         "lm_head",
@@ -197,13 +236,22 @@ def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
         (dict(rank_pattern={"q_proj": 2}), "`rank_pattern` must be absent"),
         (dict(modules_to_save=["lm_head"]), "`modules_to_save` must be absent"),
         (dict(a_new_method=True), "`a_new_method` must be absent"),
-        (dict(init_lora_weights="pissa"), "`init_lora_weights` must be one that leaves the base.*'pissa'"),
+        (
+            dict(init_lora_weights="pissa"),
+            "`init_lora_weights` must be one that leaves the base.*'pissa'",
+        ),
         (dict(init_lora_weights=1), "`init_lora_weights` must be .*Received: 1"),
         (dict(fan_in_fan_out=True), "`fan_in_fan_out` must be false"),
-        (dict(target_modules=None), "`target_modules` must be a list of names or a string. Received: None"),
+        (
+            dict(target_modules=None),
+            "`target_modules` must be a list of names or a string. Received: None",
+        ),
         (dict(target_modules=[1]), "`target_modules` must be a list of names or a string"),
         (dict(exclude_modules=3), "`exclude_modules` must be null, a list of names or a string"),
-        (dict(layers_to_transform="all"), "`layers_to_transform` must be null, an integer or a list"),
+        (
+            dict(layers_to_transform="all"),
+            "`layers_to_transform` must be null, an integer or a list",
+        ),
     ],
 )
 def test_a_config_that_means_something_else(hyperparameters, tmp_path, changes, message):
@@ -229,14 +277,20 @@ def test_tensors_that_do_not_fit(hyperparameters, tmp_path):
             {QUERY.replace("layers.0", "layers.3"): np.zeros((4, 48), "f4")},
             r"layers.3.self_attn.q_proj.lora_A.weight is unknown in .*Expected shape: None. Found: \(4, 48\)",
         ),
-        ({QUERY.replace("q_proj", "c_attn"): np.zeros((4, 48), "f4")}, "c_attn.lora_A.weight is unknown"),
+        (
+            {QUERY.replace("q_proj", "c_attn"): np.zeros((4, 48), "f4")},
+            "c_attn.lora_A.weight is unknown",
+        ),
         (
             {QUERY.replace("lora_A", "lora_magnitude_vector"): np.zeros(4, "f4")},
             "lora_magnitude_vector.weight is unknown",
         ),
     ]
     for changes, message in cases:
-        save(folder, {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None})
+        save(
+            folder,
+            {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None},
+        )
         with pytest.raises(ValueError, match=message):
             peft_format.read_adapter(folder, hyperparameters)
 
@@ -244,32 +298,50 @@ def test_tensors_that_do_not_fit(hyperparameters, tmp_path):
 def test_an_adapter_of_another_model(hyperparameters, tmp_path):
     written(tmp_path / "a")
     for change, message in [
-        (dict(num_layers=4), r"layers.3.self_attn.q_proj.lora_A.weight is missing.*\(4, 48\). Found: None"),
-        (dict(num_layers=2), r"layers.2.self_attn.q_proj.lora_A.weight is unknown.*None. Found: \(4, 48\)"),
-        (dict(hidden_dim=32), r"layers.0.self_attn.q_proj.lora_A.weight is misshapen.*\(4, 32\). Found: \(4, 48\)"),
-        (dict(head_dim=8), r"layers.0.self_attn.q_proj.lora_B.weight is misshapen.*\(32, 4\). Found: \(64, 4\)"),
+        (
+            dict(num_layers=4),
+            r"layers.3.self_attn.q_proj.lora_A.weight is missing.*\(4, 48\). Found: None",
+        ),
+        (
+            dict(num_layers=2),
+            r"layers.2.self_attn.q_proj.lora_A.weight is unknown.*None. Found: \(4, 48\)",
+        ),
+        (
+            dict(hidden_dim=32),
+            r"layers.0.self_attn.q_proj.lora_A.weight is misshapen.*\(4, 32\). Found: \(4, 48\)",
+        ),
+        (
+            dict(head_dim=8),
+            r"layers.0.self_attn.q_proj.lora_B.weight is misshapen.*\(32, 4\). Found: \(64, 4\)",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             peft_format.read_adapter(tmp_path / "a", {**hyperparameters, **change})
     written(tmp_path / "a", target_modules=[])
     save(tmp_path / "a", {})
     with pytest.raises(
-        ValueError, match=r"`target_modules` must be names of layers that this model has. Received: \[\]"
+        ValueError,
+        match=r"`target_modules` must be names of layers that this model has. Received: \[\]",
     ):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
 def test_an_embedding_whose_head_is_not_tied(hyperparameters, tmp_path):
-    ours = Adapter(2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))})
+    ours = Adapter(
+        2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))}
+    )
     peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
     tensors = safetensors.numpy.load_file(tmp_path / "a" / peft_format.WEIGHTS)
     head = "base_model.model.lm_head.lora_B.weight"
     save(tmp_path / "a", {**tensors, head: tensors[head] + 1})
     with pytest.raises(
-        ValueError, match="lm_head.lora_B.weight must be the transpose of .*embed_tokens.lora_embedding_A"
+        ValueError,
+        match="lm_head.lora_B.weight must be the transpose of .*embed_tokens.lora_embedding_A",
     ):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
-    save(tmp_path / "a", {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
+    save(
+        tmp_path / "a", {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    )
     with pytest.raises(ValueError, match="lm_head.lora_A.weight is missing"):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
@@ -292,7 +364,9 @@ def test_a_failed_save_leaves_the_last_adapter(hyperparameters, tmp_path, monkey
     written(tmp_path / "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     monkeypatch.setattr(
-        peft_format, "write_safetensors", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+        peft_format,
+        "write_safetensors",
+        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")),
     )
     with pytest.raises(OSError, match="No space left"):
         peft_format.write_adapter(tmp_path / "a", random_adapter(down=(96, 48)), hyperparameters)

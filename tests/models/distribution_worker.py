@@ -56,7 +56,11 @@ def batch():
 def whole(x):
     """The value of a variable that may be divided among devices and processes."""
     x = x.value
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    return (
+        np.asarray(x)
+        if x.is_fully_addressable
+        else multihost_utils.process_allgather(x, tiled=True)
+    )
 
 
 def layout(variable):
@@ -72,7 +76,9 @@ def fit(model, optimizer, steps=1, **compile_options):
     model.compile(optimizer=optimizer, **compile_options)
     x, y, weight = batch()
     distribution = keras.distribution.distribution()
-    shares = 1 if distribution is None else min(distribution.num_model_replicas, jax.process_count())
+    shares = (
+        1 if distribution is None else min(distribution.num_model_replicas, jax.process_count())
+    )
     share = slice(jax.process_index(), None, shares) if shares > 1 else slice(None)
     x, y, weight = jax.tree.map(lambda a: a[share], (x, y, weight))
     options = dict(batch_size=len(y), epochs=steps, shuffle=False, verbose=0)
@@ -96,7 +102,9 @@ def lora(results, quantized=False):
     if quantized:
         trained.quantize("int8")
         results["greedy"] = generated(trained)
-    trained.backbone.enable_lora(2, target_layer_names=["up", "attention_output", "token_embedding"])
+    trained.backbone.enable_lora(
+        2, target_layer_names=["up", "attention_output", "token_embedding"]
+    )
     factors = [v for v in trained.backbone.variables if "lora" in v.path]
     rng = np.random.default_rng(2)
     for v in factors:
@@ -117,10 +125,16 @@ def loaded(results):
     """An adapter from a file, trained with gradient checkpointing, and merged."""
     rng, folder, trained = np.random.default_rng(2), f"{sys.argv[1]}.loaded", model()
     layers = injection.adaptable_layers(trained.backbone)
-    paths = [path for path, layer in layers.items() if layer.name in ("up", "attention_output", "token_embedding")]
+    paths = [
+        path
+        for path, layer in layers.items()
+        if layer.name in ("up", "attention_output", "token_embedding")
+    ]
     sizes = {path: layers[path].adapted_shape for path in paths}
     factors = {
-        path: tuple(rng.normal(size=size).astype("float32") * 0.1 for size in ((width, 2), (2, units)))
+        path: tuple(
+            rng.normal(size=size).astype("float32") * 0.1 for size in ((width, 2), (2, units))
+        )
         for path, (width, units) in sizes.items()
     }
     write_adapter(folder, Adapter(2, 4.0, 0.0, factors), trained.backbone.get_config())
@@ -140,7 +154,9 @@ def generate(results):
 
 
 def generated(model):
-    return np.array(model.generate(PROMPTS, max_new_tokens=20, strip_prompt=True, stop_token_ids=None))
+    return np.array(
+        model.generate(PROMPTS, max_new_tokens=20, strip_prompt=True, stop_token_ids=None)
+    )
 
 
 def save(results):
@@ -161,7 +177,9 @@ def shares(results):
 
     call = jax.jit(lambda *tensors: backend.per_device(function, *tensors))
     for count in (ROWS, ROWS - 1):
-        results[f"{count}/products"], results[f"{count}/sum"] = call(np.arange(count, dtype="float32"), np.float32(3))
+        results[f"{count}/products"], results[f"{count}/sum"] = call(
+            np.arange(count, dtype="float32"), np.float32(3)
+        )
     results["layout/seen"] = np.array(seen)
 
 

@@ -36,7 +36,9 @@ def backbone(request):
 
 def logits(backbone, token_ids, padding_mask):
     model = VaultGemmaCausalLM(backbone)
-    return to_numpy(model({"token_ids": np.array(token_ids), "padding_mask": np.array(padding_mask)}))
+    return to_numpy(
+        model({"token_ids": np.array(token_ids), "padding_mask": np.array(padding_mask)})
+    )
 
 
 def test_equals_the_reference(backbone):
@@ -86,7 +88,10 @@ def test_variables_have_names_to_address_them_by():
     assert paths == [
         "token_embedding/embeddings",
         "decoder_block_0/attention_norm/scale",
-        *(f"decoder_block_0/attention/{name}/weight" for name in ("query", "key", "value", "attention_output")),
+        *(
+            f"decoder_block_0/attention/{name}/weight"
+            for name in ("query", "key", "value", "attention_output")
+        ),
         "decoder_block_0/mlp_norm/scale",
         *(f"decoder_block_0/{name}/weight" for name in ("gate", "up", "down")),
         "final_norm/scale",
@@ -108,7 +113,9 @@ def test_bfloat16_turns_by_float32_angles():
     seen = {}
     attention = backbone.transformer_layers[0].attention
     call = attention.call
-    attention.call = lambda x, angles, **kwargs: seen.update(angles=angles) or call(x, angles, **kwargs)
+    attention.call = lambda x, angles, **kwargs: (
+        seen.update(angles=angles) or call(x, angles, **kwargs)
+    )
     backbone.walk(keras.ops.ones((1, 258), "int32"), keras.ops.arange(258, dtype="int32")[None])
     cos = to_numpy(seen["angles"][0])
     assert cos.dtype == np.float32
@@ -126,7 +133,11 @@ class Stored:
 def test_initial_values_take_the_place_of_random_ones(monkeypatch):
     source = random_backbone()
     values = {v.path: Stored(to_numpy(v) + 1) for v in source.variables}
-    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", lambda *_, **__: pytest.fail("drew random values"))
+    monkeypatch.setattr(
+        keras.initializers.RandomNormal,
+        "__call__",
+        lambda *_, **__: pytest.fail("drew random values"),
+    )
     backbone = random_backbone(initial_values=values)
     for variable in backbone.variables:
         np.testing.assert_array_equal(to_numpy(variable), values[variable.path].array)
@@ -135,11 +146,15 @@ def test_initial_values_take_the_place_of_random_ones(monkeypatch):
         random_backbone(num_layers=2, initial_values=values)
     values["final_norm/scale"] = Stored(np.ones(3))
     with pytest.raises(
-        ValueError, match=r"The value of final_norm/scale must have the shape \(48,\). Received: \(3,\)"
+        ValueError,
+        match=r"The value of final_norm/scale must have the shape \(48,\). Received: \(3,\)",
     ):
         random_backbone(initial_values=values)
     del values["decoder_block_0/up/weight"]
-    with pytest.raises(ValueError, match=r"decoder_block_0/up/weight must have the shape \(96, 48\). Received: None"):
+    with pytest.raises(
+        ValueError,
+        match=r"decoder_block_0/up/weight must have the shape \(96, 48\). Received: None",
+    ):
         random_backbone(initial_values=values)
 
 

@@ -37,7 +37,9 @@ def test_max_length_counts_the_prompt(tiny):
     prompt = "Once upon a time"
     row = tiny.preprocessor.tokenize_prompts([prompt])[0]
     assert tiny.generate(prompt, max_length=len(row)) == prompt
-    with pytest.raises(ValueError, match=f"max_length=2 tokens.*Received: {len(row)} tokens in prompt 0"):
+    with pytest.raises(
+        ValueError, match=f"max_length=2 tokens.*Received: {len(row)} tokens in prompt 0"
+    ):
         tiny.generate(prompt, max_length=2)
     ids = tiny.generate([row], max_length=12, stop_token_ids=None)
     assert len(ids[0]) == 12
@@ -58,7 +60,9 @@ def test_text_stops_at_eos_and_chat_also_at_the_end_of_the_turn(tiny, monkeypatc
     asked = []
     monkeypatch.setattr(
         "keras_vaultgemma.generation.Generator.generate",
-        lambda self, rows, limits, stops, *others: asked.append(stops) or Generated(rows, None, ["length"]),
+        lambda self, rows, limits, stops, *others: (
+            asked.append(stops) or Generated(rows, None, ["length"])
+        ),
     )
     tiny.generate("Hi", max_new_tokens=3)
     tiny.generate([{"role": "user", "content": "Hi"}], max_new_tokens=3)
@@ -74,13 +78,18 @@ def test_padded_ids_in_padded_ids_out(model):
         "token_ids": [[2, 17, 5, 0, 0, 0, 0, 0], [2] + [9] * 7],
         "padding_mask": [[1] * 3 + [0] * 5, [1] + [0] * 7],
     }
-    left = {"token_ids": [[0] * 5 + [2, 17, 5], [9] * 7 + [2]], "padding_mask": [[0] * 5 + [1] * 3, [0] * 7 + [1]]}
+    left = {
+        "token_ids": [[0] * 5 + [2, 17, 5], [9] * 7 + [2]],
+        "padding_mask": [[0] * 5 + [1] * 3, [0] * 7 + [1]],
+    }
     for inputs in (right, left):
         inputs = {key: np.array(value) for key, value in inputs.items()}
         out = model.generate(inputs, stop_token_ids=None)
         assert out["token_ids"].tolist() == full
         assert out["padding_mask"].tolist() == [[1] * 8] * 2
-    stopped = model.generate({k: np.array(v) for k, v in right.items()}, stop_token_ids=[full[0][4]])
+    stopped = model.generate(
+        {k: np.array(v) for k, v in right.items()}, stop_token_ids=[full[0][4]]
+    )
     n = full[0].index(full[0][4], 3) + 1
     assert stopped["token_ids"][0].tolist() == full[0][:n] + [0] * (8 - n)
     assert stopped["padding_mask"][0].tolist() == [1] * n + [0] * (8 - n)
@@ -102,7 +111,10 @@ def test_sampler_of_compile_is_used(model):
     )
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="imports TensorFlow, which other backends never do",
+)
 def test_generate_and_fit_on_tf_data():
     import tensorflow as tf
 
@@ -111,7 +123,9 @@ def test_generate_and_fit_on_tf_data():
     assert model.generate(dataset, max_new_tokens=4, strip_prompt=True) == model.generate(
         LINES, max_new_tokens=4, strip_prompt=True
     )
-    losses = [model.evaluate(data, verbose=0, return_dict=True)["loss"] for data in (dataset, LINES)]
+    losses = [
+        model.evaluate(data, verbose=0, return_dict=True)["loss"] for data in (dataset, LINES)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     model.fit(dataset, verbose=0)
 
@@ -122,7 +136,10 @@ def test_generate_and_fit_on_tf_data():
         (dict(max_length=5, max_new_tokens=5), "one of `max_length` and `max_new_tokens`"),
         (dict(max_new_tokens=0), "`max_new_tokens` must be 1 or more. Received: 0"),
         (dict(max_length=-1), "`max_length` must be 1 or more. Received: -1"),
-        (dict(stop_token_ids="eos"), "`stop_token_ids` must be 'auto', None or a list of ids. Received: 'eos'"),
+        (
+            dict(stop_token_ids="eos"),
+            "`stop_token_ids` must be 'auto', None or a list of ids. Received: 'eos'",
+        ),
     ],
 )
 def test_generate_refuses_options(tiny, options, message):
@@ -169,7 +186,9 @@ def test_reload_after_fine_tuning(tmp_path):
     model = load_tiny()
     model.fit(LINES, batch_size=4, verbose=0)
     model.save_to_preset(tmp_path / "preset")
-    np.testing.assert_array_equal(logits_of(VaultGemmaCausalLM.from_preset(tmp_path / "preset")), logits_of(model))
+    np.testing.assert_array_equal(
+        logits_of(VaultGemmaCausalLM.from_preset(tmp_path / "preset")), logits_of(model)
+    )
     backbone = VaultGemmaBackbone.from_preset(tmp_path / "preset")
     np.testing.assert_array_equal(to_numpy(backbone(IDS)), to_numpy(model.backbone(IDS)))
 
@@ -239,12 +258,17 @@ def test_hugging_face_folder_with_vocabulary(tmp_path, tiny):
     model = VaultGemmaCausalLM.from_preset(tmp_path)
     assert model.preprocessor.sequence_length == 48
     assert model.generate("Once upon", max_new_tokens=3).startswith("Once upon")
-    assert VaultGemmaCausalLM.from_preset(tmp_path, dtype="bfloat16").backbone.compute_dtype == "bfloat16"
+    assert (
+        VaultGemmaCausalLM.from_preset(tmp_path, dtype="bfloat16").backbone.compute_dtype
+        == "bfloat16"
+    )
 
 
 def test_head_is_the_embedding():
     model = VaultGemmaCausalLM(random_backbone(final_logit_soft_cap=4.0))
     hidden = np.random.default_rng(0).normal(size=(1, 2, 48)).astype("float32")
     expected = 4 * np.tanh(hidden @ to_numpy(model.backbone.token_embedding.embeddings).T / 4)
-    np.testing.assert_allclose(to_numpy(model.logits(keras.ops.convert_to_tensor(hidden))), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        to_numpy(model.logits(keras.ops.convert_to_tensor(hidden))), expected, atol=1e-5
+    )
     assert model.count_params() == model.backbone.count_params()

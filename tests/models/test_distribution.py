@@ -50,7 +50,10 @@ def axes_of(layout_map, path):
         ("token_embedding/embeddings_scale", ("model",)),
         ("token_embedding/lora_embeddings_a", ("model", None)),
         ("token_embedding/lora_embeddings_b", None),
-        *[(f"decoder_block_0/attention/{name}/weight", ("model", None)) for name in ("query", "key", "value")],
+        *[
+            (f"decoder_block_0/attention/{name}/weight", ("model", None))
+            for name in ("query", "key", "value")
+        ],
         ("decoder_block_25/attention/query/kernel_scale", ("model",)),
         ("decoder_block_25/attention/query/lora_kernel_a", None),
         ("decoder_block_25/attention/query/lora_kernel_b", (None, "model")),
@@ -81,7 +84,11 @@ def test_four_heads_on_eight_devices_stay_whole_and_the_rest_is_divided():
     )
     with pytest.warns(UserWarning, match=message):
         layout_map = VaultGemmaBackbone.get_layout_map(mesh(1, 8))
-    divided = {weight.path for weight in weight_map.weight_map(ONE_B) if layout_map[weight.path] is not None}
+    divided = {
+        weight.path
+        for weight in weight_map.weight_map(ONE_B)
+        if layout_map[weight.path] is not None
+    }
     assert divided == {"token_embedding/embeddings"} | {
         f"decoder_block_{i}/{name}/weight" for i in range(26) for name in ("gate", "up", "down")
     }
@@ -89,12 +96,15 @@ def test_four_heads_on_eight_devices_stay_whole_and_the_rest_is_divided():
 
 @needs_jax
 @pytest.mark.parametrize(
-    "devices, whole", [(1, ""), (2, ""), (3, "attention and the embedding"), (5, "attention and the MLP")]
+    "devices, whole",
+    [(1, ""), (2, ""), (3, "attention and the embedding"), (5, "attention and the MLP")],
 )
 def test_whatever_is_divided_is_divided_evenly(devices, whole, recwarn):
     layout_map = VaultGemmaBackbone.get_layout_map(mesh(1, devices))
     messages = [str(warning.message) for warning in recwarn]
-    assert len(messages) == bool(whole) and all(f"holds all of {whole} and computes" in text for text in messages)
+    assert len(messages) == bool(whole) and all(
+        f"holds all of {whole} and computes" in text for text in messages
+    )
     for weight in weight_map.weight_map(ONE_B):
         for axis, size in zip(axes_of(layout_map, weight.path) or (), weight.shape, strict=False):
             assert axis is None or size % devices == 0, weight.path
@@ -102,18 +112,28 @@ def test_whatever_is_divided_is_divided_evenly(devices, whole, recwarn):
 
 @needs_jax
 def test_sizes_are_those_of_the_model_that_is_asked_for():
-    grouped = VaultGemmaBackbone.get_layout_map(mesh(1, 2), num_query_heads=8, num_key_value_heads=2)
+    grouped = VaultGemmaBackbone.get_layout_map(
+        mesh(1, 2), num_query_heads=8, num_key_value_heads=2
+    )
     assert axes_of(grouped, "decoder_block_0/attention/key/weight") == ("model", None)
     with pytest.warns(UserWarning, match="num_key_value_heads=2: "):
-        grouped = VaultGemmaBackbone.get_layout_map(mesh(1, 4), num_query_heads=8, num_key_value_heads=2)
+        grouped = VaultGemmaBackbone.get_layout_map(
+            mesh(1, 4), num_query_heads=8, num_key_value_heads=2
+        )
     assert axes_of(grouped, "decoder_block_0/attention/query/weight") is None
-    with pytest.warns(UserWarning, match="do not divide num_key_value_heads=4, vocabulary_size=4096: "):
-        VaultGemmaBackbone.get_layout_map(mesh(1, 3), preset="vaultgemma_tiny", intermediate_dim=513)
+    with pytest.warns(
+        UserWarning, match="do not divide num_key_value_heads=4, vocabulary_size=4096: "
+    ):
+        VaultGemmaBackbone.get_layout_map(
+            mesh(1, 3), preset="vaultgemma_tiny", intermediate_dim=513
+        )
 
 
 @needs_jax
 def test_axes_may_have_other_names():
-    layout_map = VaultGemmaBackbone.get_layout_map(mesh(2, 2, axes=("tensor", "data")), "tensor", "data")
+    layout_map = VaultGemmaBackbone.get_layout_map(
+        mesh(2, 2, axes=("tensor", "data")), "tensor", "data"
+    )
     assert axes_of(layout_map, "decoder_block_0/down/weight") == (None, "tensor")
 
 
@@ -127,8 +147,16 @@ def test_axes_may_have_other_names():
             {},
             r"`model_parallel_dim_name` must be one of the mesh's axes \('batch', 'model'\). Received: model_parallel_dim_name='tensor'",
         ),
-        ((mesh(2, 2), "model", "data"), {}, r"`data_parallel_dim_name` must be one of .*data_parallel_dim_name='data'"),
-        ((mesh(2, 2), "model", "model"), {}, "must be two axes of the mesh. Received: 'model' for both"),
+        (
+            (mesh(2, 2), "model", "data"),
+            {},
+            r"`data_parallel_dim_name` must be one of .*data_parallel_dim_name='data'",
+        ),
+        (
+            (mesh(2, 2), "model", "model"),
+            {},
+            "must be two axes of the mesh. Received: 'model' for both",
+        ),
         ((mesh(2, 2),), dict(heads=3), "VaultGemmaBackbone has no argument 'heads'"),
         ((mesh(2, 2),), dict(preset="vaultgemma_2b"), "`preset` must be a bundled preset"),
     ],
@@ -142,7 +170,9 @@ def test_bad_arguments_are_refused(arguments, options, message):
 @pytest.mark.parametrize("rows, batch_size", [(10, 4), (8, 2), (34, None), (6, 8)])
 def test_batches_that_cannot_be_divided_are_refused_before_training(model, rows, batch_size):
     x = {"token_ids": np.ones((rows, 5), "int32"), "padding_mask": np.ones((rows, 5), "int32")}
-    message = f"must have a multiple of 4 rows.* Received: batch_size={batch_size or 32} and {rows} rows"
+    message = (
+        f"must have a multiple of 4 rows.* Received: batch_size={batch_size or 32} and {rows} rows"
+    )
     with keras.distribution.DataParallel(device_mesh=mesh(4, axes=("batch",))).scope():
         for call in (
             lambda: model.fit(x, x["token_ids"], batch_size=batch_size),
@@ -166,7 +196,9 @@ def test_batches_of_validation_data_are_checked_too(model):
 @pytest.mark.skipif(ON_JAX, reason="JAX distributes")
 def test_other_backends_say_that_they_would_ignore_it():
     name = keras.config.backend()
-    with pytest.raises(ValueError, match=f"distributed on the JAX backend only.* Received: KERAS_BACKEND='{name}'"):
+    with pytest.raises(
+        ValueError, match=f"distributed on the JAX backend only.* Received: KERAS_BACKEND='{name}'"
+    ):
         VaultGemmaBackbone.get_layout_map(mesh(1, 1))
 
 
@@ -243,7 +275,9 @@ def test_loss_and_gradients_equal_those_of_one_device(one_process, mesh):
 
 
 @needs_jax
-@pytest.mark.parametrize("task, mesh", [(task, mesh) for task, meshes in TASK_MESHES.items() for mesh in meshes])
+@pytest.mark.parametrize(
+    "task, mesh", [(task, mesh) for task, meshes in TASK_MESHES.items() for mesh in meshes]
+)
 def test_other_results_equal_those_of_one_device(one_process, task, mesh):
     assert_equal_to_one_device(one_process, mesh, task, one_process)
 
@@ -261,7 +295,9 @@ def test_lora_generation_and_saving_on_two_processes(one_process, two_processes,
 
 
 @needs_jax
-@pytest.mark.parametrize("mesh, seen", [("1", [8, 7]), ("4", [2, 7]), ("2x4", [4, 7]), ("1x2", [8, 7])])
+@pytest.mark.parametrize(
+    "mesh, seen", [("1", [8, 7]), ("4", [2, 7]), ("2x4", [4, 7]), ("1x2", [8, 7])]
+)
 def test_each_device_computes_the_rows_that_it_has(one_process, mesh, seen):
     assert one_process[f"{mesh}:shares"]["layout/seen"].tolist() == seen
 
@@ -273,7 +309,9 @@ def test_weights_are_loaded_in_parts(one_process):
     assert layouts["layout/decoder_block_0/attention/value/weight"] == "('model', None)"
     assert layouts["layout/decoder_block_0/down/weight"] == "(None, 'model')"
     assert layouts["layout/final_norm/scale"] == "(None,)"
-    assert one_process["1x8:full"]["layout/decoder_block_0/attention/value/weight"] == "(None, None)"
+    assert (
+        one_process["1x8:full"]["layout/decoder_block_0/attention/value/weight"] == "(None, None)"
+    )
 
 
 @needs_jax

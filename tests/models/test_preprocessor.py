@@ -63,7 +63,9 @@ def test_pairs_teach_the_response_and_its_end(preprocessor):
         assert x["token_ids"][i].tolist() == row + [0] * (16 - len(row))
         assert x["padding_mask"][i].tolist() == [1] * len(row) + [0] * (16 - len(row))
         assert y[i][weight[i] == 1].tolist() == answer
-        assert weight[i].tolist() == [0] * (len(prompt) - 1) + [1] * len(answer) + [0] * (17 - len(row))
+        assert weight[i].tolist() == [0] * (len(prompt) - 1) + [1] * len(answer) + [0] * (
+            17 - len(row)
+        )
     single = preprocessor({key: values[0] for key, values in PAIRS.items()}, sequence_length=16)
     assert single[0]["token_ids"].tolist() == x["token_ids"][0].tolist()
     assert single[2].tolist() == weight[0].tolist()
@@ -114,7 +116,8 @@ def test_without_special_tokens(preprocessor):
 
 
 @pytest.mark.parametrize(
-    "kind", [list, tuple, np.array, lambda x: np.array(x, object), lambda x: [s.encode() for s in x]]
+    "kind",
+    [list, tuple, np.array, lambda x: np.array(x, object), lambda x: [s.encode() for s in x]],
 )
 def test_kinds_of_input(preprocessor, kind):
     expected = preprocessor(TEXTS)
@@ -123,7 +126,10 @@ def test_kinds_of_input(preprocessor, kind):
     assert y.tolist() == expected[1].tolist() and weight.tolist() == expected[2].tolist()
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="imports TensorFlow, which other backends never do")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="imports TensorFlow, which other backends never do",
+)
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_tf_data_map(preprocessor, batch_size):
     import tensorflow as tf
@@ -133,7 +139,9 @@ def test_tf_data_map(preprocessor, batch_size):
     mapped = list(dataset.map(preprocessor).as_numpy_iterator())
     expected = preprocessor(TEXTS)
     stack = (lambda rows: rows[0]) if batch_size else np.stack
-    assert stack([x["token_ids"] for x, _, _ in mapped]).tolist() == expected[0]["token_ids"].tolist()
+    assert (
+        stack([x["token_ids"] for x, _, _ in mapped]).tolist() == expected[0]["token_ids"].tolist()
+    )
     assert stack([y for _, y, _ in mapped]).tolist() == expected[1].tolist()
     spec = dataset.map(preprocessor).element_spec
     assert spec[1].shape.as_list() == ([None, 8] if batch_size else [8])
@@ -152,7 +160,9 @@ def test_generate_preprocess_and_postprocess(preprocessor):
     assert preprocessor.generate_postprocess(x) == TEXTS
     tensors = {key: keras.ops.convert_to_tensor(value) for key, value in x.items()}
     assert preprocessor.generate_postprocess(tensors) == TEXTS
-    assert preprocessor.generate_preprocess("The fox", sequence_length=20)["token_ids"].shape == (20,)
+    assert preprocessor.generate_preprocess("The fox", sequence_length=20)["token_ids"].shape == (
+        20,
+    )
 
 
 def test_a_prompt_that_is_too_long(preprocessor):
@@ -164,7 +174,9 @@ def test_config_round_trip(preprocessor, tmp_path):
     preprocessor.save_to_preset(str(tmp_path / "preset"))
     again = VaultGemmaCausalLMPreprocessor.from_config(preprocessor.get_config())
     assert again.sequence_length == 8
-    assert (tmp_path / "preset/assets/tokenizer/vocabulary.spm").read_bytes() == preprocessor.tokenizer.proto
+    assert (
+        tmp_path / "preset/assets/tokenizer/vocabulary.spm"
+    ).read_bytes() == preprocessor.tokenizer.proto
 
 
 @pytest.mark.parametrize(
@@ -185,5 +197,9 @@ def test_as_texts_refuses(wrong, message):
 
 def test_empty_string_is_a_row_of_its_own(preprocessor):
     x, y, weight = preprocessor("")
-    assert x["token_ids"].tolist()[:2] == [2, 1] and y.tolist()[0] == 1 and weight.tolist() == [1] + [0] * 7
+    assert (
+        x["token_ids"].tolist()[:2] == [2, 1]
+        and y.tolist()[0] == 1
+        and weight.tolist() == [1] + [0] * 7
+    )
     assert to_numpy(preprocessor.generate_preprocess("")["token_ids"]).tolist() == [2] + [0] * 7

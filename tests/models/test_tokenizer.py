@@ -16,7 +16,14 @@ def tokenizer():
 
 
 def test_special_tokens_stand_at_gemmas_places(tokenizer):
-    names = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 106: "<start_of_turn>", 107: "<end_of_turn>"}
+    names = {
+        0: "<pad>",
+        1: "<eos>",
+        2: "<bos>",
+        3: "<unk>",
+        106: "<start_of_turn>",
+        107: "<end_of_turn>",
+    }
     names |= {108: "\n", 138: "\n" * 31, 139: "▁▁", 168: "▁" * 31, 217: "<0x00>", 472: "<0xFF>"}
     assert {i: tokenizer.id_to_token(i) for i in names} == names
     assert tokenizer.vocabulary_size() == 4096
@@ -58,7 +65,10 @@ def test_output_is_int32(tokenizer):
     assert to_numpy(tokenizer("Once")).dtype == np.int32
 
 
-@pytest.mark.skipif(not GENUINE, reason="GEMMA_VOCABULARY names no file: the genuine vocabulary is Google's, not ours")
+@pytest.mark.skipif(
+    not GENUINE,
+    reason="GEMMA_VOCABULARY names no file: the genuine vocabulary is Google's, not ours",
+)
 @pytest.mark.parametrize(
     "text, ids",
     [
@@ -85,8 +95,15 @@ def test_chat_template():
         "<start_of_turn>user\nA\nstory?<end_of_turn>\n"
     )
     assert apply_chat_template(messages) == text
-    assert apply_chat_template(messages, add_generation_prompt=True) == text + "<start_of_turn>model\n"
-    assert apply_chat_template([{**m, "role": m["role"].replace("assistant", "model")} for m in messages]) == text
+    assert (
+        apply_chat_template(messages, add_generation_prompt=True) == text + "<start_of_turn>model\n"
+    )
+    assert (
+        apply_chat_template(
+            [{**m, "role": m["role"].replace("assistant", "model")} for m in messages]
+        )
+        == text
+    )
 
 
 def test_chat_parts_alternate():
@@ -94,7 +111,13 @@ def test_chat_parts_alternate():
     given = "<start_of_turn>user\nA<end_of_turn>\n<start_of_turn>model\n"
     assert chat_parts([user]) == ["<start_of_turn>user\nA<end_of_turn>\n"]
     assert chat_parts([user, model]) == [given, "B<end_of_turn>", "\n"]
-    assert chat_parts([user, model] * 2) == [given, "B<end_of_turn>", "\n" + given, "B<end_of_turn>", "\n"]
+    assert chat_parts([user, model] * 2) == [
+        given,
+        "B<end_of_turn>",
+        "\n" + given,
+        "B<end_of_turn>",
+        "\n",
+    ]
 
 
 def test_as_chats():
@@ -117,9 +140,15 @@ def test_turn_markers_are_single_tokens(tokenizer):
         ([], "one or more messages"),
         ([{"role": "user"}], r"`messages\[0\]` must be a dict with 'role' and 'content'"),
         (["Hello"], r"`messages\[0\]` must be a dict.*'Hello'"),
-        ([{"role": "system", "content": "Be kind."}], r"must have the role 'user'.*no system role.*role='system'"),
+        (
+            [{"role": "system", "content": "Be kind."}],
+            r"must have the role 'user'.*no system role.*role='system'",
+        ),
         ([{"role": "assistant", "content": "Hi"}], r"`messages\[0\]` must have the role 'user'"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], r"`messages\[1\]`.*'assistant'"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+            r"`messages\[1\]`.*'assistant'",
+        ),
         (
             [{"role": "user", "content": "x<end_of_turn>\n<start_of_turn>model\ny"}],
             r"`messages\[0\]` must be a string with",

@@ -25,10 +25,14 @@ def test_loss_is_the_mean_over_tokens_that_count(tiny):
     nats = tiny.score(LINES)
     x, y, weight = tiny.preprocessor(LINES)
     # `fit` also predicts <eos>, which `score` of a prompt does not.
-    short = VaultGemmaCausalLMPreprocessor(tiny.preprocessor.tokenizer, sequence_length=64, add_end_token=False)
+    short = VaultGemmaCausalLMPreprocessor(
+        tiny.preprocessor.tokenizer, sequence_length=64, add_end_token=False
+    )
     x, y, weight = short(LINES)
     model = VaultGemmaCausalLM(tiny.backbone)
-    loss = model.evaluate(x, y, sample_weight=weight, batch_size=4, verbose=0, return_dict=True)["loss"]
+    loss = model.evaluate(x, y, sample_weight=weight, batch_size=4, verbose=0, return_dict=True)[
+        "loss"
+    ]
     assert loss == pytest.approx(nats.sum() / weight.sum(), rel=1e-5)
 
 
@@ -38,7 +42,9 @@ def test_lora_changes_its_factors_alone():
     model.compile(keras.optimizers.Adam(1e-2))
     before = {v.path: to_numpy(v).copy() for v in model.backbone.variables}
     losses = model.fit(LINES, batch_size=4, epochs=3, verbose=0).history["loss"]
-    changed = {v.path for v in model.backbone.variables if not np.array_equal(before[v.path], to_numpy(v))}
+    changed = {
+        v.path for v in model.backbone.variables if not np.array_equal(before[v.path], to_numpy(v))
+    }
     assert changed == {v.path for v in model.backbone.trainable_variables}
     assert all("lora_kernel" in path for path in changed) and len(changed) == 16
     assert losses[-1] < losses[0]
@@ -50,15 +56,23 @@ def test_predict_gives_logits(tiny):
 
 
 def small_with_text(sequence_length):
-    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset("vaultgemma_tiny", sequence_length=sequence_length)
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset(
+        "vaultgemma_tiny", sequence_length=sequence_length
+    )
     return VaultGemmaCausalLM(random_backbone(vocabulary_size=4096, num_layers=1), preprocessor)
 
 
 def test_loss_on_answers_alone():
     """The loss of pairs and of chats is the mean over the answers' tokens, as `score` gives them."""
     model = small_with_text(32)
-    pairs = {"prompts": ["The Hare was", "A Crow,"], "responses": [" once boasting of her speed.", " half-dead"]}
-    chat = [{"role": "user", "content": "Who won?"}, {"role": "assistant", "content": "The tortoise."}]
+    pairs = {
+        "prompts": ["The Hare was", "A Crow,"],
+        "responses": [" once boasting of her speed.", " half-dead"],
+    }
+    chat = [
+        {"role": "user", "content": "Who won?"},
+        {"role": "assistant", "content": "The tortoise."},
+    ]
     for data in (pairs, [chat, chat]):
         x, _, weight = model.preprocessor(data)
         losses = model.score(x["token_ids"], x["padding_mask"])
@@ -77,9 +91,15 @@ class Lines(keras.utils.PyDataset):
         return LINES[2 * index : 2 * index + 2]
 
 
-PAIRS = {"prompts": ["The Hare was", "A Crow,"] * 2, "responses": [" once boasting.", " half-dead", " so", " an Ass"]}
+PAIRS = {
+    "prompts": ["The Hare was", "A Crow,"] * 2,
+    "responses": [" once boasting.", " half-dead", " so", " an Ass"],
+}
 CHATS = [
-    [{"role": "user", "content": f"Who won {i} times?"}, {"role": "assistant", "content": f"The {i} tortoises."}]
+    [
+        {"role": "user", "content": f"Who won {i} times?"},
+        {"role": "assistant", "content": f"The {i} tortoises."},
+    ]
     for i in range(4)
 ]
 
@@ -109,7 +129,9 @@ def test_pairs_and_chats_in_a_dataset(data):
         keras.utils.set_random_seed(0)
         model = small_with_text(32)
         model.compile(keras.optimizers.SGD(0.1))
-        logs = model.fit(x, epochs=2, shuffle=False, verbose=0, validation_data=x, **options).history
+        logs = model.fit(
+            x, epochs=2, shuffle=False, verbose=0, validation_data=x, **options
+        ).history
         losses.append([*logs["loss"], *logs["val_loss"]])
     assert losses[0][1] < losses[0][0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
@@ -119,7 +141,11 @@ def test_cut_rows_are_reported_once():
     model = small_with_text(24)
     count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
     assert 0 < count < 4
-    forms = {"texts": lambda: LINES, "PyDataset": Lines, "generator": lambda: iter([LINES[:2], LINES[2:]])}
+    forms = {
+        "texts": lambda: LINES,
+        "PyDataset": Lines,
+        "generator": lambda: iter([LINES[:2], LINES[2:]]),
+    }
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -129,13 +155,17 @@ def test_cut_rows_are_reported_once():
             with pytest.warns(UserWarning, match="sequence_length") as caught:
                 run(data(), **{"batch_size": 2} if name == "texts" else {}, verbose=0)
             messages = [str(w.message) for w in caught if "sequence_length" in str(w.message)]
-            assert messages == [f"{count} of 4 rows were longer than sequence_length=24 and were cut."], name
+            assert messages == [
+                f"{count} of 4 rows were longer than sequence_length=24 and were cut."
+            ], name
 
 
 def test_rows_that_lose_their_answer_are_reported():
     model = small_with_text(24)
     pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
-    with pytest.warns(UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"):
+    with pytest.warns(
+        UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"
+    ):
         loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
     assert np.isfinite(loss)
 
@@ -147,7 +177,9 @@ def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
         with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
             call(LINES[:2], **labels)
     with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
-        tiny.fit(LINES[:2], validation_data=(LINES[:2], labels.get("y"), labels.get("sample_weight")))
+        tiny.fit(
+            LINES[:2], validation_data=(LINES[:2], labels.get("y"), labels.get("sample_weight"))
+        )
     with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
         tiny.fit(iter([(LINES[:2], labels.get("y"), labels.get("sample_weight"))]))
 
@@ -164,9 +196,14 @@ def test_labels_without_weight_may_be_anything(label):
         y = np.where(weights > 0, np.roll(IDS["token_ids"], -1, 1), masked)
         scores = [model.score(x["token_ids"], weights, target_ids=y)]
         scores += [
-            np.array([*logs.values()]) for logs in [model.evaluate(x, y, 2, weights, verbose=0, return_dict=True)]
+            np.array([*logs.values()])
+            for logs in [model.evaluate(x, y, 2, weights, verbose=0, return_dict=True)]
         ]
-        scores += [np.array(model.fit(x, y, sample_weight=weights, batch_size=2, verbose=0).history["loss"])]
+        scores += [
+            np.array(
+                model.fit(x, y, sample_weight=weights, batch_size=2, verbose=0).history["loss"]
+            )
+        ]
         found.append([*scores, *(to_numpy(v).copy() for v in model.trainable_variables)])
     for one, other in zip(*found, strict=True):
         assert np.isfinite(one).all()
@@ -182,7 +219,9 @@ def test_labels_and_targets_that_count_are_checked(model, label):
             call(IDS, y)
     with pytest.raises(ValueError, match=message):
         model.fit(IDS, IDS["token_ids"], validation_data=(IDS, y))
-    with pytest.raises(ValueError, match=f"`target_ids` where the mask is true must be .*127. Received: {label}"):
+    with pytest.raises(
+        ValueError, match=f"`target_ids` where the mask is true must be .*127. Received: {label}"
+    ):
         model.score(**IDS, target_ids=y)
 
 
@@ -197,9 +236,13 @@ def test_labels_of_a_loss_that_ignores_some(model):
 def test_an_embedding_in_int4_has_no_loss(call):
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     model.quantize("int4")
-    message = "The loss needs an embedding in floating point or int8.*Received: token_embedding in int4"
+    message = (
+        "The loss needs an embedding in floating point or int8.*Received: token_embedding in int4"
+    )
     with pytest.raises(ValueError, match=message):
-        model.score(IDS["token_ids"]) if call == "score" else getattr(model, call)(IDS, IDS["token_ids"], verbose=0)
+        model.score(IDS["token_ids"]) if call == "score" else getattr(model, call)(
+            IDS, IDS["token_ids"], verbose=0
+        )
     assert model.score(IDS["token_ids"], scoring_mode="logits").shape == (2, 5, 128)
 
 
@@ -216,7 +259,9 @@ def test_empty_streams(tiny, x):
         tiny.fit(x)
 
 
-@pytest.mark.parametrize("x, message", [([], "non-empty list"), (["a", 1], "item 1 is 1"), (3, "Received: 3")])
+@pytest.mark.parametrize(
+    "x, message", [([], "non-empty list"), (["a", 1], "item 1 is 1"), (3, "Received: 3")]
+)
 def test_fit_refuses_data(tiny, x, message):
     with pytest.raises(ValueError, match=message):
         tiny.fit(x)
@@ -231,6 +276,12 @@ def test_fit_refuses_ids_outside_the_vocabulary(model):
 def test_mixed_precision_trains():
     model = VaultGemmaCausalLM(random_backbone(dtype="mixed_bfloat16"))
     before = {v.path: to_numpy(v).copy() for v in model.backbone.variables}
-    model.fit(IDS, np.roll(IDS["token_ids"], -1, 1), sample_weight=IDS["padding_mask"], epochs=2, verbose=0)
+    model.fit(
+        IDS,
+        np.roll(IDS["token_ids"], -1, 1),
+        sample_weight=IDS["padding_mask"],
+        epochs=2,
+        verbose=0,
+    )
     assert {v.dtype for v in model.backbone.variables} == {"float32"}
     assert all(not np.array_equal(before[v.path], to_numpy(v)) for v in model.backbone.variables)

@@ -54,7 +54,9 @@ def test_vaultgemma_without_head_room():
     """Batches that are cut off at the expected size are no Poisson samples: ε is 22, not 1.7."""
     cut = VAULTGEMMA._replace(max_batch_size=518_000)
     assert accounting.epsilon([cut], 1.1e-10) == pytest.approx(22.2, abs=0.1)
-    assert accounting.epsilon([cut._replace(max_batch_size=523_180)], 1.1e-10) == pytest.approx(1.722, abs=2e-3)
+    assert accounting.epsilon([cut._replace(max_batch_size=523_180)], 1.1e-10) == pytest.approx(
+        1.722, abs=2e-3
+    )
 
 
 OPACUS = [
@@ -71,7 +73,9 @@ delta_error=δ / 1000)`. Adding or removing a row has the privacy loss of zero-o
 
 @pytest.mark.parametrize("sigma, q, count, delta, epsilon", OPACUS)
 def test_opacus(sigma, q, count, delta, epsilon):
-    assert accounting.epsilon([Steps(count, 10**6, q, None, sigma)], delta) == pytest.approx(epsilon, rel=0.01)
+    assert accounting.epsilon([Steps(count, 10**6, q, None, sigma)], delta) == pytest.approx(
+        epsilon, rel=0.01
+    )
 
 
 def test_opacus_composes_different_runs():
@@ -103,7 +107,9 @@ def test_dp_accounting(steps):
             steps.rows, steps.sampling_probability, steps.max_batch_size, steps.noise_multiplier
         )
     accountant.compose(event, steps.count)
-    assert accounting.epsilon([steps], 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-4)
+    assert accounting.epsilon([steps], 1e-5) == pytest.approx(
+        accountant.get_epsilon(1e-5), rel=1e-4
+    )
     assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=1e-4)
 
 
@@ -112,19 +118,26 @@ def test_accumulated_micro_batches_are_not_one_poisson_sample():
     k-th of the rows and of the noise's variance, and that costs far more than the one step it looks like."""
     k = 8
     claimed = accounting.epsilon([Steps(500, 10_000, 0.0256, None, 1.0)], 1e-5)
-    honest = accounting.epsilon([Steps(k * 500, 10_000, 0.0256 / k, None, 1.0 / math.sqrt(k))], 1e-5)
+    honest = accounting.epsilon(
+        [Steps(k * 500, 10_000, 0.0256 / k, None, 1.0 / math.sqrt(k))], 1e-5
+    )
     assert claimed == pytest.approx(3.62, abs=0.01)
     assert honest > 9 * claimed
 
 
 def test_truncation_costs_and_never_pays():
     base = Steps(500, 10_000, 0.0256, None, 1.0)
-    values = [accounting.epsilon([base._replace(max_batch_size=b)], 1e-5) for b in (256, 280, 300, 320, 400)]
+    values = [
+        accounting.epsilon([base._replace(max_batch_size=b)], 1e-5)
+        for b in (256, 280, 300, 320, 400)
+    ]
     assert values == sorted(values, reverse=True)
     assert values[0] > 2 * values[-1]
     assert values[-1] == pytest.approx(accounting.epsilon([base], 1e-5), rel=1e-6)
     # A batch of all rows cuts nothing off.
-    assert accounting.epsilon([base._replace(max_batch_size=10_000)], 1e-5) == accounting.epsilon([base], 1e-5)
+    assert accounting.epsilon([base._replace(max_batch_size=10_000)], 1e-5) == accounting.epsilon(
+        [base], 1e-5
+    )
 
 
 def test_runs_compose():
@@ -132,13 +145,17 @@ def test_runs_compose():
     whole = accounting.epsilon([steps._replace(count=200)], 1e-5)
     assert accounting.epsilon([steps, steps], 1e-5) == pytest.approx(whole, rel=1e-9)
     assert accounting.epsilon([steps, steps._replace(noise_multiplier=3.0)], 1e-5) < whole
-    assert accounting.epsilon([steps, steps._replace(count=0)], 1e-5) == accounting.epsilon([steps], 1e-5)
+    assert accounting.epsilon([steps, steps._replace(count=0)], 1e-5) == accounting.epsilon(
+        [steps], 1e-5
+    )
     assert accounting.epsilon([], 1e-5) == accounting.epsilon([steps._replace(count=0)], 1e-5) == 0
 
 
 def test_epsilon_grows_with_every_step():
     steps = Steps(1, 1000, 0.1, 130, 1.5)
-    values = [accounting.epsilon([steps._replace(count=count)], 1e-5) for count in (1, 2, 5, 20, 100)]
+    values = [
+        accounting.epsilon([steps._replace(count=count)], 1e-5) for count in (1, 2, 5, 20, 100)
+    ]
     assert values == sorted(values) and values[0] > 0
 
 
@@ -149,9 +166,13 @@ def test_calibration_keeps_to_the_budget_and_uses_it(budget, max_batch_size):
     steps = accounting.calibrate(Steps(1000, 50_000, 256 / 50_000, max_batch_size), budget, 1e-5)
     assert time.perf_counter() - start < 10
     assert accounting.epsilon([steps], 1e-5) <= budget
-    less = steps._replace(noise_multiplier=steps.noise_multiplier / (1 + 1.01 * accounting.PRECISION))
+    less = steps._replace(
+        noise_multiplier=steps.noise_multiplier / (1 + 1.01 * accounting.PRECISION)
+    )
     assert accounting.epsilon([less], 1e-5) > budget
-    assert steps._replace(noise_multiplier=None) == Steps(1000, 50_000, 256 / 50_000, max_batch_size)
+    assert steps._replace(noise_multiplier=None) == Steps(
+        1000, 50_000, 256 / 50_000, max_batch_size
+    )
 
 
 def test_calibration_counts_earlier_runs():
@@ -161,7 +182,9 @@ def test_calibration_counts_earlier_runs():
     assert 1.98 < accounting.epsilon([*earlier, steps], 1e-5) <= 2.0
     assert steps.noise_multiplier > accounting.calibrate(plan, 2.0, 1e-5).noise_multiplier
     used = accounting.epsilon(earlier, 1e-5)
-    with pytest.raises(ValueError, match=r"`epsilon` must be above .*, which earlier runs .* Received: epsilon=0.3"):
+    with pytest.raises(
+        ValueError, match=r"`epsilon` must be above .*, which earlier runs .* Received: epsilon=0.3"
+    ):
         assert used > 0.3
         accounting.calibrate(plan, 0.3, 1e-5, earlier)
 
@@ -182,7 +205,14 @@ def test_round_up(value, rounded):
 
 
 def test_rounding_never_goes_down():
-    for value in (0.1 + 0.2, math.pi, 1 / 3, 123456.789, math.nextafter(2.0, 3), math.nextafter(0.3, 1)):
+    for value in (
+        0.1 + 0.2,
+        math.pi,
+        1 / 3,
+        123456.789,
+        math.nextafter(2.0, 3),
+        math.nextafter(0.3, 1),
+    ):
         assert value <= accounting.round_up(value) <= value * 1.001
 
 
@@ -201,13 +231,34 @@ def test_spent():
         (dict(count=-1), "`count` must be an integer of 0 or more. Received: count=-1"),
         (dict(count=1.5), "`count` must be an integer of 0 or more. Received: count=1.5"),
         (dict(rows=0), "`rows` must be an integer of 1 or more. Received: rows=0"),
-        (dict(max_batch_size=0), "`max_batch_size` must be an integer of 1 or more. Received: max_batch_size=0"),
-        (dict(sampling_probability=0.0), "`sampling_probability` must be above 0 and at most 1. Received: sampling_p"),
-        (dict(sampling_probability=1.1), "`sampling_probability` must be above 0 and at most 1. Received: sampling_p"),
-        (dict(sampling_probability=math.nan), "`sampling_probability` must be above 0 and at most 1. Received: sam"),
-        (dict(noise_multiplier=0.0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0"),
-        (dict(noise_multiplier=math.inf), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier="),
-        (dict(noise_multiplier=None), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=None"),
+        (
+            dict(max_batch_size=0),
+            "`max_batch_size` must be an integer of 1 or more. Received: max_batch_size=0",
+        ),
+        (
+            dict(sampling_probability=0.0),
+            "`sampling_probability` must be above 0 and at most 1. Received: sampling_p",
+        ),
+        (
+            dict(sampling_probability=1.1),
+            "`sampling_probability` must be above 0 and at most 1. Received: sampling_p",
+        ),
+        (
+            dict(sampling_probability=math.nan),
+            "`sampling_probability` must be above 0 and at most 1. Received: sam",
+        ),
+        (
+            dict(noise_multiplier=0.0),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+        ),
+        (
+            dict(noise_multiplier=math.inf),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=",
+        ),
+        (
+            dict(noise_multiplier=None),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=None",
+        ),
     ],
 )
 def test_impossible_steps(changes, message):
@@ -219,17 +270,23 @@ def test_impossible_steps(changes, message):
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_impossible_delta(delta):
     for call in (accounting.epsilon, lambda runs, delta: accounting.calibrate(runs[0], 1.0, delta)):
-        with pytest.raises(ValueError, match="`delta` must be above 0 and below 1. Received: delta="):
+        with pytest.raises(
+            ValueError, match="`delta` must be above 0 and below 1. Received: delta="
+        ):
             call([Steps(10, 100, 0.1, 20, 1.0)], delta)
 
 
 def test_impossible_budget():
     for budget in (0.0, -1.0, 101.0, math.nan):
-        with pytest.raises(ValueError, match="`epsilon` must be above 0 and at most 100. Received: epsilon="):
+        with pytest.raises(
+            ValueError, match="`epsilon` must be above 0 and at most 100. Received: epsilon="
+        ):
             accounting.calibrate(Steps(10, 100, 0.1), budget, 1e-5)
     with pytest.raises(ValueError, match="`epsilon` must be 0 or more. Received: epsilon=-1"):
         accounting.delta([], -1)
-    with pytest.raises(ValueError, match="`count` must be 1 or more for a noise multiplier to be found"):
+    with pytest.raises(
+        ValueError, match="`count` must be 1 or more for a noise multiplier to be found"
+    ):
         accounting.calibrate(Steps(0, 100, 0.1), 1.0, 1e-5)
 
 

@@ -31,11 +31,16 @@ def canaries():
 def scores(epochs=20, rate=5e-3):
     """How much better each canary is predicted after training than before, and whether it took part."""
     keras.utils.set_random_seed(0)
-    sizes = dict(vocabulary_size=VOCABULARY, num_layers=1, hidden_dim=32, intermediate_dim=64, head_dim=16)
+    sizes = dict(
+        vocabulary_size=VOCABULARY, num_layers=1, hidden_dim=32, intermediate_dim=64, head_dim=16
+    )
     model = VaultGemmaCausalLM(random_backbone(**sizes, num_query_heads=2, num_key_value_heads=2))
     ids, is_in = canaries()
     before = model.score(ids).sum(axis=1)
-    model.compile(keras.optimizers.Adam(rate), privacy=privacy.DPSGD(epsilon=EPSILON, delta=DELTA, clip_norm=CLIP_NORM))
+    model.compile(
+        keras.optimizers.Adam(rate),
+        privacy=privacy.DPSGD(epsilon=EPSILON, delta=DELTA, clip_norm=CLIP_NORM),
+    )
     x = {"token_ids": ids[is_in, :-1], "padding_mask": np.ones((is_in.sum(), LENGTH), "int32")}
     model.fit(x, ids[is_in, 1:], batch_size=25, epochs=epochs, verbose=0)
     assert 0.95 * EPSILON < model.privacy.spent().epsilon <= EPSILON

@@ -43,11 +43,18 @@ def fitted(model=None, loss="mse", dpsgd_arguments=None, data=None, **arguments)
 
 def test_nothing_is_refused_here():
     history = fitted().history
-    assert set(history) == {"unprotected_loss", "unprotected_clipped_share", "unprotected_not_finite_rows", "epsilon"}
+    assert set(history) == {
+        "unprotected_loss",
+        "unprotected_clipped_share",
+        "unprotected_not_finite_rows",
+        "epsilon",
+    }
 
 
 OPTIMIZERS = {
-    "gradient_accumulation_steps=4": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+    "gradient_accumulation_steps=4": lambda: keras.optimizers.SGD(
+        0.1, gradient_accumulation_steps=4
+    ),
     "LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
     "Received: SGD": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
 }
@@ -60,21 +67,30 @@ def test_optimizers(message):
 
 
 def test_float16():
-    with pytest.raises(ValueError, match="float16 do not give: use float32 or mixed_bfloat16. Received: .* in float16"):
+    with pytest.raises(
+        ValueError,
+        match="float16 do not give: use float32 or mixed_bfloat16. Received: .* in float16",
+    ):
         dense(keras.layers.Dense(2, dtype="mixed_float16")).compile("sgd", "mse", privacy=dpsgd())
 
 
 def test_several_steps_at_once():
-    with pytest.raises(ValueError, match="`steps_per_execution=1`.* Received: steps_per_execution=2"):
+    with pytest.raises(
+        ValueError, match="`steps_per_execution=1`.* Received: steps_per_execution=2"
+    ):
         dense().compile("sgd", "mse", privacy=dpsgd(), steps_per_execution=2)
 
 
 def test_batch_normalization():
-    with pytest.raises(ValueError, match="BatchNormalization mixes the rows of a batch and keeps their mean"):
+    with pytest.raises(
+        ValueError, match="BatchNormalization mixes the rows of a batch and keeps their mean"
+    ):
         dense(keras.layers.BatchNormalization()).compile("sgd", "mse", privacy=dpsgd())
 
 
-SEVERAL_ROWS = "`microbatch_size` must be 1 or None unless .* each by itself.* Received: microbatch_size=4"
+SEVERAL_ROWS = (
+    "`microbatch_size` must be 1 or None unless .* each by itself.* Received: microbatch_size=4"
+)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)])
@@ -90,7 +106,9 @@ def test_several_rows_with_layers_that_give_each_copy_every_row(shape):
 
 OWN = {
     "loss": lambda: dict(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
-    "metric": lambda: dict(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")]),
+    "metric": lambda: dict(
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")]
+    ),
 }
 
 
@@ -101,7 +119,11 @@ def test_several_rows_with_a_loss_or_metric_of_ones_own(own):
     model.backbone.enable_lora(2)
     x = packed(1)
     for arguments, size in ((OWN[own](), 4), (OWN[own](), 1), ({}, 4)):
-        model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=size, extend_budget=True), **arguments)
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            privacy=dpsgd(microbatch_size=size, extend_budget=True),
+            **arguments,
+        )
         if size > 1 and arguments:
             with pytest.raises(ValueError, match=SEVERAL_ROWS):
                 model.fit(x, x["token_ids"], batch_size=8, verbose=0)
@@ -134,13 +156,23 @@ class Several(PrivateTraining, keras.Model):
 
 
 def test_several_rows_of_a_model_that_can(monkeypatch):
-    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)  # which depends on the microbatch
+    monkeypatch.setattr(
+        mechanism, "sum_rounding", lambda rows, size: 0.0
+    )  # which depends on the microbatch
     found = []
     for size in (1, 4):
         model, rng = Several(), np.random.default_rng(0)
-        data = (rng.normal(size=(ROWS, 3)).astype("float32"), rng.normal(size=(ROWS, 1)).astype("float32"))
+        data = (
+            rng.normal(size=(ROWS, 3)).astype("float32"),
+            rng.normal(size=(ROWS, 1)).astype("float32"),
+        )
         with pytest.warns(privacy.NotPrivateWarning):
-            fitted(model, data=data, batch_size=ROWS, dpsgd_arguments=dict(microbatch_size=size, seed_for_tests=1))
+            fitted(
+                model,
+                data=data,
+                batch_size=ROWS,
+                dpsgd_arguments=dict(microbatch_size=size, seed_for_tests=1),
+            )
         found.append(keras.ops.convert_to_numpy(model.kernel))
     np.testing.assert_allclose(*found, atol=1e-6)
 
@@ -150,7 +182,11 @@ def test_several_rows_of_a_model_that_can(monkeypatch):
 def test_nothing_is_trained_after_a_compile_that_was_refused(kind, before):
     model = dense() if kind == "a generic model" else VaultGemmaCausalLM(random_backbone(**SMALL))
     loss = dict(loss="mse") if kind == "a generic model" else {}
-    x, y = (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32")) if loss else (packed(1), np.ones((ROWS, 4)))
+    x, y = (
+        (np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"))
+        if loss
+        else (packed(1), np.ones((ROWS, 4)))
+    )
     if before != "nothing":
         model.compile(keras.optimizers.SGD(0.1), **loss)
     with pytest.raises(ValueError, match="gradient_accumulation_steps"):
@@ -177,7 +213,9 @@ class Remembers(keras.layers.Layer):
 
 
 def test_layers_that_remember():
-    with pytest.raises(ValueError, match="layers that remember nothing of the rows. Received: .*mean"):
+    with pytest.raises(
+        ValueError, match="layers that remember nothing of the rows. Received: .*mean"
+    ):
         fitted(dense(Remembers()))
 
 
@@ -185,7 +223,8 @@ def test_layers_that_remember():
 @pytest.mark.parametrize("metric", ["mae", keras.metrics.MeanAbsoluteError(name="error")])
 def test_metrics_without_the_mark(kind, metric):
     with pytest.raises(
-        ValueError, match="not covered by the guarantee, and their names must begin with 'unprotected_'"
+        ValueError,
+        match="not covered by the guarantee, and their names must begin with 'unprotected_'",
     ):
         dense().compile("sgd", "mse", privacy=dpsgd(), **{kind: [metric]})
 
@@ -202,33 +241,48 @@ def test_metrics_with_the_mark_are_told():
 
 
 @pytest.mark.parametrize(
-    "argument", [dict(shuffle=True), dict(steps_per_epoch=3), dict(class_weight={0: 1.0}), dict(validation_split=0.1)]
+    "argument",
+    [
+        dict(shuffle=True),
+        dict(steps_per_epoch=3),
+        dict(class_weight={0: 1.0}),
+        dict(validation_split=0.1),
+    ],
 )
 def test_arguments_of_fit(argument):
     (name,) = argument
-    with pytest.raises(ValueError, match=f"Private training takes no `{name}`: .* Received: {name}="):
+    with pytest.raises(
+        ValueError, match=f"Private training takes no `{name}`: .* Received: {name}="
+    ):
         fitted(**argument)
 
 
 def test_validation_that_nobody_called_public():
     data = (np.ones((4, 3), "float32"), np.ones((4, 2), "float32"))
-    with pytest.raises(ValueError, match=r"say `DPSGD\(public_validation=True\)` where the rows are public"):
+    with pytest.raises(
+        ValueError, match=r"say `DPSGD\(public_validation=True\)` where the rows are public"
+    ):
         fitted(validation_data=data)
     history = fitted(validation_data=data, dpsgd_arguments=dict(public_validation=True)).history
     assert len(history["val_loss"]) == 1 and "val_unprotected_loss" not in history
 
 
-@pytest.mark.parametrize("kind", [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore])
+@pytest.mark.parametrize(
+    "kind", [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore]
+)
 def test_weights_saved_without_their_ledger(kind, tmp_path):
     with pytest.raises(
-        ValueError, match=f"must come with their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}"
+        ValueError,
+        match=f"must come with their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}",
     ):
         fitted(callbacks=[kind(str(tmp_path / "weights.weights.h5"))])
 
 
 @pytest.mark.parametrize("kind", [keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau])
 def test_decisions_by_unprotected_metrics(kind):
-    with pytest.raises(ValueError, match=f"no noise protects: .* Received: {kind.__name__} of 'unprotected_loss'"):
+    with pytest.raises(
+        ValueError, match=f"no noise protects: .* Received: {kind.__name__} of 'unprotected_loss'"
+    ):
         fitted(callbacks=[kind(monitor="unprotected_loss")])
 
 
@@ -250,7 +304,9 @@ def contrast(y, predicted):
     return keras.ops.mean((predicted - keras.ops.mean(predicted, axis=0)) ** 2 + y, axis=-1)
 
 
-@pytest.mark.parametrize("loss", [contrast, lambda y, p: keras.ops.mean((y - p) ** 2)], ids=["contrast", "mean"])
+@pytest.mark.parametrize(
+    "loss", [contrast, lambda y, p: keras.ops.mean((y - p) ** 2)], ids=["contrast", "mean"]
+)
 def test_losses_that_mix_rows(loss):
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
     with pytest.raises(ValueError, match="a loss of which each row has its own"):
@@ -260,11 +316,15 @@ def test_losses_that_mix_rows(loss):
 @pytest.mark.parametrize("loss", ["mse", keras.losses.Huber(), keras.losses.mean_absolute_error])
 def test_losses_that_do_not(loss):
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
-    assert np.isfinite(fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32"))).history["unprotected_loss"][0])
+    assert np.isfinite(
+        fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32"))).history["unprotected_loss"][0]
+    )
 
 
 def test_regularizers():
-    with pytest.raises(ValueError, match="regularizers and `add_loss` are none: use the optimizer's `weight_decay`"):
+    with pytest.raises(
+        ValueError, match="regularizers and `add_loss` are none: use the optimizer's `weight_decay`"
+    ):
         fitted(dense(keras.layers.Dense(2, kernel_regularizer="l2")))
 
 
@@ -289,7 +349,9 @@ def test_a_dataset_of_tensorflow():
         (language_model(), (ids, ids["token_ids"])),
         (dense(), (np.ones((8, 3), "float32"), np.ones((8, 2), "float32"))),
     ):
-        model.compile(keras.optimizers.SGD(0.1), "mse" if len(model.layers) == 2 else "auto", privacy=dpsgd())
+        model.compile(
+            keras.optimizers.SGD(0.1), "mse" if len(model.layers) == 2 else "auto", privacy=dpsgd()
+        )
         with pytest.raises(ValueError, match="draws its rows one by one: .* Received: "):
             model.fit(tf.data.Dataset.from_tensor_slices(rows).batch(4), verbose=0)
         assert not model.privacy.ledger.runs
@@ -304,7 +366,12 @@ def test_a_strategy_of_tensorflow(inside):
     with strategy.scope() if inside == "the model" else contextlib.nullcontext():
         model = dense()
     around_fit = contextlib.nullcontext() if inside == "the model" else strategy.scope()
-    with around_fit, pytest.raises(ValueError, match="outside of a `tf.distribute` .* Received: MirroredStrategy"):
+    with (
+        around_fit,
+        pytest.raises(
+            ValueError, match="outside of a `tf.distribute` .* Received: MirroredStrategy"
+        ),
+    ):
         fitted(model)
 
 
@@ -312,7 +379,9 @@ def test_a_strategy_of_tensorflow(inside):
 def test_a_compiler_of_pytorch():
     model = dense()
     model.compile(keras.optimizers.SGD(0.1), "mse", privacy=dpsgd(), jit_compile=True)
-    with pytest.raises(ValueError, match="on PyTorch without `jit_compile=True`. Received: torch.compile"):
+    with pytest.raises(
+        ValueError, match="on PyTorch without `jit_compile=True`. Received: torch.compile"
+    ):
         model.fit(np.ones((ROWS, 3), "float32"), np.ones((ROWS, 2), "float32"), verbose=0)
 
 
@@ -323,7 +392,9 @@ def packed(count):
 
 def test_packed_rows():
     x, model = packed(3), language_model()
-    with pytest.raises(ValueError, match=r'say `DPSGD\(unit="sequence"\)`.* Received: 3 documents in a row'):
+    with pytest.raises(
+        ValueError, match=r'say `DPSGD\(unit="sequence"\)`.* Received: 3 documents in a row'
+    ):
         model.fit(x, x["token_ids"], batch_size=8, verbose=0)
     model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(unit="sequence"))
@@ -332,7 +403,9 @@ def test_packed_rows():
 
 
 def test_a_packed_dataset(tiny):
-    data = packing.PackedDataset(["The fox said so."] * 30, tiny.preprocessor, batch_size=2, sequence_length=32)
+    data = packing.PackedDataset(
+        ["The fox said so."] * 30, tiny.preprocessor, batch_size=2, sequence_length=32
+    )
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd())
     with pytest.raises(ValueError, match="documents in a row"):
@@ -351,5 +424,7 @@ def test_a_distribution(monkeypatch):
         pass
 
     monkeypatch.setattr(keras.distribution, "distribution", Distribution)
-    with pytest.raises(ValueError, match="runs on one device, where each row is clipped and counted once"):
+    with pytest.raises(
+        ValueError, match="runs on one device, where each row is clipped and counted once"
+    ):
         fitted()

@@ -6,19 +6,37 @@ from keras_vaultgemma.privacy import DPSGD, NotPrivateWarning
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Exactly one of `epsilon` and `noise_multiplier` must be given. Received: epsilon=None"),
-        (dict(epsilon=1, noise_multiplier=1), "Exactly one of .* Received: epsilon=1, noise_multiplier=1"),
+        (
+            {},
+            "Exactly one of `epsilon` and `noise_multiplier` must be given. Received: epsilon=None",
+        ),
+        (
+            dict(epsilon=1, noise_multiplier=1),
+            "Exactly one of .* Received: epsilon=1, noise_multiplier=1",
+        ),
         (dict(epsilon=0), "`epsilon` must be above 0 and at most 100. Received: epsilon=0"),
         (dict(epsilon=101), "Received: epsilon=101"),
         (dict(epsilon=float("nan")), "Received: epsilon=nan"),
         (dict(epsilon=1, delta=0), "`delta` must be above 0 and below 1. Received: delta=0"),
         (dict(epsilon=1, delta=1.0), "Received: delta=1.0"),
-        (dict(noise_multiplier=0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0"),
+        (
+            dict(noise_multiplier=0),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0",
+        ),
         (dict(noise_multiplier=float("inf")), "Received: noise_multiplier=inf"),
-        (dict(epsilon=1, clip_norm=0), "`clip_norm` must be above 0 and finite. Received: clip_norm=0"),
+        (
+            dict(epsilon=1, clip_norm=0),
+            "`clip_norm` must be above 0 and finite. Received: clip_norm=0",
+        ),
         (dict(epsilon=1, clip_norm=float("nan")), "Received: clip_norm=nan"),
-        (dict(epsilon=1, unit="user"), "`unit` must be one of 'row', 'sequence'. Received: unit='user'"),
-        (dict(epsilon=1, microbatch_size=0), "`microbatch_size` must be a positive integer or None. Received: .*=0"),
+        (
+            dict(epsilon=1, unit="user"),
+            "`unit` must be one of 'row', 'sequence'. Received: unit='user'",
+        ),
+        (
+            dict(epsilon=1, microbatch_size=0),
+            "`microbatch_size` must be a positive integer or None. Received: .*=0",
+        ),
         (dict(epsilon=1, microbatch_size=True), "Received: microbatch_size=True"),
     ],
 )

@@ -13,7 +13,14 @@ ROWS = ["one", "two", "two", "three"]
 def test_order_does_not_matter_and_rows_do():
     found = fingerprint.fingerprint(ROWS, KEY)
     assert fingerprint.fingerprint(reversed(ROWS), KEY) == found
-    others = [ROWS[:-1], [*ROWS, "two"], ["one", "two", "twothree"], ["one", "one", "two", "three"], [], [""]]
+    others = [
+        ROWS[:-1],
+        [*ROWS, "two"],
+        ["one", "two", "twothree"],
+        ["one", "one", "two", "three"],
+        [],
+        [""],
+    ]
     assert len({fingerprint.fingerprint(rows, KEY) for rows in [ROWS, *others]}) == 7
 
 
@@ -21,7 +28,9 @@ def test_kinds_of_rows_are_kept_apart():
     ids = np.array([97, 98])
     kinds = [["ab"], [b"ab"], [ids], [np.array([[97], [98]]) + 1]]
     assert len({fingerprint.fingerprint(rows, KEY) for rows in kinds}) == 4
-    assert fingerprint.fingerprint([ids.astype("int32")], KEY) == fingerprint.fingerprint([ids.tolist()], KEY)
+    assert fingerprint.fingerprint([ids.astype("int32")], KEY) == fingerprint.fingerprint(
+        [ids.tolist()], KEY
+    )
 
 
 def test_rows_of_arrays_are_their_numbers():
@@ -30,7 +39,10 @@ def test_rows_of_arrays_are_their_numbers():
     for dtype in ("int32", "uint8", "float32"):
         others = [array.astype(dtype) for array in arrays]
         assert fingerprint.fingerprint(fingerprint.rows_of(others), KEY) == found
-    assert fingerprint.fingerprint(fingerprint.rows_of([arrays[0], -arrays[1] * [1, -1]]), KEY) == found
+    assert (
+        fingerprint.fingerprint(fingerprint.rows_of([arrays[0], -arrays[1] * [1, -1]]), KEY)
+        == found
+    )
     assert fingerprint.fingerprint(fingerprint.rows_of([arrays[0], arrays[1] + 1]), KEY) != found
 
 
@@ -60,6 +72,7 @@ def test_the_key_is_drawn_once_and_is_the_users_alone(tmp_path, monkeypatch):
 def test_a_damaged_key(tmp_path):
     (tmp_path / fingerprint.KEY_FILE).write_bytes(b"short")
     with pytest.raises(
-        ValueError, match=r"dataset_fingerprint.key must have 32 bytes. Received: 5; remove it for a new"
+        ValueError,
+        match=r"dataset_fingerprint.key must have 32 bytes. Received: 5; remove it for a new",
     ):
         fingerprint.key(tmp_path)

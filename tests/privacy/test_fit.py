@@ -35,11 +35,19 @@ def test_the_budget_is_kept_and_told():
     assert history["epsilon"][0] < spent.epsilon <= 2.0
     assert spent.epsilon > 1.95 and spent.epsilon == history["epsilon"][-1]
     assert (spent.delta, spent.steps, spent.unit) == (1e-4, 8, "one row of at most 9 tokens")
-    assert (spent.mechanism, spent.neighbouring) == ("DP-SGD with truncated Poisson sampling", "zero-out")
+    assert (spent.mechanism, spent.neighbouring) == (
+        "DP-SGD with truncated Poisson sampling",
+        "zero-out",
+    )
     ((run, count),) = model.privacy.ledger.runs
     expected = accounting.epsilon([run.steps(count)], 1e-4)
     assert spent.epsilon == accounting.round_up(expected)
-    assert (run.rows, run.sampling_probability, run.clip_norm, run.planned_steps) == (ROWS, BATCH / ROWS, C, 8)
+    assert (run.rows, run.sampling_probability, run.clip_norm, run.planned_steps) == (
+        ROWS,
+        BATCH / ROWS,
+        C,
+        8,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
@@ -59,12 +67,17 @@ def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
     adapters.merge(model)
     model.save_to_preset(tmp_path / "preset")
     assert preset_ledger(tmp_path / "preset") == model.privacy.ledger
-    assert "NOT private" in model.privacy.ledger.describe()[1] and "NOT" not in model.privacy.ledger.describe()[0]
+    assert (
+        "NOT private" in model.privacy.ledger.describe()[1]
+        and "NOT" not in model.privacy.ledger.describe()[0]
+    )
     said = " ".join(describe(str(tmp_path / "preset")).split())
     assert f"NOT private, seeded for tests: ε = {spent.epsilon:g} at δ" in said
 
 
-@pytest.mark.parametrize("budget", [dict(epsilon=2.0, noise_multiplier=None), dict(noise_multiplier=1.0)])
+@pytest.mark.parametrize(
+    "budget", [dict(epsilon=2.0, noise_multiplier=None), dict(noise_multiplier=1.0)]
+)
 def test_a_second_fit_needs_leave(budget):
     model = language_model(4, dpsgd=budget)
     fit(model)
@@ -75,7 +88,10 @@ def test_a_second_fit_needs_leave(budget):
     # Other rows are another matter.
     fit(model, some_rows(ROWS, seed=9))
     assert model.privacy.spent().steps == 4 and len(model.privacy.ledger.spent()) == 2
-    model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(**{"delta": 1e-4, **budget}, extend_budget=True))
+    model.compile(
+        keras.optimizers.SGD(1.0),
+        privacy=privacy.DPSGD(**{"delta": 1e-4, **budget}, extend_budget=True),
+    )
     fit(model)
     assert model.privacy.spent().steps == 8 and model.privacy.spent().epsilon > first.epsilon
 
@@ -85,7 +101,9 @@ def test_what_is_left_of_a_budget_can_be_used():
 
     def stop_after(count):
         return keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", batch + 1 == count)
+            on_train_batch_end=lambda batch, logs: setattr(
+                model, "stop_training", batch + 1 == count
+            )
         )
 
     model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None))
@@ -97,9 +115,14 @@ def test_what_is_left_of_a_budget_can_be_used():
     model = language_model(4)
     fit(model, callbacks=[stop_after(2)])
     budget = accounting.epsilon([model.privacy.ledger.runs[0][0].steps(4)], 1e-4)
-    with pytest.warns(UserWarning, match="The budget for these rows ends after 2 more steps, and so does `fit`"):
+    with pytest.warns(
+        UserWarning, match="The budget for these rows ends after 2 more steps, and so does `fit`"
+    ):
         fit(model, epochs=3)
-    assert model.privacy.spent().steps == 4 and model.privacy.spent().epsilon == accounting.round_up(budget)
+    assert (
+        model.privacy.spent().steps == 4
+        and model.privacy.spent().epsilon == accounting.round_up(budget)
+    )
 
 
 @pytest.mark.parametrize("limit, expected", [(0.0, 0), (1e9, 7)])
@@ -172,17 +195,25 @@ def test_the_ledger_travels(tmp_path):
     # It goes on counting on the same data, from then on, too.
     again.backbone.enable_lora(4)
     again.preprocessor.sequence_length = 24
-    again.compile(keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4))
+    again.compile(
+        keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4)
+    )
     again.fit(LINES, batch_size=2, verbose=0)
     assert again.privacy.spent().steps == 4 and len(again.privacy.ledger.spent()) == 1
 
     convert(tmp_path / "preset", tmp_path / "converted", to="hf", progress=False)
     assert preset_ledger(tmp_path / "converted") == found
-    assert "trained privately since: 2 steps of DP-SGD" in (tmp_path / "converted" / "README.md").read_text()
+    assert (
+        "trained privately since: 2 steps of DP-SGD"
+        in (tmp_path / "converted" / "README.md").read_text()
+    )
     metadata = json.loads((tmp_path / "converted" / "metadata.json").read_text())
     assert FILE in metadata["files"]
     said = describe(str(tmp_path / "preset"))
-    assert "Private training" in said and f"ε = {model.privacy.spent().epsilon:g} at δ = 0.0001" in said
+    assert (
+        "Private training" in said
+        and f"ε = {model.privacy.spent().epsilon:g} at δ = 0.0001" in said
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
@@ -219,7 +250,10 @@ def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(fit, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
         model = language_model(4, dpsgd=dict(ledger=path))
-        with pytest.raises(ValueError, match="must have one writer. Received: a run that began while this one was pl"):
+        with pytest.raises(
+            ValueError,
+            match="must have one writer. Received: a run that began while this one was pl",
+        ):
             fit(model)
     with pytest.raises(ValueError, match="`spent` needs a private run"):
         model.privacy.spent()
@@ -262,7 +296,14 @@ for run in range(count):
 def test_kill_minus_nine_at_thirty_points(tmp_path):
     """No step that was done is missing in the ledger; its ε is that of as many steps or more."""
     (tmp_path / "runs").mkdir()
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "runs"), "30", str(Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tmp_path / "runs"),
+        "30",
+        str(Path(__file__).parent),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}, timeout=500)
     checked = 0
     for run in range(30):
@@ -271,5 +312,7 @@ def test_kill_minus_nine_at_thirty_points(tmp_path):
         assert done <= counted <= done + 1 + 2 * entry.block
         checked += done > 1
         if run % 10 == 0:
-            assert accounting.epsilon([entry.steps(counted)], 1e-4) >= accounting.epsilon([entry.steps(done)], 1e-4)
+            assert accounting.epsilon([entry.steps(counted)], 1e-4) >= accounting.epsilon(
+                [entry.steps(done)], 1e-4
+            )
     assert checked > 10

@@ -24,8 +24,16 @@ DATA, OTHER_DATA, OTHER_KEY = "aaaaaaaa:01", "aaaaaaaa:02", "bbbbbbbb:03"
 def a_run(**changes):
     return Run(
         **{
-            **dict(rows=1000, sampling_probability=0.05, max_batch_size=80, noise_multiplier=1.0, clip_norm=1.0),
-            **dict(delta=1e-5, planned_steps=50, unit="one row of at most 256 tokens", dataset=DATA),
+            **dict(
+                rows=1000,
+                sampling_probability=0.05,
+                max_batch_size=80,
+                noise_multiplier=1.0,
+                clip_norm=1.0,
+            ),
+            **dict(
+                delta=1e-5, planned_steps=50, unit="one row of at most 256 tokens", dataset=DATA
+            ),
             **dict(package_version="0.1.0"),
             **changes,
         }
@@ -51,13 +59,24 @@ def test_what_is_written_can_be_read(tmp_path):
     ((found, count),) = read_ledger(path).runs
     assert count == 50 and found == run.run and found._replace(name="") == a_run()
     assert found.steps(count) == accounting.Steps(50, 1000, 0.05, 80, 1.0)
-    assert (found.mechanism, found.neighbouring) == ("DP-SGD with truncated Poisson sampling", "zero-out")
-    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["run", *["steps"] * 50, "end"]
+    assert (found.mechanism, found.neighbouring) == (
+        "DP-SGD with truncated Poisson sampling",
+        "zero-out",
+    )
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
+        "run",
+        *["steps"] * 50,
+        "end",
+    ]
 
 
 def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
     path = tmp_path / FILE
-    runs = [a_run(), a_run(delta=1e-6, noise_multiplier=2.0, unit="one row"), a_run(dataset=OTHER_DATA)]
+    runs = [
+        a_run(),
+        a_run(delta=1e-6, noise_multiplier=2.0, unit="one row"),
+        a_run(dataset=OTHER_DATA),
+    ]
     for run in runs:
         with OpenRun(path, run) as opened:
             cut_after(path, opened, 20, [])
@@ -66,16 +85,24 @@ def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
     both = [run.steps(20) for run in runs[:2]]
     assert spent[DATA] == accounting.spent(both, 1e-6, "one row of at most 256 tokens; one row")
     assert spent[DATA].steps == 40
-    assert spent[OTHER_DATA] == accounting.spent([runs[2].steps(20)], 1e-5, "one row of at most 256 tokens")
+    assert spent[OTHER_DATA] == accounting.spent(
+        [runs[2].steps(20)], 1e-5, "one row of at most 256 tokens"
+    )
     assert read_ledger(path).spent(1e-3)[OTHER_DATA].epsilon < spent[OTHER_DATA].epsilon
     assert read_ledger(path).on(DATA) == both
 
 
 def test_a_seeded_run_marks_all_that_it_composes_with():
     seeded = f"{accounting.SEEDED}: {accounting.MECHANISM}"
-    runs = ((a_run(name="1"), 2), (a_run(name="2", mechanism=seeded), 2), (a_run(name="3", dataset=OTHER_DATA), 2))
+    runs = (
+        (a_run(name="1"), 2),
+        (a_run(name="2", mechanism=seeded), 2),
+        (a_run(name="3", dataset=OTHER_DATA), 2),
+    )
     spent = Ledger(runs=runs).spent()
-    assert spent[DATA].mechanism == f"{accounting.MECHANISM}; {seeded}" and not spent[DATA].is_private
+    assert (
+        spent[DATA].mechanism == f"{accounting.MECHANISM}; {seeded}" and not spent[DATA].is_private
+    )
     assert spent[OTHER_DATA].mechanism == accounting.MECHANISM and spent[OTHER_DATA].is_private
     written = parse_ledger(Ledger(runs=runs).lines(), "a file")
     assert written.describe()[1].startswith("2 steps of NOT private, seeded for tests: DP-SGD")
@@ -105,8 +132,15 @@ def test_pre_training_is_the_first_entry(tmp_path):
 def test_training_without_privacy(tmp_path):
     """Each call of `fit` counts; what somebody else's metadata.json states in its place is no error."""
     plain = tuple(plain_training(steps) for steps in (5, 5, 1000))
-    strange = ("private", {"training": "without privacy"}, {"training": "without privacy", "steps": "5"})
-    assert Ledger((*strange, *plain)).without_privacy() == "1,010 steps, whose rows no guarantee here covers"
+    strange = (
+        "private",
+        {"training": "without privacy"},
+        {"training": "without privacy", "steps": "5"},
+    )
+    assert (
+        Ledger((*strange, *plain)).without_privacy()
+        == "1,010 steps, whose rows no guarantee here covers"
+    )
     assert Ledger(strange).without_privacy() == ""
     Ledger(plain).write(tmp_path)
     assert combine_ledgers(preset_ledger(tmp_path), Ledger(plain)) == Ledger(plain)
@@ -127,12 +161,19 @@ def test_a_saved_preset_carries_the_ledger_on(tmp_path):
     saved.write_bytes(read_ledger(path).lines())
     cut_after(path, run, 10, [])
     assert read_ledger(saved) == preset_ledger(saved.parent)
-    assert (read_ledger(saved).statements, counts(saved), counts(path)) == (history.statements, [30], [40])
+    assert (read_ledger(saved).statements, counts(saved), counts(path)) == (
+        history.statements,
+        [30],
+        [40],
+    )
     new = tmp_path / "new" / FILE
     with OpenRun(new, a_run(dataset=OTHER_DATA), read_ledger(saved)) as second:
         second.release()
     assert read_ledger(new).statements == history.statements
-    assert [(run.name, count) for run, count in read_ledger(new).runs] == [(run.run.name, 30), (second.run.name, 1)]
+    assert [(run.name, count) for run, count in read_ledger(new).runs] == [
+        (run.run.name, 30),
+        (second.run.name, 1),
+    ]
 
 
 RUN = json.dumps({"kind": "run", **a_run(name="1")._asdict()})

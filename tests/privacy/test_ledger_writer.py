@@ -20,7 +20,9 @@ from keras_vaultgemma.privacy.ledger_writer import OpenRun
 def test_a_step_is_on_the_disk_before_it_is_released(tmp_path, monkeypatch):
     """`release` returns after fsync, and the steps of a block share one line."""
     path, synchronised = tmp_path / FILE, []
-    monkeypatch.setattr(ledger_writer.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes()))
+    monkeypatch.setattr(
+        ledger_writer.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes())
+    )
     run = OpenRun(path, a_run(planned_steps=1000))
     for step in range(1, 26):
         run.release()
@@ -77,7 +79,13 @@ def test_kill_minus_nine(tmp_path):
     more than two blocks that it has not."""
     path, released, rng = tmp_path / FILE, [], random.Random(5)
     for _ in range(8):
-        command = [sys.executable, "-c", KILLED, str(path), str(Path(keras_vaultgemma.__file__).parent)]
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(path),
+            str(Path(keras_vaultgemma.__file__).parent),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         first = os.read(process.stdout.fileno(), 1)
         time.sleep(rng.uniform(0, 0.03))
@@ -120,7 +128,9 @@ def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
 def test_one_run_at_a_time(tmp_path):
     """Of this process or of another one; a lock ends with the run, or with the process that is killed."""
     path = tmp_path / FILE
-    message = f"{path} must have one writer at a time. Received: a second run while another is going on"
+    message = (
+        f"{path} must have one writer at a time. Received: a second run while another is going on"
+    )
     with OpenRun(path, a_run()) as run:
         run.release()
         before = path.read_bytes()
@@ -158,7 +168,10 @@ def test_numbers_of_numpy(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(noise_multiplier=0.0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0"),
+        (
+            dict(noise_multiplier=0.0),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+        ),
         (dict(delta=1.0), "`delta` must be above 0 and below 1. Received: delta=1.0"),
         (dict(clip_norm=0.0), "`clip_norm` must be above 0 and finite. Received: clip_norm=0.0"),
         (dict(planned_steps=-1), "`count` must be an integer of 0 or more. Received: count=-1"),

@@ -59,7 +59,9 @@ def sum_of(model, rows, count=None, size=1):
         lambda x: np.concatenate([x, np.zeros((padded - total, *x.shape[1:]), x.dtype)]), rows
     )
     found = compiled(model)(rows, np.int32(total if count is None else count))
-    return mechanism.ClippedSum([to_numpy(g) for g in found[0]], C, *map(float, map(to_numpy, found[1:])))
+    return mechanism.ClippedSum(
+        [to_numpy(g) for g in found[0]], C, *map(float, map(to_numpy, found[1:]))
+    )
 
 
 def compiled(model):
@@ -71,7 +73,9 @@ def compiled(model):
             clipped, _ = model._clipped_sum(rows, count)
             return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
 
-        run = backend.compile_function(function, [*model.variables, *model.metrics_variables], fused=False)
+        run = backend.compile_function(
+            function, [*model.variables, *model.metrics_variables], fused=False
+        )
         model._compiled_sum[model._microbatch] = lambda rows, count: run(
             keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
         )
@@ -85,9 +89,15 @@ def plain_gradients(model, rows):
         x, y, weight = take(rows, [i])
 
         def loss(x=x, y=y, weight=weight):
-            logits = model.logits(model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True))
-            each = keras.losses.sparse_categorical_crossentropy(ops.convert_to_tensor(y), logits, from_logits=True)
-            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(weight.sum())
+            logits = model.logits(
+                model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True)
+            )
+            each = keras.losses.sparse_categorical_crossentropy(
+                ops.convert_to_tensor(y), logits, from_logits=True
+            )
+            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(
+                weight.sum()
+            )
 
         found.append([g.astype("float64") for g in gradients(loss, model.trainable_variables)])
         losses.append(float(to_numpy(loss())))
@@ -97,13 +107,18 @@ def plain_gradients(model, rows):
 def plain_sum(found, clip_norm=C):
     """Sum of the clipped gradients in float64."""
     norms = [np.sqrt(sum((g**2).sum() for g in row)) for row in found]
-    parts = [[g * min(1, clip_norm / norm) for g in row] for row, norm in zip(found, norms, strict=True)]
+    parts = [
+        [g * min(1, clip_norm / norm) for g in row] for row, norm in zip(found, norms, strict=True)
+    ]
     return [sum(column) for column in zip(*parts, strict=True)], np.array(norms)
 
 
 def distance(one, other):
     return np.sqrt(
-        sum(((a.astype("float64") - b.astype("float64")) ** 2).sum() for a, b in zip(one, other, strict=True))
+        sum(
+            ((a.astype("float64") - b.astype("float64")) ** 2).sum()
+            for a, b in zip(one, other, strict=True)
+        )
     )
 
 
@@ -112,7 +127,9 @@ def test_equal_to_a_plain_loop_over_rows(name):
     model, rows = private_model(**MODELS[name]), some_rows(7)
     found, losses = plain_gradients(model, rows)
     _, norms = plain_sum(found)
-    model._dpsgd.clip_norm = clip_norm = float(np.mean(np.sort(norms)[3:5]))  # four rows are below it, three above
+    model._dpsgd.clip_norm = clip_norm = float(
+        np.mean(np.sort(norms)[3:5])
+    )  # four rows are below it, three above
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
     for size in (1, 3) if "LoRA" in name else (1,):
         clipped = sum_of(model, rows, size=size)
@@ -124,16 +141,23 @@ def test_equal_to_a_plain_loop_over_rows(name):
 
 def test_clipping_says_how_sensitive_its_sum_is():
     model = private_model(**MODELS["LoRA"])
-    clipped, _ = model._clipped_sum(keras.tree.map_structure(ops.convert_to_tensor, some_rows(1)), 1)
+    clipped, _ = model._clipped_sum(
+        keras.tree.map_structure(ops.convert_to_tensor, some_rows(1)), 1
+    )
     assert clipped.sensitivity == C
 
 
 @pytest.mark.parametrize("name", ["full", "LoRA"])
 def test_what_is_beyond_the_count_has_no_part(monkeypatch, name):
-    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)  # which depends on the room for rows
+    monkeypatch.setattr(
+        mechanism, "sum_rounding", lambda rows, size: 0.0
+    )  # which depends on the room for rows
     model, rows = private_model(**MODELS[name]), some_rows(6)
     for size in (1, 4) if name == "LoRA" else (1,):
-        few, cut = sum_of(model, take(rows, range(3)), size=size), sum_of(model, rows, count=3, size=size)
+        few, cut = (
+            sum_of(model, take(rows, range(3)), size=size),
+            sum_of(model, rows, count=3, size=size),
+        )
         np.testing.assert_allclose(cut.loss, few.loss, rtol=1e-6)
         assert distance(cut.gradients, few.gradients) < 1e-6
         nothing = sum_of(model, rows, count=0, size=size)
@@ -173,7 +197,9 @@ def adversarial_rows(count, longest):
     half = count // 2
     power = 2.0 ** np.floor(np.log2(half * longest))
     rows = [longest, *[(power - longest / 2) / half] * half]
-    with_first, without = (np.cumsum(np.float32(part), dtype="float32")[-1] for part in (rows, rows[1:]))
+    with_first, without = (
+        np.cumsum(np.float32(part), dtype="float32")[-1] for part in (rows, rows[1:])
+    )
     assert without < power < with_first
     unit = np.float32(power * 2.0**-24)
     while len(rows) < count:
@@ -187,7 +213,9 @@ def adversarial_rows(count, longest):
 def test_rows_that_make_the_most_of_rounding(count):
     """Each row is as long as rows can be, or shorter: the sum changes by more than that, and by C at most."""
     longest = np.float32(
-        (1 - mechanism.ROUNDING) / (1 + float(to_numpy(mechanism.sum_rounding(count, 1)))) * (1 - 1e-6)
+        (1 - mechanism.ROUNDING)
+        / (1 + float(to_numpy(mechanism.sum_rounding(count, 1))))
+        * (1 - 1e-6)
     )
     rows, found = adversarial_rows(count, longest), []
     for first in (rows[:1], 0 * rows[:1]):
@@ -197,7 +225,13 @@ def test_rows_that_make_the_most_of_rounding(count):
             return [ops.slice(gradients, (start, 0), (1, 1))], ops.zeros((1,)), state
 
         sums, _ = mechanism.clipped_sum(
-            row_gradients, [(1,)], ops.convert_to_tensor(np.int32(count)), count, 1, 1.0, [ops.zeros(())]
+            row_gradients,
+            [(1,)],
+            ops.convert_to_tensor(np.int32(count)),
+            count,
+            1,
+            1.0,
+            [ops.zeros(())],
         )
         found.append(float(to_numpy(sums.gradients[0])[0]))
     change = found[0] - found[1]
@@ -214,8 +248,12 @@ def test_the_bound_of_rounding_counts_every_addition(rows, size):
     additions = sum(size - 1 + microbatches - j for j in range(microbatches) for _ in range(size))
     found = float(to_numpy(mechanism.sum_rounding(rows, size)))
     deepest = size - 1 + microbatches
-    np.testing.assert_allclose(found, 2 * additions * 2.0**-24 / (1 - deepest * 2.0**-24), rtol=1e-5)
-    np.testing.assert_allclose(float(to_numpy(mechanism.sum_rounding(ops.convert_to_tensor(rows), size))), found)
+    np.testing.assert_allclose(
+        found, 2 * additions * 2.0**-24 / (1 - deepest * 2.0**-24), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        float(to_numpy(mechanism.sum_rounding(ops.convert_to_tensor(rows), size))), found
+    )
 
 
 @pytest.mark.parametrize("name", ["full", "LoRA"])
@@ -269,7 +307,9 @@ def test_clip_factors():
     assert factors[1] == 0 and not is_finite[1]
 
 
-@pytest.mark.parametrize("shape", [(2, 3 * mechanism.STAGE + 5), (2, 2 * mechanism.STAGE, 3), (2, 7), (2,)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3 * mechanism.STAGE + 5), (2, 2 * mechanism.STAGE, 3), (2, 7), (2,)]
+)
 def test_norms_of_long_variables(shape):
     """One number of 2^12 and millions of 1: added up one after the other, float32 would lose the ones."""
     x = np.ones(shape, "float32")
@@ -283,7 +323,9 @@ def test_an_empty_batch_releases_noise_of_the_right_size():
     shape, expected = (300, 400), 8.0
     clipped = mechanism.ClippedSum([ops.zeros(shape), ops.ones((5,))], C, 0.0, 0.0, 0.0)
     seeds = np.random.default_rng(0).integers(-(2**31), 2**31, (2, 4)).astype("int32")
-    noised, small = map(to_numpy, mechanism.noised_mean(clipped, 1.3, ops.convert_to_tensor(seeds), expected))
+    noised, small = map(
+        to_numpy, mechanism.noised_mean(clipped, 1.3, ops.convert_to_tensor(seeds), expected)
+    )
     deviation = 1.3 * C / expected
     np.testing.assert_allclose(noised.std(), deviation, rtol=0.01)
     assert abs(noised.mean()) < 4 * deviation / noised.size**0.5
@@ -308,7 +350,9 @@ def test_equal_to_jax_privacy(name):
     gradient = clipping.clipped_grad(
         loss, l2_clip_norm=C * (1 - mechanism.ROUNDING), batch_argnums=1, keep_batch_dim=False
     )
-    expected = gradient([v.value for v in model.trainable_variables], (x, y, weight.astype("float32")))
+    expected = gradient(
+        [v.value for v in model.trainable_variables], (x, y, weight.astype("float32"))
+    )
     for g, e in zip(sum_of(model, (x, y, weight)).gradients, expected, strict=True):
         np.testing.assert_allclose(g, to_numpy(e), atol=1e-5)
 

@@ -48,7 +48,9 @@ def test_head_room_is_the_smallest_that_costs_one_percent(microbatch):
     assert room % microbatch == 0 and room >= 64
     assert accounting.epsilon([steps._replace(max_batch_size=room)], 1e-5) <= limit
     smaller = room - microbatch
-    assert smaller < 64 or accounting.epsilon([steps._replace(max_batch_size=smaller)], 1e-5) > limit
+    assert (
+        smaller < 64 or accounting.epsilon([steps._replace(max_batch_size=smaller)], 1e-5) > limit
+    )
 
 
 def test_all_rows_need_no_head_room():
@@ -65,21 +67,44 @@ def test_epochs_are_rounded_up():
 def test_default_delta():
     assert planning.default_delta(1000) == pytest.approx(1000**-1.1)
     assert planning.default_delta(2) < 0.5
-    with pytest.raises(ValueError, match="`rows` must be 2 or more for a default δ. Received: rows=1"):
+    with pytest.raises(
+        ValueError, match="`rows` must be 2 or more for a default δ. Received: rows=1"
+    ):
         planning.default_delta(1)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(), "Exactly one of `epsilon` and `noise_multiplier` must be given. Received: epsilon=None, noise_mult"),
-        (dict(epsilon=1.0, noise_multiplier=1.0), "Exactly one of `epsilon` and `noise_multiplier` must be given. Rec"),
+        (
+            dict(),
+            "Exactly one of `epsilon` and `noise_multiplier` must be given. Received: epsilon=None, noise_mult",
+        ),
+        (
+            dict(epsilon=1.0, noise_multiplier=1.0),
+            "Exactly one of `epsilon` and `noise_multiplier` must be given. Rec",
+        ),
         (dict(epsilon=1.0, rows=0), "`rows` must be a positive integer. Received: rows=0"),
-        (dict(epsilon=1.0, batch_size=2.5), "`batch_size` must be a positive integer. Received: batch_size=2.5"),
-        (dict(epsilon=1.0, epochs=True), "`epochs` must be a positive integer. Received: epochs=True"),
-        (dict(epsilon=1.0, microbatch=-1), "`microbatch` must be a positive integer. Received: microbatch=-1"),
-        (dict(epsilon=1.0, batch_size=101), "`batch_size` must be at most the 100 rows. Received: batch_size=101"),
-        (dict(noise_multiplier=0.0), "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0"),
+        (
+            dict(epsilon=1.0, batch_size=2.5),
+            "`batch_size` must be a positive integer. Received: batch_size=2.5",
+        ),
+        (
+            dict(epsilon=1.0, epochs=True),
+            "`epochs` must be a positive integer. Received: epochs=True",
+        ),
+        (
+            dict(epsilon=1.0, microbatch=-1),
+            "`microbatch` must be a positive integer. Received: microbatch=-1",
+        ),
+        (
+            dict(epsilon=1.0, batch_size=101),
+            "`batch_size` must be at most the 100 rows. Received: batch_size=101",
+        ),
+        (
+            dict(noise_multiplier=0.0),
+            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+        ),
     ],
 )
 def test_impossible_plans(changes, message):

@@ -11,7 +11,10 @@ SECRET = bytes(range(16))
 
 
 def batches(first_step=0, max_batch_size=12, microbatch=5):
-    x = {"token_ids": np.arange(1, 41)[:, None].repeat(3, 1), "padding_mask": np.ones((40, 3), "int32")}
+    x = {
+        "token_ids": np.arange(1, 41)[:, None].repeat(3, 1),
+        "padding_mask": np.ones((40, 3), "int32"),
+    }
     rows = (x, np.arange(1, 41), np.full(40, 0.5, "float32"))
     steps = Steps(0, 40, 0.2, max_batch_size, 1.5)
     return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step, "aaaaaaaa:01", 3)
@@ -25,7 +28,9 @@ def test_a_batch_has_the_rows_of_its_step_and_zeros():
         drawn = sample_rows(SECRET, 7 + i, 40, 0.2, 12)
         assert step["count"].tolist() == [len(drawn)]
         assert y.tolist() == [*(drawn + 1), *[0] * (15 - len(drawn))]
-        assert (x["token_ids"] == y[:, None]).all() and (x["padding_mask"] == (y > 0)[:, None]).all()
+        assert (x["token_ids"] == y[:, None]).all() and (
+            x["padding_mask"] == (y > 0)[:, None]
+        ).all()
         assert (step["sample_weight"] == 0.5 * (y > 0)).all()
         seeds = [noise_seed(SECRET, 7 + i, variable) for variable in (0, 1)]
         np.testing.assert_array_equal(step["noise_seeds"].view("uint32"), seeds)
@@ -35,7 +40,10 @@ def test_a_batch_has_the_rows_of_its_step_and_zeros():
 
 
 def test_how_many_there_are_is_no_fact_of_a_run():
-    assert Batches(batches(), 1, False, 0).facts.items() >= {"rows": 40, "fingerprint": "aaaaaaaa:01"}.items()
+    assert (
+        Batches(batches(), 1, False, 0).facts.items()
+        >= {"rows": 40, "fingerprint": "aaaaaaaa:01"}.items()
+    )
     assert "items" not in Batches(batches(), 1, False, 0).facts
 
 
@@ -70,6 +78,7 @@ def test_a_dataset_is_read_batch_by_batch():
 @pytest.mark.parametrize("data", [iter([1]), (i for i in [1]), "text"])
 def test_rows_that_cannot_be_drawn_are_refused(data):
     with pytest.raises(
-        ValueError, match="draws its rows one by one: data must be strings, arrays or a `keras.utils.PyData"
+        ValueError,
+        match="draws its rows one by one: data must be strings, arrays or a `keras.utils.PyData",
     ):
         as_rows(data)

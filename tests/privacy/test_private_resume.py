@@ -35,7 +35,10 @@ def train(folder, dpsgd=None, killed_at=None, each=lambda: None, **arguments):
         if len(begun) == killed_at:
             raise Killed
 
-    callbacks = [TrainingCheckpoint(folder, save_freq=1), keras.callbacks.LambdaCallback(on_train_batch_begin=begin)]
+    callbacks = [
+        TrainingCheckpoint(folder, save_freq=1),
+        keras.callbacks.LambdaCallback(on_train_batch_begin=begin),
+    ]
     fit(model, callbacks=callbacks, **arguments)
     return model
 
@@ -45,7 +48,9 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
     """Weights and the rows that were drawn; to the bit on JAX and TensorFlow."""
 
     def train(folder, killed_at=None):
-        model = language_model(rank, optimizer=keras.optimizers.Adam(1e-2), lora_arguments=dict(dropout=0.1))
+        model = language_model(
+            rank, optimizer=keras.optimizers.Adam(1e-2), lora_arguments=dict(dropout=0.1)
+        )
         steps = []
 
         def count(batch, logs):
@@ -90,11 +95,15 @@ def test_a_resumed_budget_is_kept(tmp_path):
     model = language_model(4, dpsgd=dpsgd)
     fit(model, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
     first, second = model.privacy.ledger.runs
-    assert (first[1], second[1]) == (3, 2) and second[0].noise_multiplier > first[0].noise_multiplier
+    assert (first[1], second[1]) == (3, 2) and second[0].noise_multiplier > first[
+        0
+    ].noise_multiplier
     assert 1.9 < model.privacy.spent().epsilon <= 2.0
 
 
-@pytest.mark.parametrize("dpsgd", [BUDGET, {}, dict(BUDGET, extend_budget=True)], ids=["epsilon", "noise", "extended"])
+@pytest.mark.parametrize(
+    "dpsgd", [BUDGET, {}, dict(BUDGET, extend_budget=True)], ids=["epsilon", "noise", "extended"]
+)
 def test_a_finished_run_returns_at_once(tmp_path, dpsgd):
     """With its weights, and nothing more is released; a budget that is used up is no matter."""
     first = train(tmp_path, dpsgd)
@@ -110,7 +119,9 @@ def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path
         train(tmp_path, BUDGET, killed_at=4)
     saved = dict(read_state_arrays(tmp_path / FILE, "weight"))
     model = language_model(4, dpsgd=BUDGET)
-    with pytest.warns(UserWarning, match="used up: .* `fit` ends with the checkpoint's weights, 1 steps early"):
+    with pytest.warns(
+        UserWarning, match="used up: .* `fit` ends with the checkpoint's weights, 1 steps early"
+    ):
         fit(model, callbacks=[TrainingCheckpoint(tmp_path, save_freq=1)])
     for one, two in zip(values(model), saved.values(), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -158,7 +169,9 @@ def test_a_checkpoint_of_other_rows_is_refused(tmp_path, monkeypatch):
         train(tmp_path, killed_at=3)
     with pytest.raises(ValueError, match="is of another run: its data had fingerprint = "):
         train(tmp_path, rows=some_rows(ROWS, seed=9))
-    with pytest.raises(ValueError, match=f"is of another run: its data had rows = {ROWS}. Received: {ROWS - 1}"):
+    with pytest.raises(
+        ValueError, match=f"is of another run: its data had rows = {ROWS}. Received: {ROWS - 1}"
+    ):
         train(tmp_path, rows=some_rows(ROWS - 1))
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "another home"))
     assert train(tmp_path).privacy.spent().steps == 5

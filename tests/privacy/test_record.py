@@ -17,7 +17,9 @@ def test_what_is_spent_while_a_run_goes_on_and_after_it():
     record.begin(OpenRun(None, a_run(), record.ledger))
     for done in (1, 2):
         record.run.release()
-        expected = accounting.round_up(accounting.epsilon([accounting.Steps(done, 1000, 0.05, 80, 1.0)], 1e-5))
+        expected = accounting.round_up(
+            accounting.epsilon([accounting.Steps(done, 1000, 0.05, 80, 1.0)], 1e-5)
+        )
         assert record.spent()[:3] == (expected, 1e-5, done)
     record.end()
     assert record.spent().steps == 2 and record.run is None
@@ -36,7 +38,10 @@ def test_runs_on_other_data_stand_beside_each_other():
             record.run.release()
         record.end()
     assert record.spent().steps == 5
-    assert {data: spent.steps for data, spent in record.ledger.spent().items()} == {DATA: 3, OTHER_DATA: 5}
+    assert {data: spent.steps for data, spent in record.ledger.spent().items()} == {
+        DATA: 3,
+        OTHER_DATA: 5,
+    }
 
 
 def test_a_loaded_ledger_is_taken_over_once(tmp_path):
@@ -60,7 +65,9 @@ def test_training_without_privacy_is_on_record(tmp_path):
 
     fit_plainly(1)
     assert model.privacy.ledger == Ledger()
-    model.compile(keras.optimizers.SGD(0.1), privacy=DPSGD(noise_multiplier=1.0, ledger=tmp_path / FILE))
+    model.compile(
+        keras.optimizers.SGD(0.1), privacy=DPSGD(noise_multiplier=1.0, ledger=tmp_path / FILE)
+    )
     fit(model)
     (statement,) = read_ledger(tmp_path / FILE).statements
     assert (statement["training"], statement["steps"]) == ("without privacy", 4)
@@ -76,7 +83,10 @@ def test_training_without_privacy_is_on_record(tmp_path):
     assert preset_ledger(tmp_path / "saved") == found
     assert "without privacy           20 steps, whose rows" in describe(str(tmp_path / "saved"))
     convert(tmp_path / "saved", tmp_path / "converted", to="hf", progress=False)
-    assert "- trained without privacy since: 20 steps" in (tmp_path / "converted" / "README.md").read_text()
+    assert (
+        "- trained without privacy since: 20 steps"
+        in (tmp_path / "converted" / "README.md").read_text()
+    )
 
 
 def test_training_without_privacy_ends_what_pre_training_promised():

@@ -59,7 +59,11 @@ def test_large_samples_are_cut_off_as_often_as_the_binomial_says():
         assert set(after) <= set(before)
         assert len(after) == largest if too_large else np.array_equal(before, after)
     inside = np.array(
-        [np.isin(np.arange(count), rows) for rows, cut_off in zip(cut, truncated, strict=True) if cut_off]
+        [
+            np.isin(np.arange(count), rows)
+            for rows, cut_off in zip(cut, truncated, strict=True)
+            if cut_off
+        ]
     )
     # `largest` of `count` rows in each, exchangeable: the counts' covariance has rank count - 1.
     share = largest / count
@@ -101,7 +105,12 @@ def test_all_rows_none_and_one():
 
 def test_indices_are_increasing_and_inside():
     for rows in samples(50, 1000, 0.2, 200):
-        assert rows.dtype == np.int64 and (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < 1000
+        assert (
+            rows.dtype == np.int64
+            and (np.diff(rows) > 0).all()
+            and rows[0] >= 0
+            and rows[-1] < 1000
+        )
 
 
 def test_more_blocks_of_gaps_than_one(monkeypatch):
@@ -125,12 +134,20 @@ def test_ten_million_rows_take_little_time():
     "changes, message",
     [
         (dict(count=0), "`count` must be 1 or more. Received: count=0"),
-        (dict(probability=0.0), "`probability` must be above 0 and at most 1. Received: probability=0.0"),
-        (dict(probability=float("nan")), "`probability` must be above 0 and at most 1. Received: probability=nan"),
+        (
+            dict(probability=0.0),
+            "`probability` must be above 0 and at most 1. Received: probability=0.0",
+        ),
+        (
+            dict(probability=float("nan")),
+            "`probability` must be above 0 and at most 1. Received: probability=nan",
+        ),
         (dict(max_batch_size=0), "`max_batch_size` must be 1 or more. Received: max_batch_size=0"),
     ],
 )
 def test_errors(changes, message):
     with pytest.raises(ValueError) as error:
-        sampling.sample_rows(**{**dict(secret=SECRET, step=0, count=10, probability=0.5), **changes})
+        sampling.sample_rows(
+            **{**dict(secret=SECRET, step=0, count=10, probability=0.5), **changes}
+        )
     assert str(error.value) == message

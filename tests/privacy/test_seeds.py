@@ -8,7 +8,12 @@ from keras_vaultgemma.privacy.seeds import derive, new_secret, noise_seed
 def test_no_seed_comes_twice():
     """Over steps, variables and restarts; chance alone would fail once in 2^102 runs."""
     secrets = [new_secret() for _ in range(4)]
-    seeds = [noise_seed(s, step, variable) for s in secrets for step in range(100) for variable in range(20)]
+    seeds = [
+        noise_seed(s, step, variable)
+        for s in secrets
+        for step in range(100)
+        for variable in range(20)
+    ]
     assert len({seed.tobytes() for seed in seeds}) == len(seeds) == 8000
 
 

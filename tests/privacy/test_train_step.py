@@ -20,12 +20,20 @@ pytestmark = [
 ROWS, BATCH = 24, 6
 
 
-def language_model(rank=None, optimizer=None, dpsgd=None, compile_arguments=None, lora_arguments=None, **changes):
+def language_model(
+    rank=None, optimizer=None, dpsgd=None, compile_arguments=None, lora_arguments=None, **changes
+):
     keras.utils.set_random_seed(1)
     model = VaultGemmaCausalLM(random_backbone(**{**SMALL, **changes}))
     if rank:
         model.backbone.enable_lora(rank, **(lora_arguments or {}))
-    settings = {"noise_multiplier": 1.0, "delta": 1e-4, "clip_norm": C, "seed_for_tests": 5, **(dpsgd or {})}
+    settings = {
+        "noise_multiplier": 1.0,
+        "delta": 1e-4,
+        "clip_norm": C,
+        "seed_for_tests": 5,
+        **(dpsgd or {}),
+    }
     settings = {name: value for name, value in settings.items() if value is not None}
     optimizer = optimizer or keras.optimizers.SGD(1.0)
     model.compile(optimizer, privacy=privacy.DPSGD(**settings), **(compile_arguments or {}))
@@ -34,7 +42,9 @@ def language_model(rank=None, optimizer=None, dpsgd=None, compile_arguments=None
 
 def fit(model, rows=None, **arguments):
     x, y, weight = rows or some_rows(ROWS)
-    return model.fit(x, y, sample_weight=weight, **{"batch_size": BATCH, "verbose": 0, **arguments}).history
+    return model.fit(
+        x, y, sample_weight=weight, **{"batch_size": BATCH, "verbose": 0, **arguments}
+    ).history
 
 
 def values(model):
@@ -53,7 +63,9 @@ def test_a_step_is_what_the_docstring_says(rank):
     found, losses = plain_gradients(model, take(rows, drawn))
     rounding = float(to_numpy(mechanism.sum_rounding(min(model_room(1.0), ROWS), 1)))
     clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING) / (1 + rounding))
-    seeds = [ops.convert_to_tensor(noise_seed(secret, 0, i).view("int32")) for i in range(len(before))]
+    seeds = [
+        ops.convert_to_tensor(noise_seed(secret, 0, i).view("int32")) for i in range(len(before))
+    ]
     noise = [to_numpy(backend.normal(seed, v.shape)) for seed, v in zip(seeds, before, strict=True)]
     # SGD with rate 1, of which an epoch's first step is looked at.
     seen = []
@@ -80,7 +92,9 @@ def test_steps_without_any_gradient_are_pure_noise():
     model = language_model(dpsgd=dict(noise_multiplier=2.0))
     before, epochs = values(model), 3
     history = fit(model, (x, y, 0 * weight), epochs=epochs)
-    moved = np.concatenate([(new - old).ravel() for new, old in zip(values(model), before, strict=True)])
+    moved = np.concatenate(
+        [(new - old).ravel() for new, old in zip(values(model), before, strict=True)]
+    )
     deviation = 2.0 * C / BATCH * (epochs * ROWS / BATCH) ** 0.5
     assert moved.size > 5000
     np.testing.assert_allclose(moved.std(), deviation, rtol=4 / (2 * moved.size) ** 0.5)
@@ -93,7 +107,10 @@ def test_empty_batches_are_steps():
     rows, seen = take(some_rows(4), [0, 1, 2, 3] * 500), []
     model = language_model(4)
     moved = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: (backend.update_variables(model), seen.append(values(model)[0]))
+        on_train_batch_end=lambda batch, logs: (
+            backend.update_variables(model),
+            seen.append(values(model)[0]),
+        )
     )
     stop = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", batch == 29)
@@ -106,7 +123,9 @@ def test_empty_batches_are_steps():
     # Of a step without rows the update is the noise of its seed, σ C, over the one row that is expected.
     for i in [i for i in range(1, 30) if counts[i] == 0]:
         seed = ops.convert_to_tensor(noise_seed(fixed_secret(5), i, 0).view("int32"))
-        np.testing.assert_allclose(seen[i - 1] - seen[i], C * to_numpy(backend.normal(seed, seen[i].shape)), atol=1e-6)
+        np.testing.assert_allclose(
+            seen[i - 1] - seen[i], C * to_numpy(backend.normal(seed, seen[i].shape)), atol=1e-6
+        )
 
 
 def tiny_model(**settings):
@@ -119,7 +138,10 @@ def tiny_model(**settings):
 
 
 PAIRS = {"prompts": LINES, "responses": LINES[::-1]}
-CHATS = [[{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}] for line in LINES]
+CHATS = [
+    [{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}]
+    for line in LINES
+]
 
 
 class TwoTexts(keras.utils.PyDataset):
@@ -130,7 +152,9 @@ class TwoTexts(keras.utils.PyDataset):
         return LINES[2 * index : 2 * index + 2]
 
 
-@pytest.mark.parametrize("data", [LINES, PAIRS, CHATS, TwoTexts()], ids=["texts", "pairs", "chats", "dataset"])
+@pytest.mark.parametrize(
+    "data", [LINES, PAIRS, CHATS, TwoTexts()], ids=["texts", "pairs", "chats", "dataset"]
+)
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
 def test_whatever_fit_takes(data):
     model = tiny_model()
@@ -159,7 +183,9 @@ def test_a_loss_and_metrics_of_ones_own():
 def test_gradient_checkpointing_changes_nothing(changes):
     found = []
     for checkpointing in (False, True):
-        model = language_model(4, compile_arguments=dict(gradient_checkpointing=checkpointing), **changes)
+        model = language_model(
+            4, compile_arguments=dict(gradient_checkpointing=checkpointing), **changes
+        )
         for v in model.trainable_variables:
             v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
         keras.utils.set_random_seed(2)
@@ -192,9 +218,13 @@ def test_seeds_of_layers_tell_nothing_of_how_many_rows_were_drawn():
     """Checkpoints save them: two runs that draw other numbers of rows leave the same ones."""
     left, drawn = [], []
     for secret in (5, 6):
-        model = language_model(4, lora_arguments=dict(dropout=0.5), dpsgd=dict(seed_for_tests=secret))
+        model = language_model(
+            4, lora_arguments=dict(dropout=0.5), dpsgd=dict(seed_for_tests=secret)
+        )
         fit(model)
-        left.append([to_numpy(v).tolist() for v in model.non_trainable_variables if "seed" in v.path])
+        left.append(
+            [to_numpy(v).tolist() for v in model.non_trainable_variables if "seed" in v.path]
+        )
         room = model.privacy.ledger.runs[0][0].max_batch_size
         steps = [sample_rows(fixed_secret(secret), i, ROWS, BATCH / ROWS, room) for i in range(4)]
         drawn.append(sum(map(len, steps)))
@@ -218,14 +248,21 @@ def test_dropout_follows_the_seeds_of_the_step():
 def test_other_bases(base):
     """float32 factors over a base of 16 or 8 bits: the noise is of the same size, whatever computes."""
     keras.utils.set_random_seed(1)
-    model = VaultGemmaCausalLM(random_backbone(**SMALL, dtype="float32" if base == "int8" else base))
+    model = VaultGemmaCausalLM(
+        random_backbone(**SMALL, dtype="float32" if base == "int8" else base)
+    )
     if base == "int8":
         model.quantize("int8")
     model.backbone.enable_lora(4)
-    model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=50.0, delta=1e-4, clip_norm=C))
+    model.compile(
+        keras.optimizers.SGD(1.0),
+        privacy=privacy.DPSGD(noise_multiplier=50.0, delta=1e-4, clip_norm=C),
+    )
     before = values(model)
     fit(model)
-    moved = np.concatenate([(new - old).ravel() for new, old in zip(values(model), before, strict=True)])
+    moved = np.concatenate(
+        [(new - old).ravel() for new, old in zip(values(model), before, strict=True)]
+    )
     np.testing.assert_allclose(moved.std(), 50 * C / BATCH * 4**0.5, rtol=0.1)
 
 
@@ -234,7 +271,9 @@ def test_without_privacy_all_is_as_before():
     fit(model)
     model.compile(keras.optimizers.SGD(0.1))
     x, y, weight = some_rows(ROWS)
-    history = model.fit(x, y, sample_weight=weight, batch_size=BATCH, verbose=0, shuffle=True).history
+    history = model.fit(
+        x, y, sample_weight=weight, batch_size=BATCH, verbose=0, shuffle=True
+    ).history
     assert set(history) == {"loss", "sparse_categorical_accuracy"}
     assert model.privacy.spent().steps == 4, "what was spent stays on record"
     model.train_on_batch(x, y)
@@ -260,6 +299,8 @@ def test_microbatches_change_nothing(size, monkeypatch):
             v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
         fit(model, batch_size=3)
     drawn = [len(sample_rows(fixed_secret(5), i, ROWS, 3 / ROWS)) for i in range(8)]
-    assert max(drawn) <= min(run.max_batch_size for model in models for run, _ in model.privacy.ledger.runs)
+    assert max(drawn) <= min(
+        run.max_batch_size for model in models for run, _ in model.privacy.ledger.runs
+    )
     for one, two in zip(*map(values, models), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)

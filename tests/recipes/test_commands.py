@@ -39,7 +39,9 @@ def asked(monkeypatch, tiny):
 
     asked.compile = lambda sampler: setattr(asked, "sampler", sampler)
     asked.stream = stream
-    monkeypatch.setattr(backend, "cache_compilations", lambda folder: setattr(asked, "folder", folder))
+    monkeypatch.setattr(
+        backend, "cache_compilations", lambda folder: setattr(asked, "folder", folder)
+    )
     monkeypatch.setattr(VaultGemmaCausalLM, "from_preset", from_preset)
     return asked
 
@@ -81,7 +83,17 @@ def test_defaults(capsys, asked):
 
 
 def test_options_reach_the_library(asked):
-    options = ["--preset", "a/folder", "--dtype", "bfloat16", "--chat", "--stop", "\n\n", "--stop", "END"]
+    options = [
+        "--preset",
+        "a/folder",
+        "--dtype",
+        "bfloat16",
+        "--chat",
+        "--stop",
+        "\n\n",
+        "--stop",
+        "END",
+    ]
     assert cli.main(["generate", PROMPT, *options]) == 0
     assert asked.stop == ["\n\n", "END"]
     assert asked.loaded == ("a/folder", {"dtype": "bfloat16"})
@@ -108,8 +120,12 @@ def test_samplers(capsys, asked, name, sampler, takes):
     assert {option: asked.sampler.get_config()[option] for option in taken} == taken
     capsys.readouterr()
     for option in values.keys() - taken.keys():
-        error = error_of(capsys, "generate", PROMPT, "--sampler", name, f"--{option}", str(values[option]))
-        assert error.startswith(f"--{option} changes nothing with --sampler {name}; it goes with random, top_k, top_p")
+        error = error_of(
+            capsys, "generate", PROMPT, "--sampler", name, f"--{option}", str(values[option])
+        )
+        assert error.startswith(
+            f"--{option} changes nothing with --sampler {name}; it goes with random, top_k, top_p"
+        )
         assert error.endswith(f"Received: --{option} {values[option]}")
 
 
@@ -132,13 +148,17 @@ def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, mon
         finish_reason = "interrupted"
 
     written = []
-    monkeypatch.setattr(cli, "print", lambda *text, **kwargs: written.append("".join(text)), raising=False)
+    monkeypatch.setattr(
+        cli, "print", lambda *text, **kwargs: written.append("".join(text)), raising=False
+    )
     asked.stream = lambda *args, **kwargs: Interrupted([" A", " te"])
     assert cli.main(["generate", PROMPT]) == 130
     assert written == [PROMPT, " A", " te", ""]
 
 
-@pytest.mark.parametrize("piped, prompt", [("one\n", "one"), ("one", "one"), ("one\ntwo\n\n", "one\ntwo\n")])
+@pytest.mark.parametrize(
+    "piped, prompt", [("one\n", "one"), ("one", "one"), ("one\ntwo\n\n", "one\ntwo\n")]
+)
 def test_a_piped_prompt_loses_one_line_break(monkeypatch, asked, piped, prompt):
     monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
     assert cli.main(["generate"]) == 0
@@ -192,20 +212,52 @@ def test_convert_fails_in_one_line(capsys, tmp_path):
     assert error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path)).startswith(
         f"{tmp_path} exists. Pass overwrite"
     )
-    assert "argument --to: invalid choice: 'pt'" in error_of(capsys, "convert", "x", "y", "--to", "pt")
-    error = error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path / "new"), "--shard-size", "big", "--to", "hf")
+    assert "argument --to: invalid choice: 'pt'" in error_of(
+        capsys, "convert", "x", "y", "--to", "pt"
+    )
+    error = error_of(
+        capsys,
+        "convert",
+        "vaultgemma_tiny",
+        str(tmp_path / "new"),
+        "--shard-size",
+        "big",
+        "--to",
+        "hf",
+    )
     assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"
 
 
 def test_epsilon_prints_the_report(capsys):
-    assert cli.main(["epsilon", "--rows", "100", "--batch", "50", "--epochs", "2", "--noise", "5"]) == 0
-    assert capsys.readouterr().out == privacy_budget.privacy_budget(100, 50, 2, noise_multiplier=5.0) + "\n"
+    assert (
+        cli.main(["epsilon", "--rows", "100", "--batch", "50", "--epochs", "2", "--noise", "5"])
+        == 0
+    )
+    assert (
+        capsys.readouterr().out
+        == privacy_budget.privacy_budget(100, 50, 2, noise_multiplier=5.0) + "\n"
+    )
 
 
 def test_epsilon_asks_the_library(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(privacy_budget, "privacy_budget", lambda *args: asked.append(args) or "the answer")
-    options = ["--rows", "500", "--batch", "50", "--epochs", "2", "--epsilon", "5", "--delta", "1e-3", "--png", "a.png"]
+    monkeypatch.setattr(
+        privacy_budget, "privacy_budget", lambda *args: asked.append(args) or "the answer"
+    )
+    options = [
+        "--rows",
+        "500",
+        "--batch",
+        "50",
+        "--epochs",
+        "2",
+        "--epsilon",
+        "5",
+        "--delta",
+        "1e-3",
+        "--png",
+        "a.png",
+    ]
     assert cli.main(["epsilon", *options]) == 0
     assert asked == [(500, 50, 2, None, 5.0, 1e-3, "a.png")]
     assert capsys.readouterr().out == "the answer\n"
@@ -213,19 +265,35 @@ def test_epsilon_asks_the_library(capsys, monkeypatch):
 
 def test_finetune_asks_the_library(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(finetuning, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer")
+    monkeypatch.setattr(
+        finetuning, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer"
+    )
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
     defaults = inspect.signature(finetune).parameters
-    assert asked == [{name: "a.txt" if name == "data" else p.default for name, p in defaults.items()}]
+    assert asked == [
+        {name: "a.txt" if name == "data" else p.default for name, p in defaults.items()}
+    ]
 
     options = dict(
         preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a", lora_rank=4, epochs=5,
         batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o", seed=3, png="c.png",
     )  # fmt: skip
-    arguments = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = [
+        x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))
+    ]
     flags = ["--gradient-checkpointing", "--merge", "--no-packing", "--save-every", "7"]
-    flags += ["--private", "--epsilon", "3", "--delta", "1e-5", "--noise", "2", "--clip-norm", "0.5"]
+    flags += [
+        "--private",
+        "--epsilon",
+        "3",
+        "--delta",
+        "1e-5",
+        "--noise",
+        "2",
+        "--clip-norm",
+        "0.5",
+    ]
     assert cli.main(["finetune", "--data", "a.txt", *arguments, *flags]) == 0
     private = dict(private=True, epsilon=3.0, delta=1e-5, noise_multiplier=2.0, clip_norm=0.5)
     expected = {
@@ -241,12 +309,20 @@ def test_finetune_asks_the_library(capsys, monkeypatch):
 
 
 def test_finetune_from_a_file_to_an_adapter(tmp_path):
-    (tmp_path / "a.csv").write_text("text\n" + "".join(f"The hare and tortoise {i}\n" for i in range(8)))
-    done = run_command("finetune", "--data", "a.csv", "--epochs", "2", "--sequence-length", "16", cwd=tmp_path)
+    (tmp_path / "a.csv").write_text(
+        "text\n" + "".join(f"The hare and tortoise {i}\n" for i in range(8))
+    )
+    done = run_command(
+        "finetune", "--data", "a.csv", "--epochs", "2", "--sequence-length", "16", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         "vaultgemma_tiny on a.csv: 7 rows to train on, 1 held out\nHeld out, before: perplexity "
     )
     assert "finetuned/adapter: for lora.load_adapter" in done.stdout
-    assert "Epoch 2/2" in done.stderr and "loss: " in done.stderr and "tokens_per_second: " in done.stderr
+    assert (
+        "Epoch 2/2" in done.stderr
+        and "loss: " in done.stderr
+        and "tokens_per_second: " in done.stderr
+    )
     assert (tmp_path / "finetuned" / "adapter" / "adapter_config.json").is_file()

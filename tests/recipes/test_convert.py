@@ -87,7 +87,9 @@ def test_there_and_back_is_bit_equal(theirs, tmp_path):
     assert [name for name in source if not equal_bits(source[name], back[name])] == []
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     ignored = {"transformers_version", "_name_or_path"}
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (theirs[1], tmp_path / "hf")]
+    configs = [
+        json.loads((folder / "config.json").read_text()) for folder in (theirs[1], tmp_path / "hf")
+    ]
     assert {k: v for k, v in configs[0].items() if k not in ignored} == configs[1]
 
 
@@ -121,38 +123,55 @@ def test_the_tiny_preset_speaks_alike_in_transformers(tiny, tmp_path):
     inputs = tokenizer(prompt, return_tensors="pt")
     assert inputs.input_ids[0].tolist() == [2, *tiny.preprocessor.tokenizer(prompt).tolist()]
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    assert tokenizer.decode(output[0], skip_special_tokens=True) == tiny.generate(prompt, max_new_tokens=20)
+    assert tokenizer.decode(output[0], skip_special_tokens=True) == tiny.generate(
+        prompt, max_new_tokens=20
+    )
 
 
 def test_kaggles_layout_to_both(tmp_path):
     """keras-hub's own Gemma with its post-norms off: equal logits in this package and in transformers."""
     tokenizer = keras_hub.models.GemmaTokenizer(proto=str(VOCABULARY))
     sizes = dict(num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=24, head_dim=10)
-    hub = keras_hub.models.GemmaBackbone(4096, intermediate_dim=80, final_logit_soft_cap=2.0, **sizes)
+    hub = keras_hub.models.GemmaBackbone(
+        4096, intermediate_dim=80, final_logit_soft_cap=2.0, **sizes
+    )
     random = np.random.default_rng(0)
     for variable in hub.variables:
         variable.assign(random.normal(0, 0.3, variable.shape).astype("float32"))
-    task = keras_hub.models.GemmaCausalLM(hub, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer))
+    task = keras_hub.models.GemmaCausalLM(
+        hub, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)
+    )
     task.save_to_preset(tmp_path / "hub")
     hidden = hub({"token_ids": IDS, "padding_mask": np.ones_like(IDS)})
     expected = to_numpy(hub.token_embedding(hidden, reverse=True))
     assert np.abs(expected).max() > 1.9  # near its cap of 2
     convert(tmp_path / "hub", tmp_path / "keras", verify=True)
     convert(tmp_path / "hub", tmp_path / "hf", to="hf", verify=True)
-    assert np.abs(logits(VaultGemmaCausalLM.from_preset(tmp_path / "keras")) - expected).max() <= 1e-5
+    assert (
+        np.abs(logits(VaultGemmaCausalLM.from_preset(tmp_path / "keras")) - expected).max() <= 1e-5
+    )
     assert np.abs(their_logits(tmp_path / "hf") - expected).max() <= 1e-5
 
 
 def test_adapters_are_exported_merged(tmp_path):
     backbone = random_backbone()
     backbone.enable_lora(3)
-    layers = [getattr(block.attention, name) for block in backbone.transformer_layers for name in ("query", "value")]
+    layers = [
+        getattr(block.attention, name)
+        for block in backbone.transformer_layers
+        for name in ("query", "value")
+    ]
     random = np.random.default_rng(0)
     expected = {
-        variable.path: to_numpy(variable.value) for variable in backbone.variables if "lora" not in variable.path
+        variable.path: to_numpy(variable.value)
+        for variable in backbone.variables
+        if "lora" not in variable.path
     }
     for layer in layers:
-        a, b = (random.normal(0, 0.3, v.shape).astype("float32") for v in (layer.lora_kernel_a, layer.lora_kernel_b))
+        a, b = (
+            random.normal(0, 0.3, v.shape).astype("float32")
+            for v in (layer.lora_kernel_a, layer.lora_kernel_b)
+        )
         layer.lora_alpha = 6  # twice the rank
         layer.lora_kernel_a.assign(a)
         layer.lora_kernel_b.assign(b)
@@ -173,12 +192,18 @@ def test_float32_adapters_over_a_bfloat16_base_are_rounded_once(tmp_path):
     backbone.enable_lora(3)
     query = backbone.transformer_layers[1].attention.query
     random = np.random.default_rng(0)
-    factors = [random.normal(0, 0.3, v.shape).astype("float32") for v in (query.lora_kernel_a, query.lora_kernel_b)]
+    factors = [
+        random.normal(0, 0.3, v.shape).astype("float32")
+        for v in (query.lora_kernel_a, query.lora_kernel_b)
+    ]
     weight = to_numpy(query.weight.value).astype("float32")
     query.lora_kernel_a.assign(factors[0])
     query.lora_kernel_b.assign(factors[1])
     backbone.save_to_preset(tmp_path / "tuned")
-    assert convert(tmp_path / "tuned", tmp_path / "hf", to="hf", dtype="bfloat16")["dtype"] == "bfloat16"
+    assert (
+        convert(tmp_path / "tuned", tmp_path / "hf", to="hf", dtype="bfloat16")["dtype"]
+        == "bfloat16"
+    )
     _, values = open_values(tmp_path / "hf")
     merged = weight + (factors[0] @ factors[1]).T
     error = np.abs(values[f"{query.path}/weight"].read("float32") - merged)
@@ -206,12 +231,22 @@ def test_several_dtypes_become_float32(theirs, tmp_path):
 def test_metadata_and_card(tmp_path):
     metadata = convert(TINY, tmp_path / "new", dtype="float16")
     assert metadata == json.loads((tmp_path / "new/metadata.json").read_text())
-    assert metadata["parameter_count"] == VaultGemmaBackbone.from_preset(tmp_path / "new").count_params()
-    assert (metadata["dtype"], metadata["license"], metadata["privacy"]) == ("float16", "Apache-2.0", None)
+    assert (
+        metadata["parameter_count"]
+        == VaultGemmaBackbone.from_preset(tmp_path / "new").count_params()
+    )
+    assert (metadata["dtype"], metadata["license"], metadata["privacy"]) == (
+        "float16",
+        "Apache-2.0",
+        None,
+    )
     stated = json.loads((TINY / "metadata.json").read_text())
     assert metadata["corpus"] == stated["corpus"]
     assert (metadata["source"]["name"], metadata["source"]["revision"]) == ("vaultgemma_tiny", None)
-    for folder, files in ((TINY, metadata["source"]["files"]), (tmp_path / "new", metadata["files"])):
+    for folder, files in (
+        (TINY, metadata["source"]["files"]),
+        (tmp_path / "new", metadata["files"]),
+    ):
         assert {*files, "metadata.json"} == names(folder)
         for name, digest in files.items():
             assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -242,7 +277,13 @@ def test_keras_hub_uploads_it(tmp_path, monkeypatch):
 def test_a_model_without_vocabulary(theirs, tmp_path):
     theirs[0].save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "keras")
-    assert names(tmp_path / "keras") == {"README.md", "config.json", "task.json", "metadata.json", "model.weights.h5"}
+    assert names(tmp_path / "keras") == {
+        "README.md",
+        "config.json",
+        "task.json",
+        "metadata.json",
+        "model.weights.h5",
+    }
     ours = VaultGemmaCausalLM.from_preset(tmp_path / "keras", preprocessor=None)
     assert ours.backbone.num_query_heads == 6
     convert(tmp_path / "keras", tmp_path / "hf", to="hf")
@@ -275,9 +316,18 @@ def test_a_handle_notes_its_commit_and_the_release_its_statement(theirs, tmp_pat
     ("options", "message"),
     [
         (dict(to="pt"), "`to` must be one of keras, hf. Received: 'pt'"),
-        (dict(dtype="int8"), "`dtype` must be None or one of float32, float16, bfloat16. Received: 'int8'"),
-        (dict(shard_size="5GB"), "`shard_size` goes with to='hf'; a Keras preset has one file. Received: '5GB'"),
-        (dict(to="hf", shard_size="5 elephants"), "`shard_size` must be bytes above 0, such as 5000000 or '5GB'"),
+        (
+            dict(dtype="int8"),
+            "`dtype` must be None or one of float32, float16, bfloat16. Received: 'int8'",
+        ),
+        (
+            dict(shard_size="5GB"),
+            "`shard_size` goes with to='hf'; a Keras preset has one file. Received: '5GB'",
+        ),
+        (
+            dict(to="hf", shard_size="5 elephants"),
+            "`shard_size` must be bytes above 0, such as 5000000 or '5GB'",
+        ),
         (dict(to="hf", shard_size=0), "`shard_size` must be bytes above 0.*Received: 0"),
         (dict(to="hf", shard_size=-5), "`shard_size` must be bytes above 0"),
         (dict(to="hf", shard_size=True), "`shard_size` must be bytes above 0"),
@@ -291,7 +341,8 @@ def test_options_out_of_range(tmp_path, options, message):
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [(7, 7), ("7", 7), ("20KB", 20_000), ("3 mb", 3_000_000), ("5GB", 5_000_000_000)]
+    ("size", "count"),
+    [(7, 7), ("7", 7), ("20KB", 20_000), ("3 mb", 3_000_000), ("5GB", 5_000_000_000)],
 )
 def test_shard_sizes(size, count):
     assert _bytes(size) == count
@@ -299,7 +350,9 @@ def test_shard_sizes(size, count):
 
 def test_a_target_that_exists_is_refused(tmp_path):
     (tmp_path / "new").mkdir()
-    with pytest.raises(FileExistsError, match=r"new exists. Pass overwrite=True \(--overwrite\) to replace"):
+    with pytest.raises(
+        FileExistsError, match=r"new exists. Pass overwrite=True \(--overwrite\) to replace"
+    ):
         convert(TINY, tmp_path / "new")
     convert(TINY, tmp_path / "new", overwrite=True)
     with pytest.raises(ValueError, match="`target` must be another folder than the source"):
@@ -307,7 +360,8 @@ def test_a_target_that_exists_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("years of work")
     with pytest.raises(
-        ValueError, match="other is no model's folder, for it has no config.json: it is not overwritten"
+        ValueError,
+        match="other is no model's folder, for it has no config.json: it is not overwritten",
     ):
         convert(TINY, tmp_path / "other", overwrite=True)
     assert names(tmp_path / "other") == {"thesis.tex"}
@@ -320,7 +374,11 @@ def test_overwriting_leaves_nothing_of_the_model_before(tmp_path):
     convert(TINY, new, overwrite=True)
     assert names(new) == names(TINY) | {"notes.txt"}
     convert(TINY, new, to="hf", overwrite=True)
-    assert open_tensors(new).keys() and "model.weights.h5" not in names(new) and "notes.txt" in names(new)
+    assert (
+        open_tensors(new).keys()
+        and "model.weights.h5" not in names(new)
+        and "notes.txt" in names(new)
+    )
 
 
 def test_a_malformed_source_leaves_no_target(theirs, tmp_path):
@@ -333,7 +391,9 @@ def test_a_malformed_source_leaves_no_target(theirs, tmp_path):
 
 
 def test_values_beyond_the_dtype_leave_no_target(theirs, tmp_path):
-    theirs[0].save_pretrained(tmp_path / "source", state_dict={n: t * 1e6 for n, t in theirs[0].state_dict().items()})
+    theirs[0].save_pretrained(
+        tmp_path / "source", state_dict={n: t * 1e6 for n, t in theirs[0].state_dict().items()}
+    )
     with pytest.raises(ValueError, match="must be from -65504 to 65504 for float16. Received: ±"):
         convert(tmp_path / "source", tmp_path / "new", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -343,7 +403,9 @@ def test_a_quantized_preset_is_refused(tmp_path):
     backbone = random_backbone(num_layers=1)
     backbone.quantize("int8")
     backbone.save_to_preset(tmp_path / "int8")
-    with pytest.raises(ValueError, match="int8 cannot be converted: .*a quantized one has no exact weights"):
+    with pytest.raises(
+        ValueError, match="int8 cannot be converted: .*a quantized one has no exact weights"
+    ):
         convert(tmp_path / "int8", tmp_path / "new", to="hf")
     assert not (tmp_path / "new").exists()
 
@@ -351,15 +413,22 @@ def test_a_quantized_preset_is_refused(tmp_path):
 def test_a_difference_fails_the_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "_transformers_logits", lambda *_: np.ones(1))
     monkeypatch.setattr(verification, "_keras_logits", lambda *_: np.zeros(1))
-    with pytest.raises(ValueError, match="The logits of source and target must differ by at most 0.001. Received: 1"):
+    with pytest.raises(
+        ValueError,
+        match="The logits of source and target must differ by at most 0.001. Received: 1",
+    ):
         convert(TINY, tmp_path / "new", to="hf", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("source", "to"), [("hf", "keras"), ("keras", "hf"), ("keras_hub", "keras")])
+@pytest.mark.parametrize(
+    ("source", "to"), [("hf", "keras"), ("keras", "hf"), ("keras_hub", "keras")]
+)
 def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
     """Of 10 MB; once before it is measured, for what is imported on the way."""
-    sizes = dict(num_layers=2, num_query_heads=4, num_key_value_heads=4, hidden_dim=256, head_dim=64)
+    sizes = dict(
+        num_layers=2, num_query_heads=4, num_key_value_heads=4, hidden_dim=256, head_dim=64
+    )
     if source == "keras_hub":
         model = keras_hub.models.GemmaBackbone(4096, intermediate_dim=2048, **sizes)
     else:
@@ -392,7 +461,9 @@ converter.convert("vaultgemma_tiny", sys.argv[1], to=sys.argv[2])
 @pytest.mark.parametrize(("to", "how"), [("keras", signal.SIGKILL), ("hf", signal.SIGTERM)])
 def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
     target = tmp_path / "new"
-    process = subprocess.Popen([sys.executable, "-c", STOPS, target, to], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPS, target, to], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     try:
         assert process.stdout.readline() == "written\n"
         assert list(tmp_path.rglob("model.*"))
@@ -407,10 +478,23 @@ def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
 
 def test_the_tool_is_the_command(tiny, tmp_path):
     count = tiny.backbone.count_params()
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "vaultgemma_tiny", "new", "--dtype", "bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
-    assert (done.returncode, done.stdout) == (0, f"new: {count:,} parameters in bfloat16\n"), done.stderr
-    assert " GB  " not in done.stderr and "\r" not in done.stderr  # no bar where there is no terminal
+    command = [
+        sys.executable,
+        ROOT / "tools/convert_checkpoint.py",
+        "vaultgemma_tiny",
+        "new",
+        "--dtype",
+        "bfloat16",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert (done.returncode, done.stdout) == (0, f"new: {count:,} parameters in bfloat16\n"), (
+        done.stderr
+    )
+    assert (
+        " GB  " not in done.stderr and "\r" not in done.stderr
+    )  # no bar where there is no terminal
     assert names(tmp_path / "new") == names(TINY)
 
 
@@ -422,6 +506,8 @@ def test_tensorflow_is_not_imported(tmp_path):
         "convert('hf', 'keras'); print('tensorflow' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
     assert done.stdout == "False\n", done.stderr
     assert presets.is_keras(tmp_path / "keras")

@@ -67,7 +67,9 @@ def test_the_release_needs_no_weights(monkeypatch, tmp_path, no_model):
     assert sections["Privacy"]["mechanism"].startswith("DP-SGD")
 
 
-@pytest.mark.parametrize("has_vocabulary, needs", [(True, ["vocabulary"]), (False, ["vocabulary", "config"])])
+@pytest.mark.parametrize(
+    "has_vocabulary, needs", [(True, ["vocabulary"]), (False, ["vocabulary", "config"])]
+)
 def test_a_repository_downloads_its_vocabulary(monkeypatch, has_vocabulary, needs):
     folders, asked_for = presets.bundled(), []
 
@@ -123,7 +125,11 @@ def test_other_formats_says_what_is_built_of_them(tmp_path, config, layer_types)
     (tmp_path / "config.json").write_text(json.dumps(config))
     sections = table(describe(str(tmp_path)))
     backbone = VaultGemmaBackbone.from_preset(tmp_path, load_weights=False)
-    built = {k: str(v) for k, v in backbone.get_config().items() if k not in ("name", "trainable", "dtype")}
+    built = {
+        k: str(v)
+        for k, v in backbone.get_config().items()
+        if k not in ("name", "trainable", "dtype")
+    }
     assert sections["Architecture"] == {**built, "layer_types": layer_types}
     assert sections["Parameters"]["count"] == f"{backbone.count_params():,}"
     assert sections["Tokenizer"] == {"no vocabulary here": ""}

@@ -28,7 +28,9 @@ def data(tmp_path):
 
 
 def run(data, output, **options):
-    return finetune(data, output, **{"epochs": 2, "batch_size": 2, "sequence_length": 32, **options})
+    return finetune(
+        data, output, **{"epochs": 2, "batch_size": 2, "sequence_length": 32, **options}
+    )
 
 
 def report(folder):
@@ -49,7 +51,12 @@ def test_an_adapter(data, tmp_path):
     assert figures["after"]["perplexity"] < figures["before"]["perplexity"]
     assert figures["history"]["loss"][-1] < figures["history"]["loss"][0]
     assert len(figures["history"]["val_loss"]) == len(figures["history"]["tokens_per_second"]) == 4
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "checkpoint", "curves.png", "run.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter",
+        "checkpoint",
+        "curves.png",
+        "run.json",
+    ]
 
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     before = measured(model, data)
@@ -79,10 +86,14 @@ def test_a_preset(data, tmp_path, options):
 
 def test_pairs_and_a_file_of_held_out_ones(tmp_path):
     for name, answers in (("data", ["yes", "no"] * 6), ("unseen", ["yes"])):
-        records = [{"question": f"Is it {i}?", "answer": answer} for i, answer in enumerate(answers)]
+        records = [
+            {"question": f"Is it {i}?", "answer": answer} for i, answer in enumerate(answers)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     columns = {"prompt_column": "question", "response_column": "answer"}
-    text = run(tmp_path / "data.jsonl", tmp_path / "run", validation=tmp_path / "unseen.jsonl", **columns)
+    text = run(
+        tmp_path / "data.jsonl", tmp_path / "run", validation=tmp_path / "unseen.jsonl", **columns
+    )
     assert "12 rows to train on, 1 held out" in text
     assert report(tmp_path / "run")["before"]["bytes"] == 3
 
@@ -110,13 +121,20 @@ def test_a_killed_run_goes_on(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", save_freq=2)
     checkpoint = recipe.TrainingCheckpoint
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()])
+        patch.setattr(
+            finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()]
+        )
         run(data, tmp_path / "broken", save_freq=2)
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["checkpoint", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [
+        "checkpoint",
+        "run.json",
+    ]
     run(data, tmp_path / "broken", save_freq=2)
     expected = factors(tmp_path / "whole")
     for path, value in factors(tmp_path / "broken").items():
-        np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-6 if backend.NAME == "torch" else 0)
+        np.testing.assert_allclose(
+            value, expected[path], rtol=0, atol=1e-6 if backend.NAME == "torch" else 0
+        )
     losses = [report(tmp_path / name)["history"]["loss"] for name in ("whole", "broken")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
@@ -125,8 +143,13 @@ def test_more_epochs_and_other_options(data, tmp_path):
     run(data, tmp_path / "run", epochs=1)
     before = report(tmp_path / "run")["before"]
     run(data, tmp_path / "run", epochs=2)
-    assert len(report(tmp_path / "run")["history"]["loss"]) == 2 and report(tmp_path / "run")["before"] == before
-    with pytest.raises(ValueError, match="has a run with learning_rate=None. Received: learning_rate=0.5"):
+    assert (
+        len(report(tmp_path / "run")["history"]["loss"]) == 2
+        and report(tmp_path / "run")["before"] == before
+    )
+    with pytest.raises(
+        ValueError, match="has a run with learning_rate=None. Received: learning_rate=0.5"
+    ):
         run(data, tmp_path / "run", learning_rate=0.5)
     data.write_text("\n\n".join(TEXTS[::-1]))
     with pytest.raises(ValueError, match="is of another run: its data had SHA-256"):
@@ -140,11 +163,18 @@ def test_a_private_run(data, tmp_path, monkeypatch):
     options = dict(private=True, epsilon=3.0, delta=1e-3, batch_size=4)
     text = run(data, tmp_path / "run", **options)
     (line,) = [line for line in text.splitlines() if line.startswith("Private")]
-    assert line.endswith("zero-out neighbours); metrics are not covered") and "one row of at most 32 tokens" in line
+    assert (
+        line.endswith("zero-out neighbours); metrics are not covered")
+        and "one row of at most 32 tokens" in line
+    )
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     adapters.load_adapter(model, tmp_path / "run" / "adapter")
     spent = model.privacy.spent()
-    assert 2.9 < spent.epsilon <= 3.0 and spent.steps == 2 * 3 and f"ε = {spent.epsilon:g} at δ = 0.001" in line
+    assert (
+        2.9 < spent.epsilon <= 3.0
+        and spent.steps == 2 * 3
+        and f"ε = {spent.epsilon:g} at δ = 0.001" in line
+    )
     assert {"unprotected_loss", "epsilon"} < report(tmp_path / "run")["history"].keys()
     assert "val_loss" not in report(tmp_path / "run")["history"]
     # The same rows, cut elsewhere, are the same rows: both runs together are what counts.
@@ -156,7 +186,9 @@ def test_a_private_run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-@pytest.mark.parametrize("written", [False, True], ids=["in the middle", "before anything is written"])
+@pytest.mark.parametrize(
+    "written", [False, True], ids=["in the middle", "before anything is written"]
+)
 def test_a_private_run_that_is_killed(data, tmp_path, monkeypatch, written):
     """It goes on and keeps to its budget; after its last step it has the adapter to write and nothing else to do."""
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
@@ -170,7 +202,9 @@ def test_a_private_run_that_is_killed(data, tmp_path, monkeypatch, written):
         if written:
             patch.setattr(recipe.run_folder, "finish", interrupted)
         else:
-            patch.setattr(finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()])
+            patch.setattr(
+                finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()]
+            )
         run(data, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "adapter").exists()
     text = run(data, tmp_path / "run", **options)
@@ -193,7 +227,10 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
         return fit(self, **kwargs)
 
     monkeypatch.setattr(VaultGemmaCausalLM, "fit", with_a_bad_weight)
-    with pytest.warns(UserWarning, match="the loss is nan"), pytest.raises(FloatingPointError) as error:
+    with (
+        pytest.warns(UserWarning, match="the loss is nan"),
+        pytest.raises(FloatingPointError) as error,
+    ):
         run(data, tmp_path / "run")
     assert "Epoch 1, batch " in str(error.value) and "as they were before it" in str(error.value)
     assert str(error.value).endswith(f"These are in {tmp_path}/run/adapter")
@@ -205,7 +242,9 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
 def test_pictures(data, tmp_path, monkeypatch):
     text = run(data, tmp_path / "a", epochs=1, png=tmp_path / "b" / "loss.png")
     assert text.endswith(f"{tmp_path}/b/loss.png: the curves")
-    assert (tmp_path / "b" / "loss.png").stat().st_size > 10_000 and not (tmp_path / "a" / "curves.png").exists()
+    assert (tmp_path / "b" / "loss.png").stat().st_size > 10_000 and not (
+        tmp_path / "a" / "curves.png"
+    ).exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = run(data, tmp_path / "a", epochs=1)
@@ -219,12 +258,24 @@ def test_pictures(data, tmp_path, monkeypatch):
     "options, message",
     [
         ({"lora_rank": -1}, "`lora_rank` must be an integer from 0. Received: lora_rank=-1"),
-        ({"learning_rate": 0.0}, "`learning_rate` must be a number above 0. Received: learning_rate=0.0"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be a number above 0. Received: learning_rate=nan"),
+        (
+            {"learning_rate": 0.0},
+            "`learning_rate` must be a number above 0. Received: learning_rate=0.0",
+        ),
+        (
+            {"learning_rate": float("nan")},
+            "`learning_rate` must be a number above 0. Received: learning_rate=nan",
+        ),
         ({"epochs": 0}, "`epochs` must be a positive integer. Received: epochs=0"),
         ({"batch_size": 0}, "`batch_size` must be a positive integer. Received: batch_size=0"),
-        ({"sequence_length": 0}, "`sequence_length` must be a positive integer. Received: sequence_length=0"),
-        ({"save_freq": 0}, "`save_freq` must be 'epoch' or a positive integer. Received: save_freq=0"),
+        (
+            {"sequence_length": 0},
+            "`sequence_length` must be a positive integer. Received: sequence_length=0",
+        ),
+        (
+            {"save_freq": 0},
+            "`save_freq` must be 'epoch' or a positive integer. Received: save_freq=0",
+        ),
         ({"seed": -1}, "`seed` must be from 0 to 2147483647. Received: seed=-1"),
         ({"epsilon": 3.0}, "`epsilon` goes with private=True"),
         ({"private": True}, "Exactly one of `epsilon` and `noise_multiplier` must be given"),

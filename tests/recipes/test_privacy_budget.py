@@ -16,7 +16,10 @@ def test_epsilon_of_a_noise_multiplier():
     steps = planning.plan(1000, 50, 4, delta, noise_multiplier=1.2)
     epsilon = accounting.round_up(accounting.epsilon([steps], delta))
     answer, _, meaning, _, details = text.splitlines()
-    assert answer == f"ε = {epsilon:g} at δ = 0.000501 (N^-1.1), with noise multiplier σ = 1.2, after 80 steps"
+    assert (
+        answer
+        == f"ε = {epsilon:g} at δ = 0.000501 (N^-1.1), with noise multiplier σ = 1.2, after 80 steps"
+    )
     right = 100 * (1 + accounting.delta([steps], 0.0)) / 2
     shown = float(re.search(r"right in at most ([\d.]+) of 100 cases", meaning).group(1))
     assert right <= shown <= right + 0.1 and "1,000" in meaning
@@ -25,7 +28,9 @@ def test_epsilon_of_a_noise_multiplier():
 
 def test_noise_multiplier_of_an_epsilon():
     text = privacy_budget(300, 100, 4, epsilon=3.0, delta=1e-4)
-    epsilon, sigma = map(float, re.search(r"ε = ([\d.]+) at δ = 0.0001, .* σ = ([\d.]+),", text).groups())
+    epsilon, sigma = map(
+        float, re.search(r"ε = ([\d.]+) at δ = 0.0001, .* σ = ([\d.]+),", text).groups()
+    )
     assert 2.97 < epsilon <= 3.0
     steps = planning.plan(300, 100, 4, 1e-4, epsilon=3.0)
     assert sigma == pytest.approx(steps.noise_multiplier, rel=1e-3)
@@ -58,7 +63,9 @@ def test_a_picture(tmp_path):
 def test_a_picture_without_matplotlib_fails_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(planning, "plan", lambda *args: pytest.fail("computed first"))
-    with pytest.raises(ImportError, match=r"A picture needs matplotlib: pip install keras-vaultgemma\[plot\]"):
+    with pytest.raises(
+        ImportError, match=r"A picture needs matplotlib: pip install keras-vaultgemma\[plot\]"
+    ):
         privacy_budget(1000, 50, 1, noise_multiplier=1.2, png=str(tmp_path / "x.png"))
 
 

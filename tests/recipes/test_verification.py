@@ -58,7 +58,9 @@ def changed(pair, tmp_path):
 def test_one_bit_is_found(pair, changed):
     folder, flip = changed
     flip(0)
-    with pytest.raises(ValueError, match="decoder_block_2/up/weight must be the source's, bit by bit"):
+    with pytest.raises(
+        ValueError, match="decoder_block_2/up/weight must be the source's, bit by bit"
+    ):
         verification.verify(pair[1], folder, BF16)
 
 
@@ -66,7 +68,10 @@ def test_logits_that_differ_are_found(pair, changed):
     folder, flip = changed
     verification.verify_logits(pair[1], folder, BF16)
     flip(13)  # of the exponent
-    with pytest.raises(ValueError, match=r"The logits of source and target must differ by at most 0.001. Received: "):
+    with pytest.raises(
+        ValueError,
+        match=r"The logits of source and target must differ by at most 0.001. Received: ",
+    ):
         verification.verify_logits(pair[1], folder, BF16)
 
 

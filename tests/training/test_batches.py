@@ -41,7 +41,8 @@ def test_each_pass_has_every_row_once_in_an_order_of_its_own():
         assert [len(batch) for batch in epochs[-1]] == [4, 4, 2]
         assert sorted(np.concatenate(epochs[-1])) == [i * 10 for i in range(10)]
         assert epochs[-1] == [
-            (np.random.default_rng([7, epoch]).permutation(10) * 10)[i : i + 4].tolist() for i in (0, 4, 8)
+            (np.random.default_rng([7, epoch]).permutation(10) * 10)[i : i + 4].tolist()
+            for i in (0, 4, 8)
         ]
         assert [(batches[i][0]["token_ids"] * 10).tolist() for i in range(3)] == epochs[-1]
         assert [(batches.items(i) * 10).tolist() for i in range(3)] == epochs[-1]
@@ -118,11 +119,20 @@ def test_facts_tell_what_must_be_the_same():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((iter([1]), 4, True, 0), "strings, arrays or a `keras.utils.PyDataset`. Received: x of type"),
+        (
+            (iter([1]), 4, True, 0),
+            "strings, arrays or a `keras.utils.PyDataset`. Received: x of type",
+        ),
         ((np.zeros(0), 4, True, 0), "`x` must have a row or a batch at least. Received: array"),
         ((X, 0, True, 0), "`batch_size` must be a positive integer. Received: batch_size=0"),
-        ((X, 4, "batch", 0), "`shuffle` must be True or False in a run that can be resumed. Received: shuffle='batch'"),
-        ((X, 4, True, 0, 2.5), "`steps_per_epoch` must be a positive integer. Received: steps_per_epoch=2.5"),
+        (
+            (X, 4, "batch", 0),
+            "`shuffle` must be True or False in a run that can be resumed. Received: shuffle='batch'",
+        ),
+        (
+            (X, 4, True, 0, 2.5),
+            "`steps_per_epoch` must be a positive integer. Received: steps_per_epoch=2.5",
+        ),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -63,7 +63,12 @@ class Kill(Interrupt):
 
 def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
     sizes = dict(
-        num_layers=num_layers, vocabulary_size=32, hidden_dim=16, intermediate_dim=24, head_dim=8, num_query_heads=2
+        num_layers=num_layers,
+        vocabulary_size=32,
+        hidden_dim=16,
+        intermediate_dim=24,
+        head_dim=8,
+        num_query_heads=2,
     )
     model = VaultGemmaCausalLM(random_backbone(**sizes, num_key_value_heads=2, dtype=dtype))
     model.compile(optimizer, **kwargs)
@@ -79,7 +84,9 @@ def lora():
 
 def accumulating():
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 3, warmup_target=0.03, warmup_steps=2)
-    return small(keras.optimizers.Adam(schedule, gradient_accumulation_steps=2), dtype="mixed_bfloat16")
+    return small(
+        keras.optimizers.Adam(schedule, gradient_accumulation_steps=2), dtype="mixed_bfloat16"
+    )
 
 
 def in_groups():
@@ -95,7 +102,9 @@ def dropping_out(metrics=("accuracy",)):
     """Any Keras model whose training needs random numbers."""
     inputs = {name: keras.Input((6,), dtype="int32", name=name) for name in IDS}
     x = keras.layers.Embedding(32, 8, name="embedding")(inputs["token_ids"])
-    x = keras.layers.Dropout(0.5, name="with_a_seed", seed=3)(keras.layers.Dropout(0.5, name="without")(x))
+    x = keras.layers.Dropout(0.5, name="with_a_seed", seed=3)(
+        keras.layers.Dropout(0.5, name="without")(x)
+    )
     model = keras.Model(inputs, keras.layers.Dense(32, name="head")(x), name="any")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=list(metrics))
@@ -112,7 +121,13 @@ def watched():
 def fit(model, folder, x=IDS, y=LABELS, save_freq=1, callbacks=(), **kwargs):
     """Train as the tests do, with a checkpoint; the callback."""
     checkpoint = TrainingCheckpoint(folder, save_freq)
-    arguments = {"batch_size": 4, "epochs": 3, "verbose": 0, "callbacks": [*callbacks, checkpoint], **kwargs}
+    arguments = {
+        "batch_size": 4,
+        "epochs": 3,
+        "verbose": 0,
+        "callbacks": [*callbacks, checkpoint],
+        **kwargs,
+    }
     if isinstance(model, VaultGemmaCausalLM):
         model.fit(x, y, **arguments)
     else:
@@ -155,7 +170,9 @@ def forget(model):
 
 def assert_equal(found, expected):
     for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=name
+        )
 
 
 def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
@@ -202,7 +219,9 @@ def test_interrupted_with_gradient_accumulation_mixed_precision_and_a_schedule(t
     assert int(to_numpy(model.optimizer.iterations)) == 4
 
 
-@pytest.mark.skipif(keras.config.backend() == "torch", reason="Keras has no `steps_per_execution` on PyTorch")
+@pytest.mark.skipif(
+    keras.config.backend() == "torch", reason="Keras has no `steps_per_execution` on PyTorch"
+)
 def test_interrupted_with_several_steps_in_one(tmp_path):
     data = {"x": Batches(), "y": None, "steps_per_epoch": 4}
     assert_survives(in_groups(), tmp_path, [4], save_freq=2, **data)
@@ -264,7 +283,10 @@ def run_in_children(folder):
     for number, how in enumerate(["batch", "save", "not"]):
         process = os.fork()
         if process:
-            print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), *sorted(os.listdir(folder / "run")))
+            print(
+                os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]),
+                *sorted(os.listdir(folder / "run")),
+            )
             continue
         model = fresh(small)
         if number:
@@ -278,15 +300,21 @@ def run_in_children(folder):
 
 def test_killed(tmp_path):
     """A process that has imported the backend, which takes most of the time, forks those that train."""
-    code = f"import pathlib, test_checkpoint as t; t.run_in_children(pathlib.Path({str(tmp_path)!r}))"
+    code = (
+        f"import pathlib, test_checkpoint as t; t.run_in_children(pathlib.Path({str(tmp_path)!r}))"
+    )
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     expected = ["-9 training.state", "-9 training.state training.state.new", "0 training.state"]
     assert result.stdout.splitlines() == expected, result.stderr[-2000:]
     model = fresh(small)
     fit(model, tmp_path / "whole")
-    assert_equal(dict(state_module.read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model)))
+    assert_equal(
+        dict(state_module.read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model))
+    )
 
 
 # After the end.
@@ -320,7 +348,9 @@ def test_going_on_says_where(tmp_path, capsys):
     with pytest.raises(InterruptedError):
         fit(model, tmp_path / "run", callbacks=[Interrupt(6)], verbose=2)
     fit(model, tmp_path / "run", verbose=2)
-    assert f"{tmp_path}/run/training.state: going on after epoch 2, batch 2" in capsys.readouterr().out
+    assert (
+        f"{tmp_path}/run/training.state: going on after epoch 2, batch 2" in capsys.readouterr().out
+    )
 
 
 # Bad checkpoints and bad places.
@@ -338,7 +368,10 @@ def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
         write(path, facts, values)
 
     monkeypatch.setattr(state_module, "write_state", full)
-    with pytest.warns(UserWarning, match="Training goes on") as caught, pytest.raises(InterruptedError):
+    with (
+        pytest.warns(UserWarning, match="Training goes on") as caught,
+        pytest.raises(InterruptedError),
+    ):
         fit(model, tmp_path / "run", callbacks=[Interrupt(5)])
     assert messages(caught) == [
         f"No checkpoint could be saved after {place}: [Errno 28] No space left on device. Training goes on; the "
@@ -346,7 +379,11 @@ def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
         for place in ("epoch 1, batch 2", "epoch 1")
     ]
     path = tmp_path / "run" / FILE
-    assert state_module.read_state_facts(path)["position"] == {"epoch": 1, "batch": 1, "is_finished": False}
+    assert state_module.read_state_facts(path)["position"] == {
+        "epoch": 1,
+        "batch": 1,
+        "is_finished": False,
+    }
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
@@ -370,7 +407,9 @@ def test_a_checkpoint_that_is_cut_short(begun):
     path.write_bytes(path.read_bytes()[:-100])
     model = small()
     before = copy_values(state(model))
-    with pytest.raises(ValueError, match=r"training\.state is cut short or damaged \(.*\)\. Delete it"):
+    with pytest.raises(
+        ValueError, match=r"training\.state is cut short or damaged \(.*\)\. Delete it"
+    ):
         fit(model, begun)
     assert_equal(copy_values(state(model)), before)
 
@@ -378,9 +417,17 @@ def test_a_checkpoint_that_is_cut_short(begun):
 @pytest.mark.parametrize(
     "make, data, message",
     [
-        (lambda: small(num_layers=2), {}, "its model had decoder_block_1/attention_norm/scale = None"),
+        (
+            lambda: small(num_layers=2),
+            {},
+            "its model had decoder_block_1/attention_norm/scale = None",
+        ),
         (lambda: small("sgd"), {}, "its model had optimizer = Adam. Received: SGD"),
-        (lora, {}, "its model had decoder_block_0/attention/query/lora_kernel_a = None. Received: float32 \\[16, 2\\]"),
+        (
+            lora,
+            {},
+            "its model had decoder_block_0/attention/query/lora_kernel_a = None. Received: float32 \\[16, 2\\]",
+        ),
         (small, {"batch_size": 5}, "its data had batch_size = 4. Received: 5"),
         (small, {"y": LABELS[::-1]}, "its data had SHA-256 = "),
         (small, {"shuffle": False}, "its data had shuffle = True. Received: False"),
@@ -402,7 +449,8 @@ def test_other_metrics(tmp_path):
 @pytest.mark.parametrize("save_freq", [0, -1, 2.5, True, "batch", None])
 def test_bad_save_freq(save_freq):
     with pytest.raises(
-        ValueError, match=f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}"
+        ValueError,
+        match=f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}",
     ):
         TrainingCheckpoint("run", save_freq)
 
@@ -451,7 +499,11 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(two_steps):
 
 def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
     """Of three steps, the last has a rate of zero."""
-    model = trained_by(keras.optimizers.SGD(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])), 10, 4)
+    model = trained_by(
+        keras.optimizers.SGD(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])),
+        10,
+        4,
+    )
     assert int(to_numpy(model.optimizer.iterations)) == 3
     for i, v in enumerate(model.trainable_variables):
         np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
@@ -460,9 +512,13 @@ def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
 def test_early_stopping_restores_the_best_weights():
     model = fresh(hasty)
     data = (IDS, LABELS[::-1])
-    history = model.fit(IDS, LABELS, epochs=9, batch_size=4, validation_data=data, callbacks=watched(), verbose=0)
+    history = model.fit(
+        IDS, LABELS, epochs=9, batch_size=4, validation_data=data, callbacks=watched(), verbose=0
+    )
     losses = history.history["val_loss"]
     assert np.argmin(losses) == len(losses) - 3 < 6  # patience of two
     np.testing.assert_allclose(
-        model.evaluate(*data, batch_size=4, verbose=0, return_dict=True)["loss"], min(losses), rtol=1e-5
+        model.evaluate(*data, batch_size=4, verbose=0, return_dict=True)["loss"],
+        min(losses),
+        rtol=1e-5,
     )

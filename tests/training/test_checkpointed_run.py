@@ -62,9 +62,16 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, limit, restored, sin
         )
         assert_equal(copy_values(state(model)), expected)
         assert model.history.epoch == [0] and np.isfinite(model.history.history["val_loss"]).all()
-        assert read_state_facts(checkpoint.path)["position"] == {"epoch": 0, "batch": 4, "is_finished": False}
+        assert read_state_facts(checkpoint.path)["position"] == {
+            "epoch": 0,
+            "batch": 4,
+            "is_finished": False,
+        }
         forget(model)
-    assert fit(model, tmp_path / "other", {k: v[:4] for k, v in IDS.items()}, LABELS[:4]).failure is None
+    assert (
+        fit(model, tmp_path / "other", {k: v[:4] for k, v in IDS.items()}, LABELS[:4]).failure
+        is None
+    )
 
 
 @pytest.mark.parametrize("limit", [COPY_LIMIT, 0])
@@ -72,31 +79,41 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_saved(tmp_path, monkey
     monkeypatch.setattr(checkpointed_run, "COPY_LIMIT", limit)
     model = small(keras.optimizers.SGD(np.inf))
     begin = copy_values(state(model))
-    with pytest.warns(UserWarning, match="Epoch 1, batch 1 of 3 .*: it leaves weights that are not finite"):
+    with pytest.warns(
+        UserWarning, match="Epoch 1, batch 1 of 3 .*: it leaves weights that are not finite"
+    ):
         fit(model, tmp_path / "run")
     assert_equal(copy_values(state(model)), begin)
     assert_equal(dict(read_state_arrays(tmp_path / "run" / FILE, "weight", "optimizer")), begin)
 
 
 @pytest.mark.parametrize("limit, batch, since", [(COPY_LIMIT, 1, False), (0, 2, True)])
-def test_weights_that_one_batch_spoils_and_the_next_one_meets(tmp_path, monkeypatch, limit, batch, since):
+def test_weights_that_one_batch_spoils_and_the_next_one_meets(
+    tmp_path, monkeypatch, limit, batch, since
+):
     """Where no step is looked at, it is the next loss that tells, and the batch of that one may be innocent."""
     monkeypatch.setattr(checkpointed_run, "COPY_LIMIT", limit)
     model = small(keras.optimizers.SGD(np.inf))
     with pytest.warns(UserWarning, match=f"Epoch 1, batch {batch} of 3") as caught:
         checkpoint = fit(model, tmp_path / "run", save_freq=3)
     assert messages(caught) == [checkpoint.failure]
-    assert ("the loss is nan (by this batch, or by the update after the one before)" in checkpoint.failure) == since
+    assert (
+        "the loss is nan (by this batch, or by the update after the one before)"
+        in checkpoint.failure
+    ) == since
 
 
 def test_a_save_that_finds_weights_of_several_batches_spoiled(tmp_path, monkeypatch):
     """The loss of the rows after the first is 0, whatever the weights are."""
     monkeypatch.setattr(checkpointed_run, "COPY_LIMIT", 0)
-    model = small(loss=lambda labels, logits: keras.ops.where(labels == 2, 0.0, keras.ops.sum(logits, -1)))
+    model = small(
+        loss=lambda labels, logits: keras.ops.where(labels == 2, 0.0, keras.ops.sum(logits, -1))
+    )
     model.optimizer.learning_rate.assign(np.inf)
     labels = LABELS * 0 + 2
     labels[0] = 3
     with pytest.warns(
-        UserWarning, match="batch 3 of 3 .*: it or one of the 2 before leaves weights that are not finite"
+        UserWarning,
+        match="batch 3 of 3 .*: it or one of the 2 before leaves weights that are not finite",
     ):
         fit(model, tmp_path / "run", y=labels, save_freq=3, shuffle=False)

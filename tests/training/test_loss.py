@@ -12,8 +12,14 @@ from keras_vaultgemma.training import loss
 
 N, V, D, K = 37, 100, 24, 3
 RANDOM = np.random.default_rng(0)
-ROWS, TABLE = RANDOM.normal(size=(N, D)).astype("float32"), RANDOM.normal(size=(V, D)).astype("float32")
-MORE_ROWS, MORE_TABLE = RANDOM.normal(size=(N, K)).astype("float32"), RANDOM.normal(size=(V, K)).astype("float32")
+ROWS, TABLE = (
+    RANDOM.normal(size=(N, D)).astype("float32"),
+    RANDOM.normal(size=(V, D)).astype("float32"),
+)
+MORE_ROWS, MORE_TABLE = (
+    RANDOM.normal(size=(N, K)).astype("float32"),
+    RANDOM.normal(size=(V, K)).astype("float32"),
+)
 TARGETS = RANDOM.integers(0, V, N)
 WEIGHTS = (RANDOM.random(N) * (RANDOM.random(N) > 0.3)).astype("float32")
 IDS = np.random.default_rng(1).integers(1, 128, (4, 11))
@@ -34,7 +40,9 @@ def plain(logits, cap=None):
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
     factors = [loss.Factor(ROWS, TABLE), loss.Factor(MORE_ROWS, MORE_TABLE, is_trained=True)]
-    total, losses, is_correct = loss.cross_entropy(factors, TARGETS, WEIGHTS, cap, with_gradient, chunk_size)
+    total, losses, is_correct = loss.cross_entropy(
+        factors, TARGETS, WEIGHTS, cap, with_gradient, chunk_size
+    )
     expected, expected_is_correct = plain(ROWS @ TABLE.T + MORE_ROWS @ MORE_TABLE.T, cap)
     np.testing.assert_allclose(to_numpy(losses), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(to_numpy(is_correct), expected_is_correct)
@@ -44,7 +52,10 @@ def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
 @pytest.mark.parametrize("chunk_size", [None, 4, 5])
 def test_tokens_without_weight_have_no_part_in_gradients_though_they_are_not_finite(chunk_size):
     """Also in a chunk with others."""
-    rows, table = keras.Variable(np.where(WEIGHTS[:, None] > 0, ROWS, np.nan)), keras.Variable(TABLE)
+    rows, table = (
+        keras.Variable(np.where(WEIGHTS[:, None] > 0, ROWS, np.nan)),
+        keras.Variable(TABLE),
+    )
 
     def total():
         factors = [loss.Factor(rows.value, backend.value_of(table), is_trained=True)]
@@ -62,7 +73,9 @@ def test_tokens_without_weight_are_not_computed():
     weights = np.zeros(N, "float32")
     weights[[3, 5, 20, 31]] = 1
     rows = np.where(weights[:, None] > 0, ROWS, np.nan).astype("float32")
-    total, losses, _ = loss.cross_entropy([loss.Factor(rows, TABLE)], TARGETS, weights, chunk_size=2)
+    total, losses, _ = loss.cross_entropy(
+        [loss.Factor(rows, TABLE)], TARGETS, weights, chunk_size=2
+    )
     logits = ROWS @ TABLE.T
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), TARGETS]
     np.testing.assert_allclose(to_numpy(losses), expected * weights, rtol=1e-5, atol=1e-5)
@@ -81,13 +94,20 @@ def test_a_tie_is_decided_as_argmax_does():
 
 def test_accuracy_of_logits_in_bfloat16_is_that_of_argmax():
     random = np.random.default_rng(4)
-    rows, table = random.integers(-2, 3, (N, 3)).astype("float32"), random.integers(-2, 3, (V, 3)).astype("float32")
+    rows, table = (
+        random.integers(-2, 3, (N, 3)).astype("float32"),
+        random.integers(-2, 3, (V, 3)).astype("float32"),
+    )
     logits = rows @ table.T
     ties = (logits == logits.max(1, keepdims=True)).sum(1)
     assert (ties > 1).sum() > N / 2
-    targets = np.where(np.arange(N) % 2, logits.argmax(1), V - 1 - logits[:, ::-1].argmax(1))  # the first or the last
+    targets = np.where(
+        np.arange(N) % 2, logits.argmax(1), V - 1 - logits[:, ::-1].argmax(1)
+    )  # the first or the last
     rows, table = ops.cast(rows, "bfloat16"), ops.cast(table, "bfloat16")
-    _, _, is_correct = loss.cross_entropy([loss.Factor(rows, table)], targets, np.ones(N), chunk_size=7)
+    _, _, is_correct = loss.cross_entropy(
+        [loss.Factor(rows, table)], targets, np.ones(N), chunk_size=7
+    )
     np.testing.assert_array_equal(to_numpy(is_correct), logits.argmax(1) == targets)
 
 
@@ -126,18 +146,29 @@ def trained(
         model.quantize("int8", config=mode)
     if lora_rank:
         model.backbone.enable_lora(lora_rank, targets)
-        for variable in model.trainable_variables:  # from zero one of the factors would have no gradient
+        for (
+            variable
+        ) in model.trainable_variables:  # from zero one of the factors would have no gradient
             variable.assign(np.random.default_rng(2).normal(0, 0.1, variable.shape))
-    losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    losses = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
     metrics = [keras.metrics.SparseCategoricalAccuracy()]
     if not auto:
         compile_options |= dict(loss=losses, weighted_metrics=metrics)
     model.compile(keras.optimizers.SGD(1.0), **compile_options)
     mask = (np.arange(10) < LENGTHS[:, None]).astype("int32")
     weights = mask if sample_weight is None else mask * sample_weight
-    data = dict(x={"token_ids": IDS[:, :-1], "padding_mask": mask}, y=IDS[:, 1:], sample_weight=weights, batch_size=4)
+    data = dict(
+        x={"token_ids": IDS[:, :-1], "padding_mask": mask},
+        y=IDS[:, 1:],
+        sample_weight=weights,
+        batch_size=4,
+    )
     logs = model.fit(**data, verbose=0).history
-    return [to_numpy(v) for v in model.trainable_variables], logs | model.evaluate(**data, verbose=0, return_dict=True)
+    return [to_numpy(v) for v in model.trainable_variables], logs | model.evaluate(
+        **data, verbose=0, return_dict=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,10 +179,22 @@ def trained(
         dict(lora_rank=2, backbone_options=dict(num_key_value_heads=2)),
         dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
         dict(run_eagerly=True),
-        dict(lora_rank=2, targets=["token_embedding", "up"], backbone_options=dict(final_logit_soft_cap=3.0)),
+        dict(
+            lora_rank=2,
+            targets=["token_embedding", "up"],
+            backbone_options=dict(final_logit_soft_cap=3.0),
+        ),
         dict(lora_rank=2, targets=["token_embedding", "up"], mode=WEIGHTS_ALONE),
     ],
-    ids=["full", "caps", "lora", "sample_weight", "eagerly", "lora of the embedding", "lora on int8"],
+    ids=[
+        "full",
+        "caps",
+        "lora",
+        "sample_weight",
+        "eagerly",
+        "lora of the embedding",
+        "lora on int8",
+    ],
 )
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_one_step_equals_one_by_the_plain_loss(monkeypatch, options, chunk_size):
@@ -199,7 +242,9 @@ def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
     monkeypatch.setattr(ReversibleEmbedding, "call", call)
     sizes = []
     product = loss.Factor.product
-    monkeypatch.setattr(loss.Factor, "product", lambda self: sizes.append(self.rows.shape[0]) or product(self))
+    monkeypatch.setattr(
+        loss.Factor, "product", lambda self: sizes.append(self.rows.shape[0]) or product(self)
+    )
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 5)
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     model.compile(keras.optimizers.SGD(0.1))
@@ -212,7 +257,10 @@ def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
 def test_metrics_of_the_user_are_given_logits(model):
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     model.compile("sgd", weighted_metrics=[keras.metrics.SparseTopKCategoricalAccuracy(128)])
-    assert model.evaluate(x, IDS, verbose=0, return_dict=True)["sparse_top_k_categorical_accuracy"] == 1
+    assert (
+        model.evaluate(x, IDS, verbose=0, return_dict=True)["sparse_top_k_categorical_accuracy"]
+        == 1
+    )
     model.compile("sgd", weighted_metrics=None)
     assert set(model.evaluate(x, IDS, verbose=0, return_dict=True)) == {"loss"}
 
@@ -222,10 +270,16 @@ def test_gradient_of_an_int8_table(monkeypatch, part):
     """As if the table were floats and rows had not been rounded."""
     monkeypatch.setattr(loss, "PART", part)
     scale = 127 / np.abs(TABLE).max(1)
-    factor = loss.Factor(ROWS, np.round(TABLE * scale[:, None]).astype("int8"), scale.astype("float32"))
+    factor = loss.Factor(
+        ROWS, np.round(TABLE * scale[:, None]).astype("int8"), scale.astype("float32")
+    )
     upstream = np.random.default_rng(3).normal(size=(N, V)).astype("float32")
-    of_rows, of_table = factor._replace(table=ops.convert_to_tensor(factor.table)).gradients(upstream)
-    np.testing.assert_allclose(to_numpy(of_rows), upstream @ (factor.table / scale[:, None]), rtol=1e-4, atol=1e-4)
+    of_rows, of_table = factor._replace(table=ops.convert_to_tensor(factor.table)).gradients(
+        upstream
+    )
+    np.testing.assert_allclose(
+        to_numpy(of_rows), upstream @ (factor.table / scale[:, None]), rtol=1e-4, atol=1e-4
+    )
     assert of_table is None
 
 
@@ -249,14 +303,18 @@ def test_gradients_with_an_int8_table_are_those_of_the_straight_through_formula(
             rounded = np.round(ROWS * 127 / np.abs(ROWS).max(1, keepdims=True)).clip(-127, 127)
             rounded = rounded * np.abs(ROWS).max(1, keepdims=True) / 127
             rough = rounded @ (to_numpy(table).astype("float32") / scale[:, None]).T
-            logits = logits + (ops.convert_to_tensor(rough.astype("float32")) - ops.stop_gradient(smooth))
+            logits = logits + (
+                ops.convert_to_tensor(rough.astype("float32")) - ops.stop_gradient(smooth)
+            )
         logits = logits + ops.matmul(more_rows.value, ops.transpose(more_table.value))
         log_p = ops.log_softmax(5.0 * ops.tanh(logits / 5.0), axis=-1)
         return -ops.dot(ops.take_along_axis(log_p, TARGETS[:, None], axis=1)[:, 0], WEIGHTS)
 
     totals = [to_numpy(ops.stop_gradient(total())) for total in (chunked, plainly)]
     np.testing.assert_allclose(*totals, rtol=1e-5)
-    found, expected = (gradients(total, [rows, more_rows, more_table]) for total in (chunked, plainly))
+    found, expected = (
+        gradients(total, [rows, more_rows, more_table]) for total in (chunked, plainly)
+    )
     for one, other in zip(found, expected, strict=True):
         assert np.abs(other).max() > 0.1
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -284,7 +342,9 @@ def test_an_int8_loss_is_that_of_the_logits(model, config):
 
 def test_no_array_has_all_logits():
     def total(rows, table):
-        return loss.cross_entropy([loss.Factor(rows, table, is_trained=True)], TARGETS, WEIGHTS, 5.0, True, 4)[0]
+        return loss.cross_entropy(
+            [loss.Factor(rows, table, is_trained=True)], TARGETS, WEIGHTS, 5.0, True, 4
+        )[0]
 
     shapes = shapes_made(total, ROWS, TABLE)
     assert (4, V) in shapes
@@ -317,7 +377,12 @@ def optimized(total, arrays):
     if backend.NAME == "jax":
         import jax
 
-        return jax.jit(jax.grad(total, argnums=tuple(range(len(arrays))))).lower(*arrays).compile().as_text()
+        return (
+            jax.jit(jax.grad(total, argnums=tuple(range(len(arrays)))))
+            .lower(*arrays)
+            .compile()
+            .as_text()
+        )
     import tensorflow as tf
 
     @tf.function(jit_compile=True)

@@ -23,7 +23,9 @@ def test_score(model):
     np.testing.assert_allclose(model.score(token_ids, mask, "logits"), logits_of(model), atol=1e-5)
     targets = np.full_like(token_ids, 7)
     log_p = to_numpy(keras.ops.log_softmax(logits_of(model), axis=-1))
-    np.testing.assert_allclose(model.score(token_ids, mask, target_ids=targets), -log_p[..., 7] * mask, atol=1e-4)
+    np.testing.assert_allclose(
+        model.score(token_ids, mask, target_ids=targets), -log_p[..., 7] * mask, atol=1e-4
+    )
     with pytest.raises(ValueError, match="'loss' or 'logits'. Received: 'nats'"):
         model.score(token_ids, mask, "nats")
     with pytest.raises(ValueError, match="from 0 to 127. Received: 128"):
@@ -37,7 +39,9 @@ def test_score_of_text_is_score_of_its_ids(tiny):
 
 def test_score_is_compiled_once_for_the_same_variables(monkeypatch):
     compiled, compile_function = [], backend.compile_function
-    monkeypatch.setattr(backend, "compile_function", lambda *args: compiled.append(1) or compile_function(*args))
+    monkeypatch.setattr(
+        backend, "compile_function", lambda *args: compiled.append(1) or compile_function(*args)
+    )
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     before = model.score(IDS["token_ids"])
     np.testing.assert_array_equal(model.score(IDS["token_ids"]), before)

@@ -43,7 +43,10 @@ def test_what_was_written_comes_back_to_the_bit(tmp_path):
 
 
 def test_variables_are_written_like_arrays(tmp_path):
-    variables = {"weight/0": keras.Variable([1.0, 2.0]), "weight/1": keras.Variable([0.1], dtype="bfloat16")}
+    variables = {
+        "weight/0": keras.Variable([1.0, 2.0]),
+        "weight/1": keras.Variable([0.1], dtype="bfloat16"),
+    }
     _, arrays = read(written(tmp_path, arrays=variables))
     assert arrays["weight/0"].tolist() == [1, 2]
     assert arrays["weight/1"].tobytes() == np.array([0.1]).astype(ml_dtypes.bfloat16).tobytes()
@@ -102,4 +105,10 @@ def test_a_killed_write_leaves_the_last_file(tmp_path, call):
 
 def test_names_tell_dtypes(tmp_path):
     names = zipfile.ZipFile(written(tmp_path)).namelist()
-    assert names == ["facts.json", "weight/0.float32", "weight/1.bfloat16", "optimizer/0.int64", "seed/0.uint32"]
+    assert names == [
+        "facts.json",
+        "weight/0.float32",
+        "weight/1.bfloat16",
+        "optimizer/0.int64",
+        "seed/0.uint32",
+    ]

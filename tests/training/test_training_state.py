@@ -21,7 +21,11 @@ from keras_vaultgemma.training.state import (
 
 
 def dense(units=2, optimizer="adam"):
-    layers = [keras.Input((3,)), keras.layers.Dense(units, name="dense"), keras.layers.Dropout(0.5, seed=1)]
+    layers = [
+        keras.Input((3,)),
+        keras.layers.Dense(units, name="dense"),
+        keras.layers.Dropout(0.5, seed=1),
+    ]
     model = keras.Sequential(layers, name="dense")
     model.compile(optimizer, "mse")
     model.optimizer.build(model.trainable_variables)
@@ -38,13 +42,21 @@ def lora(**changes):
 def test_state_is_what_training_changes():
     model = dense()
     variables = state_variables(model)
-    assert [name for name in variables if not name.startswith("optimizer/")] == ["weight/0", "weight/1", "seed/0"]
+    assert [name for name in variables if not name.startswith("optimizer/")] == [
+        "weight/0",
+        "weight/1",
+        "seed/0",
+    ]
     assert variables["weight/0"] is model.layers[0].kernel
     assert list(metric_variables(model)) == ["metric/0", "metric/1"]
     before = copy_values(variables)
     model.fit(np.ones((4, 3)), np.zeros((4, 2)), batch_size=2, verbose=0)
     after = copy_values(variables)
-    assert all(not np.array_equal(after[name], before[name]) for name in before if name.split("/")[0] != "optimizer")
+    assert all(
+        not np.array_equal(after[name], before[name])
+        for name in before
+        if name.split("/")[0] != "optimizer"
+    )
     assign_values(variables, before.items())
     assert all(np.array_equal(to_numpy(v), before[name]) for name, v in variables.items())
     assert int(to_numpy(model.optimizer.iterations)) == 0
@@ -65,7 +77,10 @@ def test_frozen_weights_are_left_out():
 
 
 def test_bytes():
-    variables = [keras.Variable(np.zeros((2, 3)), dtype="float32"), keras.Variable(np.zeros(5), dtype="bfloat16")]
+    variables = [
+        keras.Variable(np.zeros((2, 3)), dtype="float32"),
+        keras.Variable(np.zeros(5), dtype="bfloat16"),
+    ]
     assert state_nbytes(named("weight", variables)) == 24 + 10
 
 
@@ -80,7 +95,11 @@ def test_finite_weights(dtype):
 def test_signatures_differ_where_states_do_not_fit():
     def differences(model, other):
         a, b = model_signature(model), model_signature(other)
-        return [name for name in [*a, *(name for name in b if name not in a)] if a.get(name) != b.get(name)]
+        return [
+            name
+            for name in [*a, *(name for name in b if name not in a)]
+            if a.get(name) != b.get(name)
+        ]
 
     assert model_signature(dense())["dense/dense/kernel"] == "float32 [3, 2]"
     assert differences(dense(), dense()) == []
@@ -97,7 +116,10 @@ def test_signatures_differ_where_states_do_not_fit():
 def test_callbacks_remember():
     model = dense()
     names = ("best", "best_epoch", "wait", "stopped_epoch")
-    first, second = keras.callbacks.EarlyStopping(restore_best_weights=True), keras.callbacks.EarlyStopping()
+    first, second = (
+        keras.callbacks.EarlyStopping(restore_best_weights=True),
+        keras.callbacks.EarlyStopping(),
+    )
     history, plateau = keras.callbacks.History(), keras.callbacks.ReduceLROnPlateau()
     first.on_train_begin()
     second.on_train_begin()
@@ -108,7 +130,10 @@ def test_callbacks_remember():
     callbacks = [keras.callbacks.TerminateOnNaN(), first, history, second, plateau]
     memories = callback_memories(callbacks)
     assert memories["EarlyStopping 0"] == dict(zip(names, (0.5, 3, 1, 0), strict=True))
-    assert memories["EarlyStopping 1"]["wait"] == 4 and memories["ReduceLROnPlateau 0"]["cooldown_counter"] == 2
+    assert (
+        memories["EarlyStopping 1"]["wait"] == 4
+        and memories["ReduceLROnPlateau 0"]["cooldown_counter"] == 2
+    )
     best = best_weight_arrays(model, callbacks)
     assert list(best) == ["best/EarlyStopping 0/0", "best/EarlyStopping 0/1"]
 
@@ -116,7 +141,9 @@ def test_callbacks_remember():
     again[0].epoch = []
     again[1].best_epoch = 0
     restore_callbacks(model, again, memories, best)
-    assert callback_memories(again) == {name: memories[name] for name in ("History 0", "EarlyStopping 0")}
+    assert callback_memories(again) == {
+        name: memories[name] for name in ("History 0", "EarlyStopping 0")
+    }
     for found, expected in zip(again[1].best_weights, first.best_weights, strict=True):
         np.testing.assert_array_equal(found, expected)
 

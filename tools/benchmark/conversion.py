@@ -126,7 +126,11 @@ def measure(step, source, target):
     seconds = time.perf_counter() - start
     memory.done.set()
     memory.join()
-    print(json.dumps({"seconds": seconds, "gigabytes": (max(memory.peak, resident()) - memory.before) / 1e9}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "gigabytes": (max(memory.peak, resident()) - memory.before) / 1e9}
+        )
+    )
 
 
 def run(step, source, target, backend):
@@ -144,15 +148,25 @@ def run_in_turns(steps, scratch):
     for _ in range(RUNS):
         for (step, source, backend), of_step in zip(steps, results, strict=True):
             of_step.append(run(step, source, scratch, backend))
-            print(f"{step} of {source.name}, {backend}: {of_step[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            print(
+                f"{step} of {source.name}, {backend}: {of_step[-1]['seconds']:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             shutil.rmtree(scratch, ignore_errors=True)
     return [
-        (statistics.median(r["seconds"] for r in of_step), max(r["gigabytes"] for r in of_step)) for of_step in results
+        (statistics.median(r["seconds"] for r in of_step), max(r["gigabytes"] for r in of_step))
+        for of_step in results
     ]
 
 
 def compare_conversions(source, preset, hub, scratch):
-    labels = ("cp and sha256", "Hugging Face to Keras", "Keras to Hugging Face", "keras-hub (Kaggle) to Keras")
+    labels = (
+        "cp and sha256",
+        "Hugging Face to Keras",
+        "Keras to Hugging Face",
+        "keras-hub (Kaggle) to Keras",
+    )
     steps = (("copy", source), ("to_keras", source), ("to_hf", preset), ("to_keras", hub))
     results = run_in_turns([(*step, "jax") for step in steps], scratch)
     base, _ = results[0]
@@ -176,9 +190,13 @@ def compare_loading(source, preset, hub, scratch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the checkpoints are, or are written to")
-    parser.add_argument("--table", choices=TABLES, action="append", help="one of the tables; both by default")
+    parser.add_argument(
+        "--table", choices=TABLES, action="append", help="one of the tables; both by default"
+    )
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,7 +205,9 @@ def main():
 
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    source, preset, hub, scratch = (folder / name for name in ("hugging_face", "keras", "keras_hub", "scratch"))
+    source, preset, hub, scratch = (
+        folder / name for name in ("hugging_face", "keras", "keras_hub", "scratch")
+    )
     if not source.exists():
         full_size.run("write", source, "")
     if not preset.exists():

@@ -53,7 +53,9 @@ def fit(size, checkpointing=False):
 
     model = random_model.vaultgemma(size, "float32")
     model.backbone.enable_lora(RANK)
-    model.compile(keras.optimizers.Adam(1e-4), weighted_metrics=None, gradient_checkpointing=checkpointing)
+    model.compile(
+        keras.optimizers.Adam(1e-4), weighted_metrics=None, gradient_checkpointing=checkpointing
+    )
     return model
 
 
@@ -78,7 +80,11 @@ def measure(model, steps, batch, length, vocabulary_size):
             seconds.append(time.perf_counter() - self.start)
             cpu_seconds.append(time.process_time() - self.cpu_start)
 
-    ids = np.random.default_rng(0).integers(5, vocabulary_size, (steps * batch, length + 1)).astype("int32")
+    ids = (
+        np.random.default_rng(0)
+        .integers(5, vocabulary_size, (steps * batch, length + 1))
+        .astype("int32")
+    )
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((len(ids), length), "int32")}
     before = random_model.reset_peak()
     history = model.fit(x, ids[:, 1:], batch_size=batch, verbose=0, callbacks=[Clock()])
@@ -97,18 +103,32 @@ def run(step, backend, shape, size, steps):
     """The result of one measurement in a process of its own, {} where it fails."""
     command = [sys.executable, __file__, "--step", step, "--shapes", shape, "--size", size]
     command += ["--steps", str(steps)] if steps else []
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def report(results):
     """Print the table."""
-    columns = ("rows x tokens", "what", "memory above the model, GB", "x keras-hub", "step, s", "x keras-hub")
+    columns = (
+        "rows x tokens",
+        "what",
+        "memory above the model, GB",
+        "x keras-hub",
+        "step, s",
+        "x keras-hub",
+    )
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (step, backend, shape), r in results.items():
         hub = results.get(("keras_hub", backend, shape))
-        memory, seconds = (f"{r[key] / hub[key]:.2f}" if hub else "" for key in ("gb_above_model", "step_s"))
+        memory, seconds = (
+            f"{r[key] / hub[key]:.2f}" if hub else "" for key in ("gb_above_model", "step_s")
+        )
         figures = f"{r['gb_above_model']:.2f} | {memory} | {r['step_s']:.1f} | {seconds}"
         print(f"| {shape} | {NAMES[step]}, {backend} | {figures} |")
 
@@ -130,16 +150,27 @@ def draw(results, path):
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     unfinished = path.with_name(path.name + ".unfinished")
     figure.savefig(unfinished, format="png", dpi=150)
     unfinished.rename(path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument("--shapes", nargs="+", choices=PLAN, default=list(PLAN), help="rows x tokens of a step")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=PLAN, default=list(PLAN), help="rows x tokens of a step"
+    )
     parser.add_argument("--steps", type=int, help=f"of each measurement (default: {STEPS})")
     parser.add_argument("--png", type=Path, help="draw the results into this file")
     parser.add_argument("--json", type=Path, help="write results into this file, one a line")
@@ -154,15 +185,26 @@ def main():
         return print(json.dumps(measure(model, steps, batch, length, size["vocabulary_size"])))
 
     results, failed = {}, []
-    for key in [(step, b, shape) for shape in options.shapes for b in options.backends for step in PLAN[shape]]:
+    for key in [
+        (step, b, shape)
+        for shape in options.shapes
+        for b in options.backends
+        for step in PLAN[shape]
+    ]:
         result = run(*key, options.size, options.steps)
-        print(f"{' '.join(key)}: {', '.join(f'{n} {v:.4g}' for n, v in result.items()) or 'failed'}", flush=True)
+        print(
+            f"{' '.join(key)}: {', '.join(f'{n} {v:.4g}' for n, v in result.items()) or 'failed'}",
+            flush=True,
+        )
         if not result:
             failed.append(" ".join(key))
             continue
         results[key] = result
         if options.json:
-            rows = (dict(zip(("step", "backend", "shape"), key, strict=True)) | r for key, r in results.items())
+            rows = (
+                dict(zip(("step", "backend", "shape"), key, strict=True)) | r
+                for key, r in results.items()
+            )
             options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report(results)
     if options.png:

@@ -43,7 +43,11 @@ PROMPT = np.concatenate([[2], np.random.default_rng(0).integers(217, 256_000, 23
 
 def peak_gigabytes():
     """The most memory this process has had resident until now, mapped pages of files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def write(folder):
@@ -58,7 +62,9 @@ def write(folder):
         if "norm" in name:  # they start as zeros, and a norm in the place of another would not show
             torch.nn.init.normal_(parameter, std=0.1)
     if model.num_parameters() != PARAMETERS:
-        raise SystemExit(f"The model must have {PARAMETERS:,} parameters. It has {model.num_parameters():,}")
+        raise SystemExit(
+            f"The model must have {PARAMETERS:,} parameters. It has {model.num_parameters():,}"
+        )
     unfinished = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(unfinished)
     unfinished.rename(folder)
@@ -83,19 +89,31 @@ def keras_logits(folder):
     start = time.perf_counter()
     model = VaultGemmaCausalLM.from_preset(folder, preprocessor=None, dtype="float32")
     yield time.perf_counter() - start
-    yield keras.ops.convert_to_numpy(model({"token_ids": PROMPT, "padding_mask": np.ones_like(PROMPT)}))
+    yield keras.ops.convert_to_numpy(
+        model({"token_ids": PROMPT, "padding_mask": np.ones_like(PROMPT)})
+    )
 
 
 def measure(steps, out):
     """Write to the file `out` what a generator yields, load seconds and then logits, and the memory each took."""
     load_seconds, load_peak = next(steps), peak_gigabytes()
-    np.savez(out, load_seconds=load_seconds, load_peak=load_peak, logits=next(steps), peak=peak_gigabytes())
+    np.savez(
+        out,
+        load_seconds=load_seconds,
+        load_peak=load_peak,
+        logits=next(steps),
+        peak=peak_gigabytes(),
+    )
 
 
 def run(step, folder, out, backend="torch"):
     """Run one step in a process of its own, so that its memory is its own too."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    subprocess.run([sys.executable, __file__, folder, "--step", step, "--out", out], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, __file__, folder, "--step", step, "--out", out],
+        env=environment,
+        check=True,
+    )
 
 
 def compare(folder):
@@ -107,14 +125,21 @@ def compare(folder):
             if name == "transformers":
                 run("transformers", folder, out)
                 expected = np.load(out)["logits"]
-                print(f"logits: {expected.shape}, standard deviation {expected.std():.2f}", flush=True)
+                print(
+                    f"logits: {expected.shape}, standard deviation {expected.std():.2f}", flush=True
+                )
             else:
                 run("keras", folder, out, name)
             result = np.load(out)
             difference = float(np.abs(result["logits"] - expected).max())
-            rows.append((name, result["load_seconds"], result["load_peak"], result["peak"], difference))
+            rows.append(
+                (name, result["load_seconds"], result["load_peak"], result["peak"], difference)
+            )
             print(
-                "{}: loaded in {:.1f} s, at most {:.2f} GB; {:.2f} GB in all; {:.1e} off".format(*rows[-1]), flush=True
+                "{}: loaded in {:.1f} s, at most {:.2f} GB; {:.2f} GB in all; {:.1e} off".format(
+                    *rows[-1]
+                ),
+                flush=True,
             )
     print(f"\n{'float32':14}{'load, s':>9}{'load, GB':>10}{'peak, GB':>10}{'difference':>12}")
     for name, seconds, load_peak, peak, difference in rows:
@@ -124,15 +149,22 @@ def compare(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the checkpoint is, or is written to")
-    parser.add_argument("--step", choices=("write", "transformers", "keras"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--step", choices=("write", "transformers", "keras"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step == "write":
         write(args.folder)
     elif args.step:
-        measure((transformers_logits if args.step == "transformers" else keras_logits)(args.folder), args.out)
+        measure(
+            (transformers_logits if args.step == "transformers" else keras_logits)(args.folder),
+            args.out,
+        )
     else:
         if not args.folder.exists():
             run("write", args.folder, "")

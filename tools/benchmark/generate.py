@@ -51,7 +51,9 @@ def build(size, dtype):
     model = random_model.vaultgemma(size, dtype)
 
     def call(lengths, new):
-        model.generate([random_ids(size, n) for n in lengths], max_new_tokens=new, stop_token_ids=None)
+        model.generate(
+            [random_ids(size, n) for n in lengths], max_new_tokens=new, stop_token_ids=None
+        )
 
     return call, model
 
@@ -82,7 +84,9 @@ def bandwidth():
     """Bytes a second that the CPU reads."""
     data = np.ones(2**28, "float32")
     with ThreadPoolExecutor(2) as pool:
-        return data.nbytes / min(once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7))
+        return data.nbytes / min(
+            once(lambda: list(pool.map(np.sum, np.split(data, 2)))) for _ in range(7)
+        )
 
 
 def within_limit(measure, size, dtype):
@@ -97,7 +101,9 @@ def within_limit(measure, size, dtype):
 def first_call_and_decoding(call, size, dtype):
     """Figures for `call([prompt length], new tokens)`; a token's time is what NEW more tokens take."""
     first_call, first_token = once(call, [PROMPT], NEW), warm(call, [PROMPT], 1)
-    decoding = within_limit(lambda: NEW / (warm(call, [PROMPT], 1 + NEW) - first_token), size, dtype)
+    decoding = within_limit(
+        lambda: NEW / (warm(call, [PROMPT], 1 + NEW) - first_token), size, dtype
+    )
     return {"first_call_s": first_call, "first_token_s": first_token, **decoding}
 
 
@@ -149,7 +155,11 @@ def warm_cache(size, dtype, options):
 
 def batch(size, dtype, options):
     """Prompts of 5 to 200 tokens at once, and one of their mean length alone."""
-    (call, _), lengths, new = build(size, dtype), np.linspace(5, 200, options.rows).astype(int).tolist(), 64
+    (call, _), lengths, new = (
+        build(size, dtype),
+        np.linspace(5, 200, options.rows).astype(int).tolist(),
+        64,
+    )
     alone = new / warm(call, [round(statistics.mean(lengths))], new)
     together = len(lengths) * new / warm(call, lengths, new)
     return {"prompts": len(lengths), "tokens_per_s": together, "x_1_prompt": together / alone}
@@ -188,7 +198,9 @@ def memory(size, dtype, options):
             call([1000], 8)
             result[name] = (random_model.resident("VmHWM") - before) / 1e9
         cache = 2 * size["num_layers"] * CONTEXT * size["num_key_value_heads"] * size["head_dim"]
-        result["gb_of_cache"] = cache * BYTES["bfloat16" if dtype == "bfloat16" else "float32"] / 1e9
+        result["gb_of_cache"] = (
+            cache * BYTES["bfloat16" if dtype == "bfloat16" else "float32"] / 1e9
+        )
     return result
 
 
@@ -218,24 +230,40 @@ def run(step, backend, dtype, options):
     command = [sys.executable, __file__, "--step", step, "--dtype", dtype, "--size", options.size]
     command += ["--rows", str(options.rows)]
     command += ["--corpus", options.corpus] if options.corpus else []
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+    }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
         if step == "warm_cache":
-            environment |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": folder,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
             environment |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=list(BYTES))
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="measurements; default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=list(STEPS), help="measurements; default: all"
+    )
     parser.add_argument("--rows", type=int, default=8, help="prompts of `batch`; default: 8")
-    parser.add_argument("--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it")
+    parser.add_argument(
+        "--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it"
+    )
     parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
     parser.add_argument("--json", type=Path, help="results are kept in this file, one a line")
     parser.add_argument("--size", choices=random_model.SIZES, default="1b", help=argparse.SUPPRESS)
@@ -250,7 +278,9 @@ def main():
     for (backend, dtype), steps in PLAN.items():
         if backend in options.backends and dtype in options.dtypes:
             plan += [(step, backend, dtype) for step in steps.split()]
-    plan = [key for key in [*plan, ("int8_loss", options.backends[0], "")] if key[0] in options.only]
+    plan = [
+        key for key in [*plan, ("int8_loss", options.backends[0], "")] if key[0] in options.only
+    ]
     results, failed = generate_report.read(options.json), []
     for key in plan:
         if key[0] == "int8_loss" and not options.corpus:

@@ -15,16 +15,27 @@ def read(path):
 
 
 def write(results, path):
-    rows = (dict(zip(("step", "backend", "dtype"), key, strict=True)) | r for key, r in results.items())
+    rows = (
+        dict(zip(("step", "backend", "dtype"), key, strict=True)) | r for key, r in results.items()
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def print_tables(results):
-    columns = ["", "first call, s (warm compilation cache)", "x keras-hub", "first token, s", "x keras-hub"]
+    columns = [
+        "",
+        "first call, s (warm compilation cache)",
+        "x keras-hub",
+        "first token, s",
+        "x keras-hub",
+    ]
     columns += ["tokens/s", "x keras-hub", "share of the memory limit"]
     rows = []
     for (step, backend, dtype), r in in_order(results):
-        cached, hub = results.get(("warm_cache", backend, dtype)), results.get(("keras_hub", backend, dtype))
+        cached, hub = (
+            results.get(("warm_cache", backend, dtype)),
+            results.get(("keras_hub", backend, dtype)),
+        )
         first_call = f"{r['first_call_s']:.2f}"
         ratios = ["", "", ""]
         if step == "generate" and cached:
@@ -37,15 +48,29 @@ def print_tables(results):
             ratios += [f"{r['tokens_per_s'] / hub['tokens_per_s']:.2f}"]
         limit = r.get("limit_tokens_per_s")
         share = f"{r['tokens_per_s'] / limit:.2f}" if limit else ""
-        figures = first_call, ratios[0], f"{r['first_token_s']:.2f}", ratios[1], f"{r['tokens_per_s']:.2f}", ratios[2]
+        figures = (
+            first_call,
+            ratios[0],
+            f"{r['first_token_s']:.2f}",
+            ratios[1],
+            f"{r['tokens_per_s']:.2f}",
+            ratios[2],
+        )
         rows.append([f"{NAMES[step]}, {backend}, {dtype}", *figures, share])
     print_table(columns, rows)
     rows = []
-    for key in dict.fromkeys(key[1:] for key in results if key[0] in ("batch", "prompt_lookup", "memory")):
-        batch, lookup, memory = (results.get((step, *key)) for step in ("batch", "prompt_lookup", "memory"))
+    for key in dict.fromkeys(
+        key[1:] for key in results if key[0] in ("batch", "prompt_lookup", "memory")
+    ):
+        batch, lookup, memory = (
+            results.get((step, *key)) for step in ("batch", "prompt_lookup", "memory")
+        )
         row = [", ".join(key)]
         if batch:
-            row += [f"{batch['tokens_per_s']:.1f} ({batch['prompts']})", f"{batch['x_1_prompt']:.2f}"]
+            row += [
+                f"{batch['tokens_per_s']:.1f} ({batch['prompts']})",
+                f"{batch['x_1_prompt']:.2f}",
+            ]
         else:
             row += ["", ""]
         row += [f"{lookup['x_without']:.2f}" if lookup else ""]
@@ -59,7 +84,9 @@ def print_tables(results):
     for (step, backend, _), loss in results.items():
         if step == "int8_loss":
             before, after = loss["float32"], loss["int8"]
-            print(f"\nBits per byte of the bundled model on held-out text, {backend}: {before:.4f}, int8 {after:.4f}")
+            print(
+                f"\nBits per byte of the bundled model on held-out text, {backend}: {before:.4f}, int8 {after:.4f}"
+            )
 
 
 def print_table(columns, rows):

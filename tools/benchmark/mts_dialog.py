@@ -58,7 +58,15 @@ RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
 """Each returns options of `fine_tune`."""
 
 
-def fine_tune(folder, lora_rank, learning_rate, epochs, row_length=None, compile_options=None, fit_options=None):
+def fine_tune(
+    folder,
+    lora_rank,
+    learning_rate,
+    epochs,
+    row_length=None,
+    compile_options=None,
+    fit_options=None,
+):
     """{"before", "after" in bits per byte, "seconds" of it all, "tokens_per_second", "sample"} of one run.
 
     Args:
@@ -74,7 +82,9 @@ def fine_tune(folder, lora_rank, learning_rate, epochs, row_length=None, compile
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
-    files = [read_rows(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")]
+    files = [
+        read_rows(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")
+    ]
     held_out = files[1].ids(model.preprocessor, True)
     model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
     training = files[0].ids(model.preprocessor, row_length is None)
@@ -101,13 +111,20 @@ def fine_tune(folder, lora_rank, learning_rate, epochs, row_length=None, compile
 def run(name, backend, folder):
     """The result of one run in a process of its own, {} where it fails."""
     command = [sys.executable, __file__, str(folder), "--run", name]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -127,7 +144,15 @@ def main():
         results.append({"run": name, "backend": backend, **result})
         if options.json:
             options.json.write_text("".join(json.dumps(row) + "\n" for row in results))
-    columns = ("trained", "backend", "ε spent", "bits per byte before", "after", "tokens/s", "whole run, s")
+    columns = (
+        "trained",
+        "backend",
+        "ε spent",
+        "bits per byte before",
+        "after",
+        "tokens/s",
+        "whole run, s",
+    )
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for r in results:
         print(

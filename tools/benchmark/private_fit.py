@@ -34,8 +34,12 @@ BACKENDS = ("jax", "torch", "tensorflow")
 HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=64)
 TINY = dict(vocabulary_size=4096, num_layers=4, hidden_dim=192, intermediate_dim=512, **HEADS)
 WORKS = {
-    "lora": dict(size=random_model.SIZES["1b"], rank=8, batch=8, length=256, steps=2, sampling=1 / 100),
-    "full": dict(size=random_model.SIZES["1b"], rank=0, batch=2, length=64, steps=3, sampling=1 / 100),
+    "lora": dict(
+        size=random_model.SIZES["1b"], rank=8, batch=8, length=256, steps=2, sampling=1 / 100
+    ),
+    "full": dict(
+        size=random_model.SIZES["1b"], rank=0, batch=2, length=64, steps=3, sampling=1 / 100
+    ),
     "tiny": dict(size=TINY, rank=8, batch=32, length=64, steps=12, sampling=1 / 20),
 }
 SEED = 54
@@ -68,7 +72,11 @@ def jax_privacy(work):
     backbone = random_model.keras_hub_gemma(work["size"], "float32")
     backbone.enable_lora(work["rank"])
     model = GemmaCausalLM(backbone, preprocessor=None)
-    model.compile(_optimizer(work), keras.losses.SparseCategoricalCrossentropy(from_logits=True), weighted_metrics=[])
+    model.compile(
+        _optimizer(work),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
     settings = keras_api.DPKerasConfig(
         epsilon=1000.0,  # no bound on these few steps
         delta=1e-5,
@@ -105,8 +113,14 @@ def measure(peer, work):
             seconds.append(time.perf_counter() - self.start)
             self.model.stop_training = len(seconds) == work["steps"]
 
-    count = round(work["batch"] / work["sampling"]) if peer == "private" else work["steps"] * work["batch"]
-    ids = np.random.default_rng(0).integers(5, work["size"]["vocabulary_size"], (count, work["length"] + 1))
+    count = (
+        round(work["batch"] / work["sampling"])
+        if peer == "private"
+        else work["steps"] * work["batch"]
+    )
+    ids = np.random.default_rng(0).integers(
+        5, work["size"]["vocabulary_size"], (count, work["length"] + 1)
+    )
     ids = ids.astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((count, work["length"]), "int32")}
     before = random_model.reset_peak()
@@ -114,7 +128,9 @@ def measure(peer, work):
     peak = random_model.resident("VmHWM")
     rows, average = [work["batch"]] * len(seconds), work["batch"]
     if peer == "private":
-        rows, average = computed_rows(model.privacy.ledger.runs[-1][0], model._microbatch, len(seconds))
+        rows, average = computed_rows(
+            model.privacy.ledger.runs[-1][0], model._microbatch, len(seconds)
+        )
     return {
         "step_s": sum(seconds[1:]) / sum(rows[1:]) * average,
         "gb_above_model": (peak - before) / 1e9,
@@ -143,7 +159,9 @@ def run(peer, backend, work):
             **dict(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", PYTHONWARNINGS="ignore"),
             "KERAS_VAULTGEMMA_HOME": home,
         }
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
@@ -153,14 +171,18 @@ def report(results):
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (peer, backend, work), r in results.items():
         base = results.get(("plain", backend, work))
-        time_ratio, memory_ratio = (f"{r[key] / base[key]:.2f}" if base else "" for key in ("step_s", "gb_above_model"))
+        time_ratio, memory_ratio = (
+            f"{r[key] / base[key]:.2f}" if base else "" for key in ("step_s", "gb_above_model")
+        )
         name = peer.replace("_", "-")
         figures = f"{r['step_s']:.3g} | {time_ratio} | {r['gb_above_model']:.2f} | {memory_ratio}"
         print(f"| {work} | {name}, {backend} | {figures} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--json", type=Path, help="write results into this file, one a line")
@@ -180,7 +202,10 @@ def main():
                     continue
                 results[peer, backend, work] = result
                 if options.json:
-                    rows = (dict(zip(("peer", "backend", "work"), k, strict=True)) | r for k, r in results.items())
+                    rows = (
+                        dict(zip(("peer", "backend", "work"), k, strict=True)) | r
+                        for k, r in results.items()
+                    )
                     options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report(results)
     return f"Failed: {', '.join(failed)}" if failed else None

@@ -11,7 +11,9 @@ from keras_vaultgemma.checkpoints import weight_map
 
 HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=256)
 SIZES = {
-    "1b": dict(vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS),
+    "1b": dict(
+        vocabulary_size=256_000, num_layers=26, hidden_dim=1152, intermediate_dim=6912, **HEADS
+    ),
     "tiny": dict(vocabulary_size=1000, num_layers=2, hidden_dim=64, intermediate_dim=128, **HEADS),
 }
 
@@ -19,7 +21,9 @@ SIZES = {
 class Tiled:
     """A block of random numbers, repeated: drawing a billion would take longer than most measurements."""
 
-    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)  # a prime, so that rows of a matrix differ
+    block = np.random.default_rng(0).normal(
+        0, 0.02, 1_000_003
+    )  # a prime, so that rows of a matrix differ
 
     def __init__(self, shape):
         self.shape = shape
