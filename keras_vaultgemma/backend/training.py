@@ -1,40 +1,112 @@
-"""One way to write a train step for the three of Keras."""
+"""Training and test steps written once for the three trainers of Keras, and the noise of private ones."""
 
 import keras
 import numpy as np
 
 from keras_vaultgemma.backend.autodiff import without_gradients
 from keras_vaultgemma.backend.selection import NAME
+from keras_vaultgemma.backend.tensors import value_of
 
 
 def train_step(model, step, *args):
-    """What `Model.train_step` returns on this backend, for a step that reads and assigns the model's variables.
+    """Run a training step that reads and assigns the model's variables, on any backend.
 
     Args:
-        model: `keras.Model`, its optimizer built.
-        step: takes a batch, updates variables, the optimizer's and the metrics' too, and returns logs. It takes the
-            gradients that it needs by `backend.gradients`.
-        *args: of `train_step`: the batch, on JAX the variables' values and the batch.
+        model: `keras.Model` whose optimizer is built.
+        step: function of a batch. It updates variables (also the optimizer's and the metrics') and
+            returns logs. It takes gradients by `loss_gradients` or `gradients`.
+        *args: arguments of `keras.Model.train_step`: the batch; on JAX the variables' values and
+            the batch.
+
+    Returns:
+        What `keras.Model.train_step` returns on this backend.
     """
+    variables = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        [] if model.optimizer is None else model.optimizer.variables,
+        model.metrics_variables,
+    )
+    return _run_step(variables, step, args)
+
+
+def test_step(model, step, *args):
+    """Run a test step, like `train_step`. The optimizer's variables have no part in it."""
+    variables = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.metrics_variables,
+    )
+    return _run_step(variables, step, args)
+
+
+def _run_step(groups, step, args):
     if NAME != "jax":
         return without_gradients(step)(*args)
     state, data = args
-    groups = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    values = [
-        (variable, value)
+    mapping = [
+        pair
         for variables, values in zip(groups, state, strict=True)
-        for variable, value in zip(variables, values, strict=True)
+        for pair in zip(variables, values, strict=True)
     ]
-    with keras.StatelessScope(state_mapping=values) as scope:
+    with keras.StatelessScope(state_mapping=mapping) as scope:
         logs = step(data)
-    return logs, tuple(
-        [scope.get_current_value(variable) for variable in variables] for variables in groups
-    )
+    return logs, tuple([scope.get_current_value(v) for v in variables] for variables in groups)
+
+
+def loss_gradients(model, loss):
+    """Compute the gradients of a loss with respect to a model's trainable variables.
+
+    Args:
+        model: `keras.Model`. Changes that `loss` makes to its other variables, such as the seeds of
+            dropout, are kept.
+        loss: function without arguments that returns a scalar and nested tensors.
+
+    Returns:
+        Tuple `(gradients, tensors)`: a list with one gradient for each of the model's trainable
+        variables (None where the loss does not depend on one) and the nested tensors.
+    """
+    trained = model.trainable_variables
+    if NAME == "jax":
+        return _jax_loss_gradients(model, trained, loss)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            scalar, tensors = loss()
+        return tape.gradient(scalar, [v.value for v in trained]), tensors
+
+    import torch
+
+    with torch.enable_grad():
+        scalar, tensors = loss()
+        found = torch.autograd.grad(scalar, [v.value for v in trained], allow_unused=True)
+    return list(found), keras.tree.map_structure(lambda x: x.detach(), tensors)
+
+
+def _jax_loss_gradients(model, trained, loss):
+    import jax
+
+    is_trained = {id(v) for v in trained}
+    others = [v for v in model.variables if id(v) not in is_trained]
+    others += [] if model.optimizer is None else model.optimizer.variables
+    before = [value_of(v) for v in others]
+
+    def stateless(values):
+        # All variables, because a scope hides the one around it.
+        mapping = zip([*trained, *others], [*values, *before], strict=True)
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            scalar, tensors = loss()
+            after = [scope.get_current_value(v) for v in others]
+        changed.extend(i for i, value in enumerate(after) if value is not before[i])
+        return scalar, (tensors, [after[i] for i in changed])
+
+    changed = []
+    values = [value_of(v) for v in trained]
+    found, (tensors, after) = jax.grad(stateless, has_aux=True)(values)
+    for i, value in zip(changed, after, strict=True):
+        others[i].assign(value)
+    return found, tensors
 
 
 # MERGED: """Normal deviates from a seed of 128 bits."""
