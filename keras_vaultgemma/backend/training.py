@@ -1,4 +1,4 @@
-"""Training and test steps written once for the three trainers of Keras, and the noise of private ones."""
+"""Training and test steps written once for all backends, and the noise of private ones."""
 
 import keras
 import numpy as np
