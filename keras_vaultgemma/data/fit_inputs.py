@@ -30,7 +30,7 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
             strings, ids outside the vocabulary, or labels or weights beside data that have their own.
     """
 
-    def check_ids(x, y=None, sample_weight=None):
+    def check_batch(x, y=None, sample_weight=None):
         token_ids = _array(x["token_ids"])
         if token_ids is not None:
             check_ids(token_ids, vocabulary_size)
@@ -40,7 +40,7 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
     if isinstance(x, dict) and "token_ids" in x:
         if hasattr(x["token_ids"], "shape") and x["token_ids"].shape[0] == 0:
             raise ValueError(NO_DATA)
-        check_ids(x, y, sample_weight)
+        check_batch(x, y, sample_weight)
         return x, y, sample_weight
     is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
     if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (
@@ -54,7 +54,7 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
     def preprocess_batch(*batch):
         # A PyDataset or generator yields a tuple, `tf.data` spreads it.
         data = preprocess(*(batch[0] if len(batch) == 1 and isinstance(batch[0], tuple) else batch))
-        check_ids(*keras.utils.unpack_x_y_sample_weight(data))
+        check_batch(*keras.utils.unpack_x_y_sample_weight(data))
         return data
 
     if isinstance(x, keras.utils.PyDataset):

@@ -256,7 +256,7 @@ def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
 )
 def test_a_config_that_means_something_else(hyperparameters, tmp_path, changes, message):
     written(tmp_path / "a", **changes)
-    with pytest.raises(ValueError, match=f"{adapter.CONFIG}: {message}"):
+    with pytest.raises(ValueError, match=f"{peft_format.CONFIG}: {message}"):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
@@ -352,11 +352,11 @@ def test_a_regular_expression_of_a_stranger_is_not_run(hyperparameters, tmp_path
 
 
 def test_files_that_are_not_there(hyperparameters, tmp_path):
-    with pytest.raises(ValueError, match=f"{adapter.CONFIG} does not exist"):
+    with pytest.raises(ValueError, match=f"{peft_format.CONFIG} does not exist"):
         peft_format.read_adapter(tmp_path / "nowhere", hyperparameters)
     written(tmp_path / "a")
     (tmp_path / "a" / peft_format.WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=f"{adapter.WEIGHTS} does not exist"):
+    with pytest.raises(ValueError, match=f"{peft_format.WEIGHTS} does not exist"):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
