@@ -18,7 +18,6 @@ from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import read_config
-from keras_vaultgemma.checkpoints.read_ahead import read_ahead
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
 from keras_vaultgemma.layers import kv_cache
 from keras_vaultgemma.layers.attention import VaultGemmaAttention, causal_mask, segment_positions
@@ -340,10 +339,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         else:
             identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
-            with read_ahead(values) as initial_values:
-                backbone = cls(
-                    **{**hyperparameters, **identity, **kwargs}, initial_values=initial_values
-                )
+            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
         if load_weights:
             warn_if_not_finite(backbone, values)
             backbone.privacy.add(preset_ledger(folder, preset, backbone.count_params()))
