@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.reader import open_values
+from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
 from keras_vaultgemma.recipes.convert import convert
 
 EXAMPLES = 700
@@ -259,6 +260,6 @@ def test_what_the_library_writes_is_what_we_read(folders):
     """The official reader agrees with ours on the files of this test."""
     source, _ = folders["hf"]
     for path in source.glob("*.safetensors"):
-        ours = checkpoint.open_tensors(source)
+        ours = open_tensors(source)
         for name, tensor in load_file(path).items():
             np.testing.assert_array_equal(ours[name], tensor)
