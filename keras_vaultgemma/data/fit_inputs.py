@@ -49,7 +49,7 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
         raise ValueError(NO_DATA)
     if preprocess is None or x is None:
         return x, y, sample_weight
-    check_alone(y, sample_weight)
+    check_no_labels(y, sample_weight)
 
     def preprocess_batch(*batch):
         # A PyDataset or generator yields a tuple, `tf.data` spreads it.
@@ -67,7 +67,7 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
     return keras.tree.map_structure(np.atleast_2d, preprocess(x))
 
 
-def check_alone(y, sample_weight):
+def check_no_labels(y, sample_weight):
     """Raise ValueError for labels or weights beside raw samples or a stream, which would have no effect."""
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
@@ -141,7 +141,7 @@ class PreprocessedDataset(keras.utils.PyDataset):
         self.dataset.on_epoch_end()
 
 
-class CutRows:
+class TruncationCounter:
     """Counts the rows that a preprocessor cut, and warns of them: when `report` is called and on leaving the context.
 
     A batch counts once, however often Keras reads it; so do two equal batches. Rows that other processes read

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_vaultgemma.data import packing
-from keras_vaultgemma.data.fit_inputs import CutRows
+from keras_vaultgemma.data.fit_inputs import TruncationCounter
 
 HELD_OUT_PART, HELD_OUT_ROWS = 10, 100
 """One row in so many is held out, and no more rows than so many."""
 
 
-class Rows(NamedTuple):
+class TextRecords(NamedTuple):
     """Rows of one kind.
 
     Attributes:
@@ -55,9 +55,9 @@ class Rows(NamedTuple):
 
     def _take(self, indices):
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices]
-        return Rows([self.texts[i] for i in indices], prompts)
+        return TextRecords([self.texts[i] for i in indices], prompts)
 
-    def ids(self, preprocessor, packed):
+    def tokenize(self, preprocessor, packed):
         """Ids and labels, with a warning that says how many rows were cut.
 
         Args:
@@ -74,15 +74,15 @@ class Rows(NamedTuple):
                 *(np.concatenate([batch[i] for batch in whole]) for i in (1, 2)),
             )
         else:
-            with CutRows() as cut_rows:
+            with TruncationCounter() as truncations:
                 pairs = {"prompts": self.prompts, "responses": self.texts}
                 x, y, weights = preprocessor.call(
-                    self.texts if self.prompts is None else pairs, cut_rows=cut_rows
+                    self.texts if self.prompts is None else pairs, truncations=truncations
                 )
         return {"x": x, "y": y, "sample_weight": weights}
 
 
-def read_rows(path, text_column=None, prompt_column=None, response_column=None):
+def read_records(path, text_column=None, prompt_column=None, response_column=None):
     """Read a data file, in UTF-8.
 
     - `.txt`: each text ends at a blank line.
@@ -96,7 +96,7 @@ def read_rows(path, text_column=None, prompt_column=None, response_column=None):
             one of the two is named, or where there are such columns and none is named.
 
     Returns:
-        `Rows`.
+        `TextRecords`.
 
     Raises:
         ValueError: for a file that is of another kind, has no row or is malformed, for a column that it has not (with
@@ -123,7 +123,7 @@ def read_rows(path, text_column=None, prompt_column=None, response_column=None):
             raise ValueError(
                 f"{path} has no columns; those of .jsonl and .csv files have names. Received: {named}"
             )
-        return Rows([text for _, text in records], None)
+        return TextRecords([text for _, text in records], None)
     if named:
         columns = (
             [text_column]
@@ -140,7 +140,7 @@ def read_rows(path, text_column=None, prompt_column=None, response_column=None):
         raise ValueError(
             f"{path} must have a row whose {columns[-1]!r} is not blank. Received: {len(values)} blank rows"
         )
-    return Rows(
+    return TextRecords(
         [row[-1] for row in kept],
         None if len(columns) == 1 else [row[0] for row in kept],
         len(values) - len(kept),

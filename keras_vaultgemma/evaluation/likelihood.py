@@ -36,7 +36,7 @@ class Likelihood(NamedTuple):
 
 
 def measure(model, x, y, sample_weight):
-    """The `Likelihood` of ids and labels as `Rows.ids` gives them.
+    """The `Likelihood` of ids and labels as `TextRecords.tokenize` gives them.
 
     Args:
         model: `VaultGemmaCausalLM` with a preprocessor.

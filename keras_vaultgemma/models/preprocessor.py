@@ -61,28 +61,30 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def build(self, input_shape=None):
         self.built = True
 
-    def call(self, x, y=None, sample_weight=None, sequence_length=None, cut_rows=None):
+    def call(self, x, y=None, sample_weight=None, sequence_length=None, truncations=None):
         """Samples to `(x, y, sample_weight)`; `y` and `sample_weight` are not read.
 
         Args:
-            cut_rows: `training_data.CutRows` that is told of the rows, or None.
+            truncations: `TruncationCounter` that is told of the rows, or None.
         """
         length = sequence_length or self.sequence_length
         texts = x.get("prompts") if isinstance(x, dict) else x
         if backend.is_symbolic_tensorflow(texts):
             token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(
                 lambda *values: self._pack_for_training(
-                    keras.tree.pack_sequence_as(x, values), length, cut_rows
+                    keras.tree.pack_sequence_as(x, values), length, truncations
                 ),
                 keras.tree.flatten(x),
                 [(*texts.shape, length)] * 4,
                 ["int32"] * 4,
             )
         else:
-            token_ids, padding_mask, y, sample_weight = self._pack_for_training(x, length, cut_rows)
+            token_ids, padding_mask, y, sample_weight = self._pack_for_training(
+                x, length, truncations
+            )
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
 
-    def _pack_for_training(self, x, length, cut_rows):
+    def _pack_for_training(self, x, length, truncations):
         samples, has_end, is_single = as_samples(x)
         start, end = self.special_ids
         end = end if has_end else []
@@ -98,8 +100,8 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         # One more than the length: the last label.
         token_ids, mask = pad_rows(rows, length + 1, self.tokenizer.pad_token_id)
         weights, _ = pad_rows(learnt, length + 1)
-        if cut_rows is not None:
-            cut_rows.count(rows, weights[:, 1:])
+        if truncations is not None:
+            truncations.count(rows, weights[:, 1:])
         arrays = [token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], weights[:, 1:]]
         return [array[0] for array in arrays] if is_single else arrays
 

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.fit_inputs import CutRows, check_alone, prepare_fit_inputs
+from keras_vaultgemma.data.fit_inputs import TruncationCounter, check_no_labels, prepare_fit_inputs
 from keras_vaultgemma.data.text_inputs import as_samples
 from keras_vaultgemma.lora import injection
 from keras_vaultgemma.models.sharding import check_batches
@@ -164,13 +164,13 @@ class FineTuning(Scoring, PrivateTraining):
         )
         return total, ops.sum(ops.reshape(losses, ops.shape(weights)) * weights, axis=1)
 
-    def preprocess_samples(self, x, y=None, sample_weight=None, cut_rows=None):
+    def preprocess_samples(self, x, y=None, sample_weight=None, truncations=None):
         """Raw samples to `(x, y, sample_weight)` for Keras; samples that are ids already pass unchanged."""
         if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        check_alone(y, sample_weight)
+        check_no_labels(y, sample_weight)
         # Past `Layer.__call__`, which looks into every string and wraps errors.
-        return self.preprocessor.call(x, cut_rows=cut_rows)
+        return self.preprocessor.call(x, truncations=truncations)
 
     def fit(
         self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs
@@ -199,20 +199,20 @@ class FineTuning(Scoring, PrivateTraining):
         """
         self._check_that_training_moves_weights()
         self._check_that_there_is_a_loss()
-        with CutRows() as cut_rows:
+        with TruncationCounter() as truncations:
             records = self._records(x)
-            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, truncations)
             rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
                 validation_data = self._training_data(
-                    *validation_data, batch_size=rows, cut_rows=cut_rows
+                    *validation_data, batch_size=rows, truncations=truncations
                 )
             elif validation_data is not None:
                 x_val, y_val, weight_val = self._training_data(
-                    validation_data, batch_size=rows, cut_rows=cut_rows
+                    validation_data, batch_size=rows, truncations=truncations
                 )
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
-            cut_rows.report()
+            truncations.report()
             if self.optimizer and not self.optimizer.built:
                 # TensorFlow traces a step that makes variables twice: a second for each block, and 8 MB.
                 self.optimizer.build(self.trainable_variables)
@@ -267,8 +267,8 @@ class FineTuning(Scoring, PrivateTraining):
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on data as for `fit`, with the same warning."""
         self._check_that_there_is_a_loss()
-        with CutRows() as cut_rows:
-            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, cut_rows)
+        with TruncationCounter() as truncations:
+            x, y, sample_weight = self._training_data(x, y, sample_weight, batch_size, truncations)
             return keras.Model.evaluate(
                 self, x=x, y=y, batch_size=batch_size, sample_weight=sample_weight, **kwargs
             )
@@ -278,11 +278,11 @@ class FineTuning(Scoring, PrivateTraining):
         x, _, _ = self._training_data(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _training_data(self, x, y=None, sample_weight=None, batch_size=None, cut_rows=None):
+    def _training_data(self, x, y=None, sample_weight=None, batch_size=None, truncations=None):
         preprocess = (
             None
             if self.preprocessor is None
-            else functools.partial(self.preprocess_samples, cut_rows=cut_rows)
+            else functools.partial(self.preprocess_samples, truncations=truncations)
         )
         # To a loss of the user's own labels may mean something else, such as classes to ignore.
         size, labels_are_ids = self.backbone.vocabulary_size, self._loss_takes_hidden_states

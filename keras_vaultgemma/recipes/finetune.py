@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_vaultgemma._plots import new_figure
-from keras_vaultgemma.data.text_files import read_rows
+from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.privacy import DPSGD
@@ -44,7 +44,7 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
 
     Args:
         model: `VaultGemmaCausalLM` with a preprocessor, and an adapter unless all of it is to be trained.
-        training, validation: ids and labels as `Rows.ids` gives them.
+        training, validation: ids and labels as `TextRecords.tokenize` gives them.
         compile_options: for `model.compile`.
         fit_options: for `model.fit`, without data; its `callbacks` are a list.
         samples: the rows of `training` as `fit` takes them raw, or None. Private training knows them again by these.
@@ -172,10 +172,10 @@ def finetune(
     columns = dict(
         text_column=text_column, prompt_column=prompt_column, response_column=response_column
     )
-    learnt = read_rows(data, **columns)
+    learnt = read_records(data, **columns)
     blank = learnt.blank
     learnt, unseen = (
-        learnt.split() if validation is None else (learnt, read_rows(validation, **columns))
+        learnt.split() if validation is None else (learnt, read_records(validation, **columns))
     )
     begin_run(output, options)
 
@@ -184,8 +184,8 @@ def finetune(
     if sequence_length is not None:
         model.preprocessor.sequence_length = sequence_length
     training, validation = (
-        learnt.ids(model.preprocessor, packed),
-        unseen.ids(model.preprocessor, packed=True),
+        learnt.tokenize(model.preprocessor, packed),
+        unseen.tokenize(model.preprocessor, packed=True),
     )
     batch_size = batch_size or (
         min(PRIVATE_BATCH_SIZE, len(learnt.texts)) if private else BATCH_SIZE

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_vaultgemma.data.fit_inputs import CutRows, prepare_fit_inputs
+from keras_vaultgemma.data.fit_inputs import TruncationCounter, prepare_fit_inputs
 
 
 def count_letters(x, y=0, sample_weight=0):
@@ -156,29 +156,29 @@ def test_empty_tf_data_is_refused():
         )
 
 
-def test_cut_rows_are_counted():
+def test_truncations_are_counted():
     """Of three labels: the first row just fits, the second is cut, the third is cut before its answer."""
     rows, weights = [[1] * 4, [1] * 5, [1] * 9], np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]])
-    cut_rows = CutRows()
-    cut_rows.count(rows, weights)
-    cut_rows.count(rows[:2], weights[:2])
-    cut_rows.count(rows, weights)  # read again
+    truncations = TruncationCounter()
+    truncations.count(rows, weights)
+    truncations.count(rows[:2], weights[:2])
+    truncations.count(rows, weights)  # read again
     message = (
         "3 of 5 rows were longer than sequence_length=3 and were cut; "
         "of 1 of them the whole answer was cut away, and they teach nothing."
     )
     with pytest.warns(UserWarning) as caught:
-        cut_rows.report()
+        truncations.report()
     assert [str(warning.message) for warning in caught] == [message]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cut_rows.report()
-        cut_rows.count(rows[:1], weights[:1])
-        cut_rows.report()
+        truncations.report()
+        truncations.count(rows[:1], weights[:1])
+        truncations.report()
     with (
         pytest.warns(
             UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were cut\.$"
         ),
-        cut_rows,
+        truncations,
     ):
-        cut_rows.count(rows[1:2], weights[1:2])
+        truncations.count(rows[1:2], weights[1:2])

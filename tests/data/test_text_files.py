@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_vaultgemma.data.text_files import Rows, read_rows
+from keras_vaultgemma.data.text_files import TextRecords, read_records
 
 
 @pytest.fixture
@@ -24,17 +24,17 @@ def lines(*records):
 
 def test_texts_end_at_blank_lines(write):
     path = write("a.txt", "\ufeffOne fox,\nred.\n\nA hare\r\n \t\r\n\r\n  indented, 한국\n\n\n")
-    assert read_rows(path) == Rows(["One fox,\nred.", "A hare", "  indented, 한국"], None)
+    assert read_records(path) == TextRecords(["One fox,\nred.", "A hare", "  indented, 한국"], None)
 
 
 def test_columns_of_a_table(write):
     path = write(
         "a.csv", '\ufeffid,text,note\r\n1,"a, b",x\r\n2,"line\r\nbreak ""q""",y\r\n3, ,z\r\n'
     )
-    assert read_rows(path) == Rows(["a, b", 'line\nbreak "q"'], None, blank=1)
-    assert read_rows(path, text_column="note") == Rows(["x", "y", "z"], None)
-    pairs = read_rows(path, prompt_column="note", response_column="text")
-    assert pairs == Rows(["a, b", 'line\nbreak "q"'], ["x", "y"], blank=1)
+    assert read_records(path) == TextRecords(["a, b", 'line\nbreak "q"'], None, blank=1)
+    assert read_records(path, text_column="note") == TextRecords(["x", "y", "z"], None)
+    pairs = read_records(path, prompt_column="note", response_column="text")
+    assert pairs == TextRecords(["a, b", 'line\nbreak "q"'], ["x", "y"], blank=1)
 
 
 def test_json_lines(write):
@@ -44,20 +44,20 @@ def test_json_lines(write):
         + "\n"
         + lines({"prompt": "", "response": "C"}),
     )
-    assert read_rows(path) == Rows(["A\n\nB", "C"], ["Who?", ""])
-    assert read_rows(path, text_column="response") == Rows(["A\n\nB", "C"], None)
-    assert read_rows(path, prompt_column="response", response_column="prompt").texts == ["Who?"]
+    assert read_records(path) == TextRecords(["A\n\nB", "C"], ["Who?", ""])
+    assert read_records(path, text_column="response") == TextRecords(["A\n\nB", "C"], None)
+    assert read_records(path, prompt_column="response", response_column="prompt").texts == ["Who?"]
 
 
 def test_one_named_column_of_a_pair_leaves_the_other_its_name(write):
     path = write("a.jsonl", lines({"question": "Who?", "response": "I.", "text": "no"}))
-    assert read_rows(path, prompt_column="question") == Rows(["I."], ["Who?"])
+    assert read_records(path, prompt_column="question") == TextRecords(["I."], ["Who?"])
     path = write("a.jsonl", lines({"prompt": "Who?", "answer": "I."}))
-    assert read_rows(path, response_column="answer") == Rows(["I."], ["Who?"])
+    assert read_records(path, response_column="answer") == TextRecords(["I."], ["Who?"])
 
 
 def test_very_long_values(write):
-    assert len(read_rows(write("a.csv", f"text\n{'a' * 200_000}\n")).texts[0]) == 200_000
+    assert len(read_records(write("a.csv", f"text\n{'a' * 200_000}\n")).texts[0]) == 200_000
 
 
 @pytest.mark.parametrize(
@@ -118,30 +118,30 @@ def test_very_long_values(write):
 )
 def test_bad_files(write, name, content, columns, message):
     with pytest.raises(ValueError, match=message):
-        read_rows(write(name, content), **columns)
+        read_records(write(name, content), **columns)
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "a.txt")
+        read_records(tmp_path / "a.txt")
 
 
 def test_every_tenth_row_is_held_out():
     texts, prompts = [f"t{i}" for i in range(30)], [f"p{i}" for i in range(30)]
-    training, held_out = Rows(texts, prompts).split()
-    assert held_out == Rows(["t5", "t15", "t25"], ["p5", "p15", "p25"])
+    training, held_out = TextRecords(texts, prompts).split()
+    assert held_out == TextRecords(["t5", "t15", "t25"], ["p5", "p15", "p25"])
     assert training.texts == [t for t in texts if t not in held_out.texts]
     assert [p[1:] for p in training.prompts] == [t[1:] for t in training.texts]
-    assert [len(part.texts) for part in Rows(texts[:2], None).split()] == [1, 1]
-    assert [len(part.texts) for part in Rows(texts * 100, None).split()] == [2900, 100]
+    assert [len(part.texts) for part in TextRecords(texts[:2], None).split()] == [1, 1]
+    assert [len(part.texts) for part in TextRecords(texts * 100, None).split()] == [2900, 100]
     with pytest.raises(ValueError, match="2 rows or more.* Received: 1 row"):
-        Rows(["a"], None).split()
+        TextRecords(["a"], None).split()
 
 
 def test_packed_texts_fill_rows_in_order(tiny):
     texts = ["The fox.", "A much longer tale of a hare and a tortoise."] * 40
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=16)
-    data = Rows(texts, None).ids(preprocessor, packed=True)
+    data = TextRecords(texts, None).tokenize(preprocessor, packed=True)
     token_ids, segments = data["x"]["token_ids"], data["x"]["padding_mask"]
     assert token_ids.shape == segments.shape == data["y"].shape == data["sample_weight"].shape
     assert (segments[:-1] > 0).all() and segments.max() > 1
@@ -155,7 +155,7 @@ def test_a_row_for_each_text_and_for_each_pair(tiny):
         (None, texts),
         (prompts, {"prompts": prompts, "responses": texts}),
     ):
-        data = Rows(texts, prompts_or_none).ids(
+        data = TextRecords(texts, prompts_or_none).tokenize(
             tiny.preprocessor, packed=prompts_or_none is not None
         )
         x, y, weight = tiny.preprocessor(raw)
@@ -170,4 +170,4 @@ def test_rows_that_are_too_long_are_counted(tiny):
     with pytest.warns(
         UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were cut"
     ):
-        Rows(texts, None).ids(preprocessor, packed=False)
+        TextRecords(texts, None).tokenize(preprocessor, packed=False)

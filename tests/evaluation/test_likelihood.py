@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from common import LINES
 
-from keras_vaultgemma.data.text_files import Rows
+from keras_vaultgemma.data.text_files import TextRecords
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 
 
@@ -21,7 +21,7 @@ def test_figures():
 
 @pytest.mark.parametrize("texts", [LINES, ["한국 𒀀𒁀 <table>\n\n\n a   b\t1234 <0x41>", "<bos>"]])
 def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
-    data = Rows(texts, None).ids(tiny.preprocessor, packed=True)
+    data = TextRecords(texts, None).tokenize(tiny.preprocessor, packed=True)
     found = measure(tiny, **data)
     assert found.bytes == sum(len(text.encode()) for text in texts)
     assert found.tokens == sum(
@@ -36,8 +36,10 @@ def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
 
 
 def test_responses_alone_count(tiny):
-    pairs = Rows([" The tortoise.", " The hare, of course."], ["Who won the race?", "Who slept?"])
-    found = measure(tiny, **pairs.ids(tiny.preprocessor, packed=True))
+    pairs = TextRecords(
+        [" The tortoise.", " The hare, of course."], ["Who won the race?", "Who slept?"]
+    )
+    found = measure(tiny, **pairs.tokenize(tiny.preprocessor, packed=True))
     assert found.bytes == sum(len(text.encode()) for text in pairs.texts)
     nats = tokens = 0
     for prompt, response in zip(pairs.prompts, pairs.texts, strict=True):
@@ -51,11 +53,11 @@ def test_responses_alone_count(tiny):
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_what_was_cut_away_does_not_count(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
-    pairs = Rows(
+    pairs = TextRecords(
         ["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"]
     )
-    found = measure(tiny, **pairs.ids(preprocessor, packed=True))
+    found = measure(tiny, **pairs.tokenize(preprocessor, packed=True))
     assert found.bytes == len(b"The tortoise.")
-    pairs = Rows(pairs.texts[1:], pairs.prompts[1:])
+    pairs = TextRecords(pairs.texts[1:], pairs.prompts[1:])
     with pytest.raises(ValueError, match="must have a label.* Received: none, all were cut away"):
-        measure(tiny, **pairs.ids(preprocessor, packed=True))
+        measure(tiny, **pairs.tokenize(preprocessor, packed=True))

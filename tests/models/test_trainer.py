@@ -137,7 +137,7 @@ def test_pairs_and_chats_in_a_dataset(data):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
-def test_cut_rows_are_reported_once():
+def test_truncations_are_reported_once():
     model = small_with_text(24)
     count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
     assert 0 < count < 4

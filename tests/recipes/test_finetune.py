@@ -38,9 +38,9 @@ def report(folder):
 
 
 def measured(model, data):
-    _, unseen = text_files.read_rows(data).split()
+    _, unseen = text_files.read_records(data).split()
     model.preprocessor.sequence_length = 32
-    return measure(model, **unseen.ids(model.preprocessor, packed=True))
+    return measure(model, **unseen.tokenize(model.preprocessor, packed=True))
 
 
 def test_an_adapter(data, tmp_path):
@@ -249,7 +249,7 @@ def test_pictures(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = run(data, tmp_path / "a", epochs=1)
     assert text.endswith("No curves: pip install keras-vaultgemma[plot] draws them")
-    monkeypatch.setattr(text_files, "read_rows", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr(text_files, "read_records", lambda *args: pytest.fail("worked first"))
     with pytest.raises(ImportError, match=r"keras-vaultgemma\[plot\]"):
         run(data, tmp_path / "c", png="c.png")
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from keras_vaultgemma.data.text_files import read_rows
+from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.privacy import DPSGD
 from keras_vaultgemma.recipes.finetune import train
 
@@ -83,7 +83,7 @@ def fine_tune(
     if lora_rank:
         model.backbone.enable_lora(lora_rank)
     files = [
-        read_rows(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")
+        read_records(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")
     ]
     held_out = files[1].ids(model.preprocessor, True)
     model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
