@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+import keras_vaultgemma
+
 # Without what the package imports, so that no test has to wait for a Keras backend in a new process.
 FIND = """
 import json, os, sys, types
 package = types.ModuleType("keras_vaultgemma")
 package.__path__ = [os.path.dirname(sys.argv[1])]
 sys.modules[package.__name__] = package
-from keras_vaultgemma import presets
+from keras_vaultgemma.checkpoints import presets
 answers = []
 for handle in sys.argv[3:]:
     try:
@@ -40,7 +42,7 @@ def run(script, *arguments, env):
 
 def find_each(handles, need="weights", *, env):
     """What `presets.find` answers in a process of its own: `{"folder"}` or `{"error", "message"}` for each handle."""
-    return run(FIND, presets.__file__, need, *handles, env=env)
+    return run(FIND, keras_vaultgemma.__file__, need, *handles, env=env)
 
 
 def find(handle, need="weights", *, env):

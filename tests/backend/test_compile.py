@@ -18,7 +18,7 @@ def test_compiled_function_reads_variables_anew():
 
 def test_a_step_is_the_same_when_it_is_played_back(monkeypatch):
     """A state that goes round, a buffer that is written in place, and variables that change from loop to loop."""
-    monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
+    monkeypatch.setattr("keras_vaultgemma.backend.compile.EAGER_CALLS", 2)
     variable = keras.Variable(np.array([2.0, 3.0], "float32"))
 
     def step(state, numbers):

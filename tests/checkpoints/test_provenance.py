@@ -7,6 +7,7 @@ import pytest
 
 from keras_vaultgemma.checkpoints import metadata, presets
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
+from keras_vaultgemma.checkpoints.metadata import new_metadata
 
 RELEASED = 1_038_741_120
 
@@ -60,9 +61,7 @@ def test_what_the_release_is_called(source, expected):
 
 
 def test_the_release_is_given_its_statement(tmp_path):
-    metadata = metadata.metadata(
-        "hf://google/vaultgemma-1b", tmp_path, {}, RELEASED, DTYPES["bfloat16"]
-    )
+    metadata = new_metadata("hf://google/vaultgemma-1b", tmp_path, {}, RELEASED, DTYPES["bfloat16"])
     stated = json.loads((presets.bundled()["vaultgemma_1b"] / "metadata.json").read_text())
     assert metadata["privacy"] == stated["privacy"] and metadata["privacy"]["epsilon"] == 2.0
     assert metadata["license"] == stated["license"]
@@ -74,7 +73,7 @@ def test_the_release_is_given_its_statement(tmp_path):
     ("source", "count"), [("hf://google/vaultgemma-1b", 5), ("hf://a/b", RELEASED)]
 )
 def test_no_other_source_is(tmp_path, source, count):
-    metadata = metadata.metadata(source, tmp_path, {}, count, DTYPES["float32"])
+    metadata = new_metadata(source, tmp_path, {}, count, DTYPES["float32"])
     assert "privacy" not in metadata and "license" not in metadata
 
 
@@ -88,7 +87,7 @@ def test_what_a_source_states_is_handed_on(folder):
     }
     stated["source"] = {"name": "hf://before", "revision": "1"}
     (folder / "metadata.json").write_text(json.dumps(stated))
-    metadata = metadata.metadata("vaultgemma_1b", folder, {"x": "y"}, RELEASED, DTYPES["float16"])
+    metadata = new_metadata("vaultgemma_1b", folder, {"x": "y"}, RELEASED, DTYPES["float16"])
     assert (metadata["privacy"], metadata["license"], metadata["corpus"]) == (
         None,
         "mine",
@@ -104,9 +103,7 @@ def test_what_a_source_states_is_handed_on(folder):
 
 
 def test_a_folder_is_noted_without_its_path(folder):
-    assert (
-        metadata.metadata(folder, folder, {}, 1, DTYPES["float32"])["source"]["name"] == folder.name
-    )
+    assert new_metadata(folder, folder, {}, 1, DTYPES["float32"])["source"]["name"] == folder.name
 
 
 @pytest.mark.parametrize(
@@ -119,15 +116,13 @@ def test_a_folder_is_noted_without_its_path(folder):
 )
 def test_revision_of_a_hub(tmp_path, source, place, revision):
     (tmp_path / place).mkdir(parents=True)
-    metadata = metadata.metadata(source, tmp_path / place, {}, 1, DTYPES["float32"])
+    metadata = new_metadata(source, tmp_path / place, {}, 1, DTYPES["float32"])
     assert (metadata["source"]["name"], metadata["source"]["revision"]) == (source, revision)
 
 
 def test_a_folder_called_2_is_no_revision(tmp_path):
     (tmp_path / "2").mkdir()
     assert (
-        metadata.metadata(tmp_path / "2", tmp_path / "2", {}, 1, DTYPES["float32"])["source"][
-            "revision"
-        ]
+        new_metadata(tmp_path / "2", tmp_path / "2", {}, 1, DTYPES["float32"])["source"]["revision"]
         is None
     )

@@ -177,7 +177,7 @@ def test_steps_that_are_played_back_are_those_of_python(model, monkeypatch, name
         eager, compiled = (
             Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False)
         )
-        monkeypatch.setattr("keras_vaultgemma.backend.compilation.EAGER_CALLS", 2)
+        monkeypatch.setattr("keras_vaultgemma.backend.compile.EAGER_CALLS", 2)
         expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
         assert found.tokens == expected.tokens
         for a, b in zip(found.log_probs, expected.log_probs, strict=True):

@@ -55,9 +55,10 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
     """Keys, values and positions of every token, against those of a line for each row."""
     rows = [list(range(2, 42)), [5, 6, 7], list(range(60, 70))]
     lengths = [len(row) for row in rows]
-    compile = lambda function, **options: backend.compile_function(
-        function, list(backbone.variables), **options
-    )  # noqa: E731
+
+    def compile(function, **options):
+        return backend.compile_function(function, list(backbone.variables), **options)
+
     model = VaultGemmaCausalLM(backbone)
     apart = [[i] for i in range(3)]
     monkeypatch.setattr(prefill, "pack_prompts", lambda lengths, slots: apart)

@@ -39,7 +39,7 @@ def test_what_repeats_takes_fewer_passes(model, monkeypatch):
     tokens = Generator(model, greedy()).generate([row], [count]).tokens[0]
     text = row + tokens
     monkeypatch.setattr(
-        "keras_vaultgemma.prompt_lookup.draft",
+        "keras_vaultgemma.generation.prompt_lookup.draft",
         lambda ids, length: text[len(ids) : len(ids) + length],
     )
     parts = [new for (new,), _ in PromptLookup(model, greedy()).stream([row], [count])]
@@ -74,7 +74,7 @@ def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right
     (tokens,) = Generator(model, greedy()).generate([row], [count]).tokens
     text = row + tokens if is_right else [127] * SMALLEST_CACHE
     monkeypatch.setattr(
-        "keras_vaultgemma.prompt_lookup.draft",
+        "keras_vaultgemma.generation.prompt_lookup.draft",
         lambda ids, length: text[len(ids) : len(ids) + length],
     )
     lookup, caches = PromptLookup(model, greedy()), []
@@ -88,7 +88,7 @@ def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right
 def test_wrong_guesses_change_nothing(model, monkeypatch):
     expected = Generator(model, greedy()).generate(ROWS, [20] * 3).tokens
     monkeypatch.setattr(
-        "keras_vaultgemma.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length]
+        "keras_vaultgemma.generation.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length]
     )
     assert PromptLookup(model, greedy()).generate(ROWS, [20] * 3).tokens == expected
 

@@ -59,7 +59,7 @@ def test_chat_comes_back_as_the_reply(tiny):
 def test_text_stops_at_eos_and_chat_also_at_the_end_of_the_turn(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "keras_vaultgemma.generation.Generator.generate",
+        "keras_vaultgemma.generation.generator.Generator.generate",
         lambda self, rows, limits, stops, *others: (
             asked.append(stops) or Generated(rows, None, ["length"])
         ),

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from common import random_backbone
-from test_mechanism import SMALL
+from privacy_cases import SMALL
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.data import packing

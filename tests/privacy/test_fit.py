@@ -10,12 +10,22 @@ import keras
 import numpy as np
 import pytest
 from common import LINES
-from test_mechanism import C, some_rows
-from test_train_step import BATCH, ROWS, TwoTexts, fit, language_model, tiny_model, values
+from privacy_cases import (
+    BATCH,
+    ROWS,
+    C,
+    TwoTexts,
+    fit,
+    language_model,
+    some_rows,
+    tiny_model,
+    values,
+)
 
 from keras_vaultgemma import VaultGemmaCausalLM, privacy
 from keras_vaultgemma.lora import adapters
-from keras_vaultgemma.privacy import accounting, fit, sampling
+from keras_vaultgemma.privacy import accounting, sampling
+from keras_vaultgemma.privacy import fit as fit_module
 from keras_vaultgemma.privacy.fit import _steps_within
 from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
@@ -140,7 +150,7 @@ def test_another_fit_draws_other_rows_and_other_noise(monkeypatch):
     draw = sampling.sample_rows
     monkeypatch.setattr(
         sampling,
-        "rows",
+        "sample_rows",
         lambda secret, step, *a, **k: (seen.append((secret, step)), draw(secret, step, *a, **k))[1],
     )
     model = language_model(4, dpsgd=dict(extend_budget=True))
@@ -239,7 +249,7 @@ def test_ids_are_known_again_whatever_their_dtype_and_weights():
 
 
 def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_path, monkeypatch):
-    path, prepare = tmp_path / FILE, fit._prepare
+    path, prepare = tmp_path / FILE, fit_module._prepare
 
     def slowly(*args):
         other = language_model(4)
@@ -248,7 +258,7 @@ def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_p
         prepare(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
+        patch.setattr(fit_module, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
         model = language_model(4, dpsgd=dict(ledger=path))
         with pytest.raises(
             ValueError,
@@ -263,10 +273,10 @@ KILLED = """
 import os, random, signal, sys, time
 folder, count = sys.argv[1], int(sys.argv[2])
 import keras, numpy as np
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = sys.argv[3:]
 from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, privacy
 from common import random_backbone
-from test_mechanism import SMALL, some_rows
+from privacy_cases import SMALL, some_rows
 
 def train(run):
     model = VaultGemmaCausalLM(random_backbone(**SMALL))
@@ -303,6 +313,7 @@ def test_kill_minus_nine_at_thirty_points(tmp_path):
         str(tmp_path / "runs"),
         "30",
         str(Path(__file__).parent),
+        str(Path(__file__).parents[1]),
     ]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}, timeout=500)
     checked = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ledger import a_run, counts, cut_after
+from ledger_cases import a_run, counts, cut_after
 
 import keras_vaultgemma
 from keras_vaultgemma.privacy import ledger_writer

@@ -7,119 +7,24 @@ import sys
 import keras
 import numpy as np
 import pytest
-from common import LINES, gradients, random_backbone, to_numpy
+from common import LINES, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
+from privacy_cases import (
+    MODELS,
+    C,
+    distance,
+    plain_gradients,
+    plain_sum,
+    private_model,
+    some_rows,
+    sum_of,
+    take,
+)
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
+from keras_vaultgemma import backend
 from keras_vaultgemma.privacy import mechanism
-
-C = 0.7
-SMALL = dict(num_layers=1, vocabulary_size=48, hidden_dim=24, intermediate_dim=32, head_dim=8)
-CAPS = dict(attention_logit_soft_cap=3.0, final_logit_soft_cap=4.0)
-MODELS = {
-    "full": dict(SMALL),
-    "full, both caps": dict(SMALL, **CAPS),
-    "LoRA": dict(SMALL, lora=True),
-    "LoRA, both caps": dict(SMALL, lora=True, **CAPS),
-}
-
-
-def private_model(lora=False, clip_norm=C, **changes):
-    model = VaultGemmaCausalLM(random_backbone(**changes))
-    if lora:
-        model.backbone.enable_lora(4, ["query", "value", "down"])
-        for v in model.trainable_variables:  # B starts at 0, and A would have no gradient
-            v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
-    settings = privacy.DPSGD(noise_multiplier=1.0, clip_norm=clip_norm, delta=1e-5)
-    model.compile(keras.optimizers.SGD(1.0), privacy=settings)
-    return model
-
-
-def some_rows(count, length=9, vocabulary_size=48, seed=0):
-    """Rows of different lengths and hardness, so that some gradients are clipped and others are not."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(3, vocabulary_size, (count, length + 1)).astype("int32")
-    weights = (np.arange(length) < rng.integers(1, length + 1, (count, 1))).astype("int32")
-    mask = np.ones((count, length), "int32")
-    return {"token_ids": ids[:, :-1], "padding_mask": mask}, ids[:, 1:], weights
-
-
-def take(rows, indices):
-    return keras.tree.map_structure(lambda array: array[indices], rows)
-
-
-def sum_of(model, rows, count=None, size=1):
-    """`ClippedSum` of some rows, compiled as in `fit`, with NumPy arrays."""
-    model._microbatch = size
-    total = len(rows[1])
-    padded = -(-total // size) * size
-    rows = keras.tree.map_structure(
-        lambda x: np.concatenate([x, np.zeros((padded - total, *x.shape[1:]), x.dtype)]), rows
-    )
-    found = compiled(model)(rows, np.int32(total if count is None else count))
-    return mechanism.ClippedSum(
-        [to_numpy(g) for g in found[0]], C, *map(float, map(to_numpy, found[1:]))
-    )
-
-
-def compiled(model):
-    if not hasattr(model, "_compiled_sum"):
-        model._compiled_sum = {}
-    if model._microbatch not in model._compiled_sum:
-
-        def function(rows, count):
-            clipped, _ = model._clipped_sum(rows, count)
-            return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
-
-        run = backend.compile_function(
-            function, [*model.variables, *model.metrics_variables], fused=False
-        )
-        model._compiled_sum[model._microbatch] = lambda rows, count: run(
-            keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
-        )
-    return model._compiled_sum[model._microbatch]
-
-
-def plain_gradients(model, rows):
-    """Each row's gradient and loss by Keras's own loss on logits: the slow, obvious way."""
-    found, losses = [], []
-    for i in range(len(rows[1])):
-        x, y, weight = take(rows, [i])
-
-        def loss(x=x, y=y, weight=weight):
-            logits = model.logits(
-                model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True)
-            )
-            each = keras.losses.sparse_categorical_crossentropy(
-                ops.convert_to_tensor(y), logits, from_logits=True
-            )
-            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(
-                weight.sum()
-            )
-
-        found.append([g.astype("float64") for g in gradients(loss, model.trainable_variables)])
-        losses.append(float(to_numpy(loss())))
-    return found, losses
-
-
-def plain_sum(found, clip_norm=C):
-    """Sum of the clipped gradients in float64."""
-    norms = [np.sqrt(sum((g**2).sum() for g in row)) for row in found]
-    parts = [
-        [g * min(1, clip_norm / norm) for g in row] for row, norm in zip(found, norms, strict=True)
-    ]
-    return [sum(column) for column in zip(*parts, strict=True)], np.array(norms)
-
-
-def distance(one, other):
-    return np.sqrt(
-        sum(
-            ((a.astype("float64") - b.astype("float64")) ** 2).sum()
-            for a, b in zip(one, other, strict=True)
-        )
-    )
 
 
 @pytest.mark.parametrize("name", MODELS)

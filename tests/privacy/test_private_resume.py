@@ -5,12 +5,12 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from test_mechanism import some_rows
-from test_train_step import ROWS, fit, language_model, values
+from privacy_cases import ROWS, fit, language_model, some_rows, values
 
 from keras_vaultgemma import TrainingCheckpoint, backend
-from keras_vaultgemma.privacy.ledger import FILE, read_ledger
-from keras_vaultgemma.training.checkpoint import FILE
+from keras_vaultgemma.privacy import ledger
+from keras_vaultgemma.privacy.ledger import read_ledger
+from keras_vaultgemma.training import checkpoint
 from keras_vaultgemma.training.state import read_state_arrays
 
 pytestmark = [
@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
         np.testing.assert_allclose(one, two, rtol=0, atol=tolerance)
     # What was written down before it was done counts, though it was done again.
     assert straight.privacy.spent().steps == 8 and resumed.privacy.spent().steps == 8 + 2
-    assert resumed.privacy.ledger == read_ledger(tmp_path / "killed" / FILE)
+    assert resumed.privacy.ledger == read_ledger(tmp_path / "killed" / ledger.FILE)
 
 
 def test_a_resumed_budget_is_kept(tmp_path):
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path
     """The ledger has its last step, which may have been released, and nothing of the budget is left for another."""
     with pytest.raises(Killed):
         train(tmp_path, BUDGET, killed_at=4)
-    saved = dict(read_state_arrays(tmp_path / FILE, "weight"))
+    saved = dict(read_state_arrays(tmp_path / checkpoint.FILE, "weight"))
     model = language_model(4, dpsgd=BUDGET)
     with pytest.warns(
         UserWarning, match="used up: .* `fit` ends with the checkpoint's weights, 1 steps early"
@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path
 def test_a_checkpoint_without_its_ledger_is_refused(tmp_path, lost):
     """What its weights have released would not be counted, and the plan would be shorter all the same."""
     folder, kept, dpsgd = tmp_path / "run", [], {}
-    path = folder / FILE
+    path = folder / ledger.FILE
     with pytest.raises(Killed):
         train(folder, killed_at=3, each=lambda: kept.append(path.read_bytes()))
     whole = path.read_bytes()
@@ -145,7 +145,7 @@ def test_a_checkpoint_without_its_ledger_is_refused(tmp_path, lost):
     else:
         folder = tmp_path / "copy"
         folder.mkdir()
-        shutil.copy(path.with_name(FILE), folder)
+        shutil.copy(path.with_name(checkpoint.FILE), folder)
     found = 1 if lost == "older" else 0
     message = f"must count all 2 private steps that the checkpoint's weights come from. Received: {found} of them"
     with pytest.raises(ValueError, match=message):

@@ -1,8 +1,7 @@
 import keras
 import pytest
-from test_ledger import DATA, OTHER_DATA, a_run
-from test_mechanism import some_rows
-from test_train_step import BATCH, ROWS, fit, language_model
+from ledger_cases import DATA, OTHER_DATA, a_run
+from privacy_cases import BATCH, ROWS, fit, language_model, some_rows
 
 from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.privacy import DPSGD, accounting

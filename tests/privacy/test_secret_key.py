@@ -6,7 +6,6 @@ import hmac
 import pytest
 
 from keras_vaultgemma.privacy import seeds
-
 from keras_vaultgemma.privacy.seeds import NotPrivateWarning, derive, fixed_secret, new_secret
 
 

@@ -5,7 +5,25 @@ import numpy as np
 import pytest
 from common import LINES, random_backbone, to_numpy
 from keras import ops
-from test_mechanism import SMALL, C, distance, plain_gradients, plain_sum, some_rows, sum_of, take
+from privacy_cases import (
+    BATCH,
+    CHATS,
+    PAIRS,
+    ROWS,
+    SMALL,
+    C,
+    TwoTexts,
+    distance,
+    fit,
+    language_model,
+    plain_gradients,
+    plain_sum,
+    some_rows,
+    sum_of,
+    take,
+    tiny_model,
+    values,
+)
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.privacy import mechanism, planning
@@ -16,39 +34,6 @@ pytestmark = [
     pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
-
-ROWS, BATCH = 24, 6
-
-
-def language_model(
-    rank=None, optimizer=None, dpsgd=None, compile_arguments=None, lora_arguments=None, **changes
-):
-    keras.utils.set_random_seed(1)
-    model = VaultGemmaCausalLM(random_backbone(**{**SMALL, **changes}))
-    if rank:
-        model.backbone.enable_lora(rank, **(lora_arguments or {}))
-    settings = {
-        "noise_multiplier": 1.0,
-        "delta": 1e-4,
-        "clip_norm": C,
-        "seed_for_tests": 5,
-        **(dpsgd or {}),
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    optimizer = optimizer or keras.optimizers.SGD(1.0)
-    model.compile(optimizer, privacy=privacy.DPSGD(**settings), **(compile_arguments or {}))
-    return model
-
-
-def fit(model, rows=None, **arguments):
-    x, y, weight = rows or some_rows(ROWS)
-    return model.fit(
-        x, y, sample_weight=weight, **{"batch_size": BATCH, "verbose": 0, **arguments}
-    ).history
-
-
-def values(model):
-    return [to_numpy(v).copy() for v in model.trainable_variables]
 
 
 @pytest.mark.parametrize("rank", [None, 4])
@@ -126,30 +111,6 @@ def test_empty_batches_are_steps():
         np.testing.assert_allclose(
             seen[i - 1] - seen[i], C * to_numpy(backend.normal(seed, seen[i].shape)), atol=1e-6
         )
-
-
-def tiny_model(**settings):
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    model.preprocessor.sequence_length = 24
-    model.backbone.enable_lora(4)
-    settings = {"noise_multiplier": 1.0, "delta": 1e-4, **settings}
-    model.compile(keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(**settings))
-    return model
-
-
-PAIRS = {"prompts": LINES, "responses": LINES[::-1]}
-CHATS = [
-    [{"role": "user", "content": line}, {"role": "assistant", "content": "I see."}]
-    for line in LINES
-]
-
-
-class TwoTexts(keras.utils.PyDataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return LINES[2 * index : 2 * index + 2]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import keras_hub
 import pytest
 from common import error_of, run_command
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, conversion, finetuning
+import keras_vaultgemma
+from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, describe, finetune
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.recipes import privacy_budget
-from keras_vaultgemma.recipes.describe import describe
-from keras_vaultgemma.recipes.finetune import finetune
 
 PROMPT = "Once upon a time"
 
@@ -200,7 +199,7 @@ def test_convert_asks_the_library_and_says_what_it_wrote(capsys, monkeypatch, op
         asked.update(kwargs)
         return {"parameter_count": 2754240, "dtype": "bfloat16"}
 
-    monkeypatch.setattr(conversion, "convert", convert)
+    monkeypatch.setattr(keras_vaultgemma, "convert", convert)
     assert cli.main(["convert", "from/here", "there", *options.split()]) == 0
     defaults = dict(to="keras", dtype=None, shard_size=None, verify=False, overwrite=False)
     assert asked == dict(source="from/here", target="there", **{**defaults, **changes})
@@ -266,7 +265,7 @@ def test_epsilon_asks_the_library(capsys, monkeypatch):
 def test_finetune_asks_the_library(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        finetuning, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer"
+        keras_vaultgemma, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer"
     )
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"

@@ -293,7 +293,7 @@ def test_a_model_without_vocabulary(theirs, tmp_path):
 def test_a_handle_notes_its_commit_and_the_release_its_statement(theirs, tmp_path):
     """A stand-in for Google's repository: its name alone earns no privacy statement."""
     code = (
-        "import json; from keras_vaultgemma.conversion import convert; "
+        "import json; from keras_vaultgemma import convert; "
         "print(json.dumps(convert('hf://google/vaultgemma-1b@main', 'new')))"
     )
     with HubStub({"google/vaultgemma-1b": {"main": theirs[1]}}) as hub:
@@ -447,14 +447,14 @@ def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
 
 STOPS = """
 import sys, time
-from keras_vaultgemma.conversion import converter, model_card
+from keras_vaultgemma.recipes import convert
 
 def stop(*_):
     print("written", flush=True)
     time.sleep(60)
 
-model_card.model_card = stop
-converter.convert("vaultgemma_tiny", sys.argv[1], to=sys.argv[2])
+convert.model_card = stop
+convert.convert("vaultgemma_tiny", sys.argv[1], to=sys.argv[2])
 """
 
 
@@ -502,7 +502,7 @@ def test_tensorflow_is_not_imported(tmp_path):
     if keras.config.backend() == "tensorflow":
         pytest.skip("it is the backend")
     code = (
-        "import sys; from keras_vaultgemma.conversion import convert; convert('vaultgemma_tiny', 'hf', to='hf'); "
+        "import sys; from keras_vaultgemma import convert; convert('vaultgemma_tiny', 'hf', to='hf'); "
         "convert('hf', 'keras'); print('tensorflow' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,15 +2,17 @@
 
 import math
 
-from keras_vaultgemma import _plots
 from keras_vaultgemma.evaluation.likelihood import Likelihood
+from keras_vaultgemma.recipes import finetune_output
 from keras_vaultgemma.recipes.finetune import Outcome
 from keras_vaultgemma.recipes.finetune_output import plot_curves
 
 
 def drawn(monkeypatch, losses, val_losses, name="val_loss"):
     figures = []
-    monkeypatch.setattr(_plots, "save_figure", lambda figure, path: figures.append((figure, path)))
+    monkeypatch.setattr(
+        finetune_output, "save_figure", lambda figure, path: figures.append((figure, path))
+    )
     before, after = Likelihood(30.0, 10, 20), Likelihood(20.0, 10, 20)
     plot_curves("a.png", Outcome(before, after, {name: val_losses}, losses))
     ((figure, path),) = figures

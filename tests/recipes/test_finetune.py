@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from common import LINES, to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend
+from keras_vaultgemma import VaultGemmaCausalLM, backend, finetune
 from keras_vaultgemma.data import text_files
 from keras_vaultgemma.evaluation.likelihood import measure
 from keras_vaultgemma.lora import adapters
-from keras_vaultgemma.recipes import finetune
-from keras_vaultgemma.recipes.finetune import finetune
+from keras_vaultgemma.recipes import finetune as recipe
 from keras_vaultgemma.training.checkpoint import FILE
 
 TEXTS = [f"{line} The end of tale {i}." for i in range(3) for line in LINES]
@@ -121,9 +120,7 @@ def test_a_killed_run_goes_on(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", save_freq=2)
     checkpoint = recipe.TrainingCheckpoint
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(
-            finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()]
-        )
+        patch.setattr(recipe, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()])
         run(data, tmp_path / "broken", save_freq=2)
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [
         "checkpoint",
@@ -200,10 +197,10 @@ def test_a_private_run_that_is_killed(data, tmp_path, monkeypatch, written):
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         if written:
-            patch.setattr(recipe.run_folder, "finish", interrupted)
+            patch.setattr(recipe, "finish_run", interrupted)
         else:
             patch.setattr(
-                finetune, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()]
+                recipe, "TrainingCheckpoint", lambda *args: [checkpoint(*args), Interrupt()]
             )
         run(data, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "adapter").exists()

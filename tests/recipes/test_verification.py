@@ -27,17 +27,17 @@ def pair(tmp_path_factory):
 def test_equal_folders_pass(tiny, pair, monkeypatch):
     monkeypatch.setattr(lazy_tensor, "BLOCK", 10_000)
     reported = []
-    verification.verify(*pair, BF16, lambda name, count: reported.append(count))
+    verification.verify_conversion(*pair, BF16, lambda name, count: reported.append(count))
     assert sum(reported) == 2 * tiny.backbone.count_params()
-    verification.verify(*reversed(pair), BF16)
+    verification.verify_conversion(*reversed(pair), BF16)
 
 
 def test_weights_are_rounded_before_they_are_compared(pair):
     tiny = presets.bundled()["vaultgemma_tiny"]
     for target in pair:
-        verification.verify(tiny, target, BF16)
+        verification.verify_conversion(tiny, target, BF16)
     with pytest.raises(ValueError, match="embeddings must be the source's, bit by bit"):
-        verification.verify(tiny, pair[1], DTYPES["float32"])
+        verification.verify_conversion(tiny, pair[1], DTYPES["float32"])
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_one_bit_is_found(pair, changed):
     with pytest.raises(
         ValueError, match="decoder_block_2/up/weight must be the source's, bit by bit"
     ):
-        verification.verify(pair[1], folder, BF16)
+        verification.verify_conversion(pair[1], folder, BF16)
 
 
 def test_logits_that_differ_are_found(pair, changed):
@@ -78,12 +78,12 @@ def test_logits_that_differ_are_found(pair, changed):
 def test_without_transformers_tensors_are_compared(pair, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(verification, "verify_logits", lambda *_: pytest.fail("asked for logits"))
-    verification.verify(*pair, BF16)
+    verification.verify_conversion(*pair, BF16)
 
 
 def test_no_logits_between_two_keras_presets(pair, monkeypatch):
     monkeypatch.setattr(verification, "verify_logits", lambda *_: pytest.fail("asked for logits"))
-    verification.verify(pair[0], pair[0], BF16)
+    verification.verify_conversion(pair[0], pair[0], BF16)
 
 
 def test_nan_is_no_agreement(pair, monkeypatch):

@@ -1,8 +1,6 @@
 """Runs that are interrupted, and where they end. `Interrupt` stands for the kill, which one test does in earnest."""
 
-import functools
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,69 +8,30 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from common import random_backbone, to_numpy
+from common import to_numpy
+from runs import (
+    IDS,
+    LABELS,
+    TOLERANCE,
+    Batches,
+    Interrupt,
+    WithWorkers,
+    assert_equal,
+    fit,
+    forget,
+    fresh,
+    messages,
+    small,
+    state,
+)
 
-from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM
+from keras_vaultgemma import TrainingCheckpoint
 from keras_vaultgemma.training import state as state_module
-from keras_vaultgemma.training.checkpoint import FILE, resumable
-from keras_vaultgemma.training.state import GROUPS, assign_values, copy_values, state_variables
+from keras_vaultgemma.training.checkpoint import FILE
+from keras_vaultgemma.training.state import GROUPS, assign_values, copy_values
 
-TOLERANCE = 1e-6 if keras.config.backend() == "torch" else 0
-ROWS = np.random.default_rng(0).integers(3, 32, (10, 7))
-IDS = {"token_ids": ROWS[:, :-1], "padding_mask": np.ones((10, 6), "int32")}
-LABELS = ROWS[:, 1:]
 STEPS = 3
 """Batches of an epoch: 4, 4 and 2 rows."""
-
-
-class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        rows = slice(2 * index, 2 * index + 2)
-        return {name: array[rows] for name, array in IDS.items()}, LABELS[rows]
-
-
-class WithWorkers(Batches):
-    def __init__(self):
-        super().__init__(workers=3)
-
-
-class Interrupt(keras.callbacks.Callback):
-    """Ends a run, as a kill would, at the end of the given batches, counted from the start of the run."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            raise InterruptedError
-
-
-class Kill(Interrupt):
-    """The same in earnest."""
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
-    sizes = dict(
-        num_layers=num_layers,
-        vocabulary_size=32,
-        hidden_dim=16,
-        intermediate_dim=24,
-        head_dim=8,
-        num_query_heads=2,
-    )
-    model = VaultGemmaCausalLM(random_backbone(**sizes, num_key_value_heads=2, dtype=dtype))
-    model.compile(optimizer, **kwargs)
-    return model
 
 
 def lora():
@@ -116,63 +75,6 @@ def watched():
         keras.callbacks.ReduceLROnPlateau(factor=0.5, patience=1),
         keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
     ]
-
-
-def fit(model, folder, x=IDS, y=LABELS, save_freq=1, callbacks=(), **kwargs):
-    """Train as the tests do, with a checkpoint; the callback."""
-    checkpoint = TrainingCheckpoint(folder, save_freq)
-    arguments = {
-        "batch_size": 4,
-        "epochs": 3,
-        "verbose": 0,
-        "callbacks": [*callbacks, checkpoint],
-        **kwargs,
-    }
-    if isinstance(model, VaultGemmaCausalLM):
-        model.fit(x, y, **arguments)
-    else:
-        with resumable(model, {"x": x, "y": y, **arguments}) as arguments:
-            model.fit(**arguments)
-    return checkpoint
-
-
-def state(model):
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return state_variables(model)
-
-
-@functools.cache
-def compiled(make):
-    keras.utils.set_random_seed(0)
-    model = make()
-    return model, copy_values(state(model))
-
-
-def fresh(make):
-    """The model as it was made; compiling takes most of a test's time."""
-    model, begin = compiled(make)
-    assign_values(state(model), begin.items())
-    keras.utils.set_random_seed(0)
-    return model
-
-
-def messages(caught):
-    return [str(warning.message) for warning in caught if warning.category is UserWarning]
-
-
-def forget(model):
-    """Leave the model as a new process would have it, with other random numbers; but for what is frozen."""
-    for v in state(model).values():
-        v.assign(np.ones(v.shape))
-    keras.utils.set_random_seed(99)
-
-
-def assert_equal(found, expected):
-    for name in expected:
-        np.testing.assert_allclose(
-            found[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=name
-        )
 
 
 def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
@@ -266,43 +168,9 @@ def test_interrupted_with_early_stopping(tmp_path):
 # Killing.
 
 
-def kill_at_call(number, function):
-    calls = []
-
-    def count(*args):
-        calls.append(args)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        function(*args)
-
-    return count
-
-
-def run_in_children(folder):
-    """Run the same training in one process after another: killed in a batch, killed in a save, and left to end."""
-    for number, how in enumerate(["batch", "save", "not"]):
-        process = os.fork()
-        if process:
-            print(
-                os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]),
-                *sorted(os.listdir(folder / "run")),
-            )
-            continue
-        model = fresh(small)
-        if number:
-            forget(model)
-        if how == "save":
-            os.replace = kill_at_call(4, os.replace)
-        fit(model, folder / "run", callbacks=[Kill(3)] if how == "batch" else [])
-        state_module.write_state(folder / "end", {}, state(model))
-        os._exit(0)
-
-
 def test_killed(tmp_path):
     """A process that has imported the backend, which takes most of the time, forks those that train."""
-    code = (
-        f"import pathlib, test_checkpoint as t; t.run_in_children(pathlib.Path({str(tmp_path)!r}))"
-    )
+    code = f"import pathlib, runs; runs.run_in_children(pathlib.Path({str(tmp_path)!r}))"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(

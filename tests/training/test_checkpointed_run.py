@@ -1,9 +1,9 @@
-"""What a run does when a loss or a weight is not finite. test_checkpointing.py has the runs that are interrupted."""
+"""What a run does when a loss or a weight is not finite. test_checkpoint.py has the runs that are interrupted."""
 
 import keras
 import numpy as np
 import pytest
-from test_checkpoint import IDS, LABELS, assert_equal, fit, forget, fresh, messages, small, state
+from runs import IDS, LABELS, assert_equal, fit, forget, fresh, messages, small, state
 
 from keras_vaultgemma.training import checkpointed_run
 from keras_vaultgemma.training.checkpoint import FILE
