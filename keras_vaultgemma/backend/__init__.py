@@ -5,6 +5,10 @@ PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs se
 nothing that this package uses.
 """
 
+# First, because it selects the backend before Keras is imported.
+from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
+
+# isort: split
 from keras_vaultgemma.backend.autodiff import (
     add_in_place,
     fused,
@@ -24,7 +28,6 @@ from keras_vaultgemma.backend.compile import (
 )
 from keras_vaultgemma.backend.matmul import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
 from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
-from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
 from keras_vaultgemma.backend.sharding import (
     all_gathered,
     check_distribution_support,

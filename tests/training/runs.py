@@ -9,9 +9,8 @@ import numpy as np
 from common import random_backbone
 
 from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM
-from keras_vaultgemma.training import state as state_module
 from keras_vaultgemma.training.checkpoint import resumable
-from keras_vaultgemma.training.state import assign_values, copy_values, state_variables
+from keras_vaultgemma.training.state import assign_values, copy_values, state_variables, write_state
 
 TOLERANCE = 1e-6 if keras.config.backend() == "torch" else 0
 ROWS = np.random.default_rng(0).integers(3, 32, (10, 7))
@@ -154,5 +153,5 @@ def run_in_children(folder):
         if how == "save":
             os.replace = kill_at_call(4, os.replace)
         fit(model, folder / "run", callbacks=[Kill(3)] if how == "batch" else [])
-        state_module.write_state(folder / "end", {}, state(model))
+        write_state(folder / "end", {}, state(model))
         os._exit(0)

@@ -26,9 +26,14 @@ from runs import (
 )
 
 from keras_vaultgemma import TrainingCheckpoint
-from keras_vaultgemma.training import state as state_module
 from keras_vaultgemma.training.checkpoint import FILE
-from keras_vaultgemma.training.state import GROUPS, assign_values, copy_values
+from keras_vaultgemma.training.state import (
+    GROUPS,
+    assign_values,
+    copy_values,
+    read_state_arrays,
+    read_state_facts,
+)
 
 STEPS = 3
 """Batches of an epoch: 4, 4 and 2 rows."""
@@ -180,9 +185,7 @@ def test_killed(tmp_path):
     assert result.stdout.splitlines() == expected, result.stderr[-2000:]
     model = fresh(small)
     fit(model, tmp_path / "whole")
-    assert_equal(
-        dict(state_module.read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model))
-    )
+    assert_equal(dict(read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model)))
 
 
 # After the end.
@@ -247,7 +250,7 @@ def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
         for place in ("epoch 1, batch 2", "epoch 1")
     ]
     path = tmp_path / "run" / FILE
-    assert state_module.read_state_facts(path)["position"] == {
+    assert read_state_facts(path)["position"] == {
         "epoch": 1,
         "batch": 1,
         "is_finished": False,
