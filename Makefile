@@ -19,6 +19,8 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 # PyTorch first and alone: its version decides whether a small CPU build or a CUDA build is taken.
 $(READY): constraints.txt pyproject.toml

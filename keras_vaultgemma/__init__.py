@@ -1,7 +1,7 @@
 """VaultGemma in Keras 3: one model for JAX, TensorFlow and PyTorch."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keras_vaultgemma._version import __version__
 
@@ -37,6 +37,7 @@ __all__ = [
     "privacy",
 ]
 
+# Imported on first access, because Keras and its backend take seconds to import.
 _MODULES = ("evaluation", "lora", "privacy")
 _SOURCES = {
     "GenerationOutput": "generation.requests",
@@ -51,20 +52,19 @@ _SOURCES = {
     "describe": "recipes.describe",
     "finetune": "recipes.finetune",
 }
-"""The module that defines each public name. Imported on first access, because Keras and its backend take seconds."""
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # The backend package first: it selects the Keras backend before Keras is imported.
+    # First, because this package selects the Keras backend before Keras is imported.
     importlib.import_module(f"{__name__}.backend")
     value = getattr(importlib.import_module(f"{__name__}.{_SOURCES[name]}"), name)
     globals()[name] = value
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

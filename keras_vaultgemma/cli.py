@@ -1,22 +1,23 @@
-"""The command line, a table of subcommands: parse, call one library function, print.
+"""The command line: a table of subcommands. Each parses its options, calls one recipe and prints.
 
-A command returns its text, or pieces of it as they come, and nothing else reaches standard output: progress, logs and
-warnings go to standard error.
-Errors are one line there, and exit code 2; `python -X dev -m keras_vaultgemma` shows the traceback instead.
+Only the text of the command goes to standard output. Progress, logs and warnings go to standard
+error. An error is one line there, with exit code 2; run `python -X dev -m keras_vaultgemma` to see
+the traceback instead.
 """
 
 import argparse
 import contextlib
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.recipes.samplers import SAMPLERS
 
 PROGRAM = "keras-vaultgemma"
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
-"""Exit codes; the last two are those of a program that SIGINT or SIGPIPE ends."""
+"""Exit codes. The last two are those of a process that SIGINT or SIGPIPE ends."""
 
 LONGEST_ERROR = 2000
 """Characters. Keras puts a whole config into some errors, with the cause at the end."""
@@ -26,18 +27,20 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        run: takes the parsed options and returns the text to print, or an iterator of pieces of it.
-        help: one line.
-        options: `{name: arguments of add_argument}`.
+        run: callable. Takes the parsed options and returns the text to print, or an iterator of its
+            pieces. Its docstring is the description in the help text.
+        help: str. One line for the list of commands.
+        options: dict. Maps the name of each option to the arguments of `add_argument`.
     """
 
-    run: object
+    run: Callable[[argparse.Namespace], str | Iterable[str]]
     help: str
-    options: dict
+    options: dict[str, dict[str, Any]]
 
 
 def _generate(options):
-    """Continue a prompt, and print the text as it is generated; in a chat the reply alone."""
+    """Continue a prompt and print the text as it is generated. A chat prints only the reply."""
+    _select_backend()
     from keras_vaultgemma.recipes.generate import generate
 
     arguments = _arguments(options)
@@ -45,43 +48,42 @@ def _generate(options):
 
 
 def _convert(options):
-    """Write a checkpoint in another format, tensor by tensor."""
-    from keras_vaultgemma import convert
+    """Convert a checkpoint to another format, one tensor at a time."""
+    _select_backend()
+    from keras_vaultgemma.recipes.convert import convert
 
     metadata = convert(**_arguments(options))
     count, dtype = metadata["parameter_count"], metadata["dtype"]
-    return f"{options.target}: {count:,} parameters in {dtype}" + (
-        ", equal to the source" if options.verify else ""
-    )
+    verified = ", equal to the source" if options.verify else ""
+    return f"{options.target}: {count:,} parameters in {dtype}{verified}"
 
 
 def _info(options):
-    """Describe a preset from its small files: architecture, parameters, tokenizer and privacy."""
-    from keras_vaultgemma import describe
+    """Describe a preset's architecture, parameters, tokenizer and privacy from its small files."""
+    _select_backend()
+    from keras_vaultgemma.recipes.describe import describe
 
     return describe(options.preset)
 
 
 def _finetune(options):
-    """Train on a file of texts or of prompts and responses. The same command resumes a run that was killed."""
-    from keras_vaultgemma import finetune
+    """Train on a file of texts or of prompts and responses. Run it again to resume a killed run."""
+    _select_backend()
+    from keras_vaultgemma.recipes.finetune import finetune
 
     return finetune(**_arguments(options))
 
 
 def _epsilon(options):
-    """Print the ε of a noise multiplier, or the noise multiplier of an ε, before anything is trained."""
+    """Compute the ε of a noise multiplier, or the noise multiplier for an ε, before training."""
     from keras_vaultgemma.recipes.privacy_budget import privacy_budget
 
-    return privacy_budget(
-        options.rows,
-        options.batch,
-        options.epochs,
-        options.noise,
-        options.epsilon,
-        options.delta,
-        options.png,
-    )
+    return privacy_budget(**_arguments(options))
+
+
+def _select_backend():
+    # First, because this package selects the Keras backend before Keras is imported.
+    import keras_vaultgemma.backend  # noqa: F401
 
 
 def _arguments(options):
@@ -98,178 +100,108 @@ def _prompt(argument):
     return piped
 
 
+def _value(metavar, help, type=str, **settings):
+    return dict(metavar=metavar, help=help, type=type, **settings)
+
+
+def _choice(choices, help, **settings):
+    return dict(choices=choices, help=help, **settings)
+
+
+def _flag(help, action="store_true", **settings):
+    return dict(action=action, help=help, **settings)
+
+
+DEFAULT = "(default: %(default)s)"
+PRESET = "bundled preset, folder, or handle that starts with hf:// or kaggle://"
+PRESET_OPTION = dict(default="vaultgemma_tiny", help=f"{PRESET} {DEFAULT}")
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("keras", "hf")
+
 COMMANDS = {
     "generate": Command(
         _generate,
         "continue a prompt",
         {
-            "prompt": dict(
-                nargs="?", metavar="PROMPT", help="read from a pipe where it is left out"
+            "prompt": _value("PROMPT", "text to continue (default: read from a pipe)", nargs="?"),
+            "--preset": PRESET_OPTION,
+            "--max-new-tokens": _value("N", f"most tokens to generate {DEFAULT}", int, default=64),
+            "--sampler": _choice(SAMPLERS, f"how tokens are chosen {DEFAULT}", default="greedy"),
+            "--temperature": _value("T", "above 0; below 1 prefers likely tokens", float),
+            "--seed": _value("N", "seed of a random sampler, for repeatable text", int),
+            "--dtype": _choice(DTYPES, "dtype of the weights (default: the preset's)"),
+            "--stop": _value(
+                "TEXT", "end before this text; repeatable", action="append", default=[]
             ),
-            "--preset": dict(
-                default="vaultgemma_tiny",
-                help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)",
-            ),
-            "--max-new-tokens": dict(
-                type=int,
-                default=64,
-                metavar="N",
-                help="at most; fewer where the text or the model's context ends (default: %(default)s)",
-            ),
-            "--sampler": dict(
-                choices=SAMPLERS,
-                default="greedy",
-                help="how a token is chosen (default: %(default)s)",
-            ),
-            "--temperature": dict(
-                type=float, metavar="T", help="above 0; below 1 prefers likely tokens"
-            ),
-            "--seed": dict(
-                type=int, metavar="N", help="of a random sampler: the same seed, the same text"
-            ),
-            "--dtype": dict(
-                choices=("float32", "bfloat16", "float16"),
-                help="of the weights (default: the preset's)",
-            ),
-            "--stop": dict(
-                action="append",
-                default=[],
-                metavar="TEXT",
-                help="end before this text; may be given several times",
-            ),
-            "--chat": dict(
-                action="store_true", help="the prompt is a user's turn; print the reply alone"
-            ),
+            "--chat": _flag("treat the prompt as a user's turn and print only the reply"),
         },
     ),
     "convert": Command(
         _convert,
-        "write a checkpoint in another format",
+        "convert a checkpoint to another format",
         {
-            "source": dict(metavar="SOURCE", help="a bundled name, a folder, hf:// or kaggle://"),
-            "target": dict(
-                metavar="TARGET", help="folder to write; it appears whole or not at all"
+            "source": _value("SOURCE", PRESET),
+            "target": _value("TARGET", "folder to write; it appears only when it is complete"),
+            "--to": _choice(
+                FORMATS, f"Keras preset or transformers folder {DEFAULT}", default="keras"
             ),
-            "--to": dict(
-                choices=("keras", "hf"),
-                default="keras",
-                help="a preset for this package and keras-hub, or a folder for transformers (default: %(default)s)",
-            ),
-            "--dtype": dict(
-                choices=("float32", "bfloat16", "float16"),
-                help="of the weights (default: the source's)",
-            ),
-            "--shard-size": dict(
-                metavar="SIZE",
-                help="of a weights file at most, such as 500MB; only to hf (default: 5GB)",
-            ),
-            "--verify": dict(
-                action="store_true",
-                help="compare every tensor afterwards, and logits with transformers",
-            ),
-            "--overwrite": dict(action="store_true", help="replace the model in TARGET"),
+            "--dtype": _choice(DTYPES, "dtype of the weights (default: the source's)"),
+            "--shard-size": _value("SIZE", "largest file (default: 5GB); only with --to hf"),
+            "--verify": _flag("compare every tensor afterwards, and the logits with transformers"),
+            "--overwrite": _flag("replace the model in TARGET"),
         },
     ),
     "info": Command(
-        _info,
-        "describe a preset without loading its weights",
-        {"preset": dict(metavar="PRESET", help="a bundled name, a folder, hf:// or kaggle://")},
+        _info, "describe a preset without loading its weights", {"preset": _value("PRESET", PRESET)}
     ),
     "finetune": Command(
         _finetune,
         "train an adapter or all weights on a file",
         {
-            "--preset": dict(
-                default="vaultgemma_tiny",
-                help="a bundled name, a folder, hf:// or kaggle:// (default: %(default)s)",
+            "--preset": PRESET_OPTION,
+            "--data": _value(
+                "FILE", ".txt (a blank line ends a text), .jsonl or .csv", required=True
             ),
-            "--data": dict(
-                required=True,
-                metavar="FILE",
-                help=".txt, where a blank line ends a text; .jsonl, an object a line; or .csv with a header",
+            "--validation": _value(
+                "FILE", "held-out data (default: every tenth row of --data, at most 100)"
             ),
-            "--validation": dict(
-                metavar="FILE", help="held-out data (default: every tenth row of FILE, at most 100)"
+            "--text-column": _value("NAME", 'texts to train on (default: "text", if present)'),
+            "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
+            "--response-column": _value("NAME", 'responses to train on (default: "response")'),
+            "--no-packing": _flag(
+                "truncate each text to a row of its own", "store_const", dest="packed", const=False
             ),
-            "--text-column": dict(
-                metavar="NAME", help='of texts to learn (default: "text", where it is there)'
+            "--lora-rank": _value(
+                "R", f"rank of the adapter; 0 trains all weights {DEFAULT}", int, default=8
             ),
-            "--prompt-column": dict(metavar="NAME", help='of prompts (default: "prompt")'),
-            "--response-column": dict(
-                metavar="NAME", help='of responses, which are learnt (default: "response")'
+            "--epochs": _value("N", f"in total; more continue a run {DEFAULT}", int, default=1),
+            "--batch-size": _value("N", "rows per step (default: 8, or 128 with --private)", int),
+            "--learning-rate": _value(
+                "RATE", "of Adam (default: 1e-3; 1e-4 for all weights)", float
             ),
-            "--no-packing": dict(
-                dest="packed",
-                action="store_const",
-                const=False,
-                help="a row for each text, cut at its length, instead of full rows that texts share",
+            "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
+            "--dtype": _choice(
+                ("float32", "bfloat16", "mixed_bfloat16"),
+                "dtype policy; bfloat16 only with an adapter (default: float32)",
             ),
-            "--lora-rank": dict(
-                type=int,
-                default=8,
-                metavar="R",
-                help="of the adapter on query and value; 0 trains all weights (default: %(default)s)",
+            "--gradient-checkpointing": _flag("less memory, for about a third more time per step"),
+            "--merge": _flag("save a preset with the adapter merged instead of the adapter"),
+            "--save-every": _value(
+                "N", f"steps between checkpoints {DEFAULT}", int, dest="save_freq", default=100
             ),
-            "--epochs": dict(
-                type=int,
-                default=1,
-                metavar="N",
-                help="more go on from the last (default: %(default)s)",
-            ),
-            "--batch-size": dict(
-                type=int,
-                metavar="N",
-                help="rows of a step (default: 8; in private training 128, on average)",
-            ),
-            "--learning-rate": dict(
-                type=float,
-                metavar="RATE",
-                help="of Adam (default: 1e-3, and 1e-4 where all weights are trained)",
-            ),
-            "--sequence-length": dict(
-                type=int, metavar="N", help="tokens of a row (default: the preset's)"
-            ),
-            "--dtype": dict(
-                choices=("float32", "bfloat16", "mixed_bfloat16"),
-                help="of the weights; bfloat16 only under an adapter (default: float32)",
-            ),
-            "--gradient-checkpointing": dict(
-                action="store_true", help="less memory, for about a third more time a step"
-            ),
-            "--merge": dict(
-                action="store_true",
-                help="write a preset with the adapter in it, not the adapter alone",
-            ),
-            "--save-every": dict(
-                dest="save_freq",
-                type=int,
-                default=100,
-                metavar="N",
-                help="steps from checkpoint to checkpoint (default: %(default)s)",
-            ),
-            "--seed": dict(type=int, default=0, metavar="N", help="(default: %(default)s)"),
-            "--output": dict(
+            "--seed": _value("N", f"seed of adapter and data order {DEFAULT}", int, default=0),
+            "--output": _value(
+                "FOLDER",
+                f"for the adapter or preset, curves.png, run.json and the checkpoint {DEFAULT}",
                 default="finetuned",
-                metavar="FOLDER",
-                help="gets adapter or preset, curves.png, run.json and checkpoint (default: %(default)s)",
             ),
-            "--png": dict(metavar="FILE", help="picture of the curves (default: in FOLDER)"),
-            "--private": dict(
-                action="store_true",
-                help="with differential privacy, which protects each row; needs",
-            ),
-            "--epsilon": dict(
-                type=float, metavar="ε", help="budget, which all steps together keep to; or"
-            ),
-            "--noise": dict(
-                dest="noise_multiplier", type=float, metavar="σ", help="noise multiplier"
-            ),
-            "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1 for N rows)"),
-            "--clip-norm": dict(
-                type=float,
-                default=1.0,
-                metavar="C",
-                help="largest norm of a row's gradient (default: %(default)s)",
+            "--png": _value("FILE", "plot of the curves (default: curves.png in FOLDER)"),
+            "--private": _flag("differential privacy for each row; needs --epsilon or --noise"),
+            "--epsilon": _value("ε", "privacy budget of all steps together", float),
+            "--noise": _value("σ", "noise multiplier", float, dest="noise_multiplier"),
+            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1 for N rows)", float),
+            "--clip-norm": _value(
+                "C", f"largest L2 norm of a row's gradient {DEFAULT}", float, default=1.0
             ),
         },
     ),
@@ -277,37 +209,29 @@ COMMANDS = {
         _epsilon,
         "plan private training: noise and ε",
         {
-            "--rows": dict(
-                type=int,
-                required=True,
-                metavar="N",
-                help="of the data set; one row is what is protected",
+            "--rows": _value("N", "rows in the dataset; each is protected", int, required=True),
+            "--batch": _value("B", "expected rows per step", int, dest="batch_size", required=True),
+            "--epochs": _value("E", "expected number of times a row is drawn", int, required=True),
+            "--noise": _value(
+                "σ", "noise multiplier, to compute ε", float, dest="noise_multiplier"
             ),
-            "--batch": dict(
-                type=int, required=True, metavar="B", help="rows that a step draws on average"
-            ),
-            "--epochs": dict(
-                type=int, required=True, metavar="E", help="how often a row takes part on average"
-            ),
-            "--noise": dict(type=float, metavar="σ", help="noise multiplier; or"),
-            "--epsilon": dict(
-                type=float, metavar="ε", help="budget, from which the noise multiplier is found"
-            ),
-            "--delta": dict(type=float, metavar="δ", help="(default: N^-1.1)"),
-            "--png": dict(metavar="FILE", help="picture of ε against steps, and of σ against ε"),
+            "--epsilon": _value("ε", "privacy budget, to compute the noise multiplier", float),
+            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1)", float),
+            "--png": _value("FILE", "plot of ε against steps and of σ against ε"),
         },
     ),
 }
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: list of strings; those of the process if None.
+        arguments: list of str. Defaults to the arguments of the process.
 
     Returns:
-        Exit code: 0; 2 after an error; 130 where the user interrupted; 141 where nobody reads the output any more.
+        int. Exit code: 0 on success, 2 after an error, 130 if the user interrupted the command, and
+        141 if the reader of the output has closed the pipe.
     """
     try:
         options = _parser().parse_args(arguments)
@@ -326,12 +250,12 @@ def main(arguments=None):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Leave the usage out: an error is one line."""
+        """Raise the message without the usage, because an error is one line."""
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _parser():
-    # Without abbreviations a new option cannot change what an old command line means.
+    # No abbreviations, because a new option could change the meaning of an old command line.
     parser = _Parser(PROGRAM, description="VaultGemma in Keras 3.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -353,7 +277,7 @@ def _one_line(error):
 
 
 def _write(pieces, output):
-    """Write pieces as they come and a line break after the last, also where an interrupt ends them."""
+    """Write the pieces as they arrive and a final line break, also after an interrupt."""
     try:
         try:
             for piece in pieces:
@@ -361,7 +285,7 @@ def _write(pieces, output):
         finally:
             print(file=output, flush=True)
     except OSError as error:
-        # Python flushes once more when it exits, and that must not fail a second time.
+        # Python flushes the stream again at exit, and that flush must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED

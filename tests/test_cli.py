@@ -1,4 +1,4 @@
-"""The command line: how it parses, what it prints, and how it fails; test_commands.py has what each command does."""
+"""The command line: parsing, output and errors. tests/recipes/test_commands.py covers each command."""
 
 import os
 import sys
@@ -84,7 +84,7 @@ def test_errors(capsys, arguments, message):
     assert error_of(capsys, *arguments.split()).startswith(message)
 
 
-def fails_with(monkeypatch, error):
+def make_info_fail(monkeypatch, error):
     def fail(options):
         raise error
 
@@ -102,12 +102,12 @@ def fails_with(monkeypatch, error):
     ],
 )
 def test_any_error_is_one_line(monkeypatch, capsys, error, message):
-    fails_with(monkeypatch, error)
+    make_info_fail(monkeypatch, error)
     assert error_of(capsys, "info", "x") == message
 
 
 def test_development_mode_shows_the_traceback(monkeypatch):
-    fails_with(monkeypatch, ValueError("inside"))
+    make_info_fail(monkeypatch, ValueError("inside"))
     streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
     monkeypatch.setattr(
         cli, "sys", SimpleNamespace(flags=SimpleNamespace(dev_mode=True), **streams)
@@ -117,7 +117,7 @@ def test_development_mode_shows_the_traceback(monkeypatch):
 
 
 def test_an_interrupt_is_quiet(monkeypatch, capsys):
-    fails_with(monkeypatch, KeyboardInterrupt())
+    make_info_fail(monkeypatch, KeyboardInterrupt())
     assert cli.main(["info", "x"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -131,12 +131,12 @@ def test_a_closed_pipe_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_chatter_goes_to_standard_error(monkeypatch, capsys):
-    def chatty(options):
+def test_prints_of_a_command_go_to_standard_error(monkeypatch, capsys):
+    def run(options):
         print("Loading…")
         return "the text"
 
-    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=chatty))
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=run))
     assert cli.main(["info", "x"]) == 0
     assert capsys.readouterr() == ("the text\n", "Loading…\n")
 

@@ -1,5 +1,7 @@
-"""How good a model is."""
+"""Measures of how well a model predicts text."""
 
-from keras_vaultgemma import (
-    backend as backend,
-)  # selects the Keras backend before Keras is imported
+# First, because it selects the Keras backend before Keras is imported.
+from keras_vaultgemma import backend as backend
+from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
+
+__all__ = ["Likelihood", "measure"]

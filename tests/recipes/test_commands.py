@@ -1,4 +1,4 @@
-"""Each subcommand: what it asks the library for, and what it prints."""
+"""Each subcommand: the recipe it calls, with which arguments, and what it prints."""
 
 import inspect
 import io
@@ -9,10 +9,11 @@ import keras_hub
 import pytest
 from common import error_of, run_command
 
-import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, describe, finetune
+from keras_vaultgemma import VaultGemmaCausalLM, backend, cli
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.recipes import privacy_budget
+from keras_vaultgemma.recipes.describe import describe
+from keras_vaultgemma.recipes.finetune import finetune
+from keras_vaultgemma.recipes.privacy_budget import privacy_budget
 
 PROMPT = "Once upon a time"
 
@@ -21,28 +22,30 @@ pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 @pytest.fixture
-def asked(monkeypatch, tiny):
-    """Stands in for the model that `generate` loads, and notes what it was asked for."""
-    asked = SimpleNamespace(backbone=tiny.backbone, preprocessor=tiny.preprocessor, loaded=None)
+def fake_model(monkeypatch, tiny):
+    """Replace the model that `generate` loads by one that records its arguments."""
+    fake_model = SimpleNamespace(
+        backbone=tiny.backbone, preprocessor=tiny.preprocessor, loaded=None
+    )
 
     def from_preset(preset, **kwargs):
-        asked.loaded = (preset, kwargs)
-        return asked
+        fake_model.loaded = (preset, kwargs)
+        return fake_model
 
     class Pieces(list):
         finish_reason = "length"
 
     def stream(inputs, max_new_tokens, stop):
-        asked.inputs, asked.max_new_tokens, asked.stop = inputs, max_new_tokens, stop
+        fake_model.inputs, fake_model.max_new_tokens, fake_model.stop = inputs, max_new_tokens, stop
         return Pieces([" A", " text."])
 
-    asked.compile = lambda sampler: setattr(asked, "sampler", sampler)
-    asked.stream = stream
+    fake_model.compile = lambda sampler: setattr(fake_model, "sampler", sampler)
+    fake_model.stream = stream
     monkeypatch.setattr(
-        backend, "cache_compilations", lambda folder: setattr(asked, "folder", folder)
+        backend, "cache_compilations", lambda folder: setattr(fake_model, "folder", folder)
     )
     monkeypatch.setattr(VaultGemmaCausalLM, "from_preset", from_preset)
-    return asked
+    return fake_model
 
 
 def test_generate_prints_the_prompt_and_its_continuation(capsys, tiny):
@@ -72,31 +75,21 @@ def test_an_unknown_backend_is_a_usual_error():
     )
 
 
-def test_defaults(capsys, asked):
+def test_defaults(capsys, fake_model):
     assert cli.main(["generate", PROMPT]) == 0
     assert capsys.readouterr().out == PROMPT + " A text.\n"
-    assert asked.folder == presets.cache_home() / "compiled"
-    assert asked.loaded == ("vaultgemma_tiny", {})
-    assert type(asked.sampler) is keras_hub.samplers.GreedySampler
-    assert (asked.inputs, asked.max_new_tokens, asked.stop) == (PROMPT, 64, [])
+    assert fake_model.folder == presets.cache_home() / "compiled"
+    assert fake_model.loaded == ("vaultgemma_tiny", {})
+    assert type(fake_model.sampler) is keras_hub.samplers.GreedySampler
+    assert (fake_model.inputs, fake_model.max_new_tokens, fake_model.stop) == (PROMPT, 64, [])
 
 
-def test_options_reach_the_library(asked):
-    options = [
-        "--preset",
-        "a/folder",
-        "--dtype",
-        "bfloat16",
-        "--chat",
-        "--stop",
-        "\n\n",
-        "--stop",
-        "END",
-    ]
-    assert cli.main(["generate", PROMPT, *options]) == 0
-    assert asked.stop == ["\n\n", "END"]
-    assert asked.loaded == ("a/folder", {"dtype": "bfloat16"})
-    assert asked.inputs == [{"role": "user", "content": PROMPT}]
+def test_options_reach_the_library(fake_model):
+    options = ["--preset", "a/folder", "--dtype", "bfloat16", "--chat", "--stop", "END"]
+    assert cli.main(["generate", PROMPT, *options, "--stop", "\n\n"]) == 0
+    assert fake_model.stop == ["END", "\n\n"]
+    assert fake_model.loaded == ("a/folder", {"dtype": "bfloat16"})
+    assert fake_model.inputs == [{"role": "user", "content": PROMPT}]
 
 
 @pytest.mark.parametrize(
@@ -110,13 +103,13 @@ def test_options_reach_the_library(asked):
         ("contrastive", keras_hub.samplers.ContrastiveSampler, "temperature"),
     ],
 )
-def test_samplers(capsys, asked, name, sampler, takes):
+def test_samplers(capsys, fake_model, name, sampler, takes):
     values = {"temperature": 0.5, "seed": 3}
     taken = {option: values[option] for option in takes.split()}
     options = [word for option, value in taken.items() for word in (f"--{option}", str(value))]
     assert cli.main(["generate", PROMPT, "--sampler", name, *options]) == 0
-    assert type(asked.sampler) is sampler
-    assert {option: asked.sampler.get_config()[option] for option in taken} == taken
+    assert type(fake_model.sampler) is sampler
+    assert {option: fake_model.sampler.get_config()[option] for option in taken} == taken
     capsys.readouterr()
     for option in values.keys() - taken.keys():
         error = error_of(
@@ -128,12 +121,12 @@ def test_samplers(capsys, asked, name, sampler, takes):
         assert error.endswith(f"Received: --{option} {values[option]}")
 
 
-def test_text_ends_at_the_context(capsys, asked, tiny):
+def test_text_ends_at_the_context(capsys, fake_model, tiny):
     context = tiny.backbone.max_sequence_length
     word = tiny.preprocessor.tokenizer("a")
     assert len(word) == 1 and len(tiny.preprocessor.tokenizer(" a" * 4)) == 4
     assert cli.main(["generate", " a" * (context - 3)]) == 0
-    assert asked.max_new_tokens == 2  # what <bos> and the prompt leave
+    assert fake_model.max_new_tokens == 2  # what <bos> and the prompt leave
     capsys.readouterr()
     error = error_of(capsys, "generate", " a" * (context - 1))
     assert error == (
@@ -142,7 +135,9 @@ def test_text_ends_at_the_context(capsys, asked, tiny):
     )
 
 
-def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, monkeypatch, asked):
+def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(
+    capsys, monkeypatch, fake_model
+):
     class Interrupted(list):
         finish_reason = "interrupted"
 
@@ -150,7 +145,7 @@ def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, mon
     monkeypatch.setattr(
         cli, "print", lambda *text, **kwargs: written.append("".join(text)), raising=False
     )
-    asked.stream = lambda *args, **kwargs: Interrupted([" A", " te"])
+    fake_model.stream = lambda *args, **kwargs: Interrupted([" A", " te"])
     assert cli.main(["generate", PROMPT]) == 130
     assert written == [PROMPT, " A", " te", ""]
 
@@ -158,16 +153,16 @@ def test_pieces_are_written_as_they_come_and_an_interrupt_keeps_them(capsys, mon
 @pytest.mark.parametrize(
     "piped, prompt", [("one\n", "one"), ("one", "one"), ("one\ntwo\n\n", "one\ntwo\n")]
 )
-def test_a_piped_prompt_loses_one_line_break(monkeypatch, asked, piped, prompt):
+def test_a_piped_prompt_loses_one_line_break(monkeypatch, fake_model, piped, prompt):
     monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
     assert cli.main(["generate"]) == 0
-    assert asked.inputs == prompt
+    assert fake_model.inputs == prompt
 
 
-def test_an_argument_is_the_prompt_whatever_is_piped(monkeypatch, asked):
+def test_an_argument_is_the_prompt_whatever_is_piped(monkeypatch, fake_model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
     assert cli.main(["generate", ""]) == 0
-    assert asked.inputs == ""
+    assert fake_model.inputs == ""
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO(), SimpleNamespace(isatty=lambda: True)])
@@ -192,17 +187,17 @@ def test_info_prints_the_description(capsys):
         ),
     ],
 )
-def test_convert_asks_the_library_and_says_what_it_wrote(capsys, monkeypatch, options, changes):
-    asked = {}
+def test_convert_calls_the_recipe_and_reports_the_target(capsys, monkeypatch, options, changes):
+    calls = {}
 
     def convert(**kwargs):
-        asked.update(kwargs)
+        calls.update(kwargs)
         return {"parameter_count": 2754240, "dtype": "bfloat16"}
 
-    monkeypatch.setattr(keras_vaultgemma, "convert", convert)
+    monkeypatch.setattr("keras_vaultgemma.recipes.convert.convert", convert)
     assert cli.main(["convert", "from/here", "there", *options.split()]) == 0
     defaults = dict(to="keras", dtype=None, shard_size=None, verify=False, overwrite=False)
-    assert asked == dict(source="from/here", target="there", **{**defaults, **changes})
+    assert calls == dict(source="from/here", target="there", **{**defaults, **changes})
     verified = ", equal to the source" if changes else ""
     assert capsys.readouterr().out == f"there: 2,754,240 parameters in bfloat16{verified}\n"
 
@@ -214,97 +209,52 @@ def test_convert_fails_in_one_line(capsys, tmp_path):
     assert "argument --to: invalid choice: 'pt'" in error_of(
         capsys, "convert", "x", "y", "--to", "pt"
     )
-    error = error_of(
-        capsys,
-        "convert",
-        "vaultgemma_tiny",
-        str(tmp_path / "new"),
-        "--shard-size",
-        "big",
-        "--to",
-        "hf",
-    )
+    command = ["convert", "vaultgemma_tiny", str(tmp_path / "new"), "--to", "hf"]
+    error = error_of(capsys, *command, "--shard-size", "big")
     assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"
 
 
 def test_epsilon_prints_the_report(capsys):
-    assert (
-        cli.main(["epsilon", "--rows", "100", "--batch", "50", "--epochs", "2", "--noise", "5"])
-        == 0
-    )
-    assert (
-        capsys.readouterr().out
-        == privacy_budget.privacy_budget(100, 50, 2, noise_multiplier=5.0) + "\n"
-    )
+    command = "epsilon --rows 100 --batch 50 --epochs 2 --noise 5"
+    assert cli.main(command.split()) == 0
+    assert capsys.readouterr().out == privacy_budget(100, 50, 2, noise_multiplier=5.0) + "\n"
 
 
-def test_epsilon_asks_the_library(capsys, monkeypatch):
-    asked = []
+def test_epsilon_calls_the_recipe(capsys, monkeypatch):
+    calls = []
     monkeypatch.setattr(
-        privacy_budget, "privacy_budget", lambda *args: asked.append(args) or "the answer"
+        "keras_vaultgemma.recipes.privacy_budget.privacy_budget",
+        lambda **kwargs: calls.append(kwargs) or "the answer",
     )
-    options = [
-        "--rows",
-        "500",
-        "--batch",
-        "50",
-        "--epochs",
-        "2",
-        "--epsilon",
-        "5",
-        "--delta",
-        "1e-3",
-        "--png",
-        "a.png",
-    ]
-    assert cli.main(["epsilon", *options]) == 0
-    assert asked == [(500, 50, 2, None, 5.0, 1e-3, "a.png")]
+    command = "epsilon --rows 500 --batch 50 --epochs 2 --epsilon 5 --delta 1e-3 --png a.png"
+    assert cli.main(command.split()) == 0
+    plan = dict(rows=500, batch_size=50, epochs=2)
+    assert calls == [dict(**plan, noise_multiplier=None, epsilon=5.0, delta=1e-3, png="a.png")]
     assert capsys.readouterr().out == "the answer\n"
 
 
-def test_finetune_asks_the_library(capsys, monkeypatch):
-    asked = []
+def test_finetune_calls_the_recipe(capsys, monkeypatch):
+    calls = []
     monkeypatch.setattr(
-        keras_vaultgemma, "finetune", lambda **kwargs: asked.append(kwargs) or "the answer"
+        "keras_vaultgemma.recipes.finetune.finetune",
+        lambda **kwargs: calls.append(kwargs) or "the answer",
     )
+    defaults = {name: p.default for name, p in inspect.signature(finetune).parameters.items()}
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
-    defaults = inspect.signature(finetune).parameters
-    assert asked == [
-        {name: "a.txt" if name == "data" else p.default for name, p in defaults.items()}
-    ]
+    assert calls == [{**defaults, "data": "a.txt"}]
 
     options = dict(
-        preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a", lora_rank=4, epochs=5,
-        batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o", seed=3, png="c.png",
+        data="a.txt", preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a",
+        lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o",
+        seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
     )  # fmt: skip
-    arguments = [
-        x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    flags = ["--gradient-checkpointing", "--merge", "--no-packing", "--save-every", "7"]
-    flags += [
-        "--private",
-        "--epsilon",
-        "3",
-        "--delta",
-        "1e-5",
-        "--noise",
-        "2",
-        "--clip-norm",
-        "0.5",
-    ]
-    assert cli.main(["finetune", "--data", "a.txt", *arguments, *flags]) == 0
-    private = dict(private=True, epsilon=3.0, delta=1e-5, noise_multiplier=2.0, clip_norm=0.5)
-    expected = {
-        "data": "a.txt",
-        **options,
-        **private,
-        "gradient_checkpointing": True,
-        "merge": True,
-        "packed": False,
-        "save_freq": 7,
-    }
-    assert asked[1] == expected
+    command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = "--gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
+    assert cli.main(["finetune", *command, *flags.split()]) == 0
+    flagged = dict(gradient_checkpointing=True, merge=True, packed=False, private=True)
+    assert calls[1] == {**options, **flagged, "save_freq": 7, "noise_multiplier": 2.0}
+    assert calls[1].keys() == defaults.keys()
 
 
 def test_finetune_from_a_file_to_an_adapter(tmp_path):
