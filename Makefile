@@ -7,14 +7,31 @@ READY := $(VENV)/.ready
 export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 0
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py $(BACKENDS)
 
+# What a change needs. `make test ROOM=privacy BACKEND=torch` runs one folder of tests/ on one backend.
 test: lint
-	@for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST) || exit 1; done
+	@$(call run_tests,not long,)
+
+# Also what takes long (marker `long`), compiled as users do, with the coverage of all backends together.
+test-all: export FULL_OPTIMIZATION = 1
+test-all: lint
+	@rm -f .coverage
+	@$(call run_tests,,--cov=keras_vaultgemma --cov-append --cov-report=)
+	@$(BIN)/coverage report --skip-covered
+
+ROOM ?=
+BACKEND ?=
+# PyTorch first, because the first backend also runs the tests that no backend changes, and it starts fastest.
+TESTED := $(or $(BACKEND),torch jax tensorflow)
+# $(1): marker expression, $(2): more options of pytest. Its exit status 5 says that no test of the room is left.
+run_tests = chosen="$(1)"; for backend in $(TESTED); do echo "== $$backend"; \
+	KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "$$chosen" $(2) tests/$(ROOM) $(PYTEST) || [ $$? = 5 ] || exit 1; \
+	chosen="$(if $(1),$(1) and )not any_backend"; done
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,4 +48,4 @@ $(READY): constraints.txt pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache

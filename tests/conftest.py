@@ -1,31 +1,70 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and what keeps the suite fast.
 
+Markers: `any_backend` for tests that no backend changes (they run on the first backend of `make test` only), `long` for
+tests that only `make test-all` runs.
+"""
+
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Set before a backend is imported, because XLA's compilations are most of a test's time and few tests are about them.
+# Workers and subprocesses share the cache. `make test-all` sets FULL_OPTIMIZATION and compiles as users do.
+if not os.environ.get("FULL_OPTIMIZATION"):
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if os.environ.get("KERAS_BACKEND") == "tensorflow":
+        os.environ.setdefault(
+            "XLA_FLAGS",
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        )
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-import keras
-import pytest
-from common import random_backbone
-from hub_client import write_checkpoint
-from hub_stub import HubStub
+LONGEST_FIRST = ()
+"""Files in order of their duration, so that the two workers end together."""
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "any_backend: no backend changes the result; runs on one")
+    config.addinivalue_line("markers", "long: runs in `make test-all` only")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of all garbage collections, because Keras collects whenever a layer is quantized."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    import keras
+
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture
 def model():
+    from common import random_backbone
+
+    from keras_vaultgemma import VaultGemmaCausalLM
+
     return VaultGemmaCausalLM(random_backbone())
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled preset; a test that changes a model loads its own."""
+    from keras_vaultgemma import VaultGemmaCausalLM
+
     return VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
 
 
@@ -37,13 +76,17 @@ def own_key(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_cache(monkeypatch):
-    """The cache of compiled programs is a setting of the whole process, and of the user's."""
+    """The cache of compiled functions is a setting of the whole process, and of the user's."""
+    from keras_vaultgemma import backend
+
     monkeypatch.setattr(backend, "cache_compilations", lambda folder: None)
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Folders of two revisions of a repository."""
+    from hub_client import write_checkpoint
+
     root = tmp_path_factory.mktemp("checkpoints")
     (write_checkpoint(root / "main", 1) / "training.bin").write_bytes(b"not for inference")
     write_checkpoint(root / "v2", 2)
@@ -53,6 +96,8 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def hub(checkpoints):
     """A hub with open and gated repositories."""
+    from hub_stub import HubStub
+
     gated = {"test/gated": {"resolve"}, "test/closed": {"revision", "tree", "resolve"}}
     repositories = dict.fromkeys(("test/open", *gated, "google/vaultgemma-1b"), checkpoints)
     gated["google/vaultgemma-1b"] = {"resolve"}
