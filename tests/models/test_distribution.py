@@ -220,7 +220,8 @@ def work(folder, cases, devices, processes=1):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     # Less optimisation: most of the time goes into compiling.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
     if processes > 1:
         environment |= {
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
