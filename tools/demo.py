@@ -1,7 +1,8 @@
-"""One fairy tale from three frameworks: `python tools/demo.py [BACKEND ...]`.
+"""Generate the same text on each backend: `python tools/demo.py [BACKEND ...]`.
 
-A process loads one Keras backend, so the package's own command runs once for each. Greedy decoding leaves nothing to
-chance: where two backends tell different stories, the demo shows where they part and exits with code 1.
+A process loads one Keras backend, so the demo runs the package's command once per backend. Decoding
+is greedy, so all backends generate the same text. If two differ, the demo shows where they diverge
+and exits with code 1.
 """
 
 import os
@@ -15,11 +16,12 @@ BACKENDS = ("jax", "torch", "tensorflow")
 PROMPT = "The Fox and the"
 ARGUMENTS = ["generate", PROMPT, "--max-new-tokens", "60"]
 WIDTH = 76
-CONTEXT = 40  # characters shown on either side of a difference
+CONTEXT = 40
+"""Characters that are shown on each side of a difference."""
 
 
-def tell(backend):
-    """The text that one backend generates, or None with its error on standard error."""
+def generate(backend):
+    """Return the text that a backend generates, or print its error and return None."""
     done = subprocess.run(
         [sys.executable, "-m", "keras_vaultgemma", *ARGUMENTS],
         env={**os.environ, "KERAS_BACKEND": backend, "PYTHONIOENCODING": "utf-8"},
@@ -33,13 +35,14 @@ def tell(backend):
 
 
 def difference(name, text, other_name, other_text):
-    """Where two texts part, for people."""
+    """Describe where two texts diverge."""
     pairs = zip(text, other_text, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other_text)))
     width = max(len(name), len(other_name))
+    before = text[max(0, same - CONTEXT) : same]
     return "\n".join(
         [
-            f"{name} and {other_name} tell different stories after {text[max(0, same - CONTEXT) : same]!r}:",
+            f"{name} and {other_name} generate different text after {before!r}:",
             f"  {name:{width}}  {text[same : same + CONTEXT]!r}",
             f"  {other_name:{width}}  {other_text[same : same + CONTEXT]!r}",
         ]
@@ -47,14 +50,15 @@ def difference(name, text, other_name, other_text):
 
 
 def main(backends):
-    sys.stdout.reconfigure(errors="replace")  # quotation marks on a terminal that has none
-    print("VaultGemma, the tiny one: 2.8 million parameters, raised on fairy tales.\n")
+    # Typographic quotation marks must not fail on a terminal that cannot show them.
+    sys.stdout.reconfigure(errors="replace")
+    print("vaultgemma_tiny: VaultGemma with 2.8 million parameters, trained on fairy tales.\n")
     print(f"  $ keras-vaultgemma {shlex.join(ARGUMENTS)}\n")
     first = None
     for backend in backends:
         print(f"  {backend:<10} ", end="", flush=True)
         start = time.perf_counter()
-        text = tell(backend)
+        text = generate(backend)
         if text is None:
             return 1
         print(f"{time.perf_counter() - start:5.1f} s")
@@ -66,7 +70,7 @@ def main(backends):
     print()
     for line in first.splitlines():
         print(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="  "))
-    print(f"\nAll {len(backends)} frameworks tell the same story, word for word.")
+    print(f"\nAll {len(backends)} backends generate the same text, word for word.")
     return 0
 
 
