@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
+
+pytestmark = pytest.mark.any_backend
 
 BENCHMARK = Path(__file__).parents[1] / "tools" / "benchmark"
 

@@ -10,7 +10,7 @@ from common import error_of
 import keras_vaultgemma
 from keras_vaultgemma import cli
 
-pytestmark = pytest.mark.usefixtures("no_cache")
+pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
 
 
 @pytest.mark.parametrize(

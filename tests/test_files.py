@@ -7,6 +7,8 @@ import pytest
 
 from keras_vaultgemma._files import new_folder
 
+pytestmark = pytest.mark.any_backend
+
 
 def content(folder):
     """{path: bytes} of every file in a folder."""

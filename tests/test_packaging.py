@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "README.md", "SECURITY.md")
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.any_backend]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import pytest
 
 from keras_vaultgemma._plots import can_plot, new_figure, save_figure
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_written_whole(tmp_path):
     from matplotlib import image

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_backend
+
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = dict(
     re.findall(

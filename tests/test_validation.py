@@ -12,6 +12,8 @@ from keras_vaultgemma._validation import (
     check_number,
 )
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3), 2**70])
 def test_legal_integers(value):

@@ -14,6 +14,8 @@ from keras_vaultgemma.checkpoints.config import (
     read_config,
 )
 
+pytestmark = pytest.mark.any_backend
+
 HUB = dict(
     vocabulary_size=256000,
     num_layers=4,

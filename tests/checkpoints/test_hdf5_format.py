@@ -12,6 +12,8 @@ from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5, write_hdf5
 from keras_vaultgemma.checkpoints.lazy_tensor import LazyTensor
 from keras_vaultgemma.checkpoints.weight_map import Location
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def path(tmp_path):

@@ -19,6 +19,8 @@ from keras_vaultgemma.checkpoints.reader import open_values
 from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
 from keras_vaultgemma.recipes.convert import convert
 
+pytestmark = pytest.mark.any_backend
+
 EXAMPLES = 700
 """For each of three files."""
 

@@ -13,6 +13,8 @@ from hub_stub import TOKEN, HubStub
 from keras_vaultgemma import VaultGemmaBackbone
 from keras_vaultgemma.checkpoints import hubs, presets
 
+pytestmark = pytest.mark.any_backend
+
 # hf://
 
 

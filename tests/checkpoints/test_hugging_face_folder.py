@@ -11,6 +11,8 @@ from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.checkpoints.writers import write_hugging_face_config
 
+pytestmark = pytest.mark.any_backend
+
 ALL = {
     **RELEASE_LIKE,
     "num_key_value_heads": 2,

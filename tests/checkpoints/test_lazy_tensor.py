@@ -18,6 +18,8 @@ from keras_vaultgemma.checkpoints.lazy_tensor import (
 )
 from keras_vaultgemma.checkpoints.weight_map import Location
 
+pytestmark = pytest.mark.any_backend
+
 PLAIN, TURNED = Location("x", (3, 4), (0, 1)), Location("x", (4, 3), (1, 0))
 VALUE = np.arange(12, dtype="float32").reshape(3, 4) + 1 / 3
 

@@ -8,6 +8,8 @@ from common import RELEASE_LIKE
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.metadata import model_card
 
+pytestmark = pytest.mark.any_backend
+
 HYPERPARAMETERS = {
     **RELEASE_LIKE,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],

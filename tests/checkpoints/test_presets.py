@@ -15,6 +15,8 @@ from keras_vaultgemma._files import read_json
 from keras_vaultgemma.checkpoints import hubs, presets
 from keras_vaultgemma.checkpoints.config import read_config
 
+pytestmark = pytest.mark.any_backend
+
 # vaultgemma_1b
 
 

@@ -9,6 +9,8 @@ from keras_vaultgemma.checkpoints import metadata, presets
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.checkpoints.metadata import new_metadata
 
+pytestmark = pytest.mark.any_backend
+
 RELEASED = 1_038_741_120
 
 

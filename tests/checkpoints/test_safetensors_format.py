@@ -21,6 +21,8 @@ from keras_vaultgemma.checkpoints.safetensors_format import (
 )
 from keras_vaultgemma.checkpoints.weight_map import Location
 
+pytestmark = pytest.mark.any_backend
+
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 

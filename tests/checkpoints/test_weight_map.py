@@ -15,6 +15,8 @@ from keras_vaultgemma.checkpoints.weight_map import (
     weight_map,
 )
 
+pytestmark = pytest.mark.any_backend
+
 # No two widths alike, so that a shape in the wrong place shows.
 SIZES = dict(
     num_layers=2,

@@ -7,6 +7,8 @@ import pytest
 
 from keras_vaultgemma.data.text_files import TextRecords, read_records
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def write(tmp_path):

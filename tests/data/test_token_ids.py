@@ -3,6 +3,8 @@ import pytest
 
 from keras_vaultgemma.data.token_ids import check_ids, check_lengths, pad_rows, unpad_rows
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_pad_and_cut():
     token_ids, mask = pad_rows([[5, 6], [7, 8, 9, 10], []], 3, pad_id=1)

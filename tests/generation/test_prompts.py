@@ -4,6 +4,8 @@ import pytest
 from keras_vaultgemma import apply_chat_template
 from keras_vaultgemma.generation.requests import Prompts, _answer, _concatenate_rows, read_prompts
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def preprocessor(tiny):

@@ -4,6 +4,8 @@ import pytest
 
 from keras_vaultgemma.generation.state import Settings
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize(
     "settings, adjusts",

@@ -2,6 +2,8 @@ import pytest
 
 from keras_vaultgemma.generation.stream import TextStream, find_first
 
+pytestmark = pytest.mark.any_backend
+
 
 def from_bytes(ids):
     """A tokenizer of bytes: ids below 256 are bytes, others are words."""

@@ -5,6 +5,8 @@ from common import RELEASE_LIKE
 
 from keras_vaultgemma.layers.hyperparameters import check_hyperparameters, is_count
 
+pytestmark = pytest.mark.any_backend
+
 HYPERPARAMETERS = dict(
     RELEASE_LIKE,
     query_pre_attn_scalar=16,

@@ -7,6 +7,8 @@ from common import to_numpy
 from keras_vaultgemma import VaultGemmaTokenizer, apply_chat_template
 from keras_vaultgemma.data.text_inputs import as_chats, chat_parts
 
+pytestmark = pytest.mark.any_backend
+
 GENUINE = os.environ.get("GEMMA_VOCABULARY")
 
 

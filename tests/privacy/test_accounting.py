@@ -10,6 +10,8 @@ from scipy import optimize, special
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.accounting import PrivacySpent, Steps
 
+pytestmark = pytest.mark.any_backend
+
 VAULTGEMMA = Steps(100_000, int(13e12 / 1024), 518e3 / int(13e12 / 1024), None, 0.614)
 
 

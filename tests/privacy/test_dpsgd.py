@@ -2,6 +2,8 @@ import pytest
 
 from keras_vaultgemma.privacy import DPSGD, NotPrivateWarning
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize(
     "arguments, message",

@@ -6,6 +6,8 @@ import pytest
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.privacy import fingerprint
 
+pytestmark = pytest.mark.any_backend
+
 KEY, OTHER = b"k" * 32, b"o" * 32
 ROWS = ["one", "two", "two", "three"]
 

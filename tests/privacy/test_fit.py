@@ -303,6 +303,7 @@ for run in range(count):
 """
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kills", [10, pytest.param(30, marks=pytest.mark.long)])
 def test_kill_minus_nine_at_random_points(tmp_path, kills):
     """No step that was done is missing in the ledger; its ε is that of as many steps or more."""

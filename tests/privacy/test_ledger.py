@@ -18,6 +18,8 @@ from keras_vaultgemma.privacy.ledger import (
 )
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_what_is_written_can_be_read(tmp_path):
     path = tmp_path / "run" / FILE

@@ -16,6 +16,8 @@ from keras_vaultgemma.privacy import ledger_writer
 from keras_vaultgemma.privacy.ledger import FILE, parse_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_a_step_is_on_the_disk_before_it_is_released(tmp_path, monkeypatch):
     """`release` returns after fsync, and the steps of a block share one line."""

@@ -8,6 +8,8 @@ import pytest
 from keras_vaultgemma.privacy import loss_distribution
 from keras_vaultgemma.privacy.loss_distribution import ROUND_OFF, LossDistribution
 
+pytestmark = pytest.mark.any_backend
+
 
 def randomized_response(interval):
     """The answer is true with probability e^h / (1 + e^h): losses of ± h, and after T steps a binomial distribution."""

@@ -7,6 +7,8 @@ import pytest
 from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_a_budget_becomes_noise():
     steps = planning.plan(5000, 64, 3, 1e-5, epsilon=3.0, microbatch=8)

@@ -12,6 +12,8 @@ from scipy import stats
 from keras_vaultgemma.privacy import sampling
 from keras_vaultgemma.privacy.seeds import new_secret
 
+pytestmark = pytest.mark.any_backend
+
 SECRET = bytes(range(16))
 
 

@@ -8,6 +8,8 @@ import pytest
 from keras_vaultgemma.privacy import seeds
 from keras_vaultgemma.privacy.seeds import NotPrivateWarning, derive, fixed_secret, new_secret
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_secrets_come_from_the_operating_system(monkeypatch):
     monkeypatch.setattr(seeds.os, "urandom", lambda size: b"\x05" * size)

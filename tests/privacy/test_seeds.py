@@ -1,8 +1,11 @@
 """Seeds of the noise."""
 
 import numpy as np
+import pytest
 
 from keras_vaultgemma.privacy.seeds import derive, new_secret, noise_seed
+
+pytestmark = pytest.mark.any_backend
 
 
 def test_no_seed_comes_twice():

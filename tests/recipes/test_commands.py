@@ -18,7 +18,7 @@ from keras_vaultgemma.recipes.privacy_budget import privacy_budget
 PROMPT = "Once upon a time"
 
 
-pytestmark = pytest.mark.usefixtures("no_cache")
+pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
 from keras_vaultgemma.recipes import verification
 from keras_vaultgemma.recipes.convert import _bytes, convert
 
+pytestmark = pytest.mark.any_backend
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "presets/vaultgemma_tiny"
 VOCABULARY = TINY / "assets/tokenizer/vocabulary.spm"

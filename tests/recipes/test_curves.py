@@ -2,10 +2,14 @@
 
 import math
 
+import pytest
+
 from keras_vaultgemma.evaluation.likelihood import Likelihood
 from keras_vaultgemma.recipes import finetune_output
 from keras_vaultgemma.recipes.finetune import Outcome
 from keras_vaultgemma.recipes.finetune_output import plot_curves
+
+pytestmark = pytest.mark.any_backend
 
 
 def drawn(monkeypatch, losses, val_losses, name="val_loss"):

@@ -9,6 +9,8 @@ from keras_vaultgemma import VaultGemmaBackbone
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.recipes.describe import describe
 
+pytestmark = pytest.mark.any_backend
+
 
 def table(text):
     """{section: {name: value}} of a description, and `{section: {sentence: ""}}` where a section is a sentence."""

@@ -7,6 +7,8 @@ import pytest
 
 from keras_vaultgemma.recipes.finetune_output import _plain, begin_run
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_a_run_goes_on_with_the_same_options(tmp_path):
     folder = tmp_path / "run"

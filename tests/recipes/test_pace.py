@@ -7,6 +7,8 @@ import pytest
 from keras_vaultgemma.recipes.finetune_output import Pace
 from keras_vaultgemma.training.state import callback_memories, restore_callbacks
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -9,6 +9,8 @@ from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
 from keras_vaultgemma.recipes.privacy_budget import POINTS, curves, privacy_budget
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_epsilon_of_a_noise_multiplier():
     text = privacy_budget(1000, 50, 4, noise_multiplier=1.2)

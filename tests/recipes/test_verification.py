@@ -12,6 +12,8 @@ from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.recipes import verification
 from keras_vaultgemma.recipes.convert import convert
 
+pytestmark = pytest.mark.any_backend
+
 BF16 = DTYPES["bfloat16"]
 
 

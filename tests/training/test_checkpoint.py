@@ -173,6 +173,7 @@ def test_interrupted_with_early_stopping(tmp_path):
 # Killing.
 
 
+@pytest.mark.any_backend
 def test_killed(tmp_path):
     """A process that has imported the backend, which takes most of the time, forks those that train."""
     code = f"import pathlib, runs; runs.run_in_children(pathlib.Path({str(tmp_path)!r}))"
