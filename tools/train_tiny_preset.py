@@ -2,10 +2,11 @@
 
     KERAS_BACKEND=jax python tools/train_tiny_preset.py fairy_tales.txt presets/vaultgemma_tiny
 
-Every 20th block of 40 paragraphs is held out. Vocabulary and weights see the rest; training ends when held-out loss has
-not fallen for `--patience` epochs, and the best epoch's weights are kept. The vocabulary has Gemma's special tokens at
-Gemma's ids. Segmentations are sampled anew each epoch (BPE-dropout, Provilkov et al. 2020, arXiv:1910.13267): a small
-corpus gives more that way. Takes about an hour on 2 cores.
+Every 20th block of 40 paragraphs is held out. Vocabulary and weights are trained on the rest.
+Training ends when the held-out loss has not fallen for `--patience` epochs, and the weights of
+the best epoch are saved. The vocabulary has Gemma's special tokens at Gemma's ids. Each epoch
+samples new segmentations (BPE-dropout, Provilkov et al., 2020, arXiv:1910.13267), because a small
+corpus yields a better model that way. Takes about an hour on 2 cores.
 """
 
 import argparse
@@ -33,7 +34,7 @@ HELD_OUT_EVERY, BLOCK = 20, 40
 
 
 def split(text):
-    """(training paragraphs, held-out paragraphs); a paragraph keeps the line breaks after it."""
+    """Split into training and held-out paragraphs, each with the line breaks after it."""
     paragraphs = re.findall(r"(?:[^\n]|\n(?!\n))+\n*", text)
     held_out = [(i // BLOCK) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for i in range(len(paragraphs))]
     return (
@@ -43,7 +44,7 @@ def split(text):
 
 
 def train_vocabulary(paragraphs, size):
-    """SentencePiece BPE model of `size` pieces in Gemma's layout, as bytes."""
+    """Train a SentencePiece BPE model of `size` pieces in Gemma's layout. Return its bytes."""
     names = ["<mask>", *(f"<unused{i}>" for i in range(101)), "<start_of_turn>", "<end_of_turn>"]
     names += ["\n" * n for n in range(1, 32)] + ["\u2581" * n for n in range(2, 32)]
     tags = [
@@ -93,7 +94,7 @@ def train_vocabulary(paragraphs, size):
 
 
 def rows_of(paragraphs, encode, length):
-    """Rows of at most `length` + 1 ids, each with `<bos>` first; what is cut goes on in the next row.
+    """Return rows of at most `length` + 1 ids that start with `<bos>`. Long texts span rows.
 
     Three line breaks end a story or chapter: `<eos>` stands for them, and a new row starts.
     """
@@ -108,13 +109,13 @@ def rows_of(paragraphs, encode, length):
 
 
 def arrays(rows, length):
-    """`(x, y, sample_weight)` for `fit`."""
+    """Return `(x, y, sample_weight)` for `fit`."""
     ids, mask = pad_rows(rows, length + 1)
     return {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}, ids[:, 1:], mask[:, 1:]
 
 
 class Batches(keras.utils.PyDataset):
-    """Shuffled training batches, segmented and cut anew each epoch."""
+    """Shuffled training batches, segmented again each epoch."""
 
     def __init__(self, paragraphs, processor, dropout, batch_size, seed=0, **kwargs):
         super().__init__(**kwargs)
@@ -136,7 +137,7 @@ class Batches(keras.utils.PyDataset):
         self.rows = [rows[i] for i in self.rng.permutation(len(rows))]
 
     def __len__(self):
-        # Sampled segmentations differ in length a little; Keras wants the same number of batches each epoch.
+        # Sampled segmentations differ in length, and Keras needs equally many batches per epoch.
         self.length = getattr(self, "length", len(self.rows) // self.batch_size * 19 // 20)
         return self.length
 
@@ -150,7 +151,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def bits_per_byte(model, paragraphs, processor):
-    """Held-out bits per byte: every token of the text counts once, in rows of the training length."""
+    """Return held-out bits per byte. Each token counts once, in rows of the training length."""
     rows = rows_of(paragraphs, processor.encode, SEQUENCE_LENGTH)
     x, y, weight = arrays(rows, SEQUENCE_LENGTH)
     nats = model.score(x["token_ids"], x["padding_mask"], target_ids=y)
@@ -239,7 +240,7 @@ def main():
 
 
 def write_card(target, backbone, bits, steps, options, training, held_out):
-    """metadata.json and README.md of the preset."""
+    """Write metadata.json and README.md of the preset."""
     metadata_file = target / "metadata.json"
     metadata = json.loads(metadata_file.read_text())
     size = {
@@ -247,11 +248,12 @@ def write_card(target, backbone, bits, steps, options, training, held_out):
         for name, part in (("training", training), ("held_out", held_out))
     }
     metadata |= {
-        "description": "A VaultGemma of 2.8 M parameters, trained on children's classics: for tests and first steps.",
+        "description": "A VaultGemma of 2.8 M parameters, trained on children's classics: "
+        "for tests and first steps.",
         "license": "Apache-2.0",
         "corpus": {
-            "name": "fairy_tales.txt: Aesop, Alice, two Oz books, Grimm, The Wind in the Willows, The Jungle Book, The "
-            "Secret Garden (Standard Ebooks editions)",
+            "name": "fairy_tales.txt: Aesop, Alice, two Oz books, Grimm, The Wind in the Willows, "
+            "The Jungle Book, The Secret Garden (Standard Ebooks editions)",
             "license": "CC0-1.0",
             "training_bytes": size["training"],
             "held_out_bytes": size["held_out"],
@@ -260,7 +262,8 @@ def write_card(target, backbone, bits, steps, options, training, held_out):
             "steps": steps,
             "batch_size": options.batch_size,
             "sequence_length": SEQUENCE_LENGTH,
-            "optimizer": f"AdamW, peak learning rate {options.learning_rate}, weight decay {options.weight_decay}",
+            "optimizer": f"AdamW, peak learning rate {options.learning_rate}, "
+            f"weight decay {options.weight_decay}",
             "bpe_dropout": options.bpe_dropout,
         },
         "held_out_bits_per_byte": round(bits, 4),
@@ -269,14 +272,16 @@ def write_card(target, backbone, bits, steps, options, training, held_out):
     metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
     (target / "README.md").write_text(f"""# vaultgemma_tiny
 
-{metadata["description"]} The block, the tied head and the ids of special tokens are VaultGemma's; the rest is small:
-{backbone.count_params():,} parameters, {backbone.num_layers} layers, width {backbone.hidden_dim}, a vocabulary of \
-{backbone.vocabulary_size} SentencePiece pieces, {SEQUENCE_LENGTH} positions.
+{metadata["description"]} The block, the tied head and the ids of special tokens are VaultGemma's; \
+the rest is small:
+{backbone.count_params():,} parameters, {backbone.num_layers} layers, width {backbone.hidden_dim}, \
+a vocabulary of {backbone.vocabulary_size} SentencePiece pieces, {SEQUENCE_LENGTH} positions.
 
-- Corpus: {metadata["corpus"]["name"]}; {metadata["corpus"]["license"]}; {size["training"]:,} bytes for training, \
-{size["held_out"]:,} held out.
+- Corpus: {metadata["corpus"]["name"]}; {metadata["corpus"]["license"]}; \
+{size["training"]:,} bytes for training, {size["held_out"]:,} held out.
 - Training: {steps:,} steps of {options.batch_size} x {SEQUENCE_LENGTH} tokens, \
-{metadata["training"]["optimizer"]}, until held-out loss stopped falling (`tools/train_tiny_preset.py`).
+{metadata["training"]["optimizer"]}, until held-out loss stopped falling \
+(`tools/train_tiny_preset.py`).
 - Held-out bits per byte: {bits:.3f}.
 - **Not privately trained**: this preset carries no differential-privacy guarantee.
 - Licence of the weights: {metadata["license"]}.

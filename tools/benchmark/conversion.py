@@ -1,13 +1,16 @@
-"""Conversion and loading at VaultGemma 1B's size: time and memory beside copying, reading and keras-hub.
+"""Measure conversion and loading at VaultGemma 1B's size: time and memory.
 
     python tools/benchmark/conversion.py FOLDER
 
-FOLDER holds (or is filled with, 8 GB) a random bfloat16 checkpoint in each format; `full_size.py` writes the first.
-Every step runs in a process of its own, one after the other. Memory is what is resident beyond the interpreter and
-imported libraries, mapped pages of files not counted (RssAnon of Linux), sampled every 5 ms. All steps of a table run
-in turns, three times; the table has median times and the largest memory. Before the clock starts, each process writes
-and frees `WARM` bytes: the host of a virtual machine takes back what lay free for seconds, and getting 2 GB anew takes
-up to two seconds more, mostly for steps whose libraries take long to import.
+Compares with copying and reading the files, and with keras-hub. FOLDER gets a random bfloat16
+checkpoint in each format (8 GB), unless it has them; `full_size.py` writes the first.
+
+Each step runs in a process of its own, one after the other. All steps of a table run in turns,
+three times; the table has median times and the largest memory. Memory is what is resident beyond
+the interpreter and the imported libraries, without mapped pages of files (RssAnon of Linux),
+sampled every 5 ms. Each process first allocates and frees `WARM` bytes, because the host of a
+virtual machine takes back memory that was free for seconds, and returning 2 GB takes up to two
+seconds more.
 """
 
 import argparse
@@ -25,15 +28,13 @@ from pathlib import Path
 import full_size
 import numpy as np
 
-from keras_vaultgemma.recipes.convert import convert
-
 RUNS = 3
 WARM = 3 * 2**30
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
 def resident():
-    """Anonymous resident bytes of this process."""
+    """Return the anonymous resident bytes of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -41,7 +42,7 @@ def resident():
 
 
 class Memory(threading.Thread):
-    """Watches how far resident memory rises above where it stood."""
+    """A thread that records the peak of resident memory."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -54,7 +55,7 @@ class Memory(threading.Thread):
 
 
 def copy(source, target):
-    """`cp` and a hash of the same bytes: what any conversion has to do at least."""
+    """Copy and hash the files, the least that any conversion does."""
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in sorted(Path(target).iterdir()):
         with path.open("rb") as file:
@@ -62,17 +63,19 @@ def copy(source, target):
 
 
 def read(source, target):
-    """The weights file into memory."""
+    """Read the weights file into memory."""
     path = next(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".h5"))
     path.read_bytes()
 
 
 def to_keras(source, target):
+    from keras_vaultgemma import convert
 
     convert(source, target, to="keras", progress=False)
 
 
 def to_hf(source, target):
+    from keras_vaultgemma import convert
 
     convert(source, target, to="hf", progress=False)
 
@@ -117,7 +120,7 @@ def measure(step, source, target):
     if step.startswith("keras_hub"):
         import keras_hub  # noqa: F401
     else:
-        import keras_vaultgemma.conversion  # noqa: F401
+        from keras_vaultgemma import convert  # noqa: F401
     np.ones(WARM, "u1")
     memory = Memory()
     memory.start()
@@ -134,7 +137,7 @@ def measure(step, source, target):
 
 
 def run(step, source, target, backend):
-    """{seconds, gigabytes} of a step in a process of its own."""
+    """Run a step in a process of its own and return its `seconds` and `gigabytes`."""
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, __file__, str(source), "--step", step, "--target", str(target)]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -143,7 +146,7 @@ def run(step, source, target, backend):
 
 
 def run_in_turns(steps, scratch):
-    """List of (median seconds, most gigabytes) of each of `steps`, tuples of step, source and backend."""
+    """Return (median seconds, most gigabytes) of each (step, source, backend)."""
     results = [[] for _ in steps]
     for _ in range(RUNS):
         for (step, source, backend), of_step in zip(steps, results, strict=True):

@@ -1,11 +1,13 @@
-"""LoRA fine-tuning at VaultGemma 1B's size beside keras-hub: memory and time of a step.
+"""Measure LoRA fine-tuning at VaultGemma 1B's size and with keras-hub: memory and time per step.
 
-    python tools/benchmark/fit.py [--backends jax torch] [--shapes 1x512 2x1024 8x1024] [--png FILE] [--json FILE]
+    python tools/benchmark/fit.py [--backends jax torch] [--shapes 1x512 2x1024 8x1024]
+        [--png FILE] [--json FILE]
 
-Rank 8 on query and value, float32, Adam, random weights, random rows without padding. Every measurement runs in a
-process of its own, one after the other, and needs up to 24 GB. Memory is the most that is resident during `fit` above
-what the built model takes; the time is the median of the steps after the first, which compiles. A step of 8x1024 takes
-minutes, and its time is that of the first. Exits with 1 where a measurement failed.
+Rank 8 on query and value, float32, Adam, random weights, random rows without padding. Each
+measurement runs in a process of its own, one after the other, and needs up to 24 GB. Memory is
+the most that is resident during `fit` above what the built model takes. Time is the median of the
+steps after the first, which compiles; a step of 8x1024 takes minutes, so its time is that of the
+first. Exits with 1 if a measurement failed.
 """
 
 import argparse
@@ -67,7 +69,7 @@ MODELS = {f.__name__: f for f in (keras_hub, fit, fit_checkpointing)}
 
 
 def measure(model, steps, batch, length, vocabulary_size):
-    """Memory, seconds and CPU seconds (of all cores) of a few steps, and the loss."""
+    """Measure memory, seconds, CPU seconds of all cores, and the loss of a few steps."""
     import keras
 
     seconds, cpu_seconds = [], []
@@ -100,7 +102,7 @@ def measure(model, steps, batch, length, vocabulary_size):
 
 
 def run(step, backend, shape, size, steps):
-    """The result of one measurement in a process of its own, {} where it fails."""
+    """Run one measurement in a process of its own. Return its figures, or {} if it fails."""
     command = [sys.executable, __file__, "--step", step, "--shapes", shape, "--size", size]
     command += ["--steps", str(steps)] if steps else []
     environment = {
@@ -134,7 +136,7 @@ def report(results):
 
 
 def draw(results, path):
-    """Write a PNG: bars of memory and of time for each shape and backend."""
+    """Write a PNG with bars of memory and time for each shape and backend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.5 + len(results) / 4), layout="constrained")

@@ -1,9 +1,10 @@
-"""A checkpoint of VaultGemma 1B's size through every backend, against transformers: logits, load time, memory.
+"""Compare a checkpoint of VaultGemma 1B's size with transformers on each backend.
 
     python tools/benchmark/full_size.py FOLDER
 
-The weights are random, since the real ones are gated; FOLDER (2.1 GB) is written once and used again. Every model runs
-in a process of its own, one after the other, and needs 5 to 9 GB. Exits with 1 where logits differ by more than 1e-3.
+Reports logits, load time and memory. The weights are random, because the real ones are gated.
+FOLDER (2.1 GB) is written once and reused. Each model runs in a process of its own, one after the
+other, and needs 5 to 9 GB. Exits with 1 if logits differ by more than 1e-3.
 """
 
 import argparse
@@ -35,14 +36,14 @@ CONFIG = dict(
     sliding_window=512,
     max_position_embeddings=1024,
     rms_norm_eps=1e-6,
-    # Larger than the release's, so that attention is far from uniform and logits differ by whole units.
+    # Larger than the released model's, so that attention is far from uniform.
     initializer_range=0.05,
 )
 PROMPT = np.concatenate([[2], np.random.default_rng(0).integers(217, 256_000, 23)])[None]
 
 
 def peak_gigabytes():
-    """The most memory this process has had resident until now, mapped pages of files included."""
+    """Return the peak of this process's resident memory, mapped pages of files included."""
     return (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024)
@@ -51,7 +52,7 @@ def peak_gigabytes():
 
 
 def write(folder):
-    """Write the checkpoint beside `folder` and rename it, so that an interrupted run leaves none to be used again."""
+    """Write the checkpoint next to `folder` and rename it. An interrupted run leaves none."""
     import torch
     import transformers
 
@@ -59,7 +60,7 @@ def write(folder):
     config = transformers.VaultGemmaConfig(**CONFIG)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # they start as zeros, and a norm in the place of another would not show
+        if "norm" in name:  # zeros at first, which would hide norms that are swapped
             torch.nn.init.normal_(parameter, std=0.1)
     if model.num_parameters() != PARAMETERS:
         raise SystemExit(
@@ -95,7 +96,7 @@ def keras_logits(folder):
 
 
 def measure(steps, out):
-    """Write to the file `out` what a generator yields, load seconds and then logits, and the memory each took."""
+    """Write load seconds, logits and memory to the file `out`."""
     load_seconds, load_peak = next(steps), peak_gigabytes()
     np.savez(
         out,
@@ -107,7 +108,7 @@ def measure(steps, out):
 
 
 def run(step, folder, out, backend="torch"):
-    """Run one step in a process of its own, so that its memory is its own too."""
+    """Run one step in a process of its own, because its memory is measured."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run(
         [sys.executable, __file__, folder, "--step", step, "--out", out],
@@ -117,7 +118,7 @@ def run(step, folder, out, backend="torch"):
 
 
 def compare(folder):
-    """Print a row for every backend as it comes, then the table; True where all logits agree."""
+    """Print a row per backend, then the table. Return True if all logits agree."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name in ("transformers", *BACKENDS):
@@ -144,7 +145,7 @@ def compare(folder):
     print(f"\n{'float32':14}{'load, s':>9}{'load, GB':>10}{'peak, GB':>10}{'difference':>12}")
     for name, seconds, load_peak, peak, difference in rows:
         print(f"{name:14}{seconds:9.1f}{load_peak:10.2f}{peak:10.2f}{difference:12.1e}")
-    # Not `max(...) <= TOLERANCE`, which NaN could pass.
+    # Not `max(...) <= TOLERANCE`, which a NaN could pass.
     return all(difference <= TOLERANCE for *_, difference in rows)
 
 

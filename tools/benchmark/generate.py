@@ -1,15 +1,19 @@
-"""Generation at VaultGemma 1B's size beside keras-hub, transformers and what the machine's memory allows.
+"""Measure generation at VaultGemma 1B's size and compare with keras-hub and transformers.
 
-    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32] [--only generate batch] [--rows 8]
-        [--png FILE] [--json FILE]
+    python tools/benchmark/generate.py [--backends jax torch] [--dtypes float32]
+        [--only generate batch] [--rows 8] [--png FILE] [--json FILE]
 
-Weights are random. Every measurement runs in a process of its own, one after the other, and needs up to 10 GB. Times
-are medians of three warm calls, but for a process's first call, which compiles. A step of decoding reads every weight
-once, so memory limits it to the read bandwidth over the bytes of all weights. The bandwidth is the best of 7 sums of
-1 GiB by NumPy in two threads, taken right before and after decoding, in the same process: on shared machines it changes
-from minute to minute. keras-hub's first token is at its default length, 1,024, which it computes whatever the prompt;
-its tokens/s are those of a whole call. With `--json` a run can be made in parts: what the file has already is reported
-too. Exits with 1 where a measurement failed.
+Weights are random. Each measurement runs in a process of its own, one after the other, and needs
+up to 10 GB. Times are medians of three warm calls, except that of the first call, which compiles.
+
+A decode step reads every weight once, so the read bandwidth over the bytes of all weights limits
+it. The bandwidth is the best of 7 sums of 1 GiB by NumPy in two threads, measured right before
+and after decoding in the same process, because it changes from minute to minute on shared
+machines.
+
+keras-hub's first token is at its default length of 1,024, which it computes for any prompt; its
+tokens/s are those of a whole call. With `--json` a run can be made in parts: the report includes
+what the file already has. Exits with 1 if a measurement failed.
 """
 
 import argparse
@@ -29,8 +33,6 @@ import generate_report
 import numpy as np
 import random_model
 
-from keras_vaultgemma.generation import prompt_lookup
-
 ROOT = Path(__file__).parents[2]
 RUNS, PROMPT, NEW, CONTEXT = 3, 16, 32, 1024
 BACKENDS = ("jax", "torch", "tensorflow")
@@ -47,7 +49,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def build(size, dtype):
-    """(function of prompt lengths and new tokens that generates with this package, its model)"""
+    """Return a function of prompt lengths and new tokens that generates, and its model."""
     model = random_model.vaultgemma(size, dtype)
 
     def call(lengths, new):
@@ -75,13 +77,13 @@ def once(call, *args):
 
 
 def warm(call, *args):
-    """Median seconds of a call, after one that compiles."""
+    """Return the median seconds of a call, after one that compiles."""
     call(*args)
     return statistics.median(once(call, *args) for _ in range(RUNS))
 
 
 def bandwidth():
-    """Bytes a second that the CPU reads."""
+    """Measure the read bandwidth of the CPU in bytes per second."""
     data = np.ones(2**28, "float32")
     with ThreadPoolExecutor(2) as pool:
         return data.nbytes / min(
@@ -90,7 +92,7 @@ def bandwidth():
 
 
 def within_limit(measure, size, dtype):
-    """What `measure()` returns, tokens/s, beside what memory allowed meanwhile."""
+    """Return the tokens/s of `measure()`, and the limit that memory sets at the same time."""
     if not on_cpu():
         return {"tokens_per_s": measure()}
     before, tokens_per_s, after = bandwidth(), measure(), bandwidth()
@@ -99,7 +101,7 @@ def within_limit(measure, size, dtype):
 
 
 def first_call_and_decoding(call, size, dtype):
-    """Figures for `call([prompt length], new tokens)`; a token's time is what NEW more tokens take."""
+    """Measure `call([prompt length], new tokens)`. Tokens/s are those of NEW more tokens."""
     first_call, first_token = once(call, [PROMPT], NEW), warm(call, [PROMPT], 1)
     decoding = within_limit(
         lambda: NEW / (warm(call, [PROMPT], 1 + NEW) - first_token), size, dtype
@@ -149,12 +151,12 @@ def transformers(size, dtype, options):
 
 
 def warm_cache(size, dtype, options):
-    """`run` calls it in two processes that share a compilation cache, and takes the second's."""
+    """Measure a first call. `run` uses the second of two processes that share a cache."""
     return {"first_call_s": once(build(size, dtype)[0], [PROMPT], NEW)}
 
 
 def batch(size, dtype, options):
-    """Prompts of 5 to 200 tokens at once, and one of their mean length alone."""
+    """Measure prompts of 5 to 200 tokens together, and one of their mean length alone."""
     (call, _), lengths, new = (
         build(size, dtype),
         np.linspace(5, 200, options.rows).astype(int).tolist(),
@@ -166,9 +168,9 @@ def batch(size, dtype, options):
 
 
 def prompt_lookup(size, dtype, options):
-    """Tokens/s with prompt lookup over those without it, where the text repeats its prompt.
+    """Compare tokens/s with and without prompt lookup on text that repeats its prompt.
 
-    Text of random weights does not, so the guesses are given that lookup would find in such a text: the right ones.
+    Random weights generate no such text, so the draft is replaced by the right guesses.
     """
     from keras_vaultgemma.generation import prompt_lookup
 
@@ -185,9 +187,9 @@ def prompt_lookup(size, dtype, options):
 
 
 def memory(size, dtype, options):
-    """Bytes of the variables over float32's; what a call that fills the context takes beyond the weights.
+    """Measure the bytes of the weights, and the memory of a call that fills the context.
 
-    That is the second such call. The first compiles, which takes memory of its own (on JAX and TensorFlow).
+    The second such call counts, because the first one compiles, which takes memory too.
     """
     call, model = build(size, dtype)
     variable_bytes = sum(math.prod(v.shape) * BYTES.get(v.dtype, 4) for v in model.variables)
@@ -205,7 +207,7 @@ def memory(size, dtype, options):
 
 
 def int8_loss(size, dtype, options):
-    """Bits per byte of the bundled model on its held-out text, before and after quantizing."""
+    """Measure held-out bits per byte of the bundled model before and after quantizing."""
     sys.path.append(str(ROOT / "tools"))
     import sentencepiece
     import train_tiny_preset
@@ -226,7 +228,7 @@ STEPS = {f.__name__: f for f in STEPS}
 
 
 def run(step, backend, dtype, options):
-    """The result of one step in a process of its own, {} where it fails."""
+    """Run one step in a process of its own. Return its figures, or {} if it fails."""
     command = [sys.executable, __file__, "--step", step, "--dtype", dtype, "--size", options.size]
     command += ["--rows", str(options.rows)]
     command += ["--corpus", options.corpus] if options.corpus else []
@@ -265,7 +267,7 @@ def main():
         "--corpus", type=Path, help="text the bundled model was trained on; int8_loss needs it"
     )
     parser.add_argument("--png", type=Path, help="draw tokens/s into this file")
-    parser.add_argument("--json", type=Path, help="results are kept in this file, one a line")
+    parser.add_argument("--json", type=Path, help="file of results, one per line")
     parser.add_argument("--size", choices=random_model.SIZES, default="1b", help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)

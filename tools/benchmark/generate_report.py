@@ -1,4 +1,4 @@
-"""What tools/benchmark/generate.py measured: kept in a file, printed as tables, drawn."""
+"""The results of generate.py: stored in a file, printed as tables, plotted."""
 
 import json
 
@@ -7,7 +7,7 @@ NAMES = {"generate": "keras_vaultgemma", "keras_hub": "keras-hub", "transformers
 
 
 def read(path):
-    """{(step, backend, dtype): figures} from a file that `write` wrote; none without one."""
+    """Read `{(step, backend, dtype): figures}` from a file of `write`. Return {} without one."""
     if path is None or not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -85,7 +85,8 @@ def print_tables(results):
         if step == "int8_loss":
             before, after = loss["float32"], loss["int8"]
             print(
-                f"\nBits per byte of the bundled model on held-out text, {backend}: {before:.4f}, int8 {after:.4f}"
+                f"\nBits per byte of the bundled model on held-out text, {backend}: "
+                f"{before:.4f}, int8 {after:.4f}"
             )
 
 
@@ -97,13 +98,13 @@ def print_table(columns, rows):
 
 
 def in_order(results):
-    """What generates text, by dtype, the fastest first."""
+    """Return the results of text generation by dtype, the fastest first."""
     found = [item for item in results.items() if item[0][0] in NAMES]
     return sorted(found, key=lambda item: (DTYPES.index(item[0][2]), -item[1]["tokens_per_s"]))
 
 
 def draw(results, path):
-    """Write a PNG: a bar for each model's tokens/s, by dtype, and a mark where memory limited it."""
+    """Write a PNG with a bar of tokens/s per model and dtype, and a mark at the memory's limit."""
     from matplotlib.figure import Figure
 
     colors = dict(zip(NAMES, ("#2a6fbb", "#a9a9a9", "#d9a441"), strict=True))

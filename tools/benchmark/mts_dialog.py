@@ -1,10 +1,11 @@
-"""Fine-tunes of the tiny preset on doctors' dialogues (MTS-Dialog): held-out bits per byte before and after, samples.
+"""Fine-tune the tiny preset on dialogues of doctors (MTS-Dialog): bits per byte, and samples.
 
     python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow]
         [--runs lora full private_8 private_3] [--json FILE]
 
-FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), of which the column `dialogue` is
-learnt. The preset comes from fairy tales. Every run is in a process of its own. Exits with 1 where one failed.
+FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), whose column
+`dialogue` is trained on. The preset was trained on fairy tales. Each run is a process of its own.
+Exits with 1 if one failed.
 """
 
 import argparse
@@ -15,9 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.privacy import DPSGD
-from keras_vaultgemma.recipes.finetune import train
 
 BACKENDS = ("jax", "torch", "tensorflow")
 COLUMN, PROMPT = "dialogue", "Doctor: What brings you here today?"
@@ -67,15 +66,17 @@ def fine_tune(
     compile_options=None,
     fit_options=None,
 ):
-    """{"before", "after" in bits per byte, "seconds" of it all, "tokens_per_second", "sample"} of one run.
+    """Run once and return bits per byte `before` and `after`, `seconds` and a `sample`.
 
     Args:
-        row_length: None to pack dialogues into full rows; or of rows of one dialogue each, in tokens, which is what
-            private training protects.
+        row_length: int or None. Tokens of a row that has one dialogue, the unit that private
+            training protects. If None, dialogues are packed into full rows.
     """
     import keras
 
     from keras_vaultgemma import VaultGemmaCausalLM
+    from keras_vaultgemma.data.text_files import read_records
+    from keras_vaultgemma.recipes.finetune import train
 
     start = time.perf_counter()
     keras.utils.set_random_seed(0)
@@ -85,9 +86,9 @@ def fine_tune(
     files = [
         read_records(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")
     ]
-    held_out = files[1].ids(model.preprocessor, True)
+    held_out = files[1].tokenize(model.preprocessor, True)
     model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
-    training = files[0].ids(model.preprocessor, row_length is None)
+    training = files[0].tokenize(model.preprocessor, row_length is None)
     outcome = train(
         model,
         training,
@@ -109,7 +110,7 @@ def fine_tune(
 
 
 def run(name, backend, folder):
-    """The result of one run in a process of its own, {} where it fails."""
+    """Run one training in a process of its own. Return its figures, or {} if it fails."""
     command = [sys.executable, __file__, str(folder), "--run", name]
     environment = {
         **os.environ,

@@ -1,17 +1,19 @@
-"""What privacy costs: time and memory of private steps beside plain ones, and beside jax-privacy's Keras API.
+"""Measure the cost of private training: time and memory of private and plain steps.
 
-    python tools/benchmark/private_fit.py [--backends jax torch tensorflow] [--works lora full tiny] [--json FILE]
+    python tools/benchmark/private_fit.py [--backends jax torch tensorflow]
+        [--works lora full tiny] [--json FILE]
 
-- lora: VaultGemma 1B's size, float32, rank 8 on query and value, Adam, 8 rows of 256 tokens a step, in private training
-  on average.
+- lora: VaultGemma 1B's size, float32, rank 8 on query and value, Adam, 8 rows of 256 tokens per
+  step (on average in private training).
 - full: the same size, all weights, SGD, 2 rows of 64 tokens.
-- tiny: the bundled model's size, rank 8, Adam, 32 rows of 64 tokens; on JAX also keras-hub's Gemma of that shape with
-  jax-privacy.
+- tiny: the bundled model's size, rank 8, Adam, 32 rows of 64 tokens. On JAX also keras-hub's Gemma
+  of that shape with jax-privacy's Keras API.
 
-Random weights, random rows. Every measurement runs in a process of its own; the first step, which compiles, does not
-count. Private steps draw different numbers of rows and compute whole microbatches: a step's time is what a computed row
-took, times how many are computed in a step on average. Memory is the most that is resident during `fit` above what the
-built model takes. Exits with 1 where a measurement failed.
+Random weights, random rows. Each measurement runs in a process of its own; the first step, which
+compiles, does not count. Private steps draw different numbers of rows and compute whole
+microbatches, so a step's time is the time per computed row times the average number of computed
+rows per step. Memory is the most that is resident during `fit` above what the built model takes.
+Exits with 1 if a measurement failed.
 """
 
 import argparse
@@ -26,10 +28,6 @@ from pathlib import Path
 import numpy as np
 import random_model
 
-from keras_vaultgemma.privacy import DPSGD
-from keras_vaultgemma.privacy.sampling import sample_rows
-from keras_vaultgemma.privacy.seeds import fixed_secret
-
 BACKENDS = ("jax", "torch", "tensorflow")
 HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=64)
 TINY = dict(vocabulary_size=4096, num_layers=4, hidden_dim=192, intermediate_dim=512, **HEADS)
@@ -43,7 +41,7 @@ WORKS = {
     "tiny": dict(size=TINY, rank=8, batch=32, length=64, steps=12, sampling=1 / 20),
 }
 SEED = 54
-"""Of which rows are drawn, so that a measurement can be repeated; the second step of `lora` draws 8."""
+"""Seed of the drawn rows, for repeatable measurements. The second step of `lora` draws 8."""
 PEERS = ("plain", "private", "jax_privacy")
 
 
@@ -52,6 +50,7 @@ def plain(work):
 
 
 def private(work):
+    from keras_vaultgemma.privacy import DPSGD
 
     return _fit(work, DPSGD(noise_multiplier=1.0, delta=1e-5, seed_for_tests=SEED))
 
@@ -98,7 +97,7 @@ def _optimizer(work):
 
 
 def measure(peer, work):
-    """{"step_s", "gb_above_model", "rows" of a step} of a few steps."""
+    """Measure seconds per step, memory and rows of a few steps."""
     import keras
 
     model = globals()[peer](work)
@@ -140,7 +139,9 @@ def measure(peer, work):
 
 
 def computed_rows(run, microbatch, steps):
-    """Rows that each of the first steps computed, whole microbatches, and how many a step computes on average."""
+    """Return the computed rows of each of the first steps, and the average over many steps."""
+    from keras_vaultgemma.privacy.sampling import sample_rows
+    from keras_vaultgemma.privacy.seeds import fixed_secret
 
     def drawn(step):
         q, limit = run.sampling_probability, run.max_batch_size
@@ -151,7 +152,7 @@ def computed_rows(run, microbatch, steps):
 
 
 def run(peer, backend, work):
-    """The result of one measurement in a process of its own, {} where it fails."""
+    """Run one measurement in a process of its own. Return its figures, or {} if it fails."""
     command = [sys.executable, __file__, "--peer", peer, "--works", work]
     with tempfile.TemporaryDirectory() as home:
         environment = {

@@ -1,4 +1,4 @@
-"""Models of VaultGemma 1B's size with random weights, and what memory a process has."""
+"""Models of VaultGemma 1B's size with random weights, and the memory of a process."""
 
 import ctypes
 import gc
@@ -19,11 +19,10 @@ SIZES = {
 
 
 class Tiled:
-    """A block of random numbers, repeated: drawing a billion would take longer than most measurements."""
+    """A repeated block of random numbers, because drawing a billion takes too long."""
 
-    block = np.random.default_rng(0).normal(
-        0, 0.02, 1_000_003
-    )  # a prime, so that rows of a matrix differ
+    # The length is prime, so that the rows of a matrix differ.
+    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)
 
     def __init__(self, shape):
         self.shape = shape
@@ -33,7 +32,7 @@ class Tiled:
 
 
 def vaultgemma(size, dtype):
-    """A `VaultGemmaCausalLM` without preprocessor; for "int8" quantised from float32."""
+    """Build a `VaultGemmaCausalLM` without preprocessor; "int8" is quantized from float32."""
     from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 
     values = {weight.path: Tiled(weight.shape) for weight in weight_map.weight_map(size)}
@@ -45,7 +44,7 @@ def vaultgemma(size, dtype):
 
 
 def keras_hub_gemma(size, dtype):
-    """keras-hub's `GemmaBackbone` of the same shapes."""
+    """Build keras-hub's `GemmaBackbone` of the same shapes."""
     from keras_hub.models import GemmaBackbone
 
     # It counts both branches of the gated MLP together.
@@ -53,17 +52,17 @@ def keras_hub_gemma(size, dtype):
 
 
 def parameters(size):
-
+    """Return the number of parameters."""
     return sum(weight.size for weight in weight_map.weight_map(size))
 
 
 def resident(field):
-    """Bytes of "VmRSS", what is resident now, or "VmHWM", the most that was since `reset_peak` (Linux)."""
+    """Return the bytes of "VmRSS" (resident) or "VmHWM" (its peak since `reset_peak`), on Linux."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def reset_peak():
-    """Give free memory back to the system, count "VmHWM" anew and return "VmRSS"."""
+    """Return free memory to the system, reset "VmHWM" and return "VmRSS"."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
