@@ -68,11 +68,9 @@ class TextRecords(NamedTuple):
             `{"x": {"token_ids", "padding_mask"}, "y", "sample_weight"}` for `fit`, NumPy int32 [B, T].
         """
         if packed and self.prompts is None:
-            whole = list(packing.batches(self.texts, preprocessor, batch_size=64))
-            x, y, weights = (
-                {name: np.concatenate([x[name] for x, _, _ in whole]) for name in whole[0][0]},
-                *(np.concatenate([batch[i] for batch in whole]) for i in (1, 2)),
-            )
+            batches = list(packing.batches(self.texts, preprocessor, batch_size=64))
+            x = {name: np.concatenate([x[name] for x, _, _ in batches]) for name in batches[0][0]}
+            y, weights = (np.concatenate([batch[i] for batch in batches]) for i in (1, 2))
         else:
             with TruncationCounter() as truncations:
                 pairs = {"prompts": self.prompts, "responses": self.texts}
