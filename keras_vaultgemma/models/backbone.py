@@ -1,11 +1,16 @@
-"""The VaultGemma backbone: token ids to hidden states, in ONE walk over the layers.
+"""The VaultGemma backbone: token ids to hidden states in one forward pass over the blocks.
 
-What differs from Gemma 2 (keras-hub's `GemmaBackbone`, transformers' `Gemma2Model`):
-- no norm after attention and none after the MLP;
-- every layer of the 1B release attends to the whole context; sliding layers are there for `layer_types` that ask;
-- the soft caps on attention scores and on logits are options, and the 1B release has neither;
-- 1,024 positions; as many key-value heads as query heads (4); attention is 1,024 wide in a 1,152 wide model.
-The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm with 1 + scale, rotary positions, GeGLU.
+It differs from Gemma 2 (keras-hub's `GemmaBackbone`, transformers' `Gemma2Model`) in these points:
+
+- There is no norm after attention and none after the MLP.
+- Every layer of the 1B release attends to the whole context. Sliding-window layers exist for
+  configurations whose `layer_types` ask for them.
+- The soft caps on attention scores and on logits are options. The 1B release has neither.
+- 1,024 positions; as many key-value heads as query heads (4); attention is 1,024 wide in a model
+  of width 1,152.
+
+The rest is Gemma's: embeddings tied to the head and scaled by sqrt(D), RMSNorm with 1 + scale,
+rotary positions, GeGLU.
 """
 
 import math
@@ -15,10 +20,6 @@ import keras
 import keras_hub
 
 from keras_vaultgemma import backend
-from keras_vaultgemma._files import new_folder, read_json
-from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.checkpoints.config import read_config
-from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
 from keras_vaultgemma.layers import kv_cache
 from keras_vaultgemma.layers.attention import VaultGemmaAttention, causal_mask, segment_positions
 from keras_vaultgemma.layers.decoder_block import VaultGemmaDecoderBlock
@@ -27,46 +28,77 @@ from keras_vaultgemma.layers.initializers import Initial
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
 from keras_vaultgemma.layers.rotary import RotaryAngles
-from keras_vaultgemma.lora import adapters
-from keras_vaultgemma.models.sharding import layout_map
-from keras_vaultgemma.privacy.ledger import preset_ledger
-from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
+from keras_vaultgemma.models.lora_methods import LoraMethods
+from keras_vaultgemma.models.preset_io import BackboneIO
+from keras_vaultgemma.models.sharding import LayoutMapMethod
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
-class VaultGemmaBackbone(keras_hub.models.Backbone):
-    """VaultGemma without its head: `{"token_ids", "padding_mask"}`, int32 [B, T] each, to hidden states [B, T, D].
+class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.models.Backbone):
+    """VaultGemma without its language-model head.
 
-    `padding_mask` is 1 at tokens and 0 at padding, on either side of the tokens. Rows that several documents share have
-    the number of the token's segment instead of 1 (packing.py): positions start anew in each segment, and its tokens
-    see no other. Hidden states at padding are finite and mean nothing.
+    It maps `{"token_ids", "padding_mask"}`, int32 of shape `[B, T]` each, to hidden states of shape
+    `[B, T, D]`. `padding_mask` is 1 at tokens and 0 at padding, on either side of the tokens. In
+    packed rows, which several documents share, it holds the number of each token's segment instead
+    of 1: positions start at 0 in each segment, and its tokens attend to no other. Hidden states at
+    padding are finite and meaningless.
 
     Args:
-        vocabulary_size: V.
-        num_layers: L.
-        num_query_heads: N.
-        num_key_value_heads: K, a divisor of N.
-        hidden_dim: D.
-        intermediate_dim: F, the width of ONE branch of the gated MLP (keras-hub's Gemma counts both together).
-        head_dim: H, even; independent of D.
-        query_pre_attn_scalar: attention scores are divided by its square root. Defaults to `head_dim`.
-        attention_logit_soft_cap: cap on attention scores, or None.
-        final_logit_soft_cap: cap on the logits, or None; applied by the embedding called in reverse.
-        layer_types: "full_attention" or "sliding_attention", one for each layer. Defaults to full attention everywhere.
-        sliding_window_size: how many positions a sliding layer sees, the query's own included.
-        rope_theta: base of the rotary wavelengths.
-        layer_norm_epsilon: of every RMSNorm.
-        max_sequence_length: positions that the model was trained on. Longer input warns once; it does not fail.
-        initializer_range: standard deviation of initial projections and embeddings.
-        initial_values: `{variable path: value with read(dtype)}` to start from instead of random values; no part of
-            the config. `from_preset` fills variables this way, without drawing gigabytes of numbers first.
-        dtype: of compute and weights: a policy name or `keras.DTypePolicy`.
+        vocabulary_size: int. Size V of the vocabulary.
+        num_layers: int. Number L of decoder blocks.
+        num_query_heads: int. Number N of query heads.
+        num_key_value_heads: int. Number K of key-value heads, a divisor of N.
+        hidden_dim: int. Width D.
+        intermediate_dim: int. Width F of one branch of the gated MLP. (keras-hub's Gemma counts
+            both branches together.)
+        head_dim: int. Width H of a head; even, and independent of D.
+        query_pre_attn_scalar: float. Attention scores are divided by its square root. Defaults to
+            `head_dim`.
+        attention_logit_soft_cap: float or None. Soft cap on attention scores. Defaults to None.
+        final_logit_soft_cap: float or None. Soft cap on the logits, applied by the tied head.
+            Defaults to None.
+        layer_types: list of L strings, "full_attention" or "sliding_attention". Defaults to full
+            attention in every layer.
+        sliding_window_size: int or None. Number of positions that a sliding layer attends to, the
+            query's own included. Defaults to None.
+        rope_theta: float. Base of the rotary wavelengths. Defaults to 10,000.
+        layer_norm_epsilon: float. Epsilon of every RMSNorm. Defaults to 1e-6.
+        max_sequence_length: int. Number of positions that the model was trained on. Longer input
+            warns once and does not fail. Defaults to 1,024.
+        initializer_range: float. Standard deviation of the initial projections and embeddings.
+            Defaults to 0.02.
+        initial_values: dict or None. `{variable path: value}` to start from instead of random
+            values, where a value has `shape` and `read(dtype)`. It is not part of the config.
+            `from_preset` fills variables this way, because drawing gigabytes of random values
+            first would take longer than loading.
+        dtype: string or `keras.DTypePolicy`. Dtype of computations and weights.
+        **kwargs: `name` and `trainable`.
 
     Raises:
-        ValueError: for an argument out of its range, or two that contradict each other.
+        ValueError: If an argument is out of its range, or two arguments contradict each other.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vaultgemma import VaultGemmaBackbone
+
+    backbone = VaultGemmaBackbone(
+        vocabulary_size=256,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=4,
+        hidden_dim=64,
+        intermediate_dim=128,
+        head_dim=16,
+    )
+    token_ids = np.array([[2, 17, 5, 0]])
+    hidden_states = backbone({"token_ids": token_ids, "padding_mask": token_ids > 0})
+    ```
 
     References:
-        VaultGemma: https://arxiv.org/abs/2510.15001. Gemma 2: https://arxiv.org/abs/2408.00118.
+        - [VaultGemma](https://arxiv.org/abs/2510.15001)
+        - [Gemma 2](https://arxiv.org/abs/2408.00118)
     """
 
     def __init__(
@@ -92,9 +124,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         **kwargs,
     ):
         if unknown := set(kwargs) - {"name", "trainable"}:
-            raise ValueError(
-                f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}"
-            )
+            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(sorted(unknown))}")
         if layer_types is None and is_count(num_layers):
             layer_types = ["full_attention"] * num_layers
         arguments = dict(
@@ -121,9 +151,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         self._hyperparameters = tuple(arguments)
         for name, value in arguments.items():
             setattr(self, name, value)
-        self._warned_about_length = False
-        self.adapters = adapters.Adapters()
-        self.privacy = PrivacyRecord()
+        self._has_warned_about_length = False
 
         initial = Initial(
             initializer_range, None if initial_values is None else dict(initial_values)
@@ -136,7 +164,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             dtype=dtype,
             name="token_embedding",
         )
-        # It rounds the scale to the compute dtype like every Gemma: 33.94 is 34 in bfloat16.
+        # The scale is rounded to the compute dtype, as in every Gemma: 33.94 is 34 in bfloat16.
         self.embedding_scale = keras.layers.Rescaling(
             math.sqrt(hidden_dim), dtype=dtype, name="embedding_scale"
         )
@@ -178,25 +206,28 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         )
         if initial.values:
             raise ValueError(
-                f"`initial_values` has values that no variable takes: {', '.join(sorted(initial.values))}"
+                "`initial_values` must hold values of the backbone's variables alone. "
+                f"Received: {', '.join(sorted(initial.values))}"
             )
 
     def walk(self, token_ids, positions, cache=None, start=None, segments=None):
-        """Embed tokens, pass them through every block and normalise: training, scoring, prefill and decoding alike.
+        """Embed tokens, apply every block and normalise.
 
-        Prefill on JAX takes the same steps, one program for each block (`prefill.Prefill._read_layer`).
+        Training, scoring, prefill and decoding all use this forward pass.
 
         Args:
-            token_ids: int32 [B, T].
-            positions: int32 [B, T], of each token in its segment; `cache.EMPTY` at padding.
-            cache: `KVCache` of S slots that the tokens are written into and attend to, or None to attend to
-                each other only. It is consumed: use the returned one.
-            start: int32 scalar, the slot of the first token. Only with a cache.
-            segments: int32 [B, T], or [B, S] with a cache: tokens see those of the same number only. None where each
-                row is one text.
+            token_ids: int32 tensor of shape `[B, T]`.
+            positions: int32 tensor of shape `[B, T]`. Position of each token in its segment;
+                `kv_cache.EMPTY` at padding.
+            cache: `KVCache` of S slots, or None. With a cache, the tokens' keys and values are
+                written into it and the tokens attend to it; without one, they attend to each other.
+                The cache is consumed: use the returned one.
+            start: int32 scalar. Slot of the first token. Required with a cache.
+            segments: int32 tensor of shape `[B, T]`, or `[B, S]` with a cache, or None. Tokens
+                attend only to those with the same number. None if each row is one text.
 
         Returns:
-            Hidden states [B, T, D]; with a cache, a pair of them and the new cache.
+            Hidden states of shape `[B, T, D]`; with a cache, a tuple of them and the new cache.
         """
         key_positions = (
             positions if cache is None else kv_cache.write(cache.positions, positions, start)
@@ -212,13 +243,10 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             for layer_type in set(self.layer_types)
         }
         angles = self.rotary_angles(positions)
-        x = self.embed(token_ids)
+        x = self.embedding_scale(self.token_embedding(token_ids))
         keys, values = [], []
-        blocks = (
-            self.transformer_layers
-            if cache is None
-            else backend.trace_once(self.transformer_layers)
-        )
+        blocks = self.transformer_layers
+        blocks = blocks if cache is None else backend.trace_once(blocks)
         for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
             mask = masks[layer_type]
             if cache is None:
@@ -231,17 +259,13 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
                 keys.append(key)
                 values.append(value)
         x = self.final_norm(x)
-        return (
-            x if cache is None else (x, kv_cache.KVCache(tuple(keys), tuple(values), key_positions))
-        )
-
-    def embed(self, token_ids):
-        """What the first block reads, [B, T, D], for int32 [B, T]."""
-        return self.embedding_scale(self.token_embedding(token_ids))
+        if cache is None:
+            return x
+        return x, kv_cache.KVCache(tuple(keys), tuple(values), key_positions)
 
     @property
     def gradient_checkpointing(self):
-        """Whether blocks keep only their input for the backward pass and compute the rest again."""
+        """True if blocks save only their input for the backward pass and recompute the rest."""
         return self.transformer_layers[0].gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -250,7 +274,7 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
             block.gradient_checkpointing = bool(value)
 
     def empty_cache(self, batch, slots):
-        """A `KVCache` of this model's shape for `batch` rows of `slots` slots."""
+        """Return an empty `KVCache` of this model's shape for `batch` rows of `slots` slots."""
         return kv_cache.empty_cache(
             self.num_layers,
             batch,
@@ -265,123 +289,19 @@ class VaultGemmaBackbone(keras_hub.models.Backbone):
         return super().call(inputs, training=training, mask=mask)
 
     def warn_if_long(self, length):
-        """Warn, once for this backbone, where `length` positions are more than it was trained on."""
-        if length and length > self.max_sequence_length and not self._warned_about_length:
-            self._warned_about_length = True
+        """Warn, once for this backbone, if `length` exceeds the positions it was trained on."""
+        if length and length > self.max_sequence_length and not self._has_warned_about_length:
+            self._has_warned_about_length = True
             warnings.warn(
-                f"The sequence has {length} positions and the model was trained on {self.max_sequence_length}; "
-                "expect worse output beyond them.",
+                f"The sequence has {length} positions and the model was trained on "
+                f"{self.max_sequence_length}; expect worse output beyond them.",
                 stacklevel=3,
             )
 
-    def default_lora_layer_names(self):
-        return list(adapters.DEFAULT_TARGETS)
-
-    def enable_lora(self, rank, target_layer_names=None, alpha=None, dropout=0.0, name="default"):
-        """Freeze the model and train an adapter: `lora.add`, where the arguments are explained."""
-        adapters.add(self, rank, target_layer_names, alpha, dropout, name)
-
-    def save_lora_weights(self, filepath):
-        raise NotImplementedError(
-            "`lora.save_adapter(model, folder)` saves adapters here, in a format that PEFT loads"
-        )
-
-    def load_lora_weights(self, filepath):
-        raise NotImplementedError(
-            "`lora.load_adapter(model, folder)` loads adapters here, and those of PEFT"
-        )
-
     def get_config(self):
         hyperparameters = {name: getattr(self, name) for name in self._hyperparameters}
-        return {**super().get_config(), **hyperparameters, "layer_types": list(self.layer_types)}
-
-    def save_to_preset(self, preset_dir, max_shard_size=10):
-        """Save into a folder that a `from_preset` of this package or keras-hub loads: whole, or not at all.
-
-        Args:
-            preset_dir: made, with the folders above it, where it does not exist.
-            max_shard_size: gigabytes of a weights file at most.
-
-        Raises:
-            ValueError or OSError: where nothing can be written there.
-        """
-        with backend.all_gathered(self.variables) as writes:
-            if writes:
-                with new_folder(preset_dir) as folder, backend.without_tensorflow():
-                    super().save_to_preset(str(folder), max_shard_size=max_shard_size)
-                    self.privacy.ledger.write(folder)
-
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Load a backbone from a bundled preset's name, a folder (Keras or Hugging Face format), `hf://` or `kaggle://`.
-
-        Args:
-            preset: string or path.
-            load_weights: False builds the architecture with random weights.
-            **kwargs: constructor arguments that replace the preset's, such as `dtype`.
-
-        Raises:
-            ValueError: for an unknown preset, a config this model cannot represent, or weights that do not fit.
-            FileNotFoundError: where a preset has no weights to load; it says how to get them.
-        """
-        folder = presets.find(preset, "weights" if load_weights else "config")
-        saved = read_json(folder / presets.CONFIG)["config"] if presets.is_keras(folder) else {}
-        values = None
-        try:
-            if load_weights:
-                hyperparameters, values = open_values(folder)
-            else:
-                hyperparameters = read_config(folder)
-        except KerasOnly:
-            if saved["dtype"]["class_name"] == "DTypePolicyMap":  # keras-hub would forget it
-                kwargs = {"dtype": saved["dtype"], **kwargs}
-            with backend.without_tensorflow():
-                backbone = super().from_preset(str(folder), load_weights=load_weights, **kwargs)
-        else:
-            identity = {name: saved[name] for name in ("name", "trainable") if name in saved}
-            backbone = cls(**{**hyperparameters, **identity, **kwargs}, initial_values=values)
-        if load_weights:
-            warn_if_not_finite(backbone, values)
-            backbone.privacy.add(preset_ledger(folder, preset, backbone.count_params()))
-        return backbone
-
-    @staticmethod
-    def get_layout_map(
-        device_mesh,
-        model_parallel_dim_name="model",
-        data_parallel_dim_name="batch",
-        preset="vaultgemma_1b",
-        **hyperparameters,
-    ):
-        """How `keras.distribution.ModelParallel` divides a backbone among devices (JAX); distribution.py says how.
-
-        Called before there is a model, since variables are divided when they are made:
-
-        ```python
-        mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), keras.distribution.list_devices())
-        layout_map = VaultGemmaBackbone.get_layout_map(mesh)
-        keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
-        model = VaultGemmaCausalLM.from_preset("vaultgemma_1b")
-        ```
-
-        Args:
-            device_mesh: `keras.distribution.DeviceMesh`.
-            model_parallel_dim_name: the mesh axis along which variables are divided.
-            data_parallel_dim_name: the mesh axis along which the rows of a batch are divided.
-            preset: whose sizes the devices should divide; as for `from_preset`, and only its config is read.
-            **hyperparameters: constructor arguments that replace the preset's.
-
-        Returns:
-            `keras.distribution.LayoutMap`. Heads, MLP or vocabulary that the devices do not divide stay whole on each,
-            and a warning says so.
-
-        Raises:
-            ValueError: for a mesh without these axes, an unknown preset or hyperparameter, or another backend than JAX.
-        """
-        sizes = read_config(presets.find(preset, "config"))
-        if unknown := set(hyperparameters) - set(sizes):
-            raise ValueError(
-                f"VaultGemmaBackbone has no argument {', '.join(map(repr, sorted(unknown)))}"
-            )
-        sizes.update(hyperparameters)
-        return layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)
+        return {
+            **super().get_config(),
+            **hyperparameters,
+            "layer_types": list(self.layer_types),
+        }

@@ -1,4 +1,4 @@
-"""Strings to padded ids and next-token labels: one path, NumPy out, on every backend."""
+"""Strings to padded token ids and next-token labels, as NumPy arrays on every backend."""
 
 import itertools
 
@@ -6,66 +6,70 @@ import keras
 import keras_hub
 
 from keras_vaultgemma import backend
-from keras_vaultgemma._files import new_folder, read_json
-from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.data.text_inputs import as_samples, as_texts
 from keras_vaultgemma.data.token_ids import check_lengths, pad_rows, unpad_rows
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
+from keras_vaultgemma.models.preset_io import PreprocessorIO
 from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
-class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
-    """Tokenise, add `<bos>` and `<eos>`, pad or cut to `sequence_length`, and shift by one for the labels.
+class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPreprocessor):
+    """Preprocessor for causal language modelling.
 
-    It is called on samples of one kind:
-    - a string, or a list or array of strings: every token is learnt;
-    - `{"prompts": strings, "responses": strings}`: the responses and `<eos>` are;
-    - a chat, a list of `{"role", "content"}`, or a list of chats: the model's turns and their `<end_of_turn>` are; a
-      chat ends there, without `<eos>`;
-    or on the first two inside `tf.data.Dataset.map`. It returns `(x, y, sample_weight)`: `x = {"token_ids",
-    "padding_mask"}` and `y`, `sample_weight`, all int32 [B, sequence_length] (without B for a single sample);
-    `sample_weight` is 1 where the label is to be learnt. A text that is cut gets no `<eos>`: it does not end there.
+    It tokenizes, adds `<bos>` and `<eos>`, pads or truncates to `sequence_length`, and shifts by
+    one token for the labels. Samples of one call are all of one kind:
+
+    - a string, or a list or array of strings: every token is trained on;
+    - `{"prompts": strings, "responses": strings}`: the responses and their `<eos>` are trained on;
+    - a chat, which is a list of `{"role", "content"}`, or a list of chats: the model's turns and
+      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`.
+
+    The first two kinds also work inside `tf.data.Dataset.map`. A text that is truncated gets no
+    `<eos>`, because it does not end there.
 
     Args:
         tokenizer: `VaultGemmaTokenizer`.
-        sequence_length: length of padded rows.
-        add_start_token, add_end_token: whether training rows get `<bos>` and `<eos>`.
+        sequence_length: int. Length T of padded rows. Defaults to 1,024.
+        add_start_token: bool. If True, training rows begin with `<bos>`. Defaults to True.
+        add_end_token: bool. If True, training rows end with `<eos>`. Defaults to True.
+
+    Call returns:
+        Tuple `(x, y, sample_weight)`: `x = {"token_ids", "padding_mask"}`, and all arrays int32 of
+        shape `[B, T]` (`[T]` for a single sample). `sample_weight` is 1 where the label `y` is
+        trained on.
 
     Raises:
-        ValueError: when called on anything else, on an empty list, on prompts and responses of different numbers, or
-            on a chat in which the model says nothing.
+        ValueError: When called on another type, on an empty list, on different numbers of prompts
+            and responses, or on a chat without a message of the model.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import VaultGemmaCausalLMPreprocessor
+
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset(
+        "vaultgemma_tiny", sequence_length=16
+    )
+    x, y, sample_weight = preprocessor(["The fox said", "In the garden"])
+    ```
     """
 
     backbone_cls = VaultGemmaBackbone
     tokenizer_cls = VaultGemmaTokenizer
 
-    @classmethod
-    def from_preset(cls, preset, **kwargs):
-        """Load the preprocessor of a preset; `**kwargs` replace its arguments, such as `sequence_length`.
-
-        For a Hugging Face folder `sequence_length` is the model's `max_position_embeddings`.
-        """
-        folder = presets.find(preset, "vocabulary")
-        if presets.is_keras(folder):
-            with backend.without_tensorflow():
-                return super().from_preset(str(folder), **kwargs)
-        length = read_json(folder / presets.CONFIG).get("max_position_embeddings", 1024)
-        return cls(VaultGemmaTokenizer.from_preset(folder), **{"sequence_length": length, **kwargs})
-
-    def save_to_preset(self, preset_dir):
-        """Save into a folder, as `VaultGemmaCausalLM.save_to_preset` does."""
-        with new_folder(preset_dir) as folder, backend.without_tensorflow():
-            super().save_to_preset(str(folder))
-
     def build(self, input_shape=None):
         self.built = True
 
     def call(self, x, y=None, sample_weight=None, sequence_length=None, truncations=None):
-        """Samples to `(x, y, sample_weight)`; `y` and `sample_weight` are not read.
+        """Return `(x, y, sample_weight)` for raw samples. See the class.
 
         Args:
-            truncations: `TruncationCounter` that is told of the rows, or None.
+            x: raw samples.
+            y: ignored.
+            sample_weight: ignored.
+            sequence_length: int. Length of padded rows. Defaults to the preprocessor's.
+            truncations: `TruncationCounter` that counts truncated rows, or None.
         """
         length = sequence_length or self.sequence_length
         texts = x.get("prompts") if isinstance(x, dict) else x
@@ -79,9 +83,7 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 ["int32"] * 4,
             )
         else:
-            token_ids, padding_mask, y, sample_weight = self._pack_for_training(
-                x, length, truncations
-            )
+            token_ids, padding_mask, y, sample_weight = self._pack_for_training(x, length, truncations)
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
 
     def _pack_for_training(self, x, length, truncations):
@@ -89,17 +91,17 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         start, end = self.special_ids
         end = end if has_end else []
         pieces = iter(self.tokenizer.tokenize([part for parts in samples for part in parts]))
-        rows, learnt = [], []
+        rows, trained = [], []
         for parts in samples:
-            row, is_learnt = [*start], [0] * len(start)
+            row, is_trained = [*start], [0] * len(start)
             for i, piece in enumerate(itertools.islice(pieces, len(parts))):
                 row += piece
-                is_learnt += [i % 2] * len(piece)
+                is_trained += [i % 2] * len(piece)
             rows.append(row + end)
-            learnt.append(is_learnt + [1] * len(end))
-        # One more than the length: the last label.
+            trained.append(is_trained + [1] * len(end))
+        # One token more than the length, because the last one is only a label.
         token_ids, mask = pad_rows(rows, length + 1, self.tokenizer.pad_token_id)
-        weights, _ = pad_rows(learnt, length + 1)
+        weights, _ = pad_rows(trained, length + 1)
         if truncations is not None:
             truncations.count(rows, weights[:, 1:])
         arrays = [token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], weights[:, 1:]]
@@ -107,19 +109,23 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @property
     def special_ids(self):
-        """The ids that training rows begin with and end with, a list of one or none each."""
+        """Tuple of two lists: the ids that training rows begin with and those they end with."""
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         return start, [self.tokenizer.end_token_id] if self.add_end_token else []
 
     def tokenize_prompts(self, texts):
-        """A list of strings to rows of ids, each with `<bos>` first."""
+        """Return a list of ids, beginning with `<bos>`, for each string."""
         return [[self.tokenizer.start_token_id, *row] for row in self.tokenizer.tokenize(texts)]
 
     def generate_preprocess(self, x, sequence_length=None):
-        """Prompts to `{"token_ids", "padding_mask"}`, int32 [B, sequence_length].
+        """Return `{"token_ids", "padding_mask"}`, int32 of shape `[B, T]`, for prompts.
+
+        Args:
+            x: string or list of strings.
+            sequence_length: int. Length T of padded rows. Defaults to the preprocessor's.
 
         Raises:
-            ValueError: for a prompt longer than `sequence_length`.
+            ValueError: If a prompt is longer than `sequence_length`.
         """
         length = sequence_length or self.sequence_length
         texts, is_single = as_texts(x)
@@ -130,11 +136,11 @@ class VaultGemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": mask}
 
     def generate_postprocess(self, x):
-        """`{"token_ids", "padding_mask"}` [B, T] to a list of strings, padding and control tokens left out."""
+        """Return a list of strings for `{"token_ids", "padding_mask"}` of shape `[B, T]`."""
         arrays = (keras.ops.convert_to_numpy(x[key]) for key in ("token_ids", "padding_mask"))
         return self.detokenize(unpad_rows(*arrays))
 
     def detokenize(self, rows):
-        """Rows of ids to a list of strings, control tokens left out."""
+        """Return a string for each list of ids, without control tokens."""
         control = set(self.tokenizer.special_token_ids)
         return [self.tokenizer.detokenize([i for i in row if i not in control]) for row in rows]

@@ -1,8 +1,9 @@
-"""How the backbone's variables and the rows of a batch are divided among devices, from their sizes alone.
+"""Sharding of the backbone's variables and of the rows of a batch over devices (JAX).
 
-For variables this is the tensor parallelism of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): matrices into the
-heads and into the MLP are cut by columns, those out of them by rows, the embedding by rows of the vocabulary. Each
-device then works on heads, channels and tokens of its own, and no weight ever travels.
+Variables follow the tensor parallelism of Megatron-LM ([Shoeybi et al., 2019](
+https://arxiv.org/abs/1909.08053)): matrices into the heads and into the MLP are sharded by columns,
+those out of them by rows, the embedding by rows of the vocabulary. Each device then works on its
+own heads, channels and tokens, and no weight is ever communicated.
 """
 
 import warnings
@@ -10,41 +11,44 @@ import warnings
 import keras
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.models.preset_io import preset_hyperparameters
 
 PARTS = {
     "attention": "num_key_value_heads",
     "the MLP": "intermediate_dim",
     "the embedding": "vocabulary_size",
 }
-"""What is divided as a whole or not at all, and the hyperparameter that the number of devices must divide.
+"""The parts that are sharded as a whole or not at all, with the hyperparameter that the number of
+devices must divide.
 
-Key-value heads stand for all heads: the query heads are a multiple of them, and one that is alone with its keys needs
-nothing from another device.
+Key-value heads stand for all heads, because the number of query heads is a multiple of theirs, and
+a query head that is on one device with its keys needs nothing from another device.
 """
 
 KERAS_BATCH_SIZE = 32
-"""What `keras.Model.fit` takes where it is given no batch size."""
+"""Default batch size of `keras.Model.fit`."""
 
 
 def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batch"):
-    """The layout of each variable of a backbone, also of those that LoRA and int8 add.
+    """Return the layout of each variable of a backbone, including those that LoRA and int8 add.
 
-    Norms, and variables that stand in no entry, are whole on every device. Optimizers give their state, accumulated
-    gradients included, the layout of the variable that it belongs to.
+    Norms, and variables that match no entry, are replicated. Optimizers give their state, including
+    accumulated gradients, the layout of the variable it belongs to.
 
     Args:
         device_mesh: `keras.distribution.DeviceMesh`.
-        hyperparameters: the backbone's constructor arguments.
-        model_axis: the mesh axis along which variables are divided.
-        data_axis: the mesh axis along which the rows of a batch are divided, and no variable is.
+        hyperparameters: dict of the backbone's constructor arguments.
+        model_axis: string. Mesh axis that variables are sharded along. Defaults to "model".
+        data_axis: string. Mesh axis that the rows of a batch are sharded along. Defaults to
+            "batch".
 
     Returns:
-        `keras.distribution.LayoutMap`. A part whose size the devices of `model_axis` do not divide stays whole, and a
-        warning says so.
+        `keras.distribution.LayoutMap`. A part whose size the devices of `model_axis` do not divide
+        is replicated, with a warning.
 
     Raises:
-        ValueError: for something else than a mesh, an axis that it has not, one axis for both, or another backend than
-            JAX.
+        ValueError: If `device_mesh` is not a mesh or lacks an axis, both axes are the same, or the
+            backend is not JAX.
     """
     backend.check_distribution_support()
     if not isinstance(device_mesh, keras.distribution.DeviceMesh):
@@ -58,7 +62,8 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
     ):
         if axis not in names:
             raise ValueError(
-                f"`{argument}` must be one of the mesh's axes {names}. Received: {argument}={axis!r}"
+                f"`{argument}` must be one of the mesh's axes {names}. "
+                f"Received: {argument}={axis!r}"
             )
     if model_axis == data_axis:
         raise ValueError(
@@ -70,8 +75,8 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
     if whole:
         sizes = ", ".join(f"{PARTS[part]}={hyperparameters[PARTS[part]]}" for part in whole)
         warnings.warn(
-            f"The {devices} devices of the mesh's axis {model_axis!r} do not divide {sizes}: each of them holds all of "
-            f"{' and '.join(whole)} and computes it alone. The rest is divided.",
+            f"The {devices} devices of the mesh's axis {model_axis!r} do not divide {sizes}, so "
+            f"{' and '.join(whole)} is replicated on each of them. The rest is sharded.",
             stacklevel=3,
         )
     layouts = keras.distribution.LayoutMap(device_mesh)
@@ -81,33 +86,35 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
 
 
 def check_batches(x, batch_size):
-    """Raise ValueError where the distribution that is set cannot divide each batch of `x` among its devices.
+    """Raise ValueError if the current distribution cannot shard each batch of `x`.
 
-    JAX would find out as well, but at the last batch, after an epoch, and in words of its own.
+    JAX would also raise, but at the last batch, after a whole epoch, and without naming the batch
+    size.
 
     Args:
-        x: `{"token_ids": [B, T]}`; anything else is not looked at, for its rows cannot be counted.
-        batch_size: as given to `fit`.
+        x: `{"token_ids": [B, T]}`. Anything else is ignored, because its rows cannot be counted.
+        batch_size: int or None, as given to `fit`.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or not isinstance(x, dict):
         return
-    # Each process has its own share of a batch, or the same rows as others of its replica.
-    shares = max(1, distribution.num_model_replicas // distribution.num_processes)
+    # Each process has its own part of a batch, or the same rows as others of its replica.
+    shards = max(1, distribution.num_model_replicas // distribution.num_processes)
     rows, batch_size = x["token_ids"].shape[0], batch_size or KERAS_BATCH_SIZE
-    if rows % shares or (rows > batch_size and batch_size % shares):
+    if rows % shards or (rows > batch_size and batch_size % shards):
         raise ValueError(
-            f"Every batch, the last one included, must have a multiple of {shares} rows, for the distribution divides "
-            f"them among as many devices. Received: batch_size={batch_size} and {rows} rows"
+            f"Every batch, the last one included, must have a multiple of {shards} rows, because "
+            "the distribution shards them over as many devices. "
+            f"Received: batch_size={batch_size} and {rows} rows"
         )
 
 
 def variable_axes(axis, whole=()):
-    """`{pattern of variable paths: the mesh axis, or None, for each axis of the variable}`.
+    """Return `{pattern of variable paths: mesh axis or None for each axis of the variable}`.
 
     Args:
-        axis: name of the mesh axis.
-        whole: those of `PARTS` that are not divided; they have no entry.
+        axis: string. Name of the mesh axis.
+        whole: list of those `PARTS` that are not sharded; they get no entry.
     """
     attention, block = r"decoder_block_\d+/attention", r"decoder_block_\d+"
     parts = {
@@ -130,7 +137,8 @@ def variable_axes(axis, whole=()):
 
 
 def _by_outputs(layer, axis):
-    """Of a projection, [out, in], or [in, out] in int8; LoRA's first factor [in, rank] is needed by every output."""
+    """Shard a projection's outputs. Its matrix is [out, in], or [in, out] in int8; every output
+    needs LoRA's first factor [in, rank]."""
     return {
         f"{layer}/weight": (axis, None),
         f"{layer}/(kernel|lora_kernel_b)": (None, axis),
@@ -139,5 +147,59 @@ def _by_outputs(layer, axis):
 
 
 def _by_inputs(layer, axis):
-    """As `_by_outputs`; int8 has one scale for each output, and LoRA's second factor is [rank, out]."""
+    """Shard a projection's inputs. Every input needs int8's scales [out] and LoRA's second factor
+    [rank, out]."""
     return {f"{layer}/weight": (None, axis), f"{layer}/(kernel|lora_kernel_a)": (axis, None)}
+
+
+class LayoutMapMethod:
+    """Mixin of a backbone: `get_layout_map`, as the backbones of keras-hub have it."""
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+        preset="vaultgemma_1b",
+        **hyperparameters,
+    ):
+        """Return the layout of a backbone's variables for `keras.distribution.ModelParallel` (JAX).
+
+        Call it before the model is built, because variables are sharded as they are created. See
+        `models/sharding.py` for what is sharded how.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: string. Mesh axis that variables are sharded along. Defaults to
+                "model".
+            data_parallel_dim_name: string. Mesh axis that the rows of a batch are sharded along.
+                Defaults to "batch".
+            preset: string or path. Preset whose sizes must be divided, as for `from_preset`. Only
+                its config is read. Defaults to "vaultgemma_1b".
+            **hyperparameters: Constructor arguments that replace the preset's.
+
+        Returns:
+            `keras.distribution.LayoutMap`. Heads, MLP or vocabulary whose size the devices do not
+            divide stay whole on each device, with a warning.
+
+        Raises:
+            ValueError: If the mesh lacks one of the axes, the preset or a hyperparameter is
+                unknown, or the backend is not JAX.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_vaultgemma import VaultGemmaBackbone
+
+        if keras.config.backend() == "jax":
+            devices = keras.distribution.list_devices()
+            mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+            layout_map = VaultGemmaBackbone.get_layout_map(mesh, preset="vaultgemma_tiny")
+        ```
+        """
+        sizes = preset_hyperparameters(preset)
+        if unknown := set(hyperparameters) - set(sizes):
+            raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(sorted(unknown))}")
+        sizes.update(hyperparameters)
+        return layout_map(device_mesh, sizes, model_parallel_dim_name, data_parallel_dim_name)

@@ -112,14 +112,14 @@ def check_execution(model):
         )
 
 
-def check_microbatch(model, size):
+def check_microbatch(size, takes_row_variables):
     """Raise ValueError for several rows at a time with a model whose rows would then not be clipped one by one.
 
     Args:
-        model: compiled `keras.Model` with `PrivateTraining` among its bases.
         size: what the user gave as `microbatch_size`.
+        takes_row_variables: that of the model's `RowLosses`.
     """
-    if size not in (None, 1) and not model.takes_row_variables:
+    if size not in (None, 1) and not takes_row_variables:
         raise ValueError(
             "`microbatch_size` must be 1 or None unless the model can compute several rows each by itself, as "
             "`VaultGemmaCausalLM` does with the default loss and metrics where LoRA on projections is all that is "

@@ -1,4 +1,4 @@
-"""How well a language model predicts each token of given rows."""
+"""Scoring: how well a language model predicts each token of given rows."""
 
 import keras
 import numpy as np
@@ -9,42 +9,63 @@ from keras_vaultgemma.data.text_inputs import as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows
 from keras_vaultgemma.training.loss import check_table, cross_entropy, head_factors
 
-ROWS = 32
-"""Rows that are computed at a time."""
+BATCH_ROWS = 32
+"""Rows that are scored together."""
 
 
-class Scorer:
-    """A compiled `_score_rows` of one model, good for the variables that this has now (LoRA, quantisation)."""
+def token_losses(embedding, hidden_states, targets, weights, with_gradient):
+    """Compute the cross-entropy of tokens from hidden states, without logits of all tokens.
 
-    def __init__(self, model):
-        self.variables = list(model.variables)
-        self._compiled = backend.compile_function(model._score_rows, self.variables)
+    Args:
+        embedding: `ReversibleEmbedding`, whose transposed table is the head.
+        hidden_states: tensor of shape `[B, T, D]`.
+        targets: int tensor of shape `[B * T]`.
+        weights: float tensor of shape `[B * T]`, 0 where nothing is predicted.
+        with_gradient: bool. False saves the work for gradients.
 
-    def call(self, *arrays):
-        return self._compiled(*map(backend.as_argument, arrays))
+    Returns:
+        Tuple `(total, losses, is_correct)`, as `training.loss.cross_entropy` returns it.
+    """
+    rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
+    factors = head_factors(embedding, rows)
+    return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
 
 
 class Scoring:
-    """The part of `VaultGemmaCausalLM` that scores tokens, by the loss that needs no logits (loss.py)."""
+    """The part of `VaultGemmaCausalLM` that scores tokens."""
 
-    _scorer = None
+    def __init__(self, *args, **kwargs):
+        self._compiled_scoring = None
+        super().__init__(*args, **kwargs)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
-        """How well the model predicts each token.
+        """Compute how well the model predicts each token.
 
         Args:
-            token_ids: strings, or int [B, T].
-            padding_mask: [B, T], true at tokens, or the number of each token's segment; all true if None.
-            scoring_mode: "loss" or "logits".
-            target_ids: int [B, T], what to predict at each place. Defaults to the next token, and then nothing is
-                predicted at a segment's last token.
+            token_ids: strings, or int array of shape `[B, T]`.
+            padding_mask: array of shape `[B, T]` or None. True at tokens, or the number of each
+                token's segment. Defaults to None, all tokens.
+            scoring_mode: string, "loss" or "logits". Defaults to "loss".
+            target_ids: int array of shape `[B, T]` or None. The id to predict at each position.
+                Defaults to the next token; then nothing is predicted at a segment's last token.
 
         Returns:
-            NumPy float32. "loss": [B, T], -log p(target) in nats, 0 where nothing is predicted. "logits": [B, T, V].
+            float32 NumPy array. For "loss" of shape `[B, T]`: -log p(target) in nats, 0 where
+            nothing is predicted. For "logits" of shape `[B, T, V]`.
 
         Raises:
-            ValueError: for another mode, ids outside the vocabulary (of targets, where the mask is true), or "loss" of
-                an embedding that is quantized to something else than int8.
+            ValueError: If `scoring_mode` is another one, an id is outside the vocabulary (a target,
+                where the mask is true), or the mode is "loss" and the embedding is quantized to
+                another mode than int8.
+
+        Example:
+
+        ```python
+        from keras_vaultgemma import VaultGemmaCausalLM
+
+        model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+        nats = model.score("The tortoise won the race.")
+        ```
         """
         if scoring_mode not in ("loss", "logits"):
             raise ValueError(
@@ -56,55 +77,49 @@ class Scoring:
             token_ids, padding_mask = pad_rows(rows, max(map(len, rows)))
         token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
         check_ids(token_ids, self.backbone.vocabulary_size)
-        mask = (
-            np.ones_like(token_ids)
-            if padding_mask is None
-            else np.asarray(ops.convert_to_numpy(padding_mask))
-        )
-        x = {"token_ids": token_ids, "padding_mask": mask.astype("int32")}
+        if padding_mask is None:
+            padding_mask = np.ones_like(token_ids)
+        segments = np.asarray(ops.convert_to_numpy(padding_mask)).astype("int32")
         if scoring_mode == "logits":
+            x = {"token_ids": token_ids, "padding_mask": segments}
             return keras.Model.predict(self, x, verbose=0)
-        if target_ids is None:
-            target_ids, weights = (
-                np.roll(token_ids, -1, axis=1),
-                (np.roll(mask, -1, axis=1) == mask) & (mask > 0),
-            )
-            weights[:, -1] = False
-        else:
-            target_ids, weights = np.asarray(ops.convert_to_numpy(target_ids)), mask > 0
-            check_ids(
-                target_ids[weights],
-                self.backbone.vocabulary_size,
-                "`target_ids` where the mask is true",
-            )
         check_table(self.backbone.token_embedding)
-        if self._scorer is None or [id(v) for v in self._scorer.variables] != [
-            id(v) for v in self.variables
-        ]:
-            self._scorer = Scorer(self)
-        arrays = (
-            x["token_ids"],
-            x["padding_mask"],
-            target_ids.astype("int32"),
-            weights.astype("float32"),
-        )
+        arrays = (token_ids, segments, *self._targets(token_ids, segments, target_ids))
+        score = self._scoring()
         batches = [
-            [array[i : i + ROWS] for array in arrays] for i in range(0, len(token_ids), ROWS)
+            [backend.as_argument(array[i : i + BATCH_ROWS]) for array in arrays]
+            for i in range(0, len(token_ids), BATCH_ROWS)
         ]
-        return np.concatenate(
-            [ops.convert_to_numpy(self._scorer.call(*batch)) for batch in batches]
-        )
+        return np.concatenate([ops.convert_to_numpy(score(*batch)) for batch in batches])
+
+    def _targets(self, token_ids, segments, target_ids):
+        """Return targets, int32, and their weights, float32, of shape `[B, T]` each."""
+        is_token = segments > 0
+        if target_ids is None:
+            targets = np.roll(token_ids, -1, axis=1)
+            is_scored = is_token & (np.roll(segments, -1, axis=1) == segments)
+            is_scored[:, -1] = False
+        else:
+            targets, is_scored = np.asarray(ops.convert_to_numpy(target_ids)), is_token
+            what = "`target_ids` where the mask is true"
+            check_ids(targets[is_scored], self.backbone.vocabulary_size, what)
+        return targets.astype("int32"), is_scored.astype("float32")
+
+    def _scoring(self):
+        """Return the compiled `_score_rows`; a new one after variables were added or replaced."""
+        variables = list(self.variables)
+        if self._compiled_scoring is None or self._compiled_scoring[0] != list(map(id, variables)):
+            compiled = backend.compile_function(self._score_rows, variables)
+            self._compiled_scoring = list(map(id, variables)), compiled
+        return self._compiled_scoring[1]
 
     def _score_rows(self, token_ids, padding_mask, targets, weights):
-        """[B, T], weighted losses."""
-        hidden_states = self.backbone({"token_ids": token_ids, "padding_mask": padding_mask})
-        targets, flat = ops.reshape(targets, (-1,)), ops.reshape(weights, (-1,))
-        _, losses, _ = self._cross_entropy(hidden_states, targets, flat, with_gradient=False)
+        x = {"token_ids": token_ids, "padding_mask": padding_mask}
+        _, losses, _ = token_losses(
+            self.backbone.token_embedding,
+            self.hidden_states(x),
+            ops.reshape(targets, (-1,)),
+            ops.reshape(weights, (-1,)),
+            with_gradient=False,
+        )
         return ops.reshape(losses, ops.shape(weights)) * weights
-
-    def _cross_entropy(self, hidden_states, targets, weights, with_gradient):
-        """`loss.cross_entropy` of hidden states [B, T, D] and flat targets and weights [B * T]."""
-        rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
-        embedding = self.backbone.token_embedding
-        factors = head_factors(embedding, rows)
-        return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)

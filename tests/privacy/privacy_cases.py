@@ -45,7 +45,7 @@ def take(rows, indices):
 
 def sum_of(model, rows, count=None, size=1):
     """`ClippedSum` of some rows, compiled as in `fit`, with NumPy arrays."""
-    model._microbatch = size
+    model.private_training.microbatch = size
     total = len(rows[1])
     padded = -(-total // size) * size
     rows = keras.tree.map_structure(
@@ -60,19 +60,19 @@ def sum_of(model, rows, count=None, size=1):
 def compiled(model):
     if not hasattr(model, "_compiled_sum"):
         model._compiled_sum = {}
-    if model._microbatch not in model._compiled_sum:
+    if model.private_training.microbatch not in model._compiled_sum:
 
         def function(rows, count):
-            clipped, _ = model._clipped_sum(rows, count)
+            clipped, _ = model.private_training.clipped_sum(rows, count)
             return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
 
         run = backend.compile_function(
             function, [*model.variables, *model.metrics_variables], fused=False
         )
-        model._compiled_sum[model._microbatch] = lambda rows, count: run(
+        model._compiled_sum[model.private_training.microbatch] = lambda rows, count: run(
             keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
         )
-    return model._compiled_sum[model._microbatch]
+    return model._compiled_sum[model.private_training.microbatch]
 
 
 def plain_gradients(model, rows):

@@ -10,15 +10,16 @@ from privacy_cases import SMALL
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.data import packing
+from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.privacy import mechanism
-from keras_vaultgemma.privacy.train_step import PrivateTraining
+from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
 
 pytestmark = pytest.mark.usefixtures("own_key")
 
 ROWS = 40
 
 
-class Private(PrivateTraining, keras.Model):
+class Private(Trainer, keras.Model):
     """Any Keras model."""
 
 
@@ -138,10 +139,8 @@ def test_several_rows_of_weights_that_have_no_copies():
         model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
 
 
-class Several(PrivateTraining, keras.Model):
-    """A model that says it can: its one layer multiplies each row by the row's own copy."""
-
-    takes_row_variables = True
+class Several(Trainer, keras.Model):
+    """A model whose one layer multiplies each row by the row's own copy of the variable."""
 
     def __init__(self):
         super().__init__()
@@ -150,8 +149,15 @@ class Several(PrivateTraining, keras.Model):
     def call(self, x):
         return keras.ops.sum(x * self.kernel, axis=-1, keepdims=True)
 
-    def private_losses(self, x, y=None, sample_weight=None):
-        losses = keras.ops.mean((self(x) - y) ** 2, axis=-1)
+    def _make_private_training(self, settings):
+        return PrivateTraining(self, settings, SeveralRowLosses(self))
+
+
+class SeveralRowLosses(RowLosses):
+    takes_row_variables = True
+
+    def losses(self, x, y=None, sample_weight=None):
+        losses = keras.ops.mean((self.model(x) - y) ** 2, axis=-1)
         return keras.ops.sum(losses), losses
 
 

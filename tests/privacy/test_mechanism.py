@@ -32,7 +32,7 @@ def test_equal_to_a_plain_loop_over_rows(name):
     model, rows = private_model(**MODELS[name]), some_rows(7)
     found, losses = plain_gradients(model, rows)
     _, norms = plain_sum(found)
-    model._dpsgd.clip_norm = clip_norm = float(
+    model.private_training.settings.clip_norm = clip_norm = float(
         np.mean(np.sort(norms)[3:5])
     )  # four rows are below it, three above
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
@@ -46,7 +46,7 @@ def test_equal_to_a_plain_loop_over_rows(name):
 
 def test_clipping_says_how_sensitive_its_sum_is():
     model = private_model(**MODELS["LoRA"])
-    clipped, _ = model._clipped_sum(
+    clipped, _ = model.private_training.clipped_sum(
         keras.tree.map_structure(ops.convert_to_tensor, some_rows(1)), 1
     )
     assert clipped.sensitivity == C
@@ -168,7 +168,7 @@ def test_bfloat16_computes_what_a_plain_loop_does(name):
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     found, losses = plain_gradients(model, rows)
     _, norms = plain_sum(found)
-    model._dpsgd.clip_norm = clip_norm = float(np.mean(np.sort(norms)[3:5]))
+    model.private_training.settings.clip_norm = clip_norm = float(np.mean(np.sort(norms)[3:5]))
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
     length = np.sqrt(sum((e**2).sum() for e in expected))
     for size in (1, 3) if name == "LoRA" else (1,):
@@ -274,9 +274,9 @@ if sys.argv[2] == "lora":
         v.assign(np.random.default_rng(sum(map(ord, v.path))).normal(0, 0.02, v.shape))
 model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=1.0, clip_norm=0.5))
 rows = keras.utils.unpack_x_y_sample_weight(model.preprocessor(sys.argv[3:]))
-model._microbatch = 2 if sys.argv[2] == "lora" else 1
+model.private_training.microbatch = 2 if sys.argv[2] == "lora" else 1
 rows = keras.tree.map_structure(keras.ops.convert_to_tensor, rows)
-clipped, _ = model._clipped_sum(rows, keras.ops.convert_to_tensor(np.int32(len(sys.argv) - 3)))
+clipped, _ = model.private_training.clipped_sum(rows, keras.ops.convert_to_tensor(np.int32(len(sys.argv) - 3)))
 np.savez(sys.argv[1], *[keras.ops.convert_to_numpy(g.detach() if hasattr(g, "detach") else g) for g in clipped.gradients])
 """
 

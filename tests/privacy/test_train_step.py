@@ -199,8 +199,12 @@ def test_dropout_follows_the_seeds_of_the_step():
     found = []
     for seed in (1, 2, 1):
         backend.seed_global_generator(seed)
-        seeds = ops.convert_to_tensor(np.full((len(model._seeds), 2), seed, "int32"))
-        clipped, _ = model._clipped_sum(rows, ops.convert_to_tensor(np.int32(1)), seeds)
+        seeds = ops.convert_to_tensor(
+            np.full((len(model.private_training.seeds), 2), seed, "int32")
+        )
+        clipped, _ = model.private_training.clipped_sum(
+            rows, ops.convert_to_tensor(np.int32(1)), seeds
+        )
         found.append([to_numpy(g) for g in clipped.gradients])
     assert distance(found[0], found[2]) == 0 and distance(found[0], found[1]) > 0.1 * C
 

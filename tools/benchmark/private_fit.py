@@ -128,7 +128,7 @@ def measure(peer, work):
     rows, average = [work["batch"]] * len(seconds), work["batch"]
     if peer == "private":
         rows, average = computed_rows(
-            model.privacy.ledger.runs[-1][0], model._microbatch, len(seconds)
+            model.privacy.ledger.runs[-1][0], model.private_training.microbatch, len(seconds)
         )
     return {
         "step_s": sum(seconds[1:]) / sum(rows[1:]) * average,

@@ -1,0 +1,196 @@
+"""Loading and saving of presets: the one `from_preset` and `save_to_preset` of the model's classes.
+
+A preset is a folder of files: a config, weights, a vocabulary and a privacy ledger. What differs
+between a backbone, a task, a preprocessor and a tokenizer is which of these files it needs and how
+it is built from them. That is all the four subclasses of `PresetIO` define.
+"""
+
+from keras_vaultgemma import backend
+from keras_vaultgemma._files import new_folder, read_json
+from keras_vaultgemma.checkpoints import presets
+from keras_vaultgemma.checkpoints.config import read_config
+from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
+from keras_vaultgemma.privacy.ledger import preset_ledger
+from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
+
+
+class PresetIO:
+    """Mixin that loads and saves presets. It precedes the keras-hub class among the bases."""
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Load from a preset.
+
+        Args:
+            preset: string or path. A bundled preset's name, a folder in Keras or Hugging Face
+                format, `hf://org/name[@revision]` or
+                `kaggle://org/model/framework/variation[/version]`.
+            load_weights: bool. If False, the architecture gets random weights and only the small
+                files are needed. Defaults to True.
+            **kwargs: Constructor arguments that replace the preset's, such as `dtype`. A causal
+                language model also takes `preprocessor=None`, to work on token ids without a
+                vocabulary.
+
+        Returns:
+            An instance of the class.
+
+        Raises:
+            ValueError: If the preset is unknown, its config describes another model, or its weights
+                do not fit.
+            FileNotFoundError: If weights or vocabulary are missing. The message says how to get
+                them.
+
+        Example:
+
+        ```python
+        from keras_vaultgemma import VaultGemmaCausalLM
+
+        model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny", dtype="bfloat16")
+        ```
+        """
+        folder = presets.find(preset, cls._required_files(load_weights, kwargs))
+        return cls._load(folder, preset, load_weights, kwargs)
+
+    def save_to_preset(self, preset_dir, **kwargs):
+        """Save into a folder that `from_preset` of this package and of keras-hub loads.
+
+        The folder is complete when this returns and unchanged if it raises.
+
+        Args:
+            preset_dir: string or path. Created, with its parents, if it does not exist.
+            **kwargs: For models `max_shard_size`, the largest size of a weights file in gigabytes.
+                Defaults to 10.
+
+        Raises:
+            ValueError: If `preset_dir` or a folder above it is a file.
+            OSError: If nothing can be written there.
+
+        Example:
+
+        ```python
+        from keras_vaultgemma import VaultGemmaCausalLM
+
+        model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+        model.save_to_preset("my_preset")
+        model = VaultGemmaCausalLM.from_preset("my_preset")
+        ```
+        """
+        with backend.all_gathered(getattr(self, "variables", [])) as writes:
+            if writes:
+                with new_folder(preset_dir) as folder, backend.without_tensorflow():
+                    super().save_to_preset(str(folder), **kwargs)
+                    self._save_more(folder)
+
+    def _save_more(self, folder):
+        """Save what keras-hub does not know of."""
+
+    @classmethod
+    def _load_by_keras_hub(cls, folder, **kwargs):
+        with backend.without_tensorflow():
+            return super().from_preset(str(folder), **kwargs)
+
+
+class TokenizerIO(PresetIO):
+    """`PresetIO` of a tokenizer."""
+
+    @classmethod
+    def _required_files(cls, load_weights, kwargs):
+        return "vocabulary"
+
+    @classmethod
+    def _load(cls, folder, preset, load_weights, kwargs):
+        if presets.is_keras(folder):
+            return cls._load_by_keras_hub(folder, **kwargs)
+        return cls(proto=presets.file(folder, "vocabulary").read_bytes(), **kwargs)
+
+
+class PreprocessorIO(PresetIO):
+    """`PresetIO` of a preprocessor."""
+
+    @classmethod
+    def _required_files(cls, load_weights, kwargs):
+        return "vocabulary"
+
+    @classmethod
+    def _load(cls, folder, preset, load_weights, kwargs):
+        if presets.is_keras(folder):
+            return cls._load_by_keras_hub(folder, **kwargs)
+        length = read_json(folder / presets.CONFIG).get("max_position_embeddings", 1024)
+        tokenizer = cls.tokenizer_cls.from_preset(folder)
+        return cls(tokenizer, **{"sequence_length": length, **kwargs})
+
+
+class _ModelIO(PresetIO):
+    """`PresetIO` of what has weights, and so a privacy ledger that belongs to them."""
+
+    def _save_more(self, folder):
+        self.privacy.ledger.write(folder)
+
+
+class BackboneIO(_ModelIO):
+    """`PresetIO` of a backbone, which also owns the privacy record of its weights."""
+
+    @property
+    def privacy(self):
+        """`PrivacyRecord` of the private data that the weights were trained on."""
+        if not hasattr(self, "_privacy_record"):
+            self._privacy_record = PrivacyRecord()
+        return self._privacy_record
+
+    @classmethod
+    def _required_files(cls, load_weights, kwargs):
+        return "weights" if load_weights else "config"
+
+    @classmethod
+    def _load(cls, folder, preset, load_weights, kwargs):
+        config = read_json(folder / presets.CONFIG)["config"] if presets.is_keras(folder) else {}
+        values = None
+        try:
+            if load_weights:
+                hyperparameters, values = open_values(folder)
+            else:
+                hyperparameters = read_config(folder)
+        except KerasOnly:
+            if config["dtype"]["class_name"] == "DTypePolicyMap":  # keras-hub would drop it
+                kwargs = {"dtype": config["dtype"], **kwargs}
+            backbone = cls._load_by_keras_hub(folder, load_weights=load_weights, **kwargs)
+        else:
+            identity = {name: config[name] for name in ("name", "trainable") if name in config}
+            arguments = {**hyperparameters, **identity, **kwargs}
+            backbone = cls(**arguments, initial_values=values)
+        if load_weights:
+            warn_if_not_finite(backbone, values)
+            backbone.privacy.add(preset_ledger(folder, preset, backbone.count_params()))
+        return backbone
+
+
+class CausalLMIO(_ModelIO):
+    """`PresetIO` of a causal language model."""
+
+    @classmethod
+    def _required_files(cls, load_weights, kwargs):
+        if load_weights:
+            return "weights"
+        return "config" if "preprocessor" in kwargs else "vocabulary"
+
+    @classmethod
+    def _load(cls, folder, preset, load_weights, kwargs):
+        takes_text = "preprocessor" not in kwargs
+        if takes_text and not presets.file(folder, "vocabulary"):
+            files = ", ".join(presets.FILES["vocabulary"])
+            raise FileNotFoundError(
+                f"{preset} has no vocabulary ({files}). Pass `preprocessor=None` to work on ids"
+            )
+        backbone_kwargs = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
+        if "backbone" not in kwargs:
+            kwargs["backbone"] = cls.backbone_cls._load(
+                folder, preset, load_weights, backbone_kwargs
+            )
+        if takes_text:
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder)
+        return cls(**kwargs)
+
+
+def preset_hyperparameters(preset):
+    """Return a preset's constructor arguments of `VaultGemmaBackbone`, from its config alone."""
+    return read_config(presets.find(preset, "config"))

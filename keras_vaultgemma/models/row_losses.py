@@ -1,0 +1,45 @@
+"""Losses of single rows for private training of the causal language model."""
+
+from keras import ops
+
+from keras_vaultgemma.lora.injection import adaptable_layers
+from keras_vaultgemma.privacy.train_step import RowLosses
+from keras_vaultgemma.training.scoring import token_losses
+
+MICROBATCH_TOKENS = 2048
+"""Tokens of the rows that private training computes together."""
+
+
+class NextTokenRowLosses(RowLosses):
+    """Losses of single rows with the default loss of a causal language model.
+
+    A row's loss is the mean over its tokens that count, each times its weight.
+    """
+
+    @property
+    def takes_row_variables(self):
+        """True if LoRA factors of projections are all that is trained."""
+        layers = adaptable_layers(self.model.backbone).values()
+        factors = [v for layer in layers if layer.takes_row_factors for v in layer.lora_factors]
+        return {id(v) for v in self.model.trainable_variables} <= {id(v) for v in factors}
+
+    def rows_at_once(self, rows):
+        return max(1, MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1])
+
+    def unit(self, rows, unit):
+        return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
+
+    def losses(self, x, y=None, sample_weight=None):
+        weights = ops.ones(ops.shape(y), "float32")
+        if sample_weight is not None:
+            weights = ops.cast(sample_weight, "float32")
+        count = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
+        weights = weights / ops.maximum(count, 1.0)
+        total, losses, _ = token_losses(
+            self.model.backbone.token_embedding,
+            self.model.hidden_states(x, training=True),
+            ops.reshape(y, (-1,)),
+            ops.reshape(weights, (-1,)),
+            with_gradient=True,
+        )
+        return total, ops.sum(ops.reshape(losses, ops.shape(weights)) * weights, axis=1)
