@@ -1,5 +1,7 @@
 """Fine-tuning from a data file to an adapter or a preset: what `keras-vaultgemma finetune` does."""
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +9,7 @@ from typing import NamedTuple
 import keras
 
 from keras_vaultgemma._plots import new_figure
+from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
@@ -15,22 +18,127 @@ from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
 LORA_RATE, FULL_RATE = 1e-3, 1e-4
-"""Adam's learning rates, where none is given."""
+"""Default learning rates of Adam, for an adapter and for all weights."""
 
 BATCH_SIZE, PRIVATE_BATCH_SIZE = 8, 128
-"""Rows of a batch, where none are given. The noise is the same for few rows and for many."""
+"""Default batch sizes. Private batches are larger, because the noise does not grow with them."""
 
 LARGEST_SEED = 2**31 - 1
-"""The largest that all three backends take."""
+"""The largest seed that all three backends take."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The options of `finetune`, validated when they are put together.
+
+    Args:
+        preset: string. Preset to start from, as for `VaultGemmaCausalLM.from_preset`.
+        validation: string or path of a file of held-out records with the same columns. Defaults to
+            every tenth record of the data, at most 100 of them.
+        text_column: string. Column of texts to train on.
+        prompt_column: string. Column of prompts.
+        response_column: string. Column of responses, which are trained on.
+        packed: bool. If True, texts share full rows; if False, each has its own row and is
+            truncated at `sequence_length`. Defaults to True, and to False in private training,
+            where a row is what is protected.
+        lora_rank: int. Rank of an adapter on query and value; 0 trains all weights.
+        epochs: int. Number of epochs. A finished run continues if it is called with more.
+        batch_size: int. Rows of a batch. Defaults to 8; in private training to 128 or all rows.
+        learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
+        sequence_length: int. Tokens of a row. Defaults to the preset's.
+        dtype: string. Dtype of the weights. Defaults to Keras's, float32.
+        gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
+        merge: bool. If True, save a preset with the adapter merged into its weights.
+        save_freq: int or "epoch". Number of batches between two checkpoints.
+        seed: int. Seed of the adapter's initial values and of the order of the data.
+        png: string or path of a plot of the curves. Defaults to `curves.png` in the output folder
+            if matplotlib is installed.
+        private: bool. If True, train with differential privacy; `privacy.DPSGD` states the
+            guarantee. Held-out records are measured all the same, and these figures are not covered
+            by it.
+        epsilon: float, as for `privacy.DPSGD`.
+        delta: float, as for `privacy.DPSGD`.
+        noise_multiplier: float, as for `privacy.DPSGD`.
+        clip_norm: float, as for `privacy.DPSGD`.
+
+    Raises:
+        ValueError: If an option is out of its range or contradicts another.
+    """
+
+    preset: str = "vaultgemma_tiny"
+    validation: str | os.PathLike | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    packed: bool | None = None
+    lora_rank: int = 8
+    epochs: int = 1
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    sequence_length: int | None = None
+    dtype: str | None = None
+    gradient_checkpointing: bool = False
+    merge: bool = False
+    save_freq: int | str = 100
+    seed: int = 0
+    png: str | os.PathLike | None = None
+    private: bool = False
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        check_integer("lora_rank", self.lora_rank, minimum=0)
+        check_number("learning_rate", self.learning_rate, above=0, allow_none=True)
+        check_integer("epochs", self.epochs)
+        check_integer("batch_size", self.batch_size, allow_none=True)
+        check_integer("sequence_length", self.sequence_length, allow_none=True)
+        check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
+        if self.merge and not self.lora_rank:
+            raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
+        for name in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not self.private:
+                raise ValueError(
+                    f"`{name}` goes with private=True (--private). Received: {name}={value}"
+                )
+        self.guarantee()
+
+    @property
+    def columns(self):
+        """Dict of the columns to read, for `read_records`."""
+        names = ("text_column", "prompt_column", "response_column")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_packed(self):
+        """True if texts share full rows."""
+        return not self.private if self.packed is None else self.packed
+
+    @property
+    def rate(self):
+        """Learning rate of Adam."""
+        return self.learning_rate or (LORA_RATE if self.lora_rank else FULL_RATE)
+
+    def guarantee(self):
+        """Return the `DPSGD` of a private run, or None."""
+        if not self.private:
+            return None
+        return DPSGD(
+            self.epsilon, self.delta, self.clip_norm, noise_multiplier=self.noise_multiplier
+        )
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        before, after: `held_out.Likelihood` of the held-out data.
-        history: `{name: value of each epoch}`: `loss`, `val_loss`, accuracies and `tokens_per_second`.
-        losses: `Pace.losses`.
+        before: `Likelihood` of the held-out data before training.
+        after: `Likelihood` of the held-out data after training.
+        history: dict `{name: value of each epoch}`: `loss`, `val_loss`, accuracies and
+            `tokens_per_second`.
+        losses: list with one entry per step, see `Pace`.
     """
 
     before: Likelihood
@@ -39,15 +147,106 @@ class Outcome(NamedTuple):
     losses: list
 
 
-def train(model, training, validation, compile_options, fit_options, samples=None):
-    """Compile, fit, and measure the model on held-out data before and after; after each epoch too, unless privately.
+def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", **options) -> str:
+    """Fine-tune a preset on a data file, or resume the run of a call that was killed.
 
     Args:
-        model: `VaultGemmaCausalLM` with a preprocessor, and an adapter unless all of it is to be trained.
-        training, validation: ids and labels as `TextRecords.tokenize` gives them.
-        compile_options: for `model.compile`.
-        fit_options: for `model.fit`, without data; its `callbacks` are a list.
-        samples: the rows of `training` as `fit` takes them raw, or None. Private training knows them again by these.
+        data: string or path of a `.txt`, `.jsonl` or `.csv` file. A blank line ends a text in
+            `.txt`; the others have columns: "text", or "prompt" and "response".
+        output: string or path of the run's folder, created if it does not exist. It gets `adapter/`
+            (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
+            `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
+            which may be deleted once no more epochs are wanted. Defaults to "finetuned".
+        **options: See `recipes.finetune.FinetuneConfig`: `preset`, `validation`, `text_column`,
+            `prompt_column`, `response_column`, `packed`, `lora_rank`, `epochs`, `batch_size`,
+            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
+            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier` and
+            `clip_norm`.
+
+    Returns:
+        String of several lines: the data, held-out perplexity and bits per byte before and after,
+        what private training has spent, and what was written.
+
+    Raises:
+        TypeError: If there is no such option.
+        ValueError: If an option is out of its range, the data is malformed, or `output` holds a run
+            with other options.
+        ImportError: If `png` is given and matplotlib is not installed.
+        FloatingPointError: If a loss was not finite. The message names the batch; what was trained
+            before it is in `output`.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import finetune
+
+    with open("tales.txt", "w") as file:
+        file.write("\\n\\n".join(f"Once there were {i} hares." for i in range(8)))
+    print(finetune("tales.txt", "my_run", epochs=1, lora_rank=2, sequence_length=16))
+    ```
+    """
+    config, output = FinetuneConfig(**options), Path(output)
+    if config.png is not None:
+        new_figure((1, 1))  # raises before anything is trained
+    checkpoint = TrainingCheckpoint(output / CHECKPOINT, config.save_freq)
+    records = read_records(data, **config.columns)
+    blank = records.blank
+    if config.validation is None:
+        records, held_out = records.split()
+    else:
+        held_out = read_records(config.validation, **config.columns)
+    options = {"data": data, "output": output, **dataclasses.asdict(config)}
+    begin_run(output, options)
+
+    model = _model(config)
+    outcome = train(
+        model,
+        records.tokenize(model.preprocessor, config.is_packed),
+        held_out.tokenize(model.preprocessor, packed=True),
+        compile_options=dict(
+            optimizer=keras.optimizers.Adam(config.rate),
+            gradient_checkpointing=config.gradient_checkpointing,
+            privacy=config.guarantee(),
+        ),
+        fit_options=dict(
+            batch_size=config.batch_size or _default_batch_size(config, len(records.texts)),
+            epochs=config.epochs,
+            callbacks=[checkpoint],
+            # A progress bar is for terminals.
+            verbose=1 if sys.stdout.isatty() else 2,
+        ),
+        samples=records.samples if config.private and not config.is_packed else None,
+    )
+    written = finish_run(output, options, model, outcome)
+    if checkpoint.failure:
+        folder = written[0].partition(":")[0]
+        raise FloatingPointError(f"{checkpoint.failure}. These are in {folder}")
+    counts = f"{len(records.texts):,} rows to train on, {len(held_out.texts):,} held out"
+    blank_rows = f", {blank:,} blank ones left out" if blank else ""
+    return "\n".join(
+        [
+            f"{config.preset} on {data}: {counts}{blank_rows}",
+            f"Held out, before: {outcome.before}",
+            f"Held out, after:  {outcome.after}",
+            *([_describe_spent(model.privacy.spent())] if config.private else []),
+            *written,
+        ]
+    )
+
+
+def train(model, training, validation, compile_options, fit_options, samples=None):
+    """Compile and fit a model, and measure it on held-out data before and after.
+
+    Held-out data is also measured after each epoch, unless training is private.
+
+    Args:
+        model: `VaultGemmaCausalLM` with a preprocessor, and an adapter unless all of it is trained.
+        training: token ids and labels, as `TextRecords.tokenize` returns them.
+        validation: the same of the held-out records.
+        compile_options: dict of arguments of `model.compile`.
+        fit_options: dict of arguments of `model.fit` without data; its `callbacks` are a list.
+        samples: the training records as `fit` takes them before tokenization, or None. Private
+            training recognises a dataset by them.
 
     Returns:
         `Outcome`.
@@ -57,180 +256,33 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     pace = Pace(tokens_per_row * min(fit_options.get("batch_size") or 32, count))
     before = measure(model, **validation)
     model.compile(**compile_options)
-    given = dict(training) if samples is None else {"x": samples}
+    data = dict(training) if samples is None else {"x": samples}
     if compile_options.get("privacy") is None:
-        given["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
-    history = model.fit(
-        **given, **{**fit_options, "callbacks": [pace, *fit_options.get("callbacks", ())]}
-    )
-    after = measure(model, **validation)
-    return Outcome(before, after, history.history, pace.losses)
+        data["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
+    callbacks = [pace, *fit_options.get("callbacks", ())]
+    history = model.fit(**data, **{**fit_options, "callbacks": callbacks})
+    return Outcome(before, measure(model, **validation), history.history, pace.losses)
 
 
-def finetune(
-    data,
-    output="finetuned",
-    *,
-    preset="vaultgemma_tiny",
-    validation=None,
-    text_column=None,
-    prompt_column=None,
-    response_column=None,
-    packed=None,
-    lora_rank=8,
-    epochs=1,
-    batch_size=None,
-    learning_rate=None,
-    sequence_length=None,
-    dtype=None,
-    gradient_checkpointing=False,
-    merge=False,
-    save_freq=100,
-    seed=0,
-    png=None,
-    private=False,
-    epsilon=None,
-    delta=None,
-    noise_multiplier=None,
-    clip_norm=1.0,
-):
-    """Fine-tune a preset on a data file, and go on where an earlier call with the same arguments was killed.
-
-    Args:
-        data: `.txt`, `.jsonl` or `.csv` file; `rows.read` says what of it is learnt.
-        output: folder of the run, made where it does not exist. It gets `adapter/` (for `lora.load_adapter` and PEFT)
-            or `preset/` (for `from_preset`), `curves.png`, `run.json` with the options and figures, and `checkpoint/`,
-            with which the run goes on; delete that when you will not want more epochs.
-        preset: to start from; see `VaultGemmaBackbone.from_preset`.
-        validation: file of held-out rows with the same columns. Without it, every tenth row of `data` is held out, at
-            most 100 of them.
-        text_column, prompt_column, response_column: as for `rows.read`.
-        packed: whether texts share rows, full ones; else each has its own and is cut at `sequence_length`. Defaults to
-            True, in private training to False, where a row is what is protected.
-        lora_rank: of an adapter on query and value; 0 trains all weights.
-        epochs, batch_size: as for `fit`; batches have 8 rows if None, in private training 128 or all rows.
-        learning_rate: of Adam. Defaults to 1e-3 for an adapter, 1e-4 without.
-        sequence_length: tokens of a row. Defaults to the preset's.
-        dtype: of the weights; Keras's default, float32, if None.
-        gradient_checkpointing: as for `compile`.
-        merge: save a preset with the adapter in its weights instead of the adapter.
-        save_freq: after how many batches to save the checkpoint, or "epoch".
-        seed: of what is random: first values of an adapter, and the order of the data.
-        png: file for the picture. Defaults to `curves.png` in `output`, where matplotlib is installed.
-        private: train with differential privacy; `privacy.DPSGD` states the guarantee. The ledger comes with what is
-            written. Held-out rows are measured as ever, and these figures are not covered by the guarantee.
-        epsilon, delta, noise_multiplier, clip_norm: as for `privacy.DPSGD`.
-
-    Returns:
-        Text of several lines: the data, held-out perplexity and bits per byte before and after, what private training
-        has spent, and what was written.
-
-    Raises:
-        ValueError: for an argument out of its range, data as `rows.read` says, and an `output` of a run with other
-            arguments.
-        ImportError: for a `png` without matplotlib.
-        FloatingPointError: where a loss was not finite. It names the batch; what was learnt before is in `output`.
-    """
-    options = dict(locals())
-    output = Path(output)
-    if png is not None:
-        new_figure((1, 1))
-    if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 0:
-        raise ValueError(
-            f"`lora_rank` must be an integer from 0. Received: lora_rank={lora_rank!r}"
-        )
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ValueError(
-            f"`learning_rate` must be a number above 0. Received: learning_rate={learning_rate!r}"
-        )
-    for name in (
-        "epochs",
-        *(name for name in ("batch_size", "sequence_length") if options[name] is not None),
-    ):
-        if (
-            isinstance(options[name], bool)
-            or not isinstance(options[name], int)
-            or options[name] < 1
-        ):
-            raise ValueError(
-                f"`{name}` must be a positive integer. Received: {name}={options[name]!r}"
-            )
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"`seed` must be from 0 to {LARGEST_SEED}. Received: seed={seed}")
-    if merge and not lora_rank:
-        raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-    for name in ("epsilon", "delta", "noise_multiplier"):
-        if options[name] is not None and not private:
-            raise ValueError(
-                f"`{name}` goes with private=True (--private). Received: {name}={options[name]}"
-            )
-    guarantee = (
-        DPSGD(epsilon, delta, clip_norm, noise_multiplier=noise_multiplier) if private else None
-    )
-    packed = not private if packed is None else packed
-    checkpoint = TrainingCheckpoint(output / CHECKPOINT, save_freq)
-    columns = dict(
-        text_column=text_column, prompt_column=prompt_column, response_column=response_column
-    )
-    learnt = read_records(data, **columns)
-    blank = learnt.blank
-    learnt, unseen = (
-        learnt.split() if validation is None else (learnt, read_records(validation, **columns))
-    )
-    begin_run(output, options)
-
-    keras.utils.set_random_seed(seed)
-    model = VaultGemmaCausalLM.from_preset(preset, **({"dtype": dtype} if dtype else {}))
-    if sequence_length is not None:
-        model.preprocessor.sequence_length = sequence_length
-    training, validation = (
-        learnt.tokenize(model.preprocessor, packed),
-        unseen.tokenize(model.preprocessor, packed=True),
-    )
-    batch_size = batch_size or (
-        min(PRIVATE_BATCH_SIZE, len(learnt.texts)) if private else BATCH_SIZE
-    )
-    if lora_rank:
-        model.backbone.enable_lora(lora_rank)
-    rate = learning_rate or (LORA_RATE if lora_rank else FULL_RATE)
-    outcome = train(
-        model,
-        training,
-        validation,
-        compile_options=dict(
-            optimizer=keras.optimizers.Adam(rate),
-            gradient_checkpointing=gradient_checkpointing,
-            privacy=guarantee,
-        ),
-        fit_options=dict(
-            batch_size=batch_size,
-            epochs=epochs,
-            callbacks=[checkpoint],
-            # A bar moves on a terminal alone.
-            verbose=1 if sys.stdout.isatty() else 2,
-        ),
-        samples=learnt.samples if private and not packed else None,
-    )
-    written = finish_run(output, options, model, outcome)
-    if checkpoint.failure:
-        raise FloatingPointError(
-            f"{checkpoint.failure}. These are in {written[0].partition(':')[0]}"
-        )
-    first = f"{preset} on {data}: {len(learnt.texts):,} rows to train on, {len(unseen.texts):,} held out"
-    return "\n".join(
-        [
-            first + (f", {blank:,} blank ones left out" if blank else ""),
-            f"Held out, before: {outcome.before}",
-            f"Held out, after:  {outcome.after}",
-            *([_spent(model.privacy.spent())] if private else []),
-            *written,
-        ]
-    )
+def _model(config):
+    keras.utils.set_random_seed(config.seed)
+    dtype = {"dtype": config.dtype} if config.dtype else {}
+    model = VaultGemmaCausalLM.from_preset(config.preset, **dtype)
+    if config.sequence_length is not None:
+        model.preprocessor.sequence_length = config.sequence_length
+    if config.lora_rank:
+        model.backbone.enable_lora(config.lora_rank)
+    return model
 
 
-def _spent(spent):
+def _default_batch_size(config, rows):
+    return min(PRIVATE_BATCH_SIZE, rows) if config.private else BATCH_SIZE
+
+
+def _describe_spent(spent):
     kind = "Private" if spent.is_private else "NOT private"
     return (
-        f"{kind}: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after {spent.steps:,} steps "
-        f"({spent.mechanism}, {spent.neighbouring} neighbours); metrics are not covered"
+        f"{kind}: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after "
+        f"{spent.steps:,} steps ({spent.mechanism}, {spent.neighbouring} neighbours); metrics are "
+        "not covered"
     )

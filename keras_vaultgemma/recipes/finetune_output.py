@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whether another run may go on in it."""
+"""The output folder of a fine-tuning run: its files, its plot, and which runs may resume there."""
 
 import json
 import math
@@ -12,15 +12,10 @@ from keras_vaultgemma._plots import can_plot, new_figure, save_figure
 from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.training.checkpoint import FILE
 
-ADAPTER, PRESET, CHECKPOINT, RUN, CURVES = (
-    "adapter",
-    "preset",
-    "checkpoint",
-    "run.json",
-    "curves.png",
-)
+ADAPTER, PRESET, CHECKPOINT = "adapter", "preset", "checkpoint"
+RUN, CURVES = "run.json", "curves.png"
 
-FREE = (
+RESUMABLE_OPTIONS = (
     "data",
     "validation",
     "output",
@@ -30,19 +25,20 @@ FREE = (
     "merge",
     "gradient_checkpointing",
 )
-"""Options that may change when a run goes on. The checkpoint knows its training data by what is in them."""
+"""Options that may change when a run resumes. The checkpoint recognises its training data by their
+contents."""
 
 
 def begin_run(folder, options):
-    """Note the options of a run that is to begin in a folder, or to go on where this has a checkpoint.
+    """Write the options of a run that begins in a folder; check them if the run resumes there.
 
     Args:
-        folder: `pathlib.Path`; made where it does not exist.
-        options: dict for JSON.
+        folder: `pathlib.Path`, created if it does not exist.
+        options: dict of the run's options.
 
     Raises:
-        ValueError: where the folder has a run with another option.
-        OSError: where nothing can be written there.
+        ValueError: If the folder holds a run with another option.
+        OSError: If nothing can be written there.
     """
     path = folder / RUN
     if (folder / CHECKPOINT / FILE).exists():
@@ -51,7 +47,7 @@ def begin_run(folder, options):
             other = [
                 name
                 for name, value in _plain(options).items()
-                if name not in FREE and begun.get(name) != value
+                if name not in RESUMABLE_OPTIONS and begun.get(name) != value
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -59,8 +55,8 @@ def begin_run(folder, options):
             ) from error
         for name in other:
             raise ValueError(
-                f"{folder} has a run with {name}={begun.get(name)!r}. Received: {name}={options[name]!r}. "
-                "Give this run another `output`"
+                f"{folder} has a run with {name}={begun.get(name)!r}. "
+                f"Received: {name}={options[name]!r}. Give this run another `output`"
             )
         return
     with new_folder(folder) as new:
@@ -68,19 +64,20 @@ def begin_run(folder, options):
 
 
 def finish_run(folder, options, model, outcome):
-    """Write what a run has come to: all files, or none.
+    """Write the results of a run: all files, or none.
 
     Args:
         folder: `pathlib.Path`.
-        options: those of `recipe.finetune`.
-        model: `VaultGemmaCausalLM`. Its adapter is written, unless it has none or `merge` is an option.
-        outcome: `recipe.Outcome`.
+        options: dict of the run's options.
+        model: `VaultGemmaCausalLM`. Its active adapter is written; the whole model if it has none
+            or `options["merge"]` is True.
+        outcome: `finetune.Outcome`.
 
     Returns:
-        Lines that say what was written.
+        List of strings that describe what was written.
 
     Raises:
-        OSError: where nothing can be written there.
+        OSError: If nothing can be written there.
     """
     has_adapter = adapters.active(model) is not None and not options["merge"]
     png = options["png"] or (folder / CURVES if can_plot() else None)
@@ -99,12 +96,10 @@ def finish_run(folder, options, model, outcome):
     kind, loads = (
         (ADAPTER, "lora.load_adapter(model, folder)") if has_adapter else (PRESET, "from_preset")
     )
-    drawn = (
-        f"{png}: the curves"
-        if png is not None
-        else "No curves: pip install keras-vaultgemma[plot] draws them"
-    )
-    return [f"{folder / kind}: for {loads}", drawn]
+    plot = f"{png}: the curves"
+    if png is None:
+        plot = "No curves: pip install 'keras-vaultgemma[plot]' for a plot of them"
+    return [f"{folder / kind}: for {loads}", plot]
 
 
 def _write(folder, options, **figures):
@@ -113,7 +108,7 @@ def _write(folder, options, **figures):
 
 
 def _plain(x):
-    """What JSON makes of `x`, numbers that are not finite as null."""
+    """Convert to what JSON can hold. Numbers that are not finite become None."""
     if isinstance(x, dict):
         return {key: _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -123,16 +118,15 @@ def _plain(x):
     return str(x) if isinstance(x, Path) else x
 
 
-# MERGED: """The picture of a run."""
 def plot_curves(path, outcome):
-    """Write a PNG of the loss on training data by step, and on held-out data before the run and after each epoch.
+    """Plot the training loss by step and the held-out loss before the run and after each epoch.
 
     Args:
-        path: of the file; it appears whole or not at all.
-        outcome: `recipe.Outcome`.
+        path: path of the PNG file, which is complete or not written at all.
+        outcome: `finetune.Outcome`.
 
     Raises:
-        ImportError: where matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     figure = new_figure((7, 4))
     axes = figure.subplots()
@@ -147,34 +141,34 @@ def plot_curves(path, outcome):
     before, after = (
         likelihood.nats / likelihood.tokens for likelihood in (outcome.before, outcome.after)
     )
-    # Private training measures nothing on the way.
+    # Private training measures held-out data only before and after.
     held_out = [before, *outcome.history.get("val_loss", [after])]
-    places = range(len(held_out)) if "val_loss" in outcome.history else (0, epochs)
-    axes.plot(places, held_out, "o-", color="#2a6fbb", label="held out")
+    at_epochs = range(len(held_out)) if "val_loss" in outcome.history else (0, epochs)
+    axes.plot(at_epochs, held_out, "o-", color="#2a6fbb", label="held out")
     largest = max((loss for loss in (*losses, *held_out) if math.isfinite(loss)), default=1.0)
     axes.set(
         xlabel="epochs",
         ylabel="loss, nats per token",
         ylim=(0, 1.1 * largest),
-        title=f"held out: {outcome.before.bits_per_byte:.3f} bits per byte, then {outcome.after.bits_per_byte:.3f}",
+        title=f"held out: {outcome.before.bits_per_byte:.3f} bits per byte, then "
+        f"{outcome.after.bits_per_byte:.3f}",
     )
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
-# MERGED: """What is to be seen of a run as it goes: tokens a second and the loss of each step."""
 class Pace(keras.callbacks.Callback):
-    """Adds `tokens_per_second` to what `fit` logs, and keeps the loss of each step.
+    """Callback that adds `tokens_per_second` to the logs of `fit` and stores the loss of each step.
 
     The rate is that of the epoch so far, without the first step of a process, which compiles.
 
     Args:
-        tokens_per_step: on average, padding not among them.
+        tokens_per_step: float. Average number of tokens in a step, without padding.
 
     Attributes:
-        losses: list of the epoch's mean loss so far, one for each step of the run.
-        kept: what a `TrainingCheckpoint` saves of it.
+        losses: list with one entry per step, the mean loss of the epoch so far.
+        kept: names of the attributes that a `TrainingCheckpoint` saves.
     """
 
     kept = ("losses",)
@@ -190,7 +184,7 @@ class Pace(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         now = time.perf_counter()
-        # Private training has one of another name.
+        # Private training reports its loss under another name.
         self.losses += [float(value) for name, value in logs.items() if name.endswith("loss")][:1]
         self._done += 1
         self._rate = self._done * self._tokens_per_step / (now - self._start)

@@ -245,8 +245,8 @@ def test_pictures(data, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = run(data, tmp_path / "a", epochs=1)
-    assert text.endswith("No curves: pip install keras-vaultgemma[plot] draws them")
-    monkeypatch.setattr(text_files, "read_records", lambda *args: pytest.fail("worked first"))
+    assert text.endswith("No curves: pip install 'keras-vaultgemma[plot]' for a plot of them")
+    monkeypatch.setattr(recipe, "read_records", lambda *args: pytest.fail("worked first"))
     with pytest.raises(ImportError, match=r"keras-vaultgemma\[plot\]"):
         run(data, tmp_path / "c", png="c.png")
 
@@ -254,26 +254,26 @@ def test_pictures(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"lora_rank": -1}, "`lora_rank` must be an integer from 0. Received: lora_rank=-1"),
+        ({"lora_rank": -1}, "`lora_rank` must be an integer of at least 0. Received: lora_rank=-1"),
         (
             {"learning_rate": 0.0},
-            "`learning_rate` must be a number above 0. Received: learning_rate=0.0",
+            "`learning_rate` must be None or a finite number above 0. Received: learning_rate=0.0",
         ),
         (
             {"learning_rate": float("nan")},
-            "`learning_rate` must be a number above 0. Received: learning_rate=nan",
+            "`learning_rate` must be None or a finite number above 0. Received: learning_rate=nan",
         ),
         ({"epochs": 0}, "`epochs` must be a positive integer. Received: epochs=0"),
-        ({"batch_size": 0}, "`batch_size` must be a positive integer. Received: batch_size=0"),
+        ({"batch_size": 0}, "`batch_size` must be None or a positive integer. Received: batch_size=0"),
         (
             {"sequence_length": 0},
-            "`sequence_length` must be a positive integer. Received: sequence_length=0",
+            "`sequence_length` must be None or a positive integer. Received: sequence_length=0",
         ),
         (
             {"save_freq": 0},
             "`save_freq` must be 'epoch' or a positive integer. Received: save_freq=0",
         ),
-        ({"seed": -1}, "`seed` must be from 0 to 2147483647. Received: seed=-1"),
+        ({"seed": -1}, "`seed` must be an integer from 0 to 2147483647. Received: seed=-1"),
         ({"epsilon": 3.0}, "`epsilon` goes with private=True"),
         ({"private": True}, "Exactly one of `epsilon` and `noise_multiplier` must be given"),
         ({"private": True, "epsilon": 3.0, "packed": True}, "documents in a row"),
