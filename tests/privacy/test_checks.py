@@ -220,7 +220,7 @@ class Remembers(keras.layers.Layer):
 
 def test_layers_that_remember():
     with pytest.raises(
-        ValueError, match="layers that remember nothing of the rows. Received: .*mean"
+        ValueError, match="layers that store nothing about the rows. Received: .*mean"
     ):
         fitted(dense(Remembers()))
 
@@ -295,7 +295,7 @@ def test_decisions_by_unprotected_metrics(kind):
 def test_a_batch_of_the_users_own():
     model = dense()
     model.compile("sgd", "mse", privacy=dpsgd())
-    with pytest.raises(ValueError, match="draws its batches itself, in `fit`"):
+    with pytest.raises(ValueError, match="samples its batches itself, in `fit`"):
         model.train_on_batch(np.ones((2, 3)), np.ones((2, 2)))
 
 

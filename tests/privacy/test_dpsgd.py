@@ -71,11 +71,11 @@ def test_the_docstring_states_the_guarantee():
     """Mechanism, unit, neighbours, what is released and what is not covered, with references."""
     said = DPSGD.__doc__
     for words in (
-        "The guarantee",
+        "**Guarantee.**",
         "zero-out neighbours",
-        "The mechanism",
+        "**Mechanism.**",
         "truncated Poisson",
-        "The unit",
+        "**Unit.**",
         "Not covered",
     ):
         assert words in said
