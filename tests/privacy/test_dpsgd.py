@@ -83,8 +83,8 @@ def test_the_docstring_states_the_guarantee():
         "hyperparameters",
         "metrics",
         "checkpoint",
-        "arXiv:1607.00133",
-        "arXiv:2411.04205",
-        "arXiv:2510.15001",
+        "arxiv.org/abs/1607.00133",
+        "arxiv.org/abs/2411.04205",
+        "arxiv.org/abs/2510.15001",
     ):
         assert words in said
