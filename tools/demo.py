@@ -70,7 +70,8 @@ def main(backends):
     print()
     for line in first.splitlines():
         print(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="  "))
-    print(f"\nAll {len(backends)} backends generate the same text, word for word.")
+    if len(backends) > 1:
+        print(f"\nAll {len(backends)} backends generate the same text, word for word.")
     return 0
 
 
