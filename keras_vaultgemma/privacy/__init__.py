@@ -1,4 +1,4 @@
-"""Differential privacy: what a private run promises, how it keeps the promise, and where that is written."""
+"""Differentially private training: its guarantee, its mechanism and its ledger."""
 
 from keras_vaultgemma.privacy.accounting import PrivacySpent
 from keras_vaultgemma.privacy.dpsgd import DPSGD

@@ -1,13 +1,19 @@
-"""A data set's fingerprint: tells whether two runs used the same rows, and tells a stranger nothing.
+"""Fingerprints of data sets, which tell if two runs used the same records and nothing more.
 
-A plain hash would be a hole in the guarantee: whoever knows all rows but one could try candidates for that one until
-the hash fits, and no noise protects from that. Fingerprints are therefore keyed (BLAKE2b, RFC 7693) with 256 random
-bits that stay in the user's own folder. A key has a public name; fingerprints under different keys cannot be compared,
-and count as the same data, so that a lost key never makes ε smaller.
+A plain hash would break the privacy guarantee: an attacker who knows all records but one could try
+candidates for that one until the hash matches, and no noise protects against that. A fingerprint is
+therefore keyed (BLAKE2b) with 256 random bits that stay in a folder of the user.
+
+Keys have a public name. Fingerprints under different keys cannot be compared and count as the same
+data, so that ε is never under-reported after a key was lost.
+
+References:
+    - [RFC 7693](https://www.rfc-editor.org/rfc/rfc7693): BLAKE2
 """
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -15,55 +21,70 @@ from keras_vaultgemma.checkpoints import presets
 
 KEY_FILE = "dataset_fingerprint.key"
 KEY_SIZE = 32
+"""Bytes of a key."""
 
 
-def key(folder=None):
-    """The user's key, 32 bytes; drawn and written, readable for the user alone, where there is none.
+def key(folder: Path | None = None) -> bytes:
+    """Return the user's key, and create it if there is none.
 
     Args:
-        folder: where it is kept; `presets.cache_home()` if None.
+        folder: `pathlib.Path`. Folder of the key file, which only the user can read. Defaults to
+            `presets.cache_home()`.
+
+    Returns:
+        bytes of length 32.
 
     Raises:
-        ValueError: where the file holds something else.
+        ValueError: If the file has another length.
     """
     path = (presets.cache_home() if folder is None else folder) / KEY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        found = path.read_bytes()
+        content = path.read_bytes()
     else:
-        found = os.urandom(KEY_SIZE)
+        content = os.urandom(KEY_SIZE)
         with open(descriptor, "wb") as file:
-            file.write(found)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    if len(found) != KEY_SIZE:
+    if len(content) != KEY_SIZE:
         raise ValueError(
-            f"{path} must have {KEY_SIZE} bytes. Received: {len(found)}; remove it for a new key"
+            f"{path} must have {KEY_SIZE} bytes; remove it to create a new key. "
+            f"Received: {len(content)} bytes"
         )
-    return found
+    return content
 
 
-def fingerprint(rows, key):
-    """The fingerprint of some rows, whatever their order.
+def fingerprint(records, key: bytes) -> str:
+    """Return the fingerprint of some records, which does not depend on their order.
 
     Args:
-        rows: iterable of str, bytes or integer arrays.
-        key: 32 bytes.
+        records: iterable of str, bytes or integer arrays.
+        key: bytes of length 32.
 
     Returns:
-        str: name of the key, a colon, 128 bits of digest in hexadecimal.
+        str. The name of the key, a colon, and a digest of 128 bits in hexadecimal.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.privacy.fingerprint import fingerprint
+
+    key = bytes(32)
+    assert fingerprint(["one", "two"], key) == fingerprint(["two", "one"], key)
+    ```
     """
     count, total = 0, 0
-    for row in rows:
-        if isinstance(row, str):
-            content = b"text" + row.encode("utf-8", "surrogatepass")
-        elif isinstance(row, bytes):
-            content = b"byte" + row
+    for record in records:
+        if isinstance(record, str):
+            content = b"text" + record.encode("utf-8", "surrogatepass")
+        elif isinstance(record, bytes):
+            content = b"byte" + record
         else:
-            content = b"ints" + np.asarray(row).astype("<i8").tobytes()
-        # A sum does not depend on the order, and rows that stand there twice count twice.
+            content = b"ints" + np.asarray(record).astype("<i8").tobytes()
+        # A sum, because it ignores the order but counts each duplicate.
         total += int.from_bytes(_digest(content, key), "big")
         count += 1
     content = b"sum " + (total % 2**256).to_bytes(32, "big") + count.to_bytes(8, "big")
@@ -71,18 +92,21 @@ def fingerprint(rows, key):
 
 
 def rows_of(arrays):
-    """Rows of a list of arrays [N, ...] for `fingerprint`: the same numbers are the same row, whatever their dtype.
+    """Yield the rows of arrays as bytes for `fingerprint`; equal numbers of any dtype are equal.
 
-    Returns:
-        Iterator of N bytes.
+    Args:
+        arrays: list of arrays of shape `[N, ...]`.
+
+    Yields:
+        N bytes objects.
     """
     for parts in zip(*arrays, strict=True):
-        # float64 has every id; the sum makes 0.0 of -0.0.
+        # float64 represents every token id exactly, and adding 0.0 turns -0.0 into 0.0.
         yield b"".join((np.asarray(part).astype("<f8") + 0.0).tobytes() for part in parts)
 
 
-def may_be_equal(one, other):
-    """Whether two fingerprints may belong to the same data: they are equal, or have different keys."""
+def may_be_equal(one: str, other: str) -> bool:
+    """Return True if two fingerprints may be of the same data: equal, or under different keys."""
     return one == other or one.partition(":")[0] != other.partition(":")[0]
 
 

@@ -266,7 +266,7 @@ def run_entry(run):
 
 def _run(entry):
     run = Run(**entry)
-    accounting.check(run.steps(run.planned_steps))
+    accounting.check_steps(run.steps(run.planned_steps))
     accounting.check_delta(run.delta)
     for name in ("unit", "dataset", "mechanism", "name"):
         if not isinstance(getattr(run, name), str):

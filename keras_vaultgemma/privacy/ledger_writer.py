@@ -1,4 +1,7 @@
-"""A run while it is being written down: each step is in the ledger before it releases anything."""
+"""Recording of private runs: the privacy record of a model, and a run that is written to a ledger.
+
+Every step is in the ledger before it releases anything.
+"""
 
 import os
 import uuid
@@ -6,8 +9,10 @@ from pathlib import Path
 
 from keras_vaultgemma._files import check_link, sync_folder
 from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma.privacy.accounting import PrivacySpent
 from keras_vaultgemma.privacy.ledger import (
     Ledger,
+    Run,
     combine_ledgers,
     entry_line,
     plain_training,
@@ -21,23 +26,120 @@ except ImportError:  # Windows
     fcntl = None
 
 
-class OpenRun:
-    """A run that is being written down; a context manager, which ends it.
+class PrivacyRecord:
+    """The privacy ledger of a model, `model.privacy`, with the ε that it amounts to at any time.
 
     Args:
-        path: file, made where there is none; or None to keep the run in memory, for weights that are nowhere else.
-        run: `ledger.Run`; it is given a name.
-        history: `ledger.Ledger` of the model that the run begins with, or None; what the file lacks of it is added
-            first.
+        ledger: `Ledger` of the model's weights. Defaults to an empty one.
 
-    Raises:
-        ValueError: where the file is not a ledger or another run is writing it, or the run's numbers are outside their
-            ranges.
-        OSError: where it cannot be written; no step may then be released.
+    Attributes:
+        dataset: str or None. Fingerprint of the data of the last private `fit`.
+        budgets: dict. The ε that `fit` keeps within, for each fingerprint.
+        run: `OpenRun` during a private `fit`, else None.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_vaultgemma import VaultGemmaCausalLM, privacy
+
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model.preprocessor.sequence_length = 8
+    model.backbone.enable_lora(2)
+    model.compile(keras.optimizers.SGD(0.1), privacy=privacy.DPSGD(noise_multiplier=1.0))
+    model.fit(["The fox said so."] * 8, batch_size=4)
+
+    print(model.privacy.spent())
+    print("\\n".join(model.privacy.ledger.describe()))
+    ```
     """
 
-    def __init__(self, path, run, history=None):
-        accounting.check(run.steps(run.planned_steps))
+    def __init__(self, ledger: Ledger | None = None):
+        self._ledger, self._plain = ledger or Ledger(), Ledger()
+        self.dataset: str | None = None
+        self.budgets: dict[str, float] = {}
+        self.run: OpenRun | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """`Ledger` of all runs that the weights come from and all statements about them."""
+        if self.run is not None:
+            return self.run.ledger
+        return self.history if self._ledger != Ledger() else self._ledger
+
+    @property
+    def history(self) -> Ledger:
+        """`Ledger` that a run begins with.
+
+        Unlike `ledger`, it has training without privacy even if no guarantee preceded it.
+        """
+        return combine_ledgers(self._ledger, self._plain)
+
+    def spent(self, delta: float | None = None) -> PrivacySpent:
+        """Return the guarantee of all steps done so far on the data of the last private `fit`.
+
+        For a model that was loaded it is that of the data of the latest run. `ledger.spent()`
+        returns the guarantees of all data sets.
+
+        Args:
+            delta: float in (0, 1). Defaults to the smallest δ of the runs on these data.
+
+        Returns:
+            `PrivacySpent`.
+
+        Raises:
+            ValueError: If the ledger has no run.
+            ImportError: If dp-accounting is not installed.
+        """
+        runs = self.ledger.runs
+        if not runs:
+            raise ValueError(
+                "`spent` needs a private run: `compile(privacy=DPSGD(...))` and `fit`. "
+                "Received: a model without private runs"
+            )
+        return self.ledger.spent_on(self.dataset or runs[-1][0].dataset, delta)
+
+    def add(self, ledger: Ledger) -> None:
+        """Add the ledger of weights that were loaded into the model."""
+        self._ledger = combine_ledgers(self._ledger, ledger)
+
+    def add_plain_steps(self, count: int) -> None:
+        """Add a number of steps of training without privacy."""
+        if count > 0:
+            self._plain = combine_ledgers(self._plain, Ledger((plain_training(count),)))
+
+    def begin(self, run: "OpenRun") -> None:
+        """Begin a private run; `ledger` counts its steps from here on."""
+        self.run, self.dataset = run, run.run.dataset
+
+    def end(self) -> None:
+        """End the run. The steps that it released stay in the ledger."""
+        self.run.close()
+        self._ledger, self.run = self.run.ledger, None
+
+
+class OpenRun:
+    """Context manager of a run that is being written to a ledger file; leaving it ends the run.
+
+    Args:
+        path: `pathlib.Path` or str. Ledger file, which is created if there is none. None keeps the
+            run in memory, for weights that are not saved.
+        run: `Run`. It is given a new unique name.
+        history: `Ledger` of the model at the beginning of the run. Entries that the file lacks are
+            written first. Defaults to None.
+
+    Attributes:
+        run: `Run` with its name.
+        done: int. Number of steps released so far.
+
+    Raises:
+        ValueError: If the file is not a ledger, if another run is writing to it, or if a value of
+            `run` is out of range.
+        OSError: If the file cannot be written. No step may be released then.
+    """
+
+    def __init__(self, path, run: Run, history: Ledger | None = None):
+        accounting.check_steps(run.steps(run.planned_steps))
         accounting.check_delta(run.delta)
         if not 0 < run.clip_norm < float("inf"):
             raise ValueError(
@@ -60,38 +162,35 @@ class OpenRun:
 
     def _begin(self, path):
         _lock(self._file, path)
-        history = self._history
-        there = read_ledger(path)
-        self._history = combine_ledgers(there, history)
-        counted = {run.name: count for run, count in there.runs}
+        history, saved = self._history, read_ledger(path)
+        self._history = combine_ledgers(saved, history)
+        counts = {run.name: count for run, count in saved.runs}
         missing = Ledger(
-            tuple(
-                statement for statement in history.statements if statement not in there.statements
-            ),
-            tuple((run, count) for run, count in history.runs if count > counted.get(run.name, -1)),
+            tuple(entry for entry in history.statements if entry not in saved.statements),
+            tuple((run, count) for run, count in history.runs if count > counts.get(run.name, -1)),
         )
-        # What a torn line left is closed, so that it spoils no other.
-        torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        # A torn line is ended first, so that the next entry begins a line of its own.
+        is_torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._write(
-            (b"\n" if torn else b"") + missing.lines(counted) + entry_line(run_entry(self.run))
+            (b"\n" if is_torn else b"") + missing.lines(counts) + entry_line(run_entry(self.run))
         )
         sync_folder(path.parent)
 
     @property
-    def ledger(self):
-        """`ledger.Ledger` of all entries, with the steps that this run has released so far."""
+    def ledger(self) -> Ledger:
+        """`Ledger` of all entries, with the steps that this run has released so far."""
         return combine_ledgers(self._history, Ledger((), ((self.run, self.done),)))
 
-    def release(self):
-        """Count one more step. It may release something when this has returned, and not before."""
+    def release(self) -> None:
+        """Count one more step. The step may release its result only after this has returned."""
         if self.done == self._reserved:
             reserved = min(self.done + self.run.block, max(self.run.planned_steps, self.done + 1))
             self._write(entry_line({"kind": "steps", "run": self.run.name, "steps": reserved}))
             self._reserved = reserved
         self.done += 1
 
-    def close(self):
-        """End the run: it counts the steps that were released, no more."""
+    def close(self) -> None:
+        """End the run, which then counts exactly the steps that were released."""
         if self._file is not None:
             self._write(entry_line({"kind": "end", "run": self.run.name, "steps": self.done}))
             self._file.close()
@@ -112,77 +211,18 @@ class OpenRun:
 
 
 def _lock(file, path):
-    """Until it is closed nobody else writes the file: two runs at once would each spend what is left of a budget."""
+    """Lock a file until it is closed.
+
+    Two runs that write to it at once would each spend what is left of a budget.
+    """
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"{path} must have one writer at a time. Received: a second run while another is going on"
+            f"{path} must have one writer at a time. Received: a second run while another run is "
+            "writing to it"
         ) from error
     except OSError:
-        pass  # a file system without locks
-
-
-# MERGED: """`model.privacy`: what a model's weights have been told about private data."""
-class PrivacyRecord:
-    """The ledger of a model, and the ε that it amounts to at any time.
-
-    Attributes:
-        dataset: fingerprint of the data of the last private `fit`, or None.
-        budgets: {fingerprint: ε that `fit` keeps to on these data}.
-        run: `open_run.OpenRun` while a private `fit` goes on, else None.
-    """
-
-    def __init__(self, ledger=None):
-        self._ledger, self._plain = ledger or Ledger(), Ledger()
-        self.dataset, self.budgets, self.run = None, {}, None
-
-    @property
-    def ledger(self):
-        """`ledger.Ledger`: every run that the weights come from, and statements that others make about them."""
-        if self.run is not None:
-            return self.run.ledger
-        return self.history if self._ledger != Ledger() else self._ledger
-
-    @property
-    def history(self):
-        """What a run begins with: the ledger, and training without privacy even where no guarantee was there yet."""
-        return combine_ledgers(self._ledger, self._plain)
-
-    def add(self, ledger):
-        """Take over the entries of weights that have been put into the model."""
-        self._ledger = combine_ledgers(self._ledger, ledger)
-
-    def add_plain_steps(self, count):
-        """So many steps were trained without privacy."""
-        if count > 0:
-            self._plain = combine_ledgers(self._plain, Ledger((plain_training(count),)))
-
-    def begin(self, run):
-        """A private `fit` begins: its `open_run.OpenRun`."""
-        self.run, self.dataset = run, run.run.dataset
-
-    def end(self):
-        """It has ended, however it did; what was released stays on record."""
-        self.run.close()
-        self._ledger, self.run = self.run.ledger, None
-
-    def spent(self, delta=None):
-        """`accounting.PrivacySpent` of all steps done so far on the data of the last private `fit`.
-
-        Of a model that was loaded it is that of the data of the latest run; `ledger.spent()` has all data sets.
-
-        Args:
-            delta: in (0, 1); that of the runs if None.
-
-        Raises:
-            ValueError: for a model that no run of the ledger has trained.
-        """
-        runs = self.ledger.runs
-        if not runs:
-            raise ValueError(
-                "`spent` needs a private run: `compile(privacy=DPSGD(...))` and `fit`. Received: none so far"
-            )
-        return self.ledger.spent_on(self.dataset or runs[-1][0].dataset, delta)
+        pass  # The file system has no locks.

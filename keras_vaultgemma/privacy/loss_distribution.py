@@ -1,14 +1,18 @@
-"""Privacy loss distributions of many composed steps: from the distribution of one step to ε and δ.
+"""Composition of privacy loss distributions: ε and δ of many steps from the distribution of one.
 
-A pair of distributions (P, Q) has the privacy loss ln(dP/dQ), and the distribution of that under P. The losses of
-independent steps add up, so that T steps have the T-fold convolution; δ(ε) = E[max(0, 1 - e^(ε - loss))] (Koskela et
-al., 2020, arXiv:1906.03049).
+The privacy loss of a pair of distributions (P, Q) is ln(dP/dQ), distributed as it is under P. The
+losses of independent steps add up, so the distribution of T steps is a T-fold convolution, and
+δ(ε) = E[max(0, 1 - e^(ε - loss))] (Koskela et al.).
 
-One Fourier transform raised to the power T has an absolute error of about T x 1e-16. After the 100,000 steps of
-VaultGemma that is a tenth of its δ of 1.1e-10, of either sign: dp-accounting 0.6.0 gives ε = 1.7092 where 1.7105 is
-true. The same convolution is therefore made of exponentially tilted distributions, p(x) e^(λx) / E[e^(λx)], with λ
-where the tail beyond ε becomes the bulk: the error is then relative to δ (Alghamdi et al., 2022, arXiv:2208.09595, for
-the choice of λ).
+The convolution is computed by a Fourier transform of exponentially tilted distributions,
+p(x) e^(λx) / E[e^(λx)], with λ such that the tail beyond ε becomes the bulk; the error is then
+relative to δ (Alghamdi et al. for the choice of λ). Without tilting, raising one Fourier transform
+to the power T has an absolute error of about T x 1e-16 of either sign. After VaultGemma's 100,000
+steps that is a tenth of its δ of 1.1e-10: dp-accounting 0.6.0 returns ε = 1.7092 instead of 1.7105.
+
+References:
+    - [Koskela et al., 2020](https://arxiv.org/abs/1906.03049)
+    - [Alghamdi et al., 2022](https://arxiv.org/abs/2208.09595)
 """
 
 import math
@@ -17,24 +21,24 @@ from typing import NamedTuple
 import numpy as np
 
 ROUND_OFF = 1e-6
-"""δ is taken to be larger by this part than what was computed. The error of the convolution is 2e-9 of δ in a million
-steps: tests/test_loss_distribution.py measures it where the composition is known in closed form."""
+"""Relative increase of δ that covers the rounding errors of the convolution. They are 2e-9 of δ in
+a million steps, measured in tests/privacy/test_loss_distribution.py by a closed form."""
 
-OUTSIDE = 40.0
-"""The grid holds all of the tilted distribution but e^-OUTSIDE of it at either end."""
+TAIL = 40.0
+"""The grid covers all of the tilted distribution but a mass of e^-TAIL at either end."""
 
-LARGEST = 300.0
-"""Of an exponent; float64 ends at 709, and two factors are multiplied."""
+LARGEST_EXPONENT = 300.0
+"""Largest exponent of a factor: float64 overflows at e^709, and two factors are multiplied."""
 
 
 class LossDistribution(NamedTuple):
-    """Distribution of a privacy loss on a grid, as an upper bound: of no ε is its δ(ε) below the true one.
+    """Distribution of a privacy loss on a grid, whose δ(ε) is nowhere below the true one.
 
     Attributes:
-        interval: distance of two losses.
-        start: int, the first loss in units of `interval`.
-        probabilities: float64 [n], of the losses `start`, `start + 1`, ….
-        infinite: probability of an infinite loss.
+        interval: float. Distance of two losses of the grid.
+        start: int. First loss in units of `interval`.
+        probabilities: float64 array of shape `[n]`, of the losses `start`, `start + 1`, ….
+        infinite: float. Probability of an infinite loss.
     """
 
     interval: float
@@ -48,30 +52,31 @@ class LossDistribution(NamedTuple):
 
 
 def epsilon(parts, delta):
-    """The smallest ε at which the composition's δ(ε) is at most `delta`, rounded up.
+    """Return the smallest ε at which the composition's δ(ε) is at most `delta`, rounded up.
 
     Args:
-        parts: list of pairs of a `LossDistribution` and the number of steps that have it, all on the same interval.
-        delta: in (0, 1).
+        parts: list of pairs `(LossDistribution, count)`: the distribution of a step and the number
+            of such steps. All distributions have the same interval.
+        delta: float in (0, 1).
 
     Returns:
-        float, 0 or more; infinity where infinite losses alone exceed `delta`.
+        float, 0 or more; infinity if infinite losses alone have a probability of `delta` or more.
     """
     if not parts:
         return 0.0
     delta = delta / (1 + ROUND_OFF)
-    if _infinite(parts) >= delta:
+    if _infinite_mass(parts) >= delta:
         return math.inf
     cumulants = [_Cumulants(part, count) for part, count in parts]
 
     def bound(tilt):
-        """Chernoff: δ(ε) <= E[e^(λ (loss - ε))], which is at most δ at this ε, whatever λ."""
+        """Return the ε at which the Chernoff bound E[e^(λ (loss - ε))] of δ(ε) is `delta`."""
         return (sum(c.value(tilt) for c in cumulants) - math.log(delta)) / tilt
 
     tilt = _minimiser(bound, 1 / parts[0][0].interval)
     centre = bound(tilt)
     losses, upper, lower = _tails(parts, cumulants, tilt, centre)
-    # δ(ε) = upper - e^(ε - centre) lower for ε between a loss of the grid and the one before it.
+    # δ(ε) = upper - e^(ε - centre) lower, for ε between a loss of the grid and the one before it.
     before = losses - parts[0][0].interval
     before = before[before < centre]
     too_large = np.flatnonzero(
@@ -84,29 +89,38 @@ def epsilon(parts, delta):
 
 
 def delta(parts, epsilon):
-    """The composition's δ(ε), rounded up, in [0, 1]; arguments as in `epsilon`."""
+    """Return the composition's δ(ε), rounded up.
+
+    Args:
+        parts: list of pairs `(LossDistribution, count)`, as for `epsilon`.
+        epsilon: float, 0 or more.
+
+    Returns:
+        float in [0, 1].
+    """
     if not parts:
         return 0.0
     cumulants = [_Cumulants(part, count) for part, count in parts]
 
     def bound(tilt):
-        """Chernoff, as above: the logarithm of a bound of δ(ε)."""
+        """Return the logarithm of the Chernoff bound of δ(ε)."""
         return sum(c.value(tilt) for c in cumulants) - tilt * epsilon
 
     tilt = _minimiser(bound, 1 / parts[0][0].interval)
     losses, upper, lower = _tails(parts, cumulants, tilt, epsilon)
     above = np.searchsorted(losses, epsilon, side="right")
     if above == len(losses):
-        return _infinite(parts)
+        return _infinite_mass(parts)
     return min(1.0, float(upper[above] - lower[above]) * (1 + ROUND_OFF))
 
 
-def _infinite(parts):
+def _infinite_mass(parts):
+    """Return the probability that any of the losses is infinite."""
     return -math.expm1(sum(count * math.log1p(-part.infinite) for part, count in parts))
 
 
 class _Cumulants:
-    """Logarithm of E[e^(tilt x loss)] of the sum of `count` losses, infinite ones left out, and what belongs to it."""
+    """Cumulant generating function of the sum of `count` equal losses, without infinite ones."""
 
     def __init__(self, part, count):
         with np.errstate(divide="ignore"):
@@ -114,28 +128,30 @@ class _Cumulants:
         self.losses, self.count = part.losses, count
 
     def value(self, tilt):
+        """Return log E[e^(tilt * sum of the losses)]."""
         exponents = self.logs + tilt * self.losses
         largest = exponents.max()
         return self.count * float(largest + np.log(np.exp(exponents - largest).sum()))
 
     def tilted(self, tilt):
-        """Probabilities of one loss under tilting, float64 [n]."""
+        """Return the probabilities of one tilted loss, a float64 array of shape `[n]`."""
         return np.exp(self.logs + tilt * self.losses - self.value(tilt) / self.count)
 
     def variance(self, tilt):
+        """Return the variance of the sum of the tilted losses."""
         probabilities = self.tilted(tilt)
         return self.count * float(probabilities @ (self.losses - probabilities @ self.losses) ** 2)
 
 
 def _minimiser(function, largest):
-    """Where in (0, largest] a function, decreasing and then increasing, is least, to about 1 %.
+    """Return the minimiser of a unimodal function on (0, largest], to about 1 %.
 
-    Any tilt gives the same convolution, this one with the least error. Beyond 1 / interval it would tell apart what the
-    grid does not.
+    Every tilt gives the same convolution, and this one has the smallest error. A tilt beyond
+    1 / interval would resolve losses more finely than the grid does.
     """
-    places = largest / 2.0 ** np.arange(32)
-    place = places[int(np.argmin([function(x) for x in places]))]
-    low, high = place / 2, min(largest, place * 2)
+    candidates = largest / 2.0 ** np.arange(32)
+    best = candidates[int(np.argmin([function(x) for x in candidates]))]
+    low, high = best / 2, min(largest, best * 2)
     for _ in range(12):
         first, second = low * (high / low) ** (1 / 3), low * (high / low) ** (2 / 3)
         low, high = (low, second) if function(first) < function(second) else (first, high)
@@ -143,34 +159,39 @@ def _minimiser(function, largest):
 
 
 def _tails(parts, cumulants, tilt, centre):
-    """Sums over the composed distribution from each loss of a grid on.
+    """Return the sums over the composed distribution from each loss of the grid upwards.
 
     Returns:
-        `(losses, upper, lower)`, float64 [n]: the sum of p(x) over x >= loss, infinite losses included, and that of
-        p(x) e^(centre - x).
+        Tuple `(losses, upper, lower)` of float64 arrays of shape `[n]`: for each loss, the sum of
+        p(x) over x >= loss, infinite losses included, and the sum of p(x) e^(centre - x).
     """
     interval = parts[0][0].interval
     total = sum(c.value(tilt) for c in cumulants)
     deviation = max(interval, math.sqrt(sum(c.variance(tilt) for c in cumulants)))
+    # Chernoff bounds of both tails of the tilted distribution, with the best of ten more tilts.
     steps = [2.0**k / deviation for k in range(-4, 6)]
-    up = min((sum(c.value(tilt + s) for c in cumulants) - total + OUTSIDE) / s for s in steps)
-    down = max((total - sum(c.value(tilt - s) for c in cumulants) - OUTSIDE) / s for s in steps)
+    up = min((sum(c.value(tilt + s) for c in cumulants) - total + TAIL) / s for s in steps)
+    down = max((total - sum(c.value(tilt - s) for c in cumulants) - TAIL) / s for s in steps)
     first, last = math.floor(down / interval), math.ceil(up / interval)
-    size = _fast_length(max(last - first + 1, *(len(part.probabilities) for part, _ in parts)))
-    # Further below the centre the factors would overflow, and what is there counts for nothing above it.
-    first = max(first, math.floor(max((total - LARGEST) / tilt, centre - LARGEST) / interval))
+    size = _fft_length(max(last - first + 1, *(len(part.probabilities) for part, _ in parts)))
+    # Cut off where the factors would overflow; such losses are far below the centre and do not
+    # enter the sums from the centre upwards.
+    first = max(
+        first,
+        math.floor(max((total - LARGEST_EXPONENT) / tilt, centre - LARGEST_EXPONENT) / interval),
+    )
     transform = 1.0
     for (_, count), c in zip(parts, cumulants, strict=True):
         transform = transform * np.fft.rfft(c.tilted(tilt), size) ** count
     start = sum(count * part.start for part, count in parts)
-    places = np.arange(first, last + 1)
-    tilted = np.maximum(np.fft.irfft(transform, size)[(places - start) % size], 0)
-    losses = places * interval
+    indices = np.arange(first, last + 1)
+    tilted = np.maximum(np.fft.irfft(transform, size)[(indices - start) % size], 0)
+    losses = indices * interval
     probabilities = tilted * np.exp(total - tilt * losses)
-    upper = _infinite(parts) + np.cumsum(probabilities[::-1])[::-1]
+    upper = _infinite_mass(parts) + np.cumsum(probabilities[::-1])[::-1]
     return losses, upper, np.cumsum((probabilities * np.exp(centre - losses))[::-1])[::-1]
 
 
-def _fast_length(size):
-    """The smallest 2^a 3^b that is not below `size`."""
+def _fft_length(size):
+    """Return the smallest 2^a 3^b that is not below `size`, because such transforms are fast."""
     return min(2 ** max(0, math.ceil(math.log2(size / 3**b))) * 3**b for b in range(12))

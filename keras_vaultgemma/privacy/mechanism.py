@@ -1,72 +1,90 @@
-"""The mechanism: gradients of single rows, clipped, summed and noised (Abadi et al., 2016, arXiv:1607.00133).
+"""The mechanism of DP-SGD: gradients of single rows are clipped, summed and noised (Abadi et al.).
 
-With g_i the gradient of row i's loss with respect to all trainable variables together, a step releases
+Let g_i be the gradient of the loss of row i with respect to all trainable variables together. For
+a batch of sampled rows, a step releases
 
     ( sum over the sampled rows i of  g_i * min(1, C / |g_i|)   +   N(0, (σ C)² I) ) / B
 
-where B is the expected number of sampled rows, not the actual one, which is itself a secret. All of it is float32,
-whatever the model computes in.
+where B is the expected number of sampled rows, because the actual number is private. Every row is
+one training record. All of it is computed in float32, whatever the model computes in.
 
-**Sensitivity.** Replacing one row by a row without a gradient changes the sum by at most C in the Euclidean norm, since
-the row's own term is all that changes. In float32 as well, for rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
-`ROUNDING` is for norms, which are summed up in stages of `STAGE` numbers at most and so right to 4e-4, and ρ
-(`sum_rounding`) for the sum, which with the row and without it may be rounded in opposite directions at each addition:
-1e-3 for 128 rows that are computed one by one, 0.06 for 1,000; 0.008 for 1,000 that are computed 8 at a time.
-`clipped_sum` returns C with the sum, and `noised_mean` computes the noise from that; nothing else knows how much noise
-is needed.
+**Sensitivity.** Replacing one record by a record without a gradient changes the sum by at most C in
+the Euclidean norm, because only the term of this record changes. To make this hold in float32 as
+well, rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
 
-A row whose gradient is not finite contributes nothing, like a row that was not sampled, and is counted.
+- `ROUNDING` covers the norm of a row and the product of gradient and factor. Squares are summed in
+  stages of at most `STAGE` numbers, so that a norm is accurate to 4e-4.
+- ρ (`sum_rounding`) covers the sum over rows, which may be rounded in opposite directions at every
+  addition with the record and without it. It is 1e-3 for 128 rows that are computed one by one,
+  0.06 for 1,000 rows, and 0.008 for 1,000 rows that are computed 8 at a time.
+
+`clipped_sum` returns the sensitivity C together with the sum, and `noised_mean` scales the noise by
+it; no other function decides how much noise is needed.
+
+A row whose gradient or loss is not finite contributes nothing, like a row that was not sampled, and
+is counted.
+
+References:
+    - [Abadi et al., 2016](https://arxiv.org/abs/1607.00133)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_vaultgemma import backend
 
 ROUNDING = 2.0**-10
-"""Part of the clipping norm that is left to the rounding of a row's norm and of its clipped gradient."""
+"""Fraction of the clipping norm that covers the rounding of a row's norm and clipped gradient."""
 
 UNIT = 2.0**-24
-"""Largest relative error of one float32 addition."""
+"""Unit round-off u of float32: the largest relative error of one addition."""
 
 STAGE = 2**12
-"""Numbers that are added up one after the other."""
+"""Largest number of squares that are summed in one stage."""
 
 
 class ClippedSum(NamedTuple):
     """Sums over the rows of a batch.
 
+    Only `gradients` is protected by noise later on; `loss`, `clipped` and `not_finite` are not.
+
     Attributes:
-        gradients: list of float32 tensors, one for each variable: the clipped gradients' sum.
-        sensitivity: float, what replacing one row changes `gradients` by at most, in the norm over all of them.
-        loss: float32 scalar, the losses' sum. This and what follows is not protected by any noise.
-        clipped: float32 scalar, how many rows had a gradient longer than the clipping norm.
-        not_finite: float32 scalar, how many rows had a gradient or loss that is not finite, and contributed nothing.
+        gradients: list of float32 tensors, one for each variable: the sum of the clipped gradients.
+        sensitivity: float. Largest change of `gradients`, in the Euclidean norm over all variables
+            together, if one record is replaced by a record without a gradient.
+        loss: float32 scalar. Sum of the losses.
+        clipped: float32 scalar. Number of rows whose gradient was longer than the clipping norm.
+        not_finite: float32 scalar. Number of rows that were left out because their gradient or
+            loss is not finite.
     """
 
     gradients: list
     sensitivity: float
-    loss: object
-    clipped: object
-    not_finite: object
+    loss: Any
+    clipped: Any
+    not_finite: Any
 
 
 def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
-    """Sum of the clipped gradients of a batch, a microbatch at a time.
+    """Return the sum of the clipped gradients of a batch, computed one microbatch at a time.
 
     Args:
-        row_gradients: function of (start, state) that computes rows `start` to `start + size` of the batch and returns
-            (gradients, losses, state): a list of [size, *shape] for each variable, [size], and what the next call gets.
-        shapes: shape of each variable.
-        count: int32 scalar, how many rows the batch has; what a microbatch has beyond them is computed and ignored.
-        rows: int or int32 scalar, the most rows that a batch can have; public, as `count` is not.
-        size: rows of a microbatch.
-        clip_norm: C, above 0.
-        state: list of tensors.
+        row_gradients: function of `(start, state)` that computes the rows `start` to `start + size`
+            of the batch. It returns `(gradients, losses, state)`: a list of tensors of shape
+            `[size, *shape]`, one for each variable; a tensor of shape `[size]`; and the state for
+            the next call.
+        shapes: list of the shapes of the variables.
+        count: int32 scalar. Number of rows of the batch. Rows beyond it, which fill the last
+            microbatch, are computed and ignored.
+        rows: int or int32 scalar. Largest number of rows of any batch. It is public, unlike
+            `count`.
+        size: int. Number of rows of a microbatch.
+        clip_norm: float. C, above 0.
+        state: list of tensors. State for the first call of `row_gradients`.
 
     Returns:
-        `(ClippedSum, state)`.
+        Tuple `(ClippedSum, state)`.
     """
     longest = clip_norm / (1 + sum_rounding(rows, size))
 
@@ -77,7 +95,7 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
         factors, is_finite, norms = clip_factors(gradients, losses, is_present, longest)
         total = list(total)
         for i in range(len(total)):
-            # In the memory of the sum, and so that no second gradient stays alive.
+            # Added in place, and each gradient is dropped at once, to save the memory of a copy.
             total[i] = backend.add_in_place(total[i], _weighted_sum(gradients[i], factors))
             gradients[i] = None
         present, used = ops.cast(is_present, "float32"), ops.cast(is_finite, "float32")
@@ -102,19 +120,25 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
 
 
 def sum_rounding(rows, size):
-    """ρ: what rounding may add to the sum's sensitivity, as a part of the rows' largest norm c.
+    """Return ρ: the increase of the sum's sensitivity by rounding, relative to the longest row c.
 
-    A term that goes through d additions is in the computed sum with a factor of 1 + δ in each coordinate, |δ| <= γ_d =
-    d u / (1 - d u) with u = `UNIT` (Higham, 2002, section 4.2). So the computed sum is off by at most the sum of
-    γ_d c over the rows, in the Euclidean norm, and the difference of two sums by twice that. Of n microbatches of m
-    rows, a row in the j-th goes through m - 1 additions at most within it, in whatever order, and n - j + 1 after it.
+    A term that goes through d additions enters the computed sum with a factor 1 + δ in each
+    coordinate, |δ| <= γ_d = d u / (1 - d u), with u = `UNIT` (Higham, section 4.2). The Euclidean
+    error of the computed sum is therefore at most the sum of γ_d c over the rows, and the
+    difference of two computed sums is off by at most twice that. With n microbatches of m rows, a
+    row of the j-th microbatch goes through at most m - 1 additions within it, in whatever order,
+    and n - j + 1 additions after it.
 
     Args:
-        rows: int or int32 scalar, how many rows are added up at most.
-        size: m.
+        rows: int or int32 scalar. Largest number of rows that are summed.
+        size: int. m, the number of rows of a microbatch.
 
     Returns:
         float32 scalar.
+
+    References:
+        - [Higham, 2002](https://doi.org/10.1137/1.9780898718027): Accuracy and Stability of
+          Numerical Algorithms
     """
     n = ops.cast(-(-rows // size), "float32")
     additions = n * size * (size - 1 + (n + 1) / 2)
@@ -122,17 +146,20 @@ def sum_rounding(rows, size):
 
 
 def clip_factors(gradients, losses, is_present, clip_norm):
-    """What each row's gradient is multiplied by.
+    """Return the factor that clips the gradient of each row.
 
     Args:
-        gradients: list of float32 [R, ...], together the gradients of R rows.
-        losses: [R].
-        is_present: bool [R].
-        clip_norm: C.
+        gradients: list of float32 tensors of shape `[R, ...]`, one for each variable: the gradients
+            of R rows.
+        losses: tensor of shape `[R]`.
+        is_present: bool tensor of shape `[R]`. False for rows that only fill the microbatch.
+        clip_norm: float. C.
 
     Returns:
-        `(factors, is_finite, norms)`, [R] each: `min(1, C (1 - ROUNDING) / norm)`, 0 for rows that are not present or
-        not finite; whether a row is present and finite; the norms before clipping.
+        Tuple `(factors, is_finite, norms)` of tensors of shape `[R]`. `factors` is
+        `min(1, C (1 - ROUNDING) / norm)`, or 0 for rows that are not present or not finite;
+        `is_finite` is True for rows that are present and finite; `norms` are the Euclidean norms
+        before clipping, over all variables together.
     """
     norms = ops.sqrt(sum(_squared_norms(gradient) for gradient in gradients))
     is_finite = ops.logical_and(
@@ -143,13 +170,15 @@ def clip_factors(gradients, losses, is_present, clip_norm):
 
 
 def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
-    """What a step releases: the clipped sum plus Gaussian noise, over the expected number of rows.
+    """Return what a step releases: the noised sum, divided by the expected number of rows.
 
     Args:
         clipped: `ClippedSum`.
-        noise_multiplier: σ; the noise's standard deviation is σ times the sum's sensitivity.
-        seeds: int32 [V, 4], the seed of each variable's noise, none of which is ever used again.
-        expected_rows: B.
+        noise_multiplier: float. σ; the standard deviation of the noise is σ times the sensitivity
+            of the sum.
+        seeds: int32 tensor of shape `[n, 4]`. Seed of the noise of each of n variables, none of
+            which may ever be used again.
+        expected_rows: float. B.
 
     Returns:
         List of float32 tensors, one for each variable.
@@ -157,16 +186,20 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
     deviation = noise_multiplier * clipped.sensitivity
     noised = []
     for i, gradient in enumerate(clipped.gradients):
-        # One after the other, and after the sum: all noise at once would take the memory of another gradient.
+        # In sequence and after the sum, because the noise of all variables at once would need the
+        # memory of another gradient.
         seed = backend.schedule_after(seeds[i], noised[-1] if noised else gradient)
         noised.append((gradient + deviation * backend.normal(seed, gradient.shape)) / expected_rows)
     return noised
 
 
 def _squared_norms(x):
-    """[R] sums of the squares of [R, ...], in stages: one long chain of additions would lose what is small."""
+    """Return the sums of squares of `[R, ...]`, of shape `[R]`, summed in stages.
+
+    One long chain of additions would lose the small terms.
+    """
     x = _in_stages(x if len(x.shape) > 1 else x[:, None])
-    # A product, for on TensorFlow and PyTorch all squares would be in memory together.
+    # einsum, because TensorFlow and PyTorch would materialise the squares.
     sums = ops.einsum("...i,...i->...", x, x)
     while len(sums.shape) > 1:
         sums = ops.sum(_in_stages(sums), axis=-1)
@@ -174,7 +207,7 @@ def _squared_norms(x):
 
 
 def _in_stages(x):
-    """`x` with `STAGE` numbers at most along the last axis, which becomes two where there are more."""
+    """Split the last axis in two if it is longer than `STAGE`, padding it with zeros."""
     if x.shape[-1] <= STAGE:
         return x
     x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, -x.shape[-1] % STAGE)])
@@ -182,7 +215,7 @@ def _in_stages(x):
 
 
 def _weighted_sum(x, factors):
-    """Sum over r of factors[r] x[r]; an x[r] whose factor is 0 has no part in it, though it were not finite."""
+    """Return the sum over r of `factors[r] * x[r]`; a factor of 0 also cancels inf and NaN."""
     factors = ops.reshape(factors, (-1, *[1] * (len(x.shape) - 1)))
     x = backend.multiply_no_nan(x, factors)
     return x[0] if x.shape[0] == 1 else ops.sum(x, axis=0)

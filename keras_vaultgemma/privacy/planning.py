@@ -1,44 +1,67 @@
-"""What a private run will do, decided before it begins: steps, largest batch, noise."""
+"""Planning of a private run before it begins: its steps, its largest batch and its noise."""
 
+import functools
 import math
 import numbers
+from collections.abc import Sequence
 
 from keras_vaultgemma.privacy import accounting
-from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.accounting import LARGEST_EPSILON, Steps
 
-HEAD_ROOM_COST = 0.01
-"""Part of ε that cutting large batches off may cost."""
+TRUNCATION_COST = 0.01
+"""Largest relative increase of ε that the truncation of large batches may cause."""
+
+PRECISION = 1e-3
+"""Relative error of a calibrated noise multiplier."""
+SMALLEST_NOISE = 0.05
+"""Smallest noise multiplier that calibration tries."""
 
 
 def plan(
-    rows,
-    batch_size,
-    epochs,
-    delta,
-    epsilon=None,
-    noise_multiplier=None,
-    microbatch=1,
-    earlier=(),
-    done=0,
-):
-    """The steps of a run, with room for batches larger than the expected one.
+    rows: int,
+    batch_size: int,
+    epochs: int,
+    delta: float,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    microbatch: int = 1,
+    earlier: Sequence[Steps] = (),
+    done: int = 0,
+) -> Steps:
+    """Return the steps of a run, with batches that may be larger than the expected batch size.
 
     Args:
-        rows: N, of the data set.
-        batch_size: expected rows of a batch; each row is in a batch with probability `batch_size / rows`.
-        epochs: how often a row takes part on average; an epoch has `rows / batch_size` steps, rounded up.
-        delta: in (0, 1).
-        epsilon: budget of all steps, in (0, 100]; or
-        noise_multiplier: standard deviation of the noise over the clipping norm, above 0. Exactly one of the two.
-        microbatch: rows that are computed at a time; the largest batch is a multiple of it.
-        earlier: list of `Steps` already done on the same data, which count towards `epsilon`.
-        done: steps of the epochs that are left out, since an interrupted run has done them.
+        rows: int. N, the number of records in the data set.
+        batch_size: int. Expected batch size; a record is in a batch with probability
+            `batch_size / rows`.
+        epochs: int. Number of times that a record takes part on average. An epoch has
+            `rows / batch_size` steps, rounded up.
+        delta: float in (0, 1).
+        epsilon: float in (0, 100]. Budget of all steps. Exactly one of `epsilon` and
+            `noise_multiplier` must be given.
+        noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
+        microbatch: int. Number of rows that are computed at a time; the largest batch is a multiple
+            of it. Defaults to 1.
+        earlier: list of `Steps` that were done on the same data before and count towards
+            `epsilon`. Defaults to none.
+        done: int. Number of steps to leave out because an interrupted run has done them. Defaults
+            to 0.
 
     Returns:
         `Steps`.
 
     Raises:
-        ValueError: for an argument outside its range.
+        ValueError: If an argument is out of range, or if `earlier` has used up the budget.
+        ImportError: If dp-accounting is not installed.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.privacy import planning
+
+    steps = planning.plan(rows=1000, batch_size=50, epochs=1, delta=1e-4, noise_multiplier=1.0)
+    print(steps.count, steps.max_batch_size)
+    ```
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ValueError(
@@ -62,53 +85,132 @@ def plan(
         noise_multiplier,
     )
     if epsilon is None:
-        return steps._replace(max_batch_size=head_room(steps, delta, microbatch))
-    steps = accounting.calibrate(steps, epsilon, delta, earlier)
-    steps = steps._replace(max_batch_size=head_room(steps, delta, microbatch))
-    return accounting.calibrate(steps, epsilon, delta, earlier)
+        return steps._replace(max_batch_size=choose_max_batch_size(steps, delta, microbatch))
+    steps = calibrate(steps, epsilon, delta, earlier)
+    steps = steps._replace(max_batch_size=choose_max_batch_size(steps, delta, microbatch))
+    # Calibrate again, because the truncation needs a little more noise.
+    return calibrate(steps, epsilon, delta, earlier)
 
 
-def steps_per_epoch(rows, batch_size):
-    """Steps in which a row takes part once on average, rounded up."""
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Return the number of steps in which a record takes part once on average, rounded up."""
     return math.ceil(rows / batch_size)
 
 
-def default_delta(rows):
-    """N^-1.1: below 1 / N, which giving one row away would satisfy."""
+def default_delta(rows: int) -> float:
+    """Return δ = N^-1.1.
+
+    It is below 1 / N, because a mechanism that publishes one random record satisfies δ = 1 / N.
+
+    Args:
+        rows: int, 2 or more. N, the number of records in the data set.
+
+    Raises:
+        ValueError: If `rows` is below 2.
+    """
     if rows < 2:
         raise ValueError(f"`rows` must be 2 or more for a default δ. Received: rows={rows}")
     return float(rows) ** -1.1
 
 
-def head_room(steps, delta, microbatch):
-    """The smallest largest batch, a multiple of `microbatch`, that costs at most 1 % more ε than none.
+def choose_max_batch_size(steps: Steps, delta: float, microbatch: int) -> int:
+    """Return the smallest Bmax whose truncation increases ε by 1 % at most.
 
     Args:
-        steps: `Steps` with a noise multiplier; its own largest batch is not read.
-        delta: in (0, 1).
-        microbatch: positive int.
+        steps: `Steps` with a noise multiplier. Its `max_batch_size` is ignored.
+        delta: float in (0, 1).
+        microbatch: int, 1 or more. The result is a multiple of it.
 
     Returns:
-        int; it may exceed the number of rows, and then never matters.
+        int. It may exceed the number of records, and then truncates nothing.
     """
 
     def costs_too_much(multiple):
-        return (
-            accounting.epsilon([steps._replace(max_batch_size=multiple * microbatch)], delta)
-            > limit
-        )
+        truncated = steps._replace(max_batch_size=multiple * microbatch)
+        return accounting.epsilon([truncated], delta) > limit
 
-    limit = accounting.epsilon([steps._replace(max_batch_size=None)], delta) * (1 + HEAD_ROOM_COST)
+    limit = accounting.epsilon([steps._replace(max_batch_size=None)], delta) * (1 + TRUNCATION_COST)
     mean = steps.rows * steps.sampling_probability
     deviation = math.sqrt(mean * (1 - steps.sampling_probability))
-    too_small, width = (
-        math.ceil(mean / microbatch) - 1,
-        max(1, math.ceil(4 * deviation / microbatch)),
-    )
-    enough = too_small + width
+    # Bracket the answer in strides of four standard deviations of the batch size, then bisect.
+    too_small = math.ceil(mean / microbatch) - 1
+    stride = max(1, math.ceil(4 * deviation / microbatch))
+    enough = too_small + stride
     while costs_too_much(enough):
-        too_small, enough = enough, enough + width
+        too_small, enough = enough, enough + stride
     while enough - too_small > 1:
         middle = (enough + too_small) // 2
         too_small, enough = (middle, enough) if costs_too_much(middle) else (too_small, middle)
     return enough * microbatch
+
+
+def calibrate(steps: Steps, budget: float, delta: float, earlier: Sequence[Steps] = ()) -> Steps:
+    """Return the same steps with the smallest noise that keeps within a budget.
+
+    Args:
+        steps: `Steps`. The search starts from its noise multiplier, or from 1 if it has none.
+        budget: float in (0, 100]. Largest ε.
+        delta: float in (0, 1).
+        earlier: list of `Steps` that were done on the same data before and count towards the
+            budget. Defaults to none.
+
+    Returns:
+        `Steps` whose ε, together with `earlier`, is at most `budget`. The noise multiplier is at
+        most 0.1 % above the smallest possible one, and at least 0.05.
+
+    Raises:
+        ValueError: If an argument is out of range, or if `earlier` has used up the budget.
+        ImportError: If dp-accounting is not installed.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.privacy import accounting, planning
+
+    steps = accounting.Steps(count=10, rows=1000, sampling_probability=0.05)
+    print(planning.calibrate(steps, budget=3.0, delta=1e-4).noise_multiplier)
+    ```
+    """
+    if not 0 < budget <= LARGEST_EPSILON:
+        raise ValueError(
+            f"`epsilon` must be above 0 and at most {LARGEST_EPSILON:g}. Received: epsilon={budget}"
+        )
+    accounting.check_delta(delta)
+    if steps.count == 0:
+        raise ValueError(
+            "`count` must be 1 or more to calibrate a noise multiplier. "
+            f"Received: count={steps.count}"
+        )
+    if earlier and (used := accounting.epsilon(earlier, delta)) >= budget:
+        raise ValueError(
+            f"`epsilon` must be above {accounting.round_up(used)}, which earlier runs on the same "
+            f"data have spent. Received: epsilon={budget}"
+        )
+
+    @functools.cache
+    def excess(noise):
+        """Return log(ε / budget), which is nearly linear in the logarithm of the noise."""
+        value = accounting.epsilon([*earlier, steps._replace(noise_multiplier=noise)], delta)
+        return math.log(max(value, 1e-300) / budget)
+
+    low = high = steps.noise_multiplier or 1.0
+    while excess(high) > 0:
+        low, high = high, high * 2
+        if high > 2**40:
+            raise ValueError(
+                f"`epsilon` must be larger: the grid of the accounting is too coarse to find noise "
+                f"for {steps} at delta={delta}. Received: epsilon={budget}"
+            )
+    while low == high or excess(low) <= 0:
+        if low <= SMALLEST_NOISE:
+            return steps._replace(noise_multiplier=low)
+        low, high = max(low / 2, SMALLEST_NOISE), low
+    # Regula falsi in logarithms, or bisection if ε at `low` is infinite.
+    while high > low * (1 + PRECISION):
+        share = excess(low) / (excess(low) - excess(high)) if math.isfinite(excess(low)) else 0.5
+        guess = low * (high / low) ** share
+        # Stay half a precision inside, so that the next guess closes in from the other side.
+        inside = math.sqrt(1 + PRECISION)
+        guess = min(max(guess, low * inside), high / inside)
+        low, high = (guess, high) if excess(guess) > 0 else (low, guess)
+    return steps._replace(noise_multiplier=high)

@@ -1,12 +1,19 @@
-"""Truncated Poisson sampling: the rows of a step.
+"""Truncated Poisson sampling of rows, and the dataset of batches that private training draws.
 
-Each row is drawn independently with probability q; of more than Bmax rows a uniformly random subset of Bmax remains; no
-rows is a sample as well, and its step is done like any other. This is the sampling that `accounting` accounts for
-(Abadi et al., 2016, arXiv:1607.00133; Chua et al., 2024, arXiv:2411.04205, for the truncation). Batches of a fixed
-size, or epochs over shuffled rows, are not: their ε is larger than what Poisson sampling's says.
+Each record is drawn independently with probability q. If more than Bmax are drawn, a uniformly
+random subset of Bmax of them remains. A batch may be empty, and its step is done like any other.
+This is the sampling that `accounting` accounts for (Abadi et al.; Chua et al. for the truncation).
+Batches of a fixed size and epochs over shuffled data are other mechanisms, whose ε is larger than
+that of Poisson sampling.
 
-Amplification by sampling holds because nobody knows who was drawn, so the random bits are cryptographic ones: SHAKE-256
-(FIPS 202), keyed with 256 bits that HMAC-SHA256 derives from the run's secret, the step and a counter.
+Privacy amplification by sampling requires that nobody knows which records were drawn. The random
+bits are therefore cryptographic: SHAKE-256, keyed with 256 bits that HMAC-SHA256 derives from the
+secret of the run, the step and a counter.
+
+References:
+    - [Abadi et al., 2016](https://arxiv.org/abs/1607.00133)
+    - [Chua et al., 2024](https://arxiv.org/abs/2411.04205)
+    - [FIPS 202](https://doi.org/10.6028/NIST.FIPS.202): SHAKE-256
 """
 
 import hashlib
@@ -17,98 +24,39 @@ import numpy as np
 from keras_vaultgemma.privacy.seeds import derive, layer_seed, noise_seed
 
 EXTRA = (6.0, 16)
-"""Gaps that are drawn at once beyond the expected number: deviations, and a constant. They are rarely too few; then
-another block follows."""
+"""Gaps that are drawn at once beyond the expected number: a number of standard deviations and a
+constant. They rarely do not suffice; then another block is drawn."""
 
 
-def sample_rows(secret, step, count, probability, max_batch_size=None):
-    """Indices of the rows of one step; the same for the same arguments.
-
-    The gap between two drawn rows is geometric, P(gap >= g) = (1 - q)^g. That is equivalent in law to a decision for
-    each row, and takes a random number for each drawn row instead. A gap is computed in float64 from 53 random bits, so
-    that P(gap >= g) is right to an absolute 2^-53 and a relative 1e-15 (1 + g q): for ten million rows and q of 1e-7 or
-    more, a row's probability is q to within one part in 1e8.
-
-    Args:
-        secret: 16 bytes, as `secret_key.new` returns them; of one call of `fit`, in which no step comes twice.
-        step: int, 0 or more.
-        count: N, the number of rows, 1 or more.
-        probability: q, in (0, 1].
-        max_batch_size: Bmax, 1 or more; None for no truncation.
-
-    Returns:
-        int64 [n], increasing, of numbers from 0 to `count` - 1; n may be 0.
-
-    Raises:
-        ValueError: for an argument outside its range.
-    """
-    if count < 1:
-        raise ValueError(f"`count` must be 1 or more. Received: count={count}")
-    if not 0 < probability <= 1:
-        raise ValueError(
-            f"`probability` must be above 0 and at most 1. Received: probability={probability}"
-        )
-    if max_batch_size is not None and max_batch_size < 1:
-        raise ValueError(
-            f"`max_batch_size` must be 1 or more. Received: max_batch_size={max_batch_size}"
-        )
-    drawn = _poisson(secret, step, count, probability)
-    if max_batch_size is None or len(drawn) <= max_batch_size:
-        return drawn
-    # The rows with the smallest of independent 64-bit numbers are a uniformly random subset.
-    keys = _random_bits(secret, "truncation", step, 0, len(drawn))
-    return np.sort(drawn[np.argsort(keys, kind="stable")[:max_batch_size]])
-
-
-def _poisson(secret, step, count, probability):
-    expected = count * probability
-    size = max(1, int(expected + EXTRA[0] * expected**0.5) + EXTRA[1])
-    with np.errstate(divide="ignore"):
-        log_left_out = np.log1p(-probability)
-    found, last, block = [], -1, 0
-    while last < count:
-        bits = _random_bits(secret, "sampling", step, block, size)
-        # In (0, 1], multiples of 2^-53: the logarithm is finite.
-        uniform = ((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
-        # A gap beyond the last row ends the sample, however large; as a sum it must not overflow.
-        gaps = np.minimum(np.log(uniform) / log_left_out, count).astype("int64")
-        found.append(last + np.cumsum(gaps + 1))
-        last, block = int(found[-1][-1]), block + 1
-    drawn = np.concatenate(found)
-    return drawn[: np.searchsorted(drawn, count)]
-
-
-def _random_bits(secret, purpose, step, block, size):
-    """uint64 [size], independent and uniform."""
-    key = derive(secret, purpose, step, block)
-    return np.frombuffer(hashlib.shake_256(key).digest(8 * size), "<u8")
-
-
-# MERGED: """The batches of a private run: rows drawn by truncated Poisson sampling, in arrays of one shape."""
 class PrivateBatches(keras.utils.PyDataset):
-    """Batch i has the rows and the noise seeds of step `first_step + i`, and is the same whenever it is asked for.
+    """Dataset whose batch i has the rows and noise seeds of step `first_step + i`.
 
-    A batch is `(x, y, step)`. Rows that were drawn come first in x and y, then zeros up to the shape that all batches
-    have. What else a step needs stands where Keras has sample weights, so that it leaves the model's inputs alone:
-    - sample_weight: those of the rows, where there are any;
-    - count: int32 [1], how many were drawn;
-    - noise_seeds: int32 [V, 4];
-    - layer_seeds: int32 [1 + S, 2], of PyTorch's global generator and of the model's own seeds;
-    - noise_multiplier, expected_rows: float32 [1].
+    Batch i is the same every time it is read. It is a tuple `(x, y, step)` of arrays. The drawn
+    rows come first in `x` and `y`, followed by zeros up to the shape that all batches have. `step`
+    takes the place of Keras's sample weights, so that the inputs of the model are left alone. It is
+    a dict:
+
+    - `count`: int32 of shape `[1]`. Number of rows that were drawn.
+    - `noise_seeds`: int32 of shape `[variables, 4]`.
+    - `layer_seeds`: int32 of shape `[1 + layers, 2]`. Seed of PyTorch's global generator, followed
+      by the model's own seeds.
+    - `noise_multiplier`, `expected_rows`: float32 of shape `[1]`.
+    - `sample_weight`: the weights of the rows, if there are any.
 
     Args:
-        rows: `as_rows`.
-        steps: `accounting.Steps` that a run does; its count is not read.
-        length: how many batches there are.
-        variables: V, how many variables get noise.
-        microbatch: the shape has a multiple of so many rows.
-        secret: 16 bytes (secret_key.py).
+        rows: nested arrays, as `as_rows` returns them.
+        steps: `accounting.Steps`. The steps of the run; its count is ignored.
+        length: int. Number of batches.
+        variables: int. Number of variables that get noise.
+        microbatch: int. The number of rows of all batches is a multiple of it.
+        secret: bytes of length 16. Secret of one call of `fit`.
         first_step: int, 0 or more.
-        dataset: fingerprint of the rows.
-        layers: S, how many seeds the model's random layers have.
+        dataset: str. Fingerprint of the data.
+        layers: int. Number of seeds of the model's random layers. Defaults to 0.
 
     Attributes:
-        run_facts: what must be the same for a run to go on; how many batches there are need not be.
+        run_facts: dict of the properties that must be equal for an interrupted run to resume. The
+            number of batches is not among them.
     """
 
     def __init__(
@@ -157,12 +105,20 @@ class PrivateBatches(keras.utils.PyDataset):
 
 
 def as_rows(x, y=None, sample_weight=None):
-    """Training data as nested NumPy arrays `(x, y)` or `(x, y, sample_weight)`, N long, of which rows can be drawn.
+    """Return training data as nested NumPy arrays, whose rows can be drawn one by one.
 
-    A `keras.utils.PyDataset` is read once, batch by batch.
+    Args:
+        x: nested arrays or tensors of shape `[N, ...]`, or a `keras.utils.PyDataset`, which is read
+            once, batch by batch.
+        y: nested arrays or tensors of shape `[N, ...]`, or None. Defaults to None.
+        sample_weight: array or tensor of shape `[N, ...]`, or None. Defaults to None.
+
+    Returns:
+        Tuple `(x, y)` or `(x, y, sample_weight)` of nested NumPy arrays of shape `[N, ...]`.
 
     Raises:
-        ValueError: for data whose rows cannot be drawn one by one, such as a generator or a `tf.data.Dataset`.
+        ValueError: If the rows cannot be drawn one by one, as those of a generator or a
+            `tf.data.Dataset`.
     """
     if isinstance(x, keras.utils.PyDataset):
         if x.num_batches is None:
@@ -170,13 +126,13 @@ def as_rows(x, y=None, sample_weight=None):
                 "A `keras.utils.PyDataset` for private training must have a length. Received: none"
             )
         batches = [
-            _packed(*keras.utils.unpack_x_y_sample_weight(x[i])) for i in range(x.num_batches)
+            _as_arrays(*keras.utils.unpack_x_y_sample_weight(x[i])) for i in range(x.num_batches)
         ]
         return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
-    return _packed(x, y, sample_weight)
+    return _as_arrays(x, y, sample_weight)
 
 
-def _packed(*parts):
+def _as_arrays(*parts):
     def as_array(x):
         if not hasattr(x, "shape"):
             raise ValueError(
@@ -186,3 +142,78 @@ def _packed(*parts):
         return np.asarray(keras.ops.convert_to_numpy(x))
 
     return keras.tree.map_structure(as_array, tuple(part for part in parts if part is not None))
+
+
+def sample_rows(secret, step, count, probability, max_batch_size=None):
+    """Return the indices of the rows of one step by truncated Poisson sampling.
+
+    The gap g between two drawn rows is geometric, P(g >= k) = (1 - q)^k. Drawing the gaps has the
+    same distribution as one decision for each row, and needs a random number for each drawn row
+    only. A gap is computed in float64 from 53 random bits, so that P(g >= k) has an absolute error
+    of 2^-53 and a relative error of 1e-15 (1 + k q): for ten million rows and a q of 1e-7 or more,
+    the probability of every row is q to within one part in 1e8.
+
+    Args:
+        secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
+        step: int, 0 or more.
+        count: int. N, the number of rows, 1 or more.
+        probability: float in (0, 1]. q.
+        max_batch_size: int, 1 or more. Bmax. Defaults to None, which means no truncation.
+
+    Returns:
+        int64 array of shape `[n]` with increasing values from 0 to `count - 1`; n may be 0. The
+        result is the same for the same arguments.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.privacy.sampling import sample_rows
+    from keras_vaultgemma.privacy.seeds import new_secret
+
+    rows = sample_rows(new_secret(), step=0, count=1000, probability=0.05, max_batch_size=80)
+    ```
+    """
+    if count < 1:
+        raise ValueError(f"`count` must be 1 or more. Received: count={count}")
+    if not 0 < probability <= 1:
+        raise ValueError(
+            f"`probability` must be above 0 and at most 1. Received: probability={probability}"
+        )
+    if max_batch_size is not None and max_batch_size < 1:
+        raise ValueError(
+            f"`max_batch_size` must be 1 or more. Received: max_batch_size={max_batch_size}"
+        )
+    drawn = _poisson_sample(secret, step, count, probability)
+    if max_batch_size is None or len(drawn) <= max_batch_size:
+        return drawn
+    # The rows with the smallest of independent 64-bit numbers are a uniformly random subset.
+    keys = _random_bits(secret, "truncation", step, 0, len(drawn))
+    return np.sort(drawn[np.argsort(keys, kind="stable")[:max_batch_size]])
+
+
+def _poisson_sample(secret, step, count, probability):
+    """Return the indices of the rows that are drawn before truncation."""
+    expected = count * probability
+    size = max(1, int(expected + EXTRA[0] * expected**0.5) + EXTRA[1])
+    with np.errstate(divide="ignore"):
+        log_left_out = np.log1p(-probability)
+    found, last, block = [], -1, 0
+    while last < count:
+        bits = _random_bits(secret, "sampling", step, block, size)
+        # In (0, 1] and multiples of 2^-53, so that the logarithm is finite.
+        uniform = ((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        # Clip at `count`: a gap beyond the last row ends the sample, and the sum must not overflow.
+        gaps = np.minimum(np.log(uniform) / log_left_out, count).astype("int64")
+        found.append(last + np.cumsum(gaps + 1))
+        last, block = int(found[-1][-1]), block + 1
+    drawn = np.concatenate(found)
+    return drawn[: np.searchsorted(drawn, count)]
+
+
+def _random_bits(secret, purpose, step, block, size):
+    """Return independent uniform random bits, a uint64 array of shape `[size]`."""
+    key = derive(secret, purpose, step, block)
+    return np.frombuffer(hashlib.shake_256(key).digest(8 * size), "<u8")

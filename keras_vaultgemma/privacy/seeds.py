@@ -1,11 +1,29 @@
-"""Seeds of the noise, one for each step and variable, and of random layers; none twice.
+"""The secret of a private run, and the seeds of noise and random layers that are derived from it.
 
-`keras.random` is not used: its seeds have 30 bits by default, and on PyTorch two of its streams meet. A generator
-should take all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, two are equal with probability 1e-5.
+**The secret.** Anyone who knows the secret knows which records a step drew and can subtract its
+noise: the whole guarantee rests on it. It has 128 bits from the operating system, lives in the
+memory of one process and is never written anywhere. One call of `fit` draws one secret and uses
+each of its steps once; resuming, a second `fit` and a restart draw new ones. Two secrets are equal
+with probability 2^-128, so no noise is ever used twice, whatever step number a restart continues
+from. If the secret were saved to repeat a run, anyone with the checkpoint could remove the noise.
 
-Not covered: the generators of the backends are statistical, not cryptographic, and their normal deviates are float32
-numbers, of which a gap in the last bits may tell something (Mironov, 2012, doi:10.1145/2382196.2382264). Both need an
-attacker who sees noised sums to the last bit, which an optimizer's float32 update of the weights rounds away.
+**Derivation.** Bits for one purpose are derived with HMAC-SHA256, a pseudorandom function.
+Distinguishing its outputs from independent random bits takes about 2^128 trials; like every
+guarantee of an implementation on a computer, this one assumes that nobody can afford them.
+
+**Seeds.** Every step and variable has a noise seed of its own. `keras.random` is not used, because
+its default seeds have 30 bits and two of its streams coincide on PyTorch. A generator should take
+all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, two are equal with probability
+1e-5.
+
+**Not covered.** The generators of the backends are statistical, not cryptographic, and their normal
+deviates are float32 numbers, whose gaps in the last bits may reveal something (Mironov). Both
+attacks need the exact bits of the noised sums, which the optimizer's float32 update of the weights
+rounds away.
+
+References:
+    - [RFC 2104](https://www.rfc-editor.org/rfc/rfc2104): HMAC
+    - [Mironov, 2012](https://doi.org/10.1145/2382196.2382264): floating-point noise
 """
 
 import hashlib
@@ -15,85 +33,100 @@ import warnings
 
 import numpy as np
 
-
-def noise_seed(secret, step, variable):
-    """The seed of one variable's noise in one step.
-
-    Args:
-        secret: 16 bytes, as `secret_key.new` returns them; of one call of `fit`, in which no step comes twice.
-        step: int, 0 or more.
-        variable: int, 0 or more: place of the variable among the trainable ones.
-
-    Returns:
-        uint32 [4]: 128 bits.
-    """
-    return np.frombuffer(derive(secret, "noise", step, variable)[:16], "<u4").astype("uint32")
-
-
-def layer_seed(secret, step, layer):
-    """The seed of what a random layer draws in one step, such as dropout.
-
-    From the secret, too, and left in no variable: a saved seed that each microbatch has moved on would tell how many
-    rows were drawn, and a known one which rows were computed with which part of the weights.
-
-    Args:
-        secret, step: as for `seed`.
-        layer: int, 0 or more.
-
-    Returns:
-        int32 [2], not negative: of 62 bits, as Keras's own seeds are two numbers.
-    """
-    return (np.frombuffer(derive(secret, "layers", step, layer)[:8], "<u4") >> 1).astype("int32")
-
-
-# MERGED: """The secret that a private run's random numbers come from. Whoever knows the secret knows which rows a step drew and can subtract its noise: all of the guarantee rests on it. It is 128 bits from the operating system, it lives in the memory of one process, and it is never written anywhere. One call of `fit` draws one secret and uses each of its steps once; a resume, a second `fit` and a restart draw new ones. Two secrets are equal with probability 2^-128, so that nothing is ever used twice, whatever step a restart counts on from; had the secret been saved for that, anybody with the checkpoint could undo the noise. Bits for one purpose are derived with HMAC-SHA256 (RFC 2104), a pseudorandom function: to tell its outputs from independent random bits takes about 2^128 trials, which the guarantee, like any that is made by a computer, assumes nobody has. """
-SIZE = 16
+SECRET_SIZE = 16
 """Bytes of a secret."""
 
 
 class NotPrivateWarning(UserWarning):
-    """What is trained in this way has no privacy guarantee."""
+    """Warning that training with `DPSGD(seed_for_tests=...)` has no privacy guarantee.
+
+    Example:
+
+    ```python
+    import warnings
+    from keras_vaultgemma import privacy
+
+    # Fail instead of training without privacy if a test's seed was left in.
+    warnings.filterwarnings("error", category=privacy.NotPrivateWarning)
+    ```
+    """
 
 
-def new_secret():
-    """A secret: 16 bytes from the operating system."""
-    return os.urandom(SIZE)
+def new_secret() -> bytes:
+    """Return a new secret: 16 bytes from the operating system."""
+    return os.urandom(SECRET_SIZE)
 
 
-def fixed_secret(seed):
-    """A secret that anybody can compute, for tests that repeat a run: it is not private, and a warning says so.
+def fixed_secret(seed: int) -> bytes:
+    """Return a secret that anyone can compute, for tests that repeat a run, and warn about it.
 
     Args:
         seed: int from 0 to 2^64 - 1.
+
+    Returns:
+        bytes of length 16.
     """
     warnings.warn(
-        f"A fixed seed ({seed}) makes this run repeatable and NOT private: whoever knows the seed can remove the "
-        "noise. Leave it out for anything but a test.",
+        f"A fixed seed ({seed}) makes this run repeatable and NOT private: anyone who knows the "
+        "seed can remove the noise. Use it in tests only.",
         NotPrivateWarning,
         stacklevel=2,
     )
-    return derive(bytes(SIZE), "fixed seed", seed)[:SIZE]
+    return derive(bytes(SECRET_SIZE), "fixed seed", seed)[:SECRET_SIZE]
 
 
-def derive(secret, purpose, *numbers):
-    """32 bytes for one purpose, as if drawn anew for each purpose and each list of numbers.
+def noise_seed(secret: bytes, step: int, variable: int) -> np.ndarray:
+    """Return the seed of one variable's noise in one step.
 
     Args:
-        secret: 16 bytes.
-        purpose: str without NUL.
-        numbers: ints from 0 to 2^64 - 1, as many for each use of a purpose.
+        secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
+        step: int, 0 or more.
+        variable: int, 0 or more. Index of the variable among the trainable ones.
+
+    Returns:
+        uint32 array of shape `[4]`: 128 bits.
+    """
+    return np.frombuffer(derive(secret, "noise", step, variable)[:16], "<u4").astype("uint32")
+
+
+def layer_seed(secret: bytes, step: int, layer: int) -> np.ndarray:
+    """Return the seed of a random layer, such as dropout, in one step.
+
+    It is derived from the secret and not stored in a variable. A stored seed that every microbatch
+    advances would reveal how many rows were drawn, and a known seed which rows were computed with
+    which part of the weights.
+
+    Args:
+        secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
+        step: int, 0 or more.
+        layer: int, 0 or more. Index of the random layer.
+
+    Returns:
+        int32 array of shape `[2]`, not negative: 62 bits, because Keras's seeds are two numbers.
+    """
+    return (np.frombuffer(derive(secret, "layers", step, layer)[:8], "<u4") >> 1).astype("int32")
+
+
+def derive(secret: bytes, purpose: str, *numbers: int) -> bytes:
+    """Return 32 bytes that are pseudorandom and independent for each purpose and list of numbers.
+
+    Args:
+        secret: bytes of length 16.
+        purpose: str without NUL characters.
+        *numbers: ints from 0 to 2^64 - 1.
+
+    Returns:
+        bytes of length 32.
 
     Raises:
-        ValueError: for a secret of another length or a number out of range.
+        ValueError: If the secret has another length or a number is out of range.
     """
-    if len(secret) != SIZE:
-        raise ValueError(f"`secret` must have {SIZE} bytes. Received: {len(secret)} bytes")
+    if len(secret) != SECRET_SIZE:
+        raise ValueError(f"`secret` must have {SECRET_SIZE} bytes. Received: {len(secret)} bytes")
     for number in numbers:
         if not 0 <= number < 2**64:
-            raise ValueError(
-                f"Numbers to derive from must be from 0 to 2^64 - 1. Received: {number}"
-            )
-    # Ends the purpose, and all numbers are of one length: no two lists give the same message.
+            raise ValueError(f"`numbers` must be from 0 to 2^64 - 1. Received: {number}")
+    # Unambiguous, because NUL ends the purpose and every number has the same length.
     message = (
         purpose.encode() + b"\0" + b"".join(int(number).to_bytes(8, "big") for number in numbers)
     )

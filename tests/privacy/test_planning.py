@@ -1,5 +1,6 @@
-"""A run is decided before it begins."""
+"""Planning: numbers of steps, largest batches and calibrated noise."""
 
+import math
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from keras_vaultgemma.privacy.accounting import Steps
 pytestmark = pytest.mark.any_backend
 
 
-def test_a_budget_becomes_noise():
+def test_a_budget_is_met_by_noise():
     steps = planning.plan(5000, 64, 3, 1e-5, epsilon=3.0, microbatch=8)
     assert steps[:3] == (3 * 79, 5000, 64 / 5000)
     assert 2.98 < accounting.epsilon([steps], 1e-5) <= 3.0
@@ -23,7 +24,7 @@ def test_a_budget_becomes_noise():
     ids=["1,173 steps", "97,660 steps"],
 )
 def test_a_plan_takes_less_than_ten_seconds(rows, batch_size, epochs, delta):
-    """Two calibrations and the head room between them, of which nothing was computed before."""
+    """Two calibrations and the choice of the largest batch, without cached loss distributions."""
     accounting._one_step.cache_clear()
     before = time.process_time()
     steps = planning.plan(rows, batch_size, epochs, delta, epsilon=3.0, microbatch=8)
@@ -31,34 +32,92 @@ def test_a_plan_takes_less_than_ten_seconds(rows, batch_size, epochs, delta):
     assert 2.98 < accounting.epsilon([steps], delta) <= 3.0
 
 
-def test_noise_is_taken_as_it_is():
+def test_a_noise_multiplier_is_not_changed():
     steps = planning.plan(5000, 64, 3, 1e-5, noise_multiplier=1.1, microbatch=8)
     assert steps.noise_multiplier == 1.1
 
 
 def test_earlier_runs_count_towards_the_budget():
-    earlier = [Steps(50, 5000, 64 / 5000, 96, 1.0)]
-    steps = planning.plan(5000, 64, 3, 1e-5, epsilon=3.0, earlier=earlier)
-    assert 2.98 < accounting.epsilon([*earlier, steps], 1e-5) <= 3.0
+    earlier = [Steps(4, 200, 50 / 200, 80, 2.0)]
+    steps = planning.plan(200, 50, 1, 1e-3, epsilon=3.0, earlier=earlier)
+    assert 2.98 < accounting.epsilon([*earlier, steps], 1e-3) <= 3.0
+    assert steps.noise_multiplier > planning.plan(200, 50, 1, 1e-3, epsilon=3.0).noise_multiplier
+
+
+def test_steps_that_are_done_are_left_out():
+    """A resumed run plans the rest of its epochs: three epochs of which two are done are one epoch."""
+    rest = planning.plan(200, 50, 3, 1e-3, noise_multiplier=2.0, done=5)
+    assert rest.count == 3 * 4 - 5
+    for noise in (dict(noise_multiplier=2.0), dict(epsilon=3.0)):
+        rest = planning.plan(200, 50, 3, 1e-3, **noise, done=8)
+        assert rest == planning.plan(200, 50, 1, 1e-3, **noise)
 
 
 @pytest.mark.parametrize("microbatch", [1, 8, 50])
-def test_head_room_is_the_smallest_that_costs_one_percent(microbatch):
+def test_the_largest_batch_is_the_smallest_that_costs_one_percent(microbatch):
     steps = Steps(200, 5000, 64 / 5000, None, 0.9)
-    room = planning.head_room(steps, 1e-5, microbatch)
+    largest = planning.choose_max_batch_size(steps, 1e-5, microbatch)
     limit = 1.01 * accounting.epsilon([steps], 1e-5)
-    assert room % microbatch == 0 and room >= 64
-    assert accounting.epsilon([steps._replace(max_batch_size=room)], 1e-5) <= limit
-    smaller = room - microbatch
+    assert largest % microbatch == 0 and largest >= 64
+    assert accounting.epsilon([steps._replace(max_batch_size=largest)], 1e-5) <= limit
+    smaller = largest - microbatch
     assert (
         smaller < 64 or accounting.epsilon([steps._replace(max_batch_size=smaller)], 1e-5) > limit
     )
 
 
-def test_all_rows_need_no_head_room():
-    """q = 1: every batch has all rows; the largest batch is the next multiple."""
-    assert planning.head_room(Steps(3, 100, 1.0, None, 2.0), 1e-3, 7) == 105
-    assert planning.head_room(Steps(3, 100, 1.0, None, 2.0), 1e-3, 1) == 100
+def test_the_largest_batch_of_all_records():
+    """With q = 1 every batch has all records, and the largest batch is the next multiple of the microbatch."""
+    assert planning.choose_max_batch_size(Steps(3, 100, 1.0, None, 2.0), 1e-3, 7) == 105
+    assert planning.choose_max_batch_size(Steps(3, 100, 1.0, None, 2.0), 1e-3, 1) == 100
+
+
+@pytest.mark.parametrize("budget", [0.1, 8.0])
+@pytest.mark.parametrize("max_batch_size", [None, 300])
+def test_calibration_uses_the_budget_and_keeps_within_it(budget, max_batch_size):
+    steps = planning.calibrate(Steps(1000, 50_000, 256 / 50_000, max_batch_size), budget, 1e-5)
+    assert accounting.epsilon([steps], 1e-5) <= budget
+    less = steps._replace(noise_multiplier=steps.noise_multiplier / (1 + 1.01 * planning.PRECISION))
+    assert accounting.epsilon([less], 1e-5) > budget
+    assert steps._replace(noise_multiplier=None) == Steps(
+        1000, 50_000, 256 / 50_000, max_batch_size
+    )
+
+
+def test_calibration_counts_earlier_runs():
+    earlier = [Steps(100, 50_000, 256 / 50_000, 336, 1.0)]
+    plan = Steps(500, 50_000, 256 / 50_000, 336)
+    steps = planning.calibrate(plan, 2.0, 1e-5, earlier)
+    assert 1.98 < accounting.epsilon([*earlier, steps], 1e-5) <= 2.0
+    assert steps.noise_multiplier > planning.calibrate(plan, 2.0, 1e-5).noise_multiplier
+    used = accounting.epsilon(earlier, 1e-5)
+    with pytest.raises(
+        ValueError, match=r"`epsilon` must be above .*, which earlier runs .* Received: epsilon=0.3"
+    ):
+        assert used > 0.3
+        planning.calibrate(plan, 0.3, 1e-5, earlier)
+
+
+def test_calibration_at_both_ends_of_the_range(monkeypatch):
+    monkeypatch.setattr(planning, "SMALLEST_NOISE", 0.3)
+    assert planning.calibrate(Steps(1, 10, 0.1), 20.0, 0.5).noise_multiplier == 0.3
+    steps = planning.calibrate(Steps(10, 100_000, 0.01), 1e-3, 1e-5)
+    assert accounting.epsilon([steps], 1e-5) <= 1e-3
+
+
+def test_calibration_of_impossible_budgets():
+    for budget in (0.0, -1.0, 101.0, math.nan):
+        with pytest.raises(
+            ValueError, match="`epsilon` must be above 0 and at most 100. Received: epsilon="
+        ):
+            planning.calibrate(Steps(10, 100, 0.1), budget, 1e-5)
+    for delta in (0.0, 1.0, -1e-5, math.nan):
+        with pytest.raises(
+            ValueError, match="`delta` must be above 0 and below 1. Received: delta="
+        ):
+            planning.calibrate(Steps(10, 100, 0.1), 1.0, delta)
+    with pytest.raises(ValueError, match="`count` must be 1 or more to calibrate a noise mult"):
+        planning.calibrate(Steps(0, 100, 0.1), 1.0, 1e-5)
 
 
 def test_epochs_are_rounded_up():
