@@ -37,10 +37,10 @@ References:
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.privacy import loss_distribution
 from keras_vaultgemma.privacy.loss_distribution import LossDistribution
 
@@ -186,8 +186,7 @@ def delta(runs: Sequence[Steps], epsilon: float) -> float:
         ValueError: If an argument is out of range.
         ImportError: If dp-accounting is not installed.
     """
-    if not epsilon >= 0:
-        raise ValueError(f"`epsilon` must be 0 or more. Received: epsilon={epsilon}")
+    check_number("epsilon", epsilon, minimum=0)
     return max(loss_distribution.delta(parts, epsilon) for parts in _directions(runs))
 
 
@@ -202,31 +201,16 @@ def round_up(value: float, digits: int = 4) -> float:
 
 def check_delta(delta):
     """Raise ValueError if δ is outside (0, 1)."""
-    if not 0 < delta < 1:
-        raise ValueError(f"`delta` must be above 0 and below 1. Received: delta={delta}")
+    check_number("delta", delta, above=0, below=1)
 
 
 def check_steps(steps):
     """Raise ValueError if a value of `Steps` is out of range."""
-    for name, smallest in (("count", 0), ("rows", 1), ("max_batch_size", 1)):
-        value = getattr(steps, name)
-        if name == "max_batch_size" and value is None:
-            continue
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < smallest:
-            raise ValueError(
-                f"`{name}` must be an integer of {smallest} or more. Received: {name}={value!r}"
-            )
-    # `not 0 < x` instead of `x <= 0`, because comparisons with NaN are False.
-    if not 0 < steps.sampling_probability <= 1:
-        raise ValueError(
-            "`sampling_probability` must be above 0 and at most 1. "
-            f"Received: sampling_probability={steps.sampling_probability}"
-        )
-    if steps.noise_multiplier is None or not 0 < steps.noise_multiplier < math.inf:
-        raise ValueError(
-            "`noise_multiplier` must be above 0 and finite. "
-            f"Received: noise_multiplier={steps.noise_multiplier}"
-        )
+    check_integer("count", steps.count, 0)
+    check_integer("rows", steps.rows)
+    check_integer("max_batch_size", steps.max_batch_size, allow_none=True)
+    check_number("sampling_probability", steps.sampling_probability, above=0, maximum=1)
+    check_number("noise_multiplier", steps.noise_multiplier, above=0)
 
 
 def _directions(runs):

@@ -1,54 +1,66 @@
-"""The ledger: what was released about which data, in a file beside the checkpoint and inside saved presets.
+"""The privacy ledger: a record, in a file, of what was released about which data.
 
-A line is a JSON object and is only ever added: "statement", a guarantee that others make (VaultGemma's own of its
-pre-training comes first) or that training without privacy went between; "run", a run that begins; "steps", how many of
-its steps may have been released from now on; "end", how many were.
+The file lies next to a checkpoint and inside saved presets. Every line is a JSON object, and lines
+are only appended:
 
-**A run that is killed at any point is never under-counted.** A "steps" line is on the disk (`fsync`) before the first
-of its steps releases anything, so that the lines that are whole count every released step. A line that cannot be read
-is one whose write did not end, and counts all the same, as the most steps that a line may add. Steps are written down
-in blocks of 1 % of the planned ones: a run that is killed is over-counted by two blocks at most, one that ends is
-counted exactly.
+- "statement": a guarantee that others state, such as VaultGemma's own of its pre-training, which
+  comes first; or training without privacy in between.
+- "run": a private run begins.
+- "steps": the number of steps of a run that may have been released from then on.
+- "end": the exact number of steps of a run that has ended.
 
-A resumed run is a new one, of its own secret: what it repeats of the steps before it is counted again, for it was
-released again. Its file has one writer at a time, which holds a lock (`flock`, where the system has it).
+**A run that is killed at any point is never under-counted.** A "steps" line is on the disk
+(`fsync`) before the first of its steps releases anything, so the complete lines count every
+released step. An unreadable line is one whose write was interrupted. It is counted as well, as the
+most steps that a line can add. Steps are reserved in blocks of 1 % of the planned steps: a killed
+run is over-counted by two blocks at most, and a run that ends is counted exactly.
 
-Runs on the same data compose. Runs on other data stand beside each other, each with the ε of a row of its own data: a
-row that is in both is protected by the composition of the two, which nobody can see from fingerprints.
+A resumed run is a new run with its own secret. The steps that it repeats are counted again, because
+they are released again. A file has one writer at a time, which holds a lock (`flock`, if the system
+has it).
+
+Runs on the same data compose. Runs on different data are accounted for separately, each with the ε
+of a record of its own data. A record that is in both data sets is protected by the composition of
+the two, which fingerprints cannot reveal.
 """
 
 import json
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from keras_vaultgemma._files import check_link, parse_json, read_json
+from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.privacy import accounting, fingerprint
-from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.accounting import PrivacySpent, Steps
 
 FILE = presets.LEDGER
 BLOCKS = 100
-"""Into how many parts the planned steps are reserved."""
-
+"""Number of blocks that the planned steps are reserved in."""
 
 WITHOUT_PRIVACY = "without privacy"
 
 
 class Run(NamedTuple):
-    """What a run is, as it is known when it begins.
+    """The facts of a private run, known when it begins.
 
     Attributes:
-        rows, sampling_probability, max_batch_size, noise_multiplier: as in `accounting.Steps`.
-        clip_norm: C, the largest norm of a row's gradient.
-        delta: δ at which its ε is meant to be read.
-        planned_steps: how many it will do.
-        unit: what one row is, in words.
-        dataset: as `fingerprint.fingerprint` returns it.
-        package_version: of this package.
-        mechanism, neighbouring: in words; the mechanism of a run with `DPSGD(seed_for_tests=...)` begins with
-            `accounting.SEEDED`.
-        name: unique.
+        rows: int. N, the number of records in the data set.
+        sampling_probability: float. q.
+        max_batch_size: int or None. Bmax.
+        noise_multiplier: float. σ.
+        clip_norm: float. C, the largest norm of a record's gradient.
+        delta: float. δ at which ε is to be reported.
+        planned_steps: int. Number of steps that the run will do.
+        unit: str. Description of what is protected.
+        dataset: str. Fingerprint of the data, as `fingerprint.fingerprint` returns it.
+        package_version: str. Version of this package.
+        mechanism: str. Description of the mechanism; it begins with `accounting.SEEDED` for a run
+            with `DPSGD(seed_for_tests=...)`.
+        neighbouring: str. Relation of neighbouring data sets.
+        name: str. Unique name.
     """
 
     rows: int
@@ -65,50 +77,62 @@ class Run(NamedTuple):
     neighbouring: str = accounting.NEIGHBOURING
     name: str = ""
 
-    def steps(self, count):
-        """`accounting.Steps` of this run."""
+    def steps(self, count: int) -> Steps:
+        """Return `accounting.Steps` of `count` steps of this run."""
         return Steps(
             count, self.rows, self.sampling_probability, self.max_batch_size, self.noise_multiplier
         )
 
     @property
-    def block(self):
-        """How many steps a line reserves."""
+    def block(self) -> int:
+        """Number of steps that a "steps" line reserves."""
         return max(1, self.planned_steps // BLOCKS)
 
 
 class Ledger(NamedTuple):
-    """What a file says.
+    """The content of a ledger file.
 
     Attributes:
-        statements: tuple of dicts, as metadata.json has under "privacy" or as `plain_training` returns them.
-        runs: tuple of pairs of a `Run` and the number of its steps that may have been released.
+        statements: tuple of dicts, as metadata.json has under "privacy" or as `plain_training`
+            returns them.
+        runs: tuple of pairs `(Run, count)`, with the number of steps that may have been released.
     """
 
-    statements: tuple = ()
-    runs: tuple = ()
+    statements: tuple[dict, ...] = ()
+    runs: tuple[tuple[Run, int], ...] = ()
 
-    def on(self, dataset):
-        """List of `Steps` of the runs on some data, and of those that may be on the same data."""
+    def on(self, dataset: str) -> list[Steps]:
+        """Return the steps of all runs that are, or may be, on the data with this fingerprint."""
         return [
             run.steps(count)
             for run, count in self.runs
             if fingerprint.may_be_equal(run.dataset, dataset)
         ]
 
-    def spent(self, delta=None):
-        """{fingerprint: `PrivacySpent`} of each data set.
+    def spent(self, delta: float | None = None) -> dict[str, PrivacySpent]:
+        """Return the guarantee of each data set.
 
         Args:
-            delta: in (0, 1); the smallest that the runs on the data were meant for if None.
+            delta: float in (0, 1). Defaults to the smallest δ of the runs on each data set.
+
+        Returns:
+            Dict from fingerprint to `PrivacySpent`.
         """
         return {
             dataset: self.spent_on(dataset, delta)
             for dataset in dict.fromkeys(run.dataset for run, _ in self.runs)
         }
 
-    def spent_on(self, dataset, delta=None):
-        """`PrivacySpent` of the runs on some data, and of those that may be on the same; `delta` as for `spent`."""
+    def spent_on(self, dataset: str, delta: float | None = None) -> PrivacySpent:
+        """Return the guarantee of all runs that are, or may be, on one data set.
+
+        Args:
+            dataset: str. Fingerprint of the data of a run.
+            delta: float in (0, 1). Defaults to the smallest δ of these runs.
+
+        Raises:
+            ValueError: If no run is on these data.
+        """
         runs = [run for run, _ in self.runs if fingerprint.may_be_equal(run.dataset, dataset)]
         if not runs:
             raise ValueError(
@@ -122,30 +146,34 @@ class Ledger(NamedTuple):
             self.on(dataset), delta or min(run.delta for run in runs), units, mechanisms
         )
 
-    def describe(self):
-        """A sentence for each run, in order."""
+    def describe(self) -> list[str]:
+        """Return one sentence about each run, in order."""
         return [
-            f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, clipping norm "
-            f"{run.clip_norm:g}, on {run.rows:,} rows, each with probability {run.sampling_probability:.4g} a step; "
-            f"unit: {run.unit}; neighbours: {run.neighbouring}; data {run.dataset}"
+            f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, "
+            f"clipping norm {run.clip_norm:g}, on {run.rows:,} rows, each drawn with probability "
+            f"{run.sampling_probability:.4g} per step; unit: {run.unit}; "
+            f"neighbours: {run.neighbouring}; data {run.dataset}"
             for run, count in self.runs
         ]
 
-    def without_privacy(self):
-        """A sentence on training that no guarantee covers, or "" where none is known."""
+    def without_privacy(self) -> str:
+        """Describe the training that no guarantee covers; "" if there was none."""
         steps = sum(entry["steps"] for entry in self.statements if _is_plain_training(entry))
-        return f"{steps:,} steps, whose rows no guarantee here covers" if steps else ""
+        return f"{steps:,} steps, whose records no guarantee covers" if steps else ""
 
-    def write(self, folder):
-        """Write the file of a saved model, or none where there is nothing to say."""
+    def write(self, folder: str | Path) -> None:
+        """Write the file of a saved model, unless the ledger is empty."""
         if self.statements or self.runs:
             (Path(folder) / FILE).write_bytes(self.lines())
 
-    def lines(self, begun=()):
-        """The same as the bytes of a file, each run ended: for a saved preset, whose weights have no later steps.
+    def lines(self, begun: Iterable[str] = ()) -> bytes:
+        """Return the content of a file in which every run has ended.
+
+        A saved preset has such a file, because its weights include no later steps.
 
         Args:
-            begun: names of runs that the file has already, and of which only the steps are to be added.
+            begun: names of runs that the file has already; only their steps are added. Defaults to
+                none.
         """
         lines = [{"kind": "statement", **statement} for statement in self.statements]
         for run, count in self.runs:
@@ -154,14 +182,14 @@ class Ledger(NamedTuple):
         return b"".join(entry_line(content) for content in lines)
 
 
-def plain_training(steps):
-    """The statement that a call of `fit` did so many steps without privacy."""
-    # Two calls of as many steps are two statements.
+def plain_training(steps: int) -> dict:
+    """Return the statement that one call of `fit` did some steps without privacy."""
+    # The name keeps two calls with equal numbers of steps apart.
     return {"training": WITHOUT_PRIVACY, "steps": steps, "name": uuid.uuid4().hex}
 
 
 def _is_plain_training(statement):
-    # A metadata.json may state anything.
+    # Every type is checked, because the metadata.json of others may state anything.
     return (
         isinstance(statement, dict)
         and statement.get("training") == WITHOUT_PRIVACY
@@ -169,8 +197,8 @@ def _is_plain_training(statement):
     )
 
 
-def combine_ledgers(*ledgers):
-    """One `Ledger` of all entries of several; of a run that is in more than one, the most steps."""
+def combine_ledgers(*ledgers: Ledger) -> Ledger:
+    """Return the union of ledgers; a run in several of them has the largest number of steps."""
     statements, runs = [], {}
     for ledger in ledgers:
         statements += [statement for statement in ledger.statements if statement not in statements]
@@ -179,12 +207,17 @@ def combine_ledgers(*ledgers):
     return Ledger(tuple(statements), tuple(runs.values()))
 
 
-def preset_ledger(folder, preset="", parameter_count=None):
-    """The `Ledger` of a preset: its file, or else the privacy statement of its metadata.json.
+def preset_ledger(
+    folder: str | Path, preset: str = "", parameter_count: int | None = None
+) -> Ledger:
+    """Return the ledger of a preset: its file, or else the privacy statement of its metadata.json.
 
     Args:
-        folder: where the preset was found.
-        preset, parameter_count: by which Google's release is known, which has neither; its statement is bundled.
+        folder: str or `pathlib.Path`. Folder of the preset.
+        preset: str. Name of the preset. Google's release of VaultGemma has neither file; it is
+            recognised by this name and by `parameter_count`, and its statement is bundled with this
+            package. Defaults to "".
+        parameter_count: int. Number of parameters. Defaults to None.
     """
     folder = Path(folder)
     if (folder / FILE).is_file():
@@ -199,23 +232,26 @@ def preset_ledger(folder, preset="", parameter_count=None):
     return Ledger((statement,)) if statement else Ledger()
 
 
-def read_ledger(path):
-    """The `Ledger` in a file.
+def read_ledger(path: str | Path) -> Ledger:
+    """Return the ledger in a file.
 
     Raises:
-        ValueError: for a line that is whole and makes no sense, such as steps of a run that never began.
+        ValueError: If a complete line is invalid, such as steps of an unknown run.
     """
     path = Path(path)
     check_link(path)
     return parse_ledger(path.read_bytes(), path)
 
 
-def parse_ledger(content, path):
-    """The `Ledger` in the bytes of a file, of which any number may be missing at the end.
+def parse_ledger(content: bytes, path: str | Path) -> Ledger:
+    """Return the ledger in the content of a file, which may be cut off at any byte.
 
     Args:
         content: bytes.
-        path: what an error names.
+        path: str or `pathlib.Path`. Name of the file for error messages.
+
+    Raises:
+        ValueError: If a complete line is invalid.
     """
     statements, runs, counts, latest = [], {}, {}, None
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -224,7 +260,7 @@ def parse_ledger(content, path):
         try:
             entry = parse_json(line, f"{path}, line {number}")
         except ValueError:
-            # Torn: the write never ended, and at most one block was to be added.
+            # The write was interrupted, and it would have added one block at most.
             if latest:
                 counts[latest] += runs[latest].block
             continue
@@ -233,48 +269,48 @@ def parse_ledger(content, path):
             if kind == "statement":
                 statements.append(entry)
             elif kind == "run":
-                run = _run(entry)
+                run = _parse_run(entry)
                 if run.name in runs:
                     raise ValueError(f"a second run has the name {run.name!r}")
                 latest = run.name
                 runs[latest], counts[latest] = run, 0
             elif kind == "steps":
-                counts[entry["run"]] = max(counts[entry["run"]], _count(entry["steps"]))
+                counts[entry["run"]] = max(counts[entry["run"]], _parse_count(entry))
             elif kind == "end":
                 _ = counts[entry["run"]]
-                counts[entry["run"]], latest = _count(entry["steps"]), None
+                counts[entry["run"]], latest = _parse_count(entry), None
             else:
                 raise ValueError(f"unknown kind {kind!r}")
         except (KeyError, TypeError, ValueError) as error:
-            message = f"no {error}" if isinstance(error, KeyError) else error
+            message = f"unknown run or missing {error}" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"{path}, line {number} is not an entry of a privacy ledger: {message}"
             ) from error
     return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
 
 
-def entry_line(content):
-    """An entry as the bytes of its line."""
-    # NumPy's integers are taken for the numbers they are.
+def entry_line(content: dict) -> bytes:
+    """Return the line of an entry."""
+    # `default` converts NumPy's numbers.
     return json.dumps(content, default=lambda number: number.item()).encode("ascii") + b"\n"
 
 
-def run_entry(run):
-    """The entry of a run that begins."""
+def run_entry(run: Run) -> dict:
+    """Return the entry of a run that begins."""
     return {"kind": "run", **run._asdict()}
 
 
-def _run(entry):
+def _parse_run(entry):
     run = Run(**entry)
     accounting.check_steps(run.steps(run.planned_steps))
     accounting.check_delta(run.delta)
     for name in ("unit", "dataset", "mechanism", "name"):
-        if not isinstance(getattr(run, name), str):
-            raise ValueError(f"{name} must be a string")
+        value = getattr(run, name)
+        if not isinstance(value, str):
+            raise ValueError(f"`{name}` must be a string. Received: {name}={value!r}")
     return run
 
 
-def _count(value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"steps must be 0 or more, not {value!r}")
-    return value
+def _parse_count(entry):
+    check_integer("steps", entry["steps"], 0)
+    return entry["steps"]

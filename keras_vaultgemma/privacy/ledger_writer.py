@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 from keras_vaultgemma._files import check_link, sync_folder
+from keras_vaultgemma._validation import check_number
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.accounting import PrivacySpent
 from keras_vaultgemma.privacy.ledger import (
@@ -141,10 +142,7 @@ class OpenRun:
     def __init__(self, path, run: Run, history: Ledger | None = None):
         accounting.check_steps(run.steps(run.planned_steps))
         accounting.check_delta(run.delta)
-        if not 0 < run.clip_norm < float("inf"):
-            raise ValueError(
-                f"`clip_norm` must be above 0 and finite. Received: clip_norm={run.clip_norm}"
-            )
+        check_number("clip_norm", run.clip_norm, above=0)
         self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
         self._history, self._file = history or Ledger(), None
         if path is not None:

@@ -2,9 +2,9 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 
+from keras_vaultgemma._validation import check_exactly_one, check_integer, check_number
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.accounting import LARGEST_EPSILON, Steps
 
@@ -63,20 +63,11 @@ def plan(
     print(steps.count, steps.max_batch_size)
     ```
     """
-    if (epsilon is None) == (noise_multiplier is None):
-        raise ValueError(
-            "Exactly one of `epsilon` and `noise_multiplier` must be given. "
-            f"Received: epsilon={epsilon}, noise_multiplier={noise_multiplier}"
-        )
-    for name, value in dict(
-        rows=rows, batch_size=batch_size, epochs=epochs, microbatch=microbatch
-    ).items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    if batch_size > rows:
-        raise ValueError(
-            f"`batch_size` must be at most the {rows} rows. Received: batch_size={batch_size}"
-        )
+    check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
+    check_integer("rows", rows)
+    check_integer("batch_size", batch_size, maximum=rows)
+    check_integer("epochs", epochs)
+    check_integer("microbatch", microbatch)
     steps = Steps(
         epochs * steps_per_epoch(rows, batch_size) - done,
         rows,
@@ -108,8 +99,7 @@ def default_delta(rows: int) -> float:
     Raises:
         ValueError: If `rows` is below 2.
     """
-    if rows < 2:
-        raise ValueError(f"`rows` must be 2 or more for a default δ. Received: rows={rows}")
+    check_integer("rows", rows, 2)
     return float(rows) ** -1.1
 
 
@@ -171,16 +161,9 @@ def calibrate(steps: Steps, budget: float, delta: float, earlier: Sequence[Steps
     print(planning.calibrate(steps, budget=3.0, delta=1e-4).noise_multiplier)
     ```
     """
-    if not 0 < budget <= LARGEST_EPSILON:
-        raise ValueError(
-            f"`epsilon` must be above 0 and at most {LARGEST_EPSILON:g}. Received: epsilon={budget}"
-        )
+    check_number("epsilon", budget, above=0, maximum=LARGEST_EPSILON)
     accounting.check_delta(delta)
-    if steps.count == 0:
-        raise ValueError(
-            "`count` must be 1 or more to calibrate a noise multiplier. "
-            f"Received: count={steps.count}"
-        )
+    check_integer("count", steps.count)
     if earlier and (used := accounting.epsilon(earlier, delta)) >= budget:
         raise ValueError(
             f"`epsilon` must be above {accounting.round_up(used)}, which earlier runs on the same "

@@ -21,6 +21,7 @@ import hashlib
 import keras
 import numpy as np
 
+from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.privacy.seeds import derive, layer_seed, noise_seed
 
 EXTRA = (6.0, 16)
@@ -147,11 +148,12 @@ def _as_arrays(*parts):
 def sample_rows(secret, step, count, probability, max_batch_size=None):
     """Return the indices of the rows of one step by truncated Poisson sampling.
 
-    The gap g between two drawn rows is geometric, P(g >= k) = (1 - q)^k. Drawing the gaps has the
-    same distribution as one decision for each row, and needs a random number for each drawn row
-    only. A gap is computed in float64 from 53 random bits, so that P(g >= k) has an absolute error
-    of 2^-53 and a relative error of 1e-15 (1 + k q): for ten million rows and a q of 1e-7 or more,
-    the probability of every row is q to within one part in 1e8.
+    The gap between two drawn rows, the number of rows left out in between, is geometric:
+    P(gap >= k) = (1 - q)^k. Drawing the gaps has the same distribution as one decision for each
+    row, and needs a random number for each drawn row only. A gap is computed in float64 from 53
+    random bits, so that P(gap >= k) has an absolute error of 2^-53 and a relative error of
+    1e-15 (1 + k q): for ten million rows and a q of 1e-7 or more, the probability of every row is q
+    to within one part in 1e8.
 
     Args:
         secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
@@ -176,16 +178,9 @@ def sample_rows(secret, step, count, probability, max_batch_size=None):
     rows = sample_rows(new_secret(), step=0, count=1000, probability=0.05, max_batch_size=80)
     ```
     """
-    if count < 1:
-        raise ValueError(f"`count` must be 1 or more. Received: count={count}")
-    if not 0 < probability <= 1:
-        raise ValueError(
-            f"`probability` must be above 0 and at most 1. Received: probability={probability}"
-        )
-    if max_batch_size is not None and max_batch_size < 1:
-        raise ValueError(
-            f"`max_batch_size` must be 1 or more. Received: max_batch_size={max_batch_size}"
-        )
+    check_integer("count", count)
+    check_number("probability", probability, above=0, maximum=1)
+    check_integer("max_batch_size", max_batch_size, allow_none=True)
     drawn = _poisson_sample(secret, step, count, probability)
     if max_batch_size is None or len(drawn) <= max_batch_size:
         return drawn

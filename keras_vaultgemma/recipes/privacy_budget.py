@@ -1,62 +1,89 @@
-"""What a private run would promise, in words and in a picture, before anything is trained."""
+"""Recipe of `keras-vaultgemma epsilon`: describe and plot the guarantee of a planned private run."""
 
 import numpy as np
 
 from keras_vaultgemma._plots import new_figure, save_figure
 from keras_vaultgemma.privacy import accounting, planning
+from keras_vaultgemma.privacy.accounting import Steps
 
 POINTS = 10
-"""Of a curve."""
+"""Largest number of points of a curve."""
 
 
 def privacy_budget(
-    rows, batch_size, epochs, noise_multiplier=None, epsilon=None, delta=None, png=None
-):
-    """The answer, and what it means.
+    rows: int,
+    batch_size: int,
+    epochs: int,
+    noise_multiplier: float | None = None,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    png: str | None = None,
+) -> str:
+    """Return the guarantee of a private run, or the noise that meets a budget, in plain words.
 
     Args:
-        rows, batch_size, epochs, noise_multiplier, epsilon: as in `plan.plan`.
-        delta: in (0, 1); N^-1.1 if None.
-        png: file for a picture of ε against steps and of σ against ε, or None.
+        rows: int. N, the number of training records.
+        batch_size: int. Expected batch size.
+        epochs: int. Number of times that a record takes part on average.
+        noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
+            Exactly one of `noise_multiplier` and `epsilon` must be given.
+        epsilon: float in (0, 100]. Budget of the run.
+        delta: float in (0, 1). Defaults to N^-1.1.
+        png: str. File for a plot of ε against steps and of σ against ε. Defaults to None, which
+            plots nothing.
 
     Returns:
-        Text of several lines.
+        str of several lines.
 
     Raises:
-        ValueError: for an argument outside its range.
-        ImportError: where dp-accounting, or matplotlib for a picture, is not installed.
+        ValueError: If an argument is out of range.
+        ImportError: If dp-accounting is not installed, or if `png` is given and matplotlib is not
+            installed.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.recipes.privacy_budget import privacy_budget
+
+    print(privacy_budget(rows=1000, batch_size=50, epochs=1, noise_multiplier=1.0))
+    ```
     """
+    # First, so that a missing matplotlib is reported before the accounting.
     figure = None if png is None else new_figure((9, 3.6))
     chosen = planning.default_delta(rows) if delta is None else delta
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
     spent = accounting.epsilon([steps], chosen)
-    right = accounting.round_up(50 + 50 * accounting.delta([steps], 0.0), 3)
+    advantage = accounting.delta([steps], 0.0)
+    right = accounting.round_up(50 + 50 * advantage, 3)
     if png is not None:
         plot(figure, steps, chosen, spent)
         save_figure(figure, png)
     lines = [
-        f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}{' (N^-1.1)' if delta is None else ''}, "
+        f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}"
+        f"{' (N^-1.1)' if delta is None else ''}, "
         f"with noise multiplier σ = {steps.noise_multiplier:.4g}, after {steps.count:,} steps",
         "",
-        f"Someone who sees the trained model, knows all other rows and guesses whether one row was among the {rows:,}, "
-        f"both being as likely, is right in at most {right:g} of 100 cases; a coin is right in 50.",
+        f"An attacker who sees the trained model, knows all other records and guesses if one "
+        f"record was among the {rows:,}, both being equally likely, is right in at most "
+        f"{right:g} of 100 cases; a coin is right in 50.",
         "",
-        f"Each step draws every row with probability {steps.sampling_probability:.4g} ({batch_size:,} rows expected, "
-        f"{steps.max_batch_size:,} at most). The unit is one row, neighbours are zero-out, the accounting is PLD.",
+        f"Each step draws every record with probability {steps.sampling_probability:.4g} "
+        f"({batch_size:,} rows expected, {steps.max_batch_size:,} at most). The unit is one row, "
+        "neighbouring data sets are zero-out, and the accounting uses privacy loss distributions.",
     ]
     return "\n".join(lines if png is None else [*lines, "", f"{png}: ε against steps, σ against ε"])
 
 
-def curves(steps, delta):
-    """Points of two curves through a plan.
+def curves(steps: Steps, delta: float):
+    """Return two curves through a plan: ε against the number of steps, and ε against the noise.
 
     Args:
         steps: `accounting.Steps`.
-        delta: in (0, 1).
+        delta: float in (0, 1).
 
     Returns:
-        `(counts, epsilons), (noise_multipliers, epsilons)`, each a list of numbers; ε after so many of the steps, and ε
-        of all steps with so much noise.
+        Tuple `((counts, epsilons), (noise_multipliers, epsilons))` of lists of numbers: ε after
+        each number of the steps, and ε of all steps with each noise multiplier.
     """
     counts = np.unique(np.geomspace(1, steps.count, POINTS).round().astype(int)).tolist()
     noises = (steps.noise_multiplier * np.geomspace(0.8, 4, POINTS)).tolist()
@@ -72,8 +99,15 @@ def curves(steps, delta):
     )
 
 
-def plot(figure, steps, delta, spent):
-    """Draw the two curves and the plan's own point into a matplotlib `Figure`; `spent` is its ε."""
+def plot(figure, steps: Steps, delta: float, spent: float) -> None:
+    """Plot both curves and mark the plan itself.
+
+    Args:
+        figure: matplotlib `Figure`, to which two axes are added.
+        steps: `accounting.Steps`.
+        delta: float in (0, 1).
+        spent: float. ε of `steps`.
+    """
     (counts, after), (noises, with_noise) = curves(steps, delta)
     left, right = figure.subplots(1, 2)
     left.plot(counts, after)

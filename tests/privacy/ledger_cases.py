@@ -1,4 +1,4 @@
-"""Runs of a ledger that several tests write."""
+"""Runs that several tests write to ledgers."""
 
 from keras_vaultgemma.privacy.ledger import Run, read_ledger
 
@@ -28,8 +28,8 @@ def counts(path):
     return [count for _, count in read_ledger(path).runs]
 
 
-def cut_after(path, run, steps, released):
-    """Release steps, and note the file's length when each of them was released."""
+def release_steps(path, run, steps, released):
+    """Release steps, and append the file's length after each of them to `released`."""
     for _ in range(steps):
         run.release()
         released.append(path.stat().st_size)

@@ -192,36 +192,36 @@ def test_spent():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(count=-1), "`count` must be an integer of 0 or more. Received: count=-1"),
-        (dict(count=1.5), "`count` must be an integer of 0 or more. Received: count=1.5"),
-        (dict(rows=0), "`rows` must be an integer of 1 or more. Received: rows=0"),
+        (dict(count=-1), "`count` must be an integer of at least 0. Received: count=-1"),
+        (dict(count=1.5), "`count` must be an integer of at least 0. Received: count=1.5"),
+        (dict(rows=0), "`rows` must be a positive integer. Received: rows=0"),
         (
             dict(max_batch_size=0),
-            "`max_batch_size` must be an integer of 1 or more. Received: max_batch_size=0",
+            "`max_batch_size` must be None or a positive integer. Received: max_batch_size=0",
         ),
         (
             dict(sampling_probability=0.0),
-            "`sampling_probability` must be above 0 and at most 1. Received: sampling_p",
+            "`sampling_probability` must be a number above 0 and at most 1. Received: sampling_p",
         ),
         (
             dict(sampling_probability=1.1),
-            "`sampling_probability` must be above 0 and at most 1. Received: sampling_p",
+            "`sampling_probability` must be a number above 0 and at most 1. Received: sampling_p",
         ),
         (
             dict(sampling_probability=math.nan),
-            "`sampling_probability` must be above 0 and at most 1. Received: sam",
+            "`sampling_probability` must be a number above 0 and at most 1. Received: sam",
         ),
         (
             dict(noise_multiplier=0.0),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=0.0",
         ),
         (
             dict(noise_multiplier=math.inf),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=",
         ),
         (
             dict(noise_multiplier=None),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=None",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=None",
         ),
     ],
 )
@@ -233,12 +233,16 @@ def test_impossible_steps(changes, message):
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_impossible_delta(delta):
-    with pytest.raises(ValueError, match="`delta` must be above 0 and below 1. Received: delta="):
+    with pytest.raises(
+        ValueError, match="`delta` must be a number above 0 and below 1. Received: delta="
+    ):
         accounting.epsilon([Steps(10, 100, 0.1, 20, 1.0)], delta)
 
 
 def test_impossible_epsilon():
-    with pytest.raises(ValueError, match="`epsilon` must be 0 or more. Received: epsilon=-1"):
+    with pytest.raises(
+        ValueError, match="`epsilon` must be a finite number of at least 0. Received: epsilon=-1"
+    ):
         accounting.delta([], -1)
 
 

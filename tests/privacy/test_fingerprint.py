@@ -1,4 +1,4 @@
-"""Fingerprints of data sets."""
+"""Fingerprints of data sets, and the key that protects them."""
 
 import numpy as np
 import pytest
@@ -9,24 +9,30 @@ from keras_vaultgemma.privacy import fingerprint
 pytestmark = pytest.mark.any_backend
 
 KEY, OTHER = b"k" * 32, b"o" * 32
-ROWS = ["one", "two", "two", "three"]
+RECORDS = ["one", "two", "two", "three"]
 
 
-def test_order_does_not_matter_and_rows_do():
-    found = fingerprint.fingerprint(ROWS, KEY)
-    assert fingerprint.fingerprint(reversed(ROWS), KEY) == found
+def test_a_fingerprint_ignores_the_order_and_nothing_else():
+    found = fingerprint.fingerprint(RECORDS, KEY)
+    assert fingerprint.fingerprint(reversed(RECORDS), KEY) == found
     others = [
-        ROWS[:-1],
-        [*ROWS, "two"],
+        RECORDS[:-1],
+        [*RECORDS, "two"],
         ["one", "two", "twothree"],
         ["one", "one", "two", "three"],
         [],
         [""],
     ]
-    assert len({fingerprint.fingerprint(rows, KEY) for rows in [ROWS, *others]}) == 7
+    assert len({fingerprint.fingerprint(records, KEY) for records in [RECORDS, *others]}) == 7
 
 
-def test_kinds_of_rows_are_kept_apart():
+def test_duplicates_do_not_cancel():
+    """Digests are added: by exclusive or, two equal records would vanish, whatever they are."""
+    one, other = ["one", "two", "two"], ["one", "three", "three"]
+    assert fingerprint.fingerprint(one, KEY) != fingerprint.fingerprint(other, KEY)
+
+
+def test_types_of_records_are_distinguished():
     ids = np.array([97, 98])
     kinds = [["ab"], [b"ab"], [ids], [np.array([[97], [98]]) + 1]]
     assert len({fingerprint.fingerprint(rows, KEY) for rows in kinds}) == 4
@@ -35,7 +41,7 @@ def test_kinds_of_rows_are_kept_apart():
     )
 
 
-def test_rows_of_arrays_are_their_numbers():
+def test_rows_of_arrays_are_compared_by_value():
     arrays = [np.arange(6).reshape(2, 3), np.array([0.0, 1.0])]
     found = fingerprint.fingerprint(fingerprint.rows_of(arrays), KEY)
     for dtype in ("int32", "uint8", "float32"):
@@ -48,21 +54,21 @@ def test_rows_of_arrays_are_their_numbers():
     assert fingerprint.fingerprint(fingerprint.rows_of([arrays[0], arrays[1] + 1]), KEY) != found
 
 
-def test_without_the_key_a_fingerprint_says_nothing():
-    """Whoever tries candidates for a row has to know the key: under another one all of it differs."""
-    one, other = fingerprint.fingerprint(ROWS, KEY), fingerprint.fingerprint(ROWS, OTHER)
+def test_a_fingerprint_depends_on_the_key():
+    """An attacker who tries candidates for a record needs the key, because all of a fingerprint depends on it."""
+    one, other = fingerprint.fingerprint(RECORDS, KEY), fingerprint.fingerprint(RECORDS, OTHER)
     assert one.split(":")[0] != other.split(":")[0] and one.split(":")[1] != other.split(":")[1]
     assert [len(part) for part in one.split(":")] == [8, 32]
 
 
-def test_what_cannot_be_compared_may_be_equal():
-    one, changed = fingerprint.fingerprint(ROWS, KEY), fingerprint.fingerprint(ROWS[1:], KEY)
+def test_fingerprints_under_different_keys_may_be_equal():
+    one, changed = fingerprint.fingerprint(RECORDS, KEY), fingerprint.fingerprint(RECORDS[1:], KEY)
     assert fingerprint.may_be_equal(one, one)
     assert not fingerprint.may_be_equal(one, changed)
-    assert fingerprint.may_be_equal(one, fingerprint.fingerprint(ROWS[1:], OTHER))
+    assert fingerprint.may_be_equal(one, fingerprint.fingerprint(RECORDS[1:], OTHER))
 
 
-def test_the_key_is_drawn_once_and_is_the_users_alone(tmp_path, monkeypatch):
+def test_the_key_is_created_once_and_only_its_user_can_read_it(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
     key = fingerprint.key()
     path = presets.cache_home() / fingerprint.KEY_FILE
@@ -75,6 +81,6 @@ def test_a_damaged_key(tmp_path):
     (tmp_path / fingerprint.KEY_FILE).write_bytes(b"short")
     with pytest.raises(
         ValueError,
-        match=r"dataset_fingerprint.key must have 32 bytes. Received: 5; remove it for a new",
+        match=r"dataset_fingerprint.key must have 32 bytes; remove it .* Received: 5 bytes",
     ):
         fingerprint.key(tmp_path)

@@ -1,9 +1,9 @@
-"""The ledger: whatever happens to a run, its steps are counted."""
+"""The ledger: what is written can be read, runs on the same data compose, invalid lines are errors."""
 
 import json
 
 import pytest
-from ledger_cases import DATA, OTHER_DATA, OTHER_KEY, a_run, counts, cut_after
+from ledger_cases import DATA, OTHER_DATA, OTHER_KEY, a_run, counts, release_steps
 
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.privacy import accounting
@@ -40,7 +40,7 @@ def test_what_is_written_can_be_read(tmp_path):
     ]
 
 
-def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
+def test_runs_on_the_same_data_compose_and_others_are_separate(tmp_path):
     path = tmp_path / FILE
     runs = [
         a_run(),
@@ -49,7 +49,7 @@ def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
     ]
     for run in runs:
         with OpenRun(path, run) as opened:
-            cut_after(path, opened, 20, [])
+            release_steps(path, opened, 20, [])
     spent = read_ledger(path).spent()
     assert list(spent) == [DATA, OTHER_DATA]
     both = [run.steps(20) for run in runs[:2]]
@@ -62,7 +62,7 @@ def test_runs_on_the_same_data_compose_and_others_stand_beside_them(tmp_path):
     assert read_ledger(path).on(DATA) == both
 
 
-def test_a_seeded_run_marks_all_that_it_composes_with():
+def test_a_seeded_run_voids_the_guarantee_of_all_runs_on_its_data():
     seeded = f"{accounting.SEEDED}: {accounting.MECHANISM}"
     runs = (
         (a_run(name="1"), 2),
@@ -79,14 +79,14 @@ def test_a_seeded_run_marks_all_that_it_composes_with():
     assert written.spent() == spent
 
 
-def test_data_that_cannot_be_compared_counts_as_the_same():
+def test_data_under_different_keys_counts_as_the_same():
     runs = ((a_run(name="1"), 20), (a_run(name="2", dataset=OTHER_KEY), 10))
     spent = Ledger(runs=runs).spent()
     assert spent[DATA] == spent[OTHER_KEY] and spent[DATA].steps == 30
 
 
 def test_pre_training_is_the_first_entry(tmp_path):
-    """VaultGemma's guarantee comes from the preset's metadata.json, and goes into the file before the run that uses it."""
+    """VaultGemma's guarantee is read from the preset's metadata.json and written before the run that uses it."""
     history = preset_ledger(presets.bundled()["vaultgemma_1b"])
     ((statement,), runs) = history
     assert (statement["epsilon"], statement["delta"], runs) == (2.0, 1.1e-10, ())
@@ -100,7 +100,7 @@ def test_pre_training_is_the_first_entry(tmp_path):
 
 
 def test_training_without_privacy(tmp_path):
-    """Each call of `fit` counts; what somebody else's metadata.json states in its place is no error."""
+    """Each call of `fit` counts, and unknown statements of other people's metadata.json are ignored."""
     plain = tuple(plain_training(steps) for steps in (5, 5, 1000))
     strange = (
         "private",
@@ -109,27 +109,27 @@ def test_training_without_privacy(tmp_path):
     )
     assert (
         Ledger((*strange, *plain)).without_privacy()
-        == "1,010 steps, whose rows no guarantee here covers"
+        == "1,010 steps, whose records no guarantee covers"
     )
     assert Ledger(strange).without_privacy() == ""
     Ledger(plain).write(tmp_path)
     assert combine_ledgers(preset_ledger(tmp_path), Ledger(plain)) == Ledger(plain)
 
 
-def test_a_preset_without_a_statement_makes_none(tmp_path):
+def test_a_preset_without_a_statement_has_an_empty_ledger(tmp_path):
     assert preset_ledger(presets.bundled()["vaultgemma_tiny"]) == Ledger()
     assert preset_ledger(tmp_path) == Ledger()
 
 
-def test_a_saved_preset_carries_the_ledger_on(tmp_path):
-    """Of a run that goes on, with all steps that its weights can hold; a new run from the preset begins with that."""
+def test_a_saved_preset_has_the_ledger_of_its_weights(tmp_path):
+    """It is saved during a run, with all steps of its weights; a new run from the preset begins with its entries."""
     path, saved = tmp_path / "one" / FILE, tmp_path / "saved" / FILE
     history = preset_ledger(presets.bundled()["vaultgemma_1b"])
     run = OpenRun(path, a_run(), history)
-    cut_after(path, run, 30, [])
+    release_steps(path, run, 30, [])
     saved.parent.mkdir()
     saved.write_bytes(read_ledger(path).lines())
-    cut_after(path, run, 10, [])
+    release_steps(path, run, 10, [])
     assert read_ledger(saved) == preset_ledger(saved.parent)
     assert (read_ledger(saved).statements, counts(saved), counts(path)) == (
         history.statements,
@@ -152,26 +152,35 @@ RUN = json.dumps({"kind": "run", **a_run(name="1")._asdict()})
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"kind": "steps", "run": "2", "steps": 3}', "no '2'"),
-        ('{"kind": "end", "run": "2", "steps": 3}', "no '2'"),
-        ('{"kind": "steps", "run": "1", "steps": -3}', "steps must be 0 or more, not -3"),
-        ('{"kind": "end", "run": "1", "steps": true}', "steps must be 0 or more, not True"),
+        ('{"kind": "steps", "run": "2", "steps": 3}', "unknown run or missing '2'"),
+        ('{"kind": "end", "run": "2", "steps": 3}', "unknown run or missing '2'"),
+        (
+            '{"kind": "steps", "run": "1", "steps": -3}',
+            "`steps` must be an integer of at least 0. Received: steps=-3",
+        ),
+        (
+            '{"kind": "end", "run": "1", "steps": true}',
+            "`steps` must be an integer of at least 0. Received: steps=True",
+        ),
         ('{"kind": "steps", "run": ["1"], "steps": 3}', "unhashable type: 'list'"),
         ('{"kind": "gift"}', "unknown kind 'gift'"),
-        ('{"steps": 3}', "no 'kind'"),
+        ('{"steps": 3}', "missing 'kind'"),
         ('{"kind": "run", "rows": 3}', "missing"),
         (RUN, "a second run has the name '1'"),
-        (RUN.replace('"name": "1"', '"name": 1'), "name must be a string"),
+        (RUN.replace('"name": "1"', '"name": 1'), "`name` must be a string. Received: name=1"),
         (
             RUN.replace(f'"{accounting.MECHANISM}"', "1").replace('"name": "1"', '"name": "2"'),
-            "mechanism must be a str",
+            "`mechanism` must be a string",
         ),
-        (RUN.replace("0.05", "5"), "`sampling_probability` must be above 0 and at most 1"),
-        (RUN.replace("0.05", '"5"'), "not supported between"),
+        (RUN.replace("0.05", "5"), "`sampling_probability` must be a number above 0 and at most 1"),
+        (
+            RUN.replace("0.05", '"5"'),
+            "`sampling_probability` must be a number above 0 and at most 1. Received: sampling_probability='5'",
+        ),
     ],
 )
-def test_a_whole_line_that_makes_no_sense_is_an_error(line, message):
-    """It was not torn: someone changed it, or a newer version wrote it. To skip it might count too little."""
+def test_an_invalid_complete_line_is_an_error(line, message):
+    """It was changed or written by a newer version. Skipping it might under-count steps."""
     with pytest.raises(ValueError) as error:
         parse_ledger(f"{RUN}\n{line}\n".encode(), "a/file")
     assert str(error.value).startswith("a/file, line 2 is not an entry of a privacy ledger: ")

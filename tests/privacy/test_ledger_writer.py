@@ -1,18 +1,15 @@
-"""Runs while they are written down: killed, cut short, without room."""
+"""Runs while they are written: killed, truncated, on a full disk."""
 
 import os
 import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from ledger_cases import a_run, counts, cut_after
+from ledger_cases import a_run, counts, release_steps
 
-import keras_vaultgemma
-from keras_vaultgemma.privacy import ledger_writer
 from keras_vaultgemma.privacy.ledger import FILE, parse_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 
@@ -22,24 +19,22 @@ pytestmark = pytest.mark.any_backend
 def test_a_step_is_on_the_disk_before_it_is_released(tmp_path, monkeypatch):
     """`release` returns after fsync, and the steps of a block share one line."""
     path, synchronised = tmp_path / FILE, []
-    monkeypatch.setattr(
-        ledger_writer.os, "fsync", lambda descriptor: synchronised.append(path.read_bytes())
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(path.read_bytes()))
     run = OpenRun(path, a_run(planned_steps=1000))
     for step in range(1, 26):
         run.release()
         assert parse_ledger(synchronised[-1], path).runs[0][1] >= step
-    # The run's line, its folder, and blocks of 10 steps.
+    # The line of the run, its folder, and three blocks of 10 steps.
     assert len(synchronised) == 2 + 3
 
 
 @pytest.mark.parametrize("planned", [5, 700])
-def test_a_file_that_is_cut_at_any_byte_counts_every_step(tmp_path, planned):
-    """A step was released when the file was at least so long; two runs, so that a cut may fall into the second's lines."""
+def test_a_file_that_is_truncated_at_any_byte_counts_every_step(tmp_path, planned):
+    """Truncated to a length, the file counts every step that was released when the file had that length."""
     path, released = tmp_path / FILE, []
     for steps in (4, 3):
         with OpenRun(path, a_run(planned_steps=planned)) as run:
-            cut_after(path, run, steps, released)
+            release_steps(path, run, steps, released)
     content, block = path.read_bytes(), run.run.block
     for length in range(len(content) + 1):
         counted = sum(count for _, count in parse_ledger(content[:length], path).runs)
@@ -49,24 +44,22 @@ def test_a_file_that_is_cut_at_any_byte_counts_every_step(tmp_path, planned):
 
 
 @pytest.mark.parametrize("rest", [b"", b'{"kind": "st', b"\0\0\0\0", "σ".encode()[:1]])
-def test_a_run_after_a_killed_one_spoils_nothing(tmp_path, rest):
-    """Neither what was torn nor what follows is lost; the new run's line begins a line."""
+def test_a_run_after_a_killed_one_loses_nothing(tmp_path, rest):
+    """Neither the torn line nor the entries after it are lost, because the new run begins a line of its own."""
     path = tmp_path / FILE
     run = OpenRun(path, a_run())
-    cut_after(path, run, 7, [])
+    release_steps(path, run, 7, [])
     run._file.close()
     with path.open("ab") as file:
         file.write(rest)
     with OpenRun(path, a_run()) as second:
-        cut_after(path, second, 2, [])
+        release_steps(path, second, 2, [])
     assert counts(path) == [7 + bool(rest), 2]
 
 
-KILLED = """
-import os, sys, types
-package = types.ModuleType("keras_vaultgemma")
-package.__path__ = [sys.argv[2]]  # without Keras, which takes seconds to import
-sys.modules["keras_vaultgemma"] = package
+ENDLESS_RUN = """
+import os, sys
+sys.modules["keras"] = None  # A ledger needs no Keras, which takes seconds to import.
 from keras_vaultgemma.privacy.ledger import Run
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 run = OpenRun(sys.argv[1], Run(1000, 0.05, 80, 1.0, 1.0, 1e-5, 2000, "row", "aaaaaaaa:01", "0"))
@@ -76,50 +69,51 @@ while True:
 """
 
 
+def start_endless_run(path):
+    """Start a process that releases steps and prints a character for each, and wait for the first step."""
+    command = [sys.executable, "-c", ENDLESS_RUN, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert os.read(process.stdout.fileno(), 1) == b"."
+    return process
+
+
 def test_kill_minus_nine(tmp_path):
-    """Eight runs into one file, each killed at a random moment: the file counts what each has released, and no run counts
-    more than two blocks that it has not."""
+    """The file counts every step that a killed run has released, and at most two blocks more.
+
+    Eight runs write to one file one after the other, each killed at a random moment.
+    """
     path, released, rng = tmp_path / FILE, [], random.Random(5)
     for _ in range(8):
-        command = [
-            sys.executable,
-            "-c",
-            KILLED,
-            str(path),
-            str(Path(keras_vaultgemma.__file__).parent),
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        first = os.read(process.stdout.fileno(), 1)
+        process = start_endless_run(path)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
-        rest = process.stdout.read()
+        released.append(1 + len(process.stdout.read()))
         process.wait()
-        released.append(len(first + rest))
     found = counts(path)
-    assert len(found) == 8 and min(released) > 0
+    assert len(found) == 8
     for true, counted in zip(released, found, strict=True):
         assert true <= counted <= true + 2 * 20
 
 
-def test_nothing_is_released_where_nothing_can_be_written(tmp_path, monkeypatch):
+def test_no_step_is_released_if_it_cannot_be_written(tmp_path, monkeypatch):
     run = OpenRun(tmp_path / FILE, a_run())
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger_writer.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         run.release()
     assert run.done == 0
 
 
-def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
-    """Such as one from a backup: the model's own history has more steps of the same run, and those count."""
+def test_an_older_file_gets_the_steps_of_the_models_history(tmp_path):
+    """A file from a backup may have fewer steps of a run than the model's own history."""
     path = tmp_path / FILE
     with OpenRun(path, a_run()) as run:
-        cut_after(path, run, 10, [])
+        release_steps(path, run, 10, [])
         older = path.read_bytes()
-        cut_after(path, run, 20, [])
+        release_steps(path, run, 20, [])
     history = read_ledger(path)
     path.write_bytes(older)
     assert counts(path) == [10]
@@ -128,11 +122,9 @@ def test_a_file_that_is_older_than_the_model_catches_up(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    """Of this process or of another one; a lock ends with the run, or with the process that is killed."""
+    """Of this process or of another one. The lock ends with the run, or with the process if it is killed."""
     path = tmp_path / FILE
-    message = (
-        f"{path} must have one writer at a time. Received: a second run while another is going on"
-    )
+    message = f"{path} must have one writer at a time. Received: a second run while another run is writing to it"
     with OpenRun(path, a_run()) as run:
         run.release()
         before = path.read_bytes()
@@ -140,9 +132,7 @@ def test_one_run_at_a_time(tmp_path):
             OpenRun(path, a_run())
         assert str(error.value) == message and path.read_bytes() == before
         run.release()
-    command = [sys.executable, "-c", KILLED, str(path), str(Path(keras_vaultgemma.__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        os.read(process.stdout.fileno(), 1)
+    with start_endless_run(path) as process:
         with pytest.raises(ValueError) as error:
             OpenRun(path, a_run())
         assert str(error.value) == message
@@ -151,7 +141,7 @@ def test_one_run_at_a_time(tmp_path):
     assert len(counts(path)) == 3
 
 
-def test_a_damaged_file_is_not_kept_locked(tmp_path):
+def test_an_invalid_file_is_unlocked_again(tmp_path):
     path = tmp_path / FILE
     path.write_text('{"kind": "gift"}\n')
     for _ in range(2):
@@ -160,7 +150,7 @@ def test_a_damaged_file_is_not_kept_locked(tmp_path):
     path.unlink()
 
 
-def test_numbers_of_numpy(tmp_path):
+def test_numpy_numbers_are_written(tmp_path):
     run = a_run(rows=np.int64(1000), planned_steps=np.int32(50), noise_multiplier=np.float64(1.1))
     OpenRun(tmp_path / FILE, run).close()
     ((found, _),) = read_ledger(tmp_path / FILE).runs
@@ -172,11 +162,14 @@ def test_numbers_of_numpy(tmp_path):
     [
         (
             dict(noise_multiplier=0.0),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=0.0",
         ),
-        (dict(delta=1.0), "`delta` must be above 0 and below 1. Received: delta=1.0"),
-        (dict(clip_norm=0.0), "`clip_norm` must be above 0 and finite. Received: clip_norm=0.0"),
-        (dict(planned_steps=-1), "`count` must be an integer of 0 or more. Received: count=-1"),
+        (dict(delta=1.0), "`delta` must be a number above 0 and below 1. Received: delta=1.0"),
+        (
+            dict(clip_norm=0.0),
+            "`clip_norm` must be a finite number above 0. Received: clip_norm=0.0",
+        ),
+        (dict(planned_steps=-1), "`count` must be an integer of at least 0. Received: count=-1"),
     ],
 )
 def test_impossible_runs_leave_no_file(tmp_path, changes, message):

@@ -108,15 +108,16 @@ def test_calibration_at_both_ends_of_the_range(monkeypatch):
 def test_calibration_of_impossible_budgets():
     for budget in (0.0, -1.0, 101.0, math.nan):
         with pytest.raises(
-            ValueError, match="`epsilon` must be above 0 and at most 100. Received: epsilon="
+            ValueError,
+            match="`epsilon` must be a number above 0 and at most 100. Received: epsilon=",
         ):
             planning.calibrate(Steps(10, 100, 0.1), budget, 1e-5)
     for delta in (0.0, 1.0, -1e-5, math.nan):
         with pytest.raises(
-            ValueError, match="`delta` must be above 0 and below 1. Received: delta="
+            ValueError, match="`delta` must be a number above 0 and below 1. Received: delta="
         ):
             planning.calibrate(Steps(10, 100, 0.1), 1.0, delta)
-    with pytest.raises(ValueError, match="`count` must be 1 or more to calibrate a noise mult"):
+    with pytest.raises(ValueError, match="`count` must be a positive integer. Received: count=0"):
         planning.calibrate(Steps(0, 100, 0.1), 1.0, 1e-5)
 
 
@@ -129,7 +130,7 @@ def test_default_delta():
     assert planning.default_delta(1000) == pytest.approx(1000**-1.1)
     assert planning.default_delta(2) < 0.5
     with pytest.raises(
-        ValueError, match="`rows` must be 2 or more for a default δ. Received: rows=1"
+        ValueError, match="`rows` must be an integer of at least 2. Received: rows=1"
     ):
         planning.default_delta(1)
 
@@ -148,7 +149,7 @@ def test_default_delta():
         (dict(epsilon=1.0, rows=0), "`rows` must be a positive integer. Received: rows=0"),
         (
             dict(epsilon=1.0, batch_size=2.5),
-            "`batch_size` must be a positive integer. Received: batch_size=2.5",
+            "`batch_size` must be an integer from 1 to 100. Received: batch_size=2.5",
         ),
         (
             dict(epsilon=1.0, epochs=True),
@@ -160,11 +161,11 @@ def test_default_delta():
         ),
         (
             dict(epsilon=1.0, batch_size=101),
-            "`batch_size` must be at most the 100 rows. Received: batch_size=101",
+            "`batch_size` must be an integer from 1 to 100. Received: batch_size=101",
         ),
         (
             dict(noise_multiplier=0.0),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0.0",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=0.0",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from keras_vaultgemma.recipes.convert import convert
 from keras_vaultgemma.recipes.describe import describe
 
 
-def test_what_is_spent_while_a_run_goes_on_and_after_it():
+def test_spent_during_a_run_and_after_it():
     record = PrivacyRecord(Ledger(({"epsilon": 2.0},)))
     record.begin(OpenRun(None, a_run(), record.ledger))
     for done in (1, 2):
@@ -29,7 +29,7 @@ def test_what_is_spent_while_a_run_goes_on_and_after_it():
     assert record.spent().steps == 3 and record.spent(1e-3).epsilon < record.spent(1e-5).epsilon
 
 
-def test_runs_on_other_data_stand_beside_each_other():
+def test_runs_on_different_data_are_separate():
     record = PrivacyRecord()
     for dataset, steps in ((DATA, 3), (OTHER_DATA, 5)):
         record.begin(OpenRun(None, a_run(dataset=dataset), record.ledger))
@@ -43,7 +43,7 @@ def test_runs_on_other_data_stand_beside_each_other():
     }
 
 
-def test_a_loaded_ledger_is_taken_over_once(tmp_path):
+def test_a_ledger_that_is_added_twice_counts_once(tmp_path):
     with OpenRun(tmp_path / FILE, a_run()) as run:
         run.release()
     record = PrivacyRecord()
@@ -53,8 +53,8 @@ def test_a_loaded_ledger_is_taken_over_once(tmp_path):
 
 
 @pytest.mark.usefixtures("own_key")
-def test_training_without_privacy_is_on_record(tmp_path):
-    """Before a private run and after it, and where the weights go; of a model without any guarantee nothing is said."""
+def test_training_without_privacy_is_recorded(tmp_path):
+    """Before and after a private run, and in saved models; a model without any guarantee has an empty ledger."""
     model = language_model(4)
 
     def fit_plainly(epochs):
@@ -74,13 +74,13 @@ def test_training_without_privacy_is_on_record(tmp_path):
     fit_plainly(2)
     found = model.privacy.ledger
     assert [entry["steps"] for entry in found.statements] == [4, 8, 8] and len(found.runs) == 1
-    assert found.without_privacy() == "20 steps, whose rows no guarantee here covers"
+    assert found.without_privacy() == "20 steps, whose records no guarantee covers"
     assert model.privacy.spent().steps == 4
 
     adapters.merge(model)
     model.save_to_preset(tmp_path / "saved")
     assert preset_ledger(tmp_path / "saved") == found
-    assert "without privacy           20 steps, whose rows" in describe(str(tmp_path / "saved"))
+    assert "without privacy           20 steps, whose records" in describe(str(tmp_path / "saved"))
     convert(tmp_path / "saved", tmp_path / "converted", to="hf", progress=False)
     assert (
         "- trained without privacy since: 20 steps"
@@ -88,7 +88,7 @@ def test_training_without_privacy_is_on_record(tmp_path):
     )
 
 
-def test_training_without_privacy_ends_what_pre_training_promised():
+def test_training_without_privacy_is_recorded_after_private_pre_training():
     model = language_model(4)
     model.privacy.add(Ledger(({"epsilon": 2.0},)))
     model.compile(keras.optimizers.SGD(0.1))
@@ -99,9 +99,9 @@ def test_training_without_privacy_ends_what_pre_training_promised():
 
     with pytest.raises(InterruptedError):
         fit(model, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=stop)])
-    assert model.privacy.ledger.without_privacy() == "2 steps, whose rows no guarantee here covers"
+    assert model.privacy.ledger.without_privacy() == "2 steps, whose records no guarantee covers"
 
 
-def test_nothing_is_spent_without_a_run():
+def test_spent_needs_a_run():
     with pytest.raises(ValueError, match="`spent` needs a private run"):
         PrivacyRecord(Ledger(({"epsilon": 2.0},))).spent()

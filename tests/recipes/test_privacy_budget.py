@@ -1,4 +1,4 @@
-"""The answer of `keras-vaultgemma epsilon`."""
+"""The text and the plot of `keras-vaultgemma epsilon`."""
 
 import re
 import sys
@@ -49,7 +49,7 @@ def test_curves_go_through_the_plan():
     assert curves(steps._replace(count=3), 1e-4)[0][0] == [1, 2, 3]
 
 
-def test_a_picture(tmp_path):
+def test_a_plot(tmp_path):
     from matplotlib import image
 
     path = tmp_path / "plan.png"
@@ -57,21 +57,21 @@ def test_a_picture(tmp_path):
     assert text.endswith(f"{path}: ε against steps, σ against ε")
     pixels = image.imread(path)
     assert pixels.shape[:2] == (540, 1350)
-    # Both halves have something drawn in them.
+    # Both halves of the figure have dark pixels.
     assert all((half < 0.5).any() for half in (pixels[:, :675, :3], pixels[:, 675:, :3]))
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
 
 
-def test_a_picture_without_matplotlib_fails_before_the_work(tmp_path, monkeypatch):
+def test_a_plot_without_matplotlib_fails_before_the_accounting(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(planning, "plan", lambda *args: pytest.fail("computed first"))
     with pytest.raises(
-        ImportError, match=r"A picture needs matplotlib: pip install keras-vaultgemma\[plot\]"
+        ImportError, match=r"needs? matplotlib: pip install keras-vaultgemma\[plot\]"
     ):
         privacy_budget(1000, 50, 1, noise_multiplier=1.2, png=str(tmp_path / "x.png"))
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_plot_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     (tmp_path / "plan.png").write_bytes(b"old")
