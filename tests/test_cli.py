@@ -62,7 +62,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
         ),
         (
             "epsilon --rows 100 --batch 10 --epochs 1 --noise 1 --delta 2",
-            "`delta` must be above 0 and below 1.",
+            "`delta` must be a number above 0 and below 1.",
         ),
         (
             "finetune",

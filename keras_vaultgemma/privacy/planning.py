@@ -65,7 +65,12 @@ def plan(
     """
     check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
     check_integer("rows", rows)
-    check_integer("batch_size", batch_size, maximum=rows)
+    check_integer("batch_size", batch_size)
+    if batch_size > rows:
+        raise ValueError(
+            f"`batch_size` must be at most the number of rows, {rows}. "
+            f"Received: batch_size={batch_size}"
+        )
     check_integer("epochs", epochs)
     check_integer("microbatch", microbatch)
     steps = Steps(

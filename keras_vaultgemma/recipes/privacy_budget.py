@@ -1,4 +1,4 @@
-"""Recipe of `keras-vaultgemma epsilon`: describe and plot the guarantee of a planned private run."""
+"""Recipe of `keras-vaultgemma epsilon`: the guarantee of a planned private run in text and plot."""
 
 import numpy as np
 

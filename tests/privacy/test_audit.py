@@ -1,7 +1,8 @@
-"""An audit: can somebody who sees the trained weights tell who took part? No more than ε says; and far more without clipping.
+"""A privacy audit: the trained weights must not reveal who took part beyond ε, and do so without clipping.
 
-200 canaries, each in the training data or not by a coin. After training they are guessed by how well the model predicts
-them, and the number of right guesses becomes a lower bound on ε (Steinke et al., 2023, arXiv:2305.08846).
+200 canaries are each in the training data or not, by a coin flip. After training, membership is guessed from how well
+the model predicts each canary, and the number of correct guesses gives a lower bound of ε (Steinke et al., 2023,
+https://arxiv.org/abs/2305.08846).
 """
 
 import keras
@@ -22,14 +23,14 @@ CONFIDENCE = 0.95
 
 
 def canaries():
-    """Random ids: nothing but having seen a row helps to predict it."""
+    """Rows of random ids, which only a model that was trained on them predicts well."""
     ids = np.random.default_rng(1).integers(3, VOCABULARY, (CANARIES, LENGTH + 1)).astype("int32")
     is_in = np.random.default_rng(2).permutation(CANARIES) < CANARIES // 2
     return ids, is_in
 
 
 def scores(epochs=20, rate=5e-3):
-    """How much better each canary is predicted after training than before, and whether it took part."""
+    """Return each canary's gain of log-likelihood by training, and True for those that took part."""
     keras.utils.set_random_seed(0)
     sizes = dict(
         vocabulary_size=VOCABULARY, num_layers=1, hidden_dim=32, intermediate_dim=64, head_dim=16
@@ -48,17 +49,17 @@ def scores(epochs=20, rate=5e-3):
 
 
 def lower_bound(gains, is_in):
-    """ε that holds with 95 % confidence against the best of a few numbers of guesses, each of which pays for the others.
+    """Return a lower bound of ε with 95 % confidence: the best of several numbers of guesses, Bonferroni-corrected.
 
-    With ε-DP each guess is right with probability e^ε / (1 + e^ε) at most, whatever was guessed before; δ adds at most
-    2 * CANARIES * δ to the probability of so many right ones.
+    Under ε-DP each guess is right with probability e^ε / (1 + e^ε) at most, whatever was guessed before. δ adds at
+    most 2 * CANARIES * δ to the probability of a number of right guesses.
     """
     order, best = np.argsort(gains), 0.0
     numbers = (10, 25, 50, 100)
     for guesses in numbers:
         right = is_in[order[-guesses:]].sum() + (~is_in[order[:guesses]]).sum()
         chance = (1 - CONFIDENCE) / len(numbers) - 2 * CANARIES * DELTA
-        # The smallest p with which so many right ones are not too unlikely (Clopper and Pearson, 1934).
+        # The smallest p for which this many right guesses are not too unlikely (Clopper and Pearson, 1934).
         p = stats.beta.ppf(chance, right, 2 * guesses - right + 1) if right else 0.0
         best = max(best, np.log(p / (1 - p)) if p > 0.5 else 0.0)
     return best
@@ -70,19 +71,19 @@ def oracle(gains, is_in):
     return auditor.epsilon_one_run(significance=1 - CONFIDENCE, delta=DELTA)
 
 
-def test_the_guarantee_holds():
+def test_the_audit_finds_no_more_than_epsilon():
     gains, is_in = scores()
     assert lower_bound(gains, is_in) < EPSILON
     assert oracle(gains, is_in) < EPSILON
 
 
-def test_without_clipping_the_audit_finds_out(monkeypatch):
-    """Same noise, same claim, but every row's gradient at its full length."""
+def test_the_audit_detects_missing_clipping(monkeypatch):
+    """The noise and the claimed ε are the same, but no row's gradient is clipped."""
 
-    def whole(gradients, losses, is_present, clip_norm):
+    def unclipped(gradients, losses, is_present, clip_norm):
         return ops.cast(is_present, "float32"), is_present, 0.0 * losses
 
-    monkeypatch.setattr(mechanism, "clip_factors", whole)
+    monkeypatch.setattr(mechanism, "clip_factors", unclipped)
     gains, is_in = scores()
     assert lower_bound(gains, is_in) > 2 * EPSILON
     assert oracle(gains, is_in) > 2 * EPSILON

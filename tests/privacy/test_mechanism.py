@@ -1,4 +1,4 @@
-"""The mechanism: rows are clipped, each by itself, and nobody's part is larger than C."""
+"""The mechanism: every row is clipped on its own, and the sum changes by at most C without it."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_equal_to_a_plain_loop_over_rows(name):
             np.testing.assert_allclose(g, e, atol=1e-5)
 
 
-def test_clipping_says_how_sensitive_its_sum_is():
+def test_the_sum_carries_its_sensitivity():
     model = private_model(**MODELS["LoRA"])
     clipped, _ = model.private_training.clipped_sum(
         keras.tree.map_structure(ops.convert_to_tensor, some_rows(1)), 1
@@ -53,10 +53,10 @@ def test_clipping_says_how_sensitive_its_sum_is():
 
 
 @pytest.mark.parametrize("name", ["full", "LoRA"])
-def test_what_is_beyond_the_count_has_no_part(monkeypatch, name):
+def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
     monkeypatch.setattr(
         mechanism, "sum_rounding", lambda rows, size: 0.0
-    )  # which depends on the room for rows
+    )  # ρ depends on the capacity
     model, rows = private_model(**MODELS[name]), some_rows(6)
     for size in (1, 4) if name == "LoRA" else (1,):
         few, cut = (
@@ -70,8 +70,8 @@ def test_what_is_beyond_the_count_has_no_part(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_row_changes_the_sum_by_c_at_most(name):
-    """Strictly, in float32. 50 cases for each of 4 models: 200."""
+def test_a_row_changes_the_sum_by_at_most_c(name):
+    """The bound holds strictly, in float32, in 50 cases for each of 4 models."""
     model = private_model(**MODELS[name])
 
     @settings(max_examples=50, deadline=None, derandomize=True)
@@ -86,18 +86,19 @@ def test_a_row_changes_the_sum_by_c_at_most(name):
     check()
 
 
-def test_many_rows_that_all_point_the_same_way():
-    """What rounding adds when a sum gets long stays within what clipping leaves to it."""
+def test_many_rows_in_the_same_direction():
+    """Rounding in a long sum stays within the allowance."""
     model, rows = private_model(**MODELS["LoRA"], clip_norm=0.01), take(some_rows(1), [0] * 180)
     whole, without = sum_of(model, rows, 180, size=4), sum_of(model, rows, 179, size=4)
     assert 0.0099 < distance(whole.gradients, without.gradients) <= 0.01
 
 
 def adversarial_rows(count, longest):
-    """float32 [count, 1] of which the first changes the computed sum by as much as possible.
+    """Rows of shape `[count, 1]`, the first of which changes the computed float32 sum by as much as possible.
 
-    Half of the rows bring the sum to a power of two: just above it with the first row, just below without. Then each
-    row is so small that the one sum, a multiple of 2 u, is rounded up, while the other, of u, is exact.
+    Half of the rows bring the sum to a power of two: just above it with the first row, just below it without. Each of
+    the other rows is so small that the larger sum, a multiple of 2 u, is rounded up, and the smaller one, a multiple
+    of u, is exact.
     """
     half = count // 2
     power = 2.0 ** np.floor(np.log2(half * longest))
@@ -114,16 +115,20 @@ def adversarial_rows(count, longest):
     return np.float32(rows)[:, None]
 
 
+@pytest.mark.parametrize("length", [1, 10], ids=["short enough", "clipped"])
 @pytest.mark.parametrize("count", [100, 600])
-def test_rows_that_make_the_most_of_rounding(count):
-    """Each row is as long as rows can be, or shorter: the sum changes by more than that, and by C at most."""
+def test_adversarial_rounding(count, length):
+    """The sum changes by more than the clipped length of the first row, but by at most C = 1.
+
+    The other rows are short enough not to be clipped. With 600 rows, `ROUNDING` alone would not be enough.
+    """
     longest = np.float32(
         (1 - mechanism.ROUNDING)
         / (1 + float(to_numpy(mechanism.sum_rounding(count, 1))))
         * (1 - 1e-6)
     )
     rows, found = adversarial_rows(count, longest), []
-    for first in (rows[:1], 0 * rows[:1]):
+    for first in (length * rows[:1], 0 * rows[:1]):
         gradients = ops.convert_to_tensor(np.concatenate([first, rows[1:]]))
 
         def row_gradients(start, state, gradients=gradients):
@@ -142,13 +147,28 @@ def test_rows_that_make_the_most_of_rounding(count):
     change = found[0] - found[1]
     assert float(longest) * (1 + count**2 * 2.0**-28) < change <= 1
     if count == 600:
-        # A share of 2^-10 for everything, whatever the number of rows, would not have been enough.
         assert change / float(longest) * (1 - mechanism.ROUNDING) > 1
 
 
+@pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (1000, 1), (1000, 8)])
+def test_the_clipped_length_leaves_the_rounding_allowance(rows, size):
+    """A lone long row has the norm C (1 - ROUNDING) / (1 + ρ), with ρ of the largest batch."""
+
+    def row_gradients(start, state):
+        return [ops.full((size, 4), 5.0)], ops.zeros((size,)), state
+
+    sums, _ = mechanism.clipped_sum(
+        row_gradients, [(4,)], ops.convert_to_tensor(np.int32(1)), rows, size, C, [ops.zeros(())]
+    )
+    norm = np.linalg.norm(to_numpy(sums.gradients[0]).astype("float64"))
+    allowance = 1 + float(to_numpy(mechanism.sum_rounding(rows, size)))
+    np.testing.assert_allclose(norm, C * (1 - mechanism.ROUNDING) / allowance, rtol=1e-6)
+    assert sums.sensitivity == C
+
+
 @pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (1000, 1), (1000, 8), (7, 3)])
-def test_the_bound_of_rounding_counts_every_addition(rows, size):
-    """Twice the sum over all rows of the additions that each goes through, whatever the order in a microbatch."""
+def test_the_rounding_allowance_counts_every_addition(rows, size):
+    """ρ is twice the sum over all rows of the additions that each goes through, in any order within a microbatch."""
     microbatches = -(-rows // size)
     additions = sum(size - 1 + microbatches - j for j in range(microbatches) for _ in range(size))
     found = float(to_numpy(mechanism.sum_rounding(rows, size)))
@@ -162,8 +182,8 @@ def test_the_bound_of_rounding_counts_every_addition(rows, size):
 
 
 @pytest.mark.parametrize("name", ["full", "LoRA"])
-def test_bfloat16_computes_what_a_plain_loop_does(name):
-    """Gradients from a bfloat16 computation, one row at a time by Keras's own loss; norms and sums are float32."""
+def test_bfloat16_is_equal_to_a_plain_loop_over_rows(name):
+    """Gradients are computed in bfloat16 and compared with Keras's own loss; norms and sums are float32."""
     model, rows = private_model(**MODELS[name], dtype="mixed_bfloat16"), some_rows(7)
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     found, losses = plain_gradients(model, rows)
@@ -177,7 +197,7 @@ def test_bfloat16_computes_what_a_plain_loop_does(name):
         np.testing.assert_allclose(clipped.loss, sum(losses), rtol=0.02)
         assert distance(clipped.gradients, expected) < 0.02 * length
         assert {g.dtype for g in clipped.gradients} == {np.dtype("float32")}
-        # Each row by itself is of the length that clipping says.
+        # The norm of each clipped row is the smaller of C and its own norm.
         for i in range(7):
             alone = sum_of(model, take(rows, [i]), size=size).gradients
             norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in alone))
@@ -186,7 +206,7 @@ def test_bfloat16_computes_what_a_plain_loop_does(name):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(size):
-    """Nor does it touch the rows that are computed with it: it is the first of them, with a weight that overflows."""
+    """It is the first row of its microbatch, with a weight that overflows, and the rows next to it are unchanged."""
     model, (x, y, weight) = private_model(**MODELS["LoRA"]), some_rows(6)
     rows = (x, y, weight.astype("float32"))
     finite = sum_of(model, take(rows, range(1, 6)), size=1)
@@ -216,7 +236,7 @@ def test_clip_factors():
     "shape", [(2, 3 * mechanism.STAGE + 5), (2, 2 * mechanism.STAGE, 3), (2, 7), (2,)]
 )
 def test_norms_of_long_variables(shape):
-    """One number of 2^12 and millions of 1: added up one after the other, float32 would lose the ones."""
+    """One value of 2^13 and millions of ones, which a float32 sum in sequence would lose."""
     x = np.ones(shape, "float32")
     x.reshape(2, -1)[:, 0] = 2.0**13
     found = to_numpy(mechanism._squared_norms(ops.convert_to_tensor(x)))
@@ -224,7 +244,7 @@ def test_norms_of_long_variables(shape):
     np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 
-def test_an_empty_batch_releases_noise_of_the_right_size():
+def test_the_standard_deviation_of_the_noise():
     shape, expected = (300, 400), 8.0
     clipped = mechanism.ClippedSum([ops.zeros(shape), ops.ones((5,))], C, 0.0, 0.0, 0.0)
     seeds = np.random.default_rng(0).integers(-(2**31), 2**31, (2, 4)).astype("int32")
@@ -281,7 +301,7 @@ np.savez(sys.argv[1], *[keras.ops.convert_to_numpy(g.detach() if hasattr(g, "det
 """
 
 
-@pytest.mark.skipif(backend.NAME != "jax", reason="it runs all three backends by itself")
+@pytest.mark.skipif(backend.NAME != "jax", reason="the test itself runs all three backends")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_three_backends_agree(tmp_path, kind):
     found = []

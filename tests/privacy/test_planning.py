@@ -149,7 +149,7 @@ def test_default_delta():
         (dict(epsilon=1.0, rows=0), "`rows` must be a positive integer. Received: rows=0"),
         (
             dict(epsilon=1.0, batch_size=2.5),
-            "`batch_size` must be an integer from 1 to 100. Received: batch_size=2.5",
+            "`batch_size` must be a positive integer. Received: batch_size=2.5",
         ),
         (
             dict(epsilon=1.0, epochs=True),
@@ -161,7 +161,7 @@ def test_default_delta():
         ),
         (
             dict(epsilon=1.0, batch_size=101),
-            "`batch_size` must be an integer from 1 to 100. Received: batch_size=101",
+            "`batch_size` must be at most the number of rows, 100. Received: batch_size=101",
         ),
         (
             dict(noise_multiplier=0.0),
