@@ -19,7 +19,10 @@ pytestmark = pytest.mark.any_backend
         (dict(epsilon=0), "`epsilon` must be above 0 and at most 100. Received: epsilon=0"),
         (dict(epsilon=101), "Received: epsilon=101"),
         (dict(epsilon=float("nan")), "Received: epsilon=nan"),
-        (dict(epsilon=1, delta=0), "`delta` must be a number above 0 and below 1. Received: delta=0"),
+        (
+            dict(epsilon=1, delta=0),
+            "`delta` must be a number above 0 and below 1. Received: delta=0",
+        ),
         (dict(epsilon=1, delta=1.0), "Received: delta=1.0"),
         (
             dict(noise_multiplier=0),
