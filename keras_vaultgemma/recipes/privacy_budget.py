@@ -1,4 +1,4 @@
-"""Recipe of `keras-vaultgemma epsilon`: the guarantee of a planned private run in text and plot."""
+"""Recipe of `keras-vaultgemma epsilon`: the guarantee of a planned run, as text and as a plot."""
 
 import numpy as np
 
