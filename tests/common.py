@@ -47,27 +47,50 @@ def to_numpy(x):
 
 def gradients(loss, variables):
     """NumPy gradients of the scalar `loss()` with respect to trainable Keras variables."""
+    return value_and_gradients(loss, variables, is_compiled=False)()[1]
+
+
+def value_and_gradients(loss, variables, is_compiled=True):
+    """A function of tensors that returns `loss(*tensors)` and its gradients as NumPy arrays.
+
+    If `is_compiled`, JAX and TensorFlow compile it once for all tensors of a shape.
+    """
     if keras.config.backend() == "jax":
         import jax
 
-        def stateless(values):
+        def stateless(values, tensors):
             with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
-                return loss()
+                return loss(*tensors)
 
-        found = jax.grad(stateless)([variable.value for variable in variables])
+        function = jax.value_and_grad(stateless)
+        function = jax.jit(function) if is_compiled else function
+
+        def run(*tensors):
+            return function([variable.value for variable in variables], tensors)
+
     elif keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            value = loss()
-        found = map(
-            tf.convert_to_tensor, tape.gradient(value, [variable.value for variable in variables])
-        )
+        def run(*tensors):
+            with tf.GradientTape() as tape:
+                value = loss(*tensors)
+            found = tape.gradient(value, [variable.value for variable in variables])
+            return value, [tf.convert_to_tensor(gradient) for gradient in found]
+
+        run = tf.function(run, autograph=False) if is_compiled else run
+
     else:
         import torch
 
-        found = torch.autograd.grad(loss(), [variable.value for variable in variables])
-    return [to_numpy(gradient) for gradient in found]
+        def run(*tensors):
+            value = loss(*tensors)
+            return value, torch.autograd.grad(value, [variable.value for variable in variables])
+
+    def as_numpy(*tensors):
+        value, found = run(*tensors)
+        return to_numpy(value), [to_numpy(gradient) for gradient in found]
+
+    return as_numpy
 
 
 def shapes_made(total, *arrays):

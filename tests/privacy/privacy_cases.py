@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-from common import LINES, gradients, random_backbone, to_numpy
+from common import LINES, random_backbone, to_numpy, value_and_gradients
 from keras import ops
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
@@ -77,23 +77,20 @@ def compiled(model):
 
 def plain_gradients(model, rows):
     """Each row's gradient and loss by Keras's own loss on logits: the slow, obvious way."""
-    found, losses = [], []
+
+    def loss(x, y, weight):
+        logits = model.logits(model.backbone(x, training=True))
+        each = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        weight = ops.cast(weight, "float32")
+        return ops.sum(each * weight) / ops.sum(weight)
+
+    of_row = value_and_gradients(loss, model.trainable_variables)
+    losses, found = [], []
     for i in range(len(rows[1])):
-        x, y, weight = take(rows, [i])
-
-        def loss(x=x, y=y, weight=weight):
-            logits = model.logits(
-                model.backbone({k: ops.convert_to_tensor(v) for k, v in x.items()}, training=True)
-            )
-            each = keras.losses.sparse_categorical_crossentropy(
-                ops.convert_to_tensor(y), logits, from_logits=True
-            )
-            return ops.sum(each * ops.cast(ops.convert_to_tensor(weight), "float32")) / float(
-                weight.sum()
-            )
-
-        found.append([g.astype("float64") for g in gradients(loss, model.trainable_variables)])
-        losses.append(float(to_numpy(loss())))
+        row = keras.tree.map_structure(ops.convert_to_tensor, take(rows, [i]))
+        value, gradients = of_row(*row)
+        losses.append(float(value))
+        found.append([g.astype("float64") for g in gradients])
     return found, losses
 
 
