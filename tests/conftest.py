@@ -24,7 +24,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-LONGEST_FIRST = ()
+LONGEST_FIRST = """
+test_distribution test_loss test_convert test_train_step test_mechanism test_generator test_private_resume test_fit
+test_readme test_finetune test_causal_lm test_checkpoint test_trainer test_planning test_requests test_hubs test_checks
+test_audit test_parity test_commands test_accounting test_hostile test_reader test_prompt_lookup test_packaging
+"""
 """Files in order of their duration, so that the two workers end together."""
 
 
@@ -34,8 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    place = {name: i for i, name in enumerate(LONGEST_FIRST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_collection_finish():

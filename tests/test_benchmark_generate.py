@@ -15,6 +15,7 @@ pytestmark = pytest.mark.any_backend
 BENCHMARK = Path(__file__).parents[1] / "tools" / "benchmark"
 
 
+@pytest.mark.long
 def test_it_measures_and_prints_tables():
     backend = keras.config.backend()
     command = [

@@ -15,7 +15,10 @@ from scipy import stats
 from keras_vaultgemma import VaultGemmaCausalLM, privacy
 from keras_vaultgemma.privacy import mechanism
 
-pytestmark = pytest.mark.usefixtures("own_key")
+# One backend is enough for every change: on each of them other tests compare the mechanism with a plain loop.
+pytestmark = [pytest.mark.usefixtures("own_key")]
+if keras.config.backend() != "jax":
+    pytestmark.append(pytest.mark.long)
 
 CANARIES, LENGTH, VOCABULARY = 200, 8, 64
 EPSILON, DELTA, CLIP_NORM = 1.0, 1e-5, 0.01
