@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 def outcome(folder):
     """The weights, or the error if it is a clean one."""
-    start = time.perf_counter()
+    start = time.process_time()
     tracemalloc.start()
     try:
         _, values = open_values(folder)
@@ -54,7 +54,7 @@ def outcome(folder):
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert peak < 20e6
     return result
 

@@ -587,14 +587,14 @@ def test_a_config_of_absurd_sizes_costs_nothing(own_preset, tmp_path, change):
     config["config"].update(change, layer_types=None)
     (folder / "config.json").write_text(json.dumps(config))
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(
         ValueError, match=r"vars/0 is (missing from|misshapen in) .*own. Expected shape: "
     ):
         open_values(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 20e6 and time.monotonic() - start < 10
+    assert peak < 20e6 and time.process_time() - start < 10
 
 
 def test_a_keras_preset_without_its_file_is_named(own_preset, tmp_path):

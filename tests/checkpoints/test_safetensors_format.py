@@ -148,12 +148,12 @@ def test_a_file_too_short_for_a_header_is_refused(tmp_path):
 def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
     path = write(tmp_path / SINGLE, b"{}", length=MAX_HEADER + 1)
     os.truncate(path, 2 * MAX_HEADER)  # holes: it takes no space
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(
         ValueError, match=f"{SINGLE}: the header must have at most {MAX_HEADER} bytes"
     ):
         open_safetensors(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_giant_tensor_in_a_small_file_is_refused(tmp_path):
