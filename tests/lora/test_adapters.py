@@ -1,7 +1,5 @@
 """Adapters of a model: trained, named, switched, merged, saved, and what is refused."""
 
-import gc
-
 import keras
 import numpy as np
 import pytest
@@ -21,15 +19,6 @@ IDS = {
 }
 ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token_embedding"]
 BASES = [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int8")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection():
-    """Keras collects garbage for each matrix that it quantizes, half a second where all three backends are imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make_model(dtype="float32", mode=None, seed=0, **changes):

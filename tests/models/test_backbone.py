@@ -142,7 +142,9 @@ def test_initial_values_take_the_place_of_random_ones(monkeypatch):
     for variable in backbone.variables:
         np.testing.assert_array_equal(to_numpy(variable), values[variable.path].array)
     assert "initial_values" not in backbone.get_config()
-    with pytest.raises(ValueError, match="values of the backbone's variables alone. Received: decoder_block_2/"):
+    with pytest.raises(
+        ValueError, match="values of the backbone's variables alone. Received: decoder_block_2/"
+    ):
         random_backbone(num_layers=2, initial_values=values)
     values["final_norm/scale"] = Stored(np.ones(3))
     with pytest.raises(

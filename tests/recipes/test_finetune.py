@@ -264,7 +264,10 @@ def test_pictures(data, tmp_path, monkeypatch):
             "`learning_rate` must be None or a finite number above 0. Received: learning_rate=nan",
         ),
         ({"epochs": 0}, "`epochs` must be a positive integer. Received: epochs=0"),
-        ({"batch_size": 0}, "`batch_size` must be None or a positive integer. Received: batch_size=0"),
+        (
+            {"batch_size": 0},
+            "`batch_size` must be None or a positive integer. Received: batch_size=0",
+        ),
         (
             {"sequence_length": 0},
             "`sequence_length` must be None or a positive integer. Received: sequence_length=0",
