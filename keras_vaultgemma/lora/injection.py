@@ -1,4 +1,4 @@
-"""The layers of a backbone that can have an adapter, and an adapter's way into and out of their variables."""
+"""The layers of a backbone that accept an adapter, and access to the adapter's variables."""
 
 import re
 
@@ -11,25 +11,29 @@ ATTENTION, MLP = ("query", "key", "value", "attention_output"), ("gate", "up", "
 
 
 def adaptable_layers(backbone):
-    """{path: layer} of every layer that can have an adapter: the embedding and all projections."""
+    """Return `{path: layer}` of all layers that accept an adapter: embedding and projections."""
     layers = [backbone.token_embedding]
     for block in backbone.transformer_layers:
-        layers += [getattr(block.attention, name) for name in ATTENTION] + [
-            getattr(block, name) for name in MLP
-        ]
+        layers += [getattr(block.attention, name) for name in ATTENTION]
+        layers += [getattr(block, name) for name in MLP]
     return {layer.path: layer for layer in layers}
 
 
 def match_targets(backbone, targets):
-    """Paths of the layers that are chosen, in the order of the layers.
+    """Return the paths of the layers that match any of the targets, in the order of the layers.
 
     Args:
-        targets: names of layers, or regular expressions that match whole paths; one or several.
+        backbone: `VaultGemmaBackbone`.
+        targets: string or list of strings. Names of layers, or regular expressions that match whole
+            paths.
+
+    Returns:
+        List of strings.
 
     Raises:
-        ValueError: for a target that is neither or that no layer has, or for no target.
+        ValueError: If a target is neither, or matches no layer, or there is no target.
     """
-    layers, chosen = adaptable_layers(backbone), set()
+    layers, matched = adaptable_layers(backbone), set()
     for target in [targets] if isinstance(targets, str) else targets:
         try:
             pattern = re.compile(target)
@@ -37,36 +41,40 @@ def match_targets(backbone, targets):
             raise ValueError(
                 f"A target must be a name or a regular expression. Received: {target!r}"
             ) from error
-        found = {
+        paths = {
             path
             for path, layer in layers.items()
             if layer.name == target or pattern.fullmatch(path)
         }
-        if not found:
-            names, example = (
-                list(dict.fromkeys(layer.name for layer in layers.values())),
-                list(layers)[1],
-            )
+        if not paths:
+            names = list(dict.fromkeys(layer.name for layer in layers.values()))
             raise ValueError(
-                f"A target must be one of {names} or match a path as {example}. Received: {target!r}"
+                f"A target must be one of {names} or match a path such as {list(layers)[1]}. "
+                f"Received: {target!r}"
             )
-        chosen |= found
-    if not chosen:
+        matched |= paths
+    if not matched:
         raise ValueError(f"`target_layer_names` must name a layer. Received: {targets!r}")
-    return [path for path in layers if path in chosen]
+    return [path for path in layers if path in matched]
 
 
-def inject(backbone, adapter):
-    """Freeze a backbone that has no factors but for those of an adapter; where these are None they start at random."""
+def create_factors(backbone, adapter):
+    """Freeze a backbone without factors and create the trainable factors of an adapter.
+
+    Args:
+        backbone: `VaultGemmaBackbone`.
+        adapter: `Adapter`. The factors start from its values, or from random values where these are
+            None.
+    """
     backbone.trainable = True
     for layer in backbone.layers:
         layer.trainable = False
     layers = adaptable_layers(backbone)
     for path, factors in adapter.factors.items():
-        names = ("a_initializer", "b_initializer")
-        initializers = (
-            {} if factors is None else dict(zip(names, map(_initializer, factors), strict=True))
-        )
+        initializers = {}
+        if factors is not None:
+            a, b = map(_initializer, factors)
+            initializers = {"a_initializer": a, "b_initializer": b}
         layers[path].trainable = True
         layers[path].enable_lora(
             adapter.rank, adapter.alpha, dropout=adapter.dropout, **initializers
@@ -74,7 +82,7 @@ def inject(backbone, adapter):
 
 
 def assign_factors(backbone, adapter):
-    """Give the factors that are there the values of an adapter of the same shape."""
+    """Assign the values of an adapter to existing factors of the same shapes."""
     layers = adaptable_layers(backbone)
     for path, factors in adapter.factors.items():
         for variable, value in zip(layers[path].lora_factors, factors, strict=True):
@@ -82,31 +90,32 @@ def assign_factors(backbone, adapter):
 
 
 def read_factors(backbone, adapter):
-    """The adapter whose factors are there, with their values."""
+    """Return a copy of an adapter with the current values of its layers' factors."""
     layers = adaptable_layers(backbone)
     factors = {path: tuple(map(_copy, layers[path].lora_factors)) for path in adapter.factors}
     return adapter._replace(factors=factors)
 
 
 def remove_factors(backbone):
-    """Remove all factors; everything stays frozen."""
+    """Remove all factors. Every layer stays frozen."""
     for layer in adaptable_layers(backbone).values():
         if layer.lora_enabled:
             layer.disable_lora()
 
 
 def saved_values(layer):
-    """What Keras writes of a layer into a file, which has the update of an adapter in it: `{key: NumPy array}`."""
+    """Return the arrays that Keras saves for a layer, with its adapter merged, as `{key: array}`."""
     values = {}
     layer.save_own_variables(values)
     return {key: _copy(value) for key, value in values.items()}
 
 
 def _initializer(value):
-    # By the name `layout` Keras knows that it need not compile a program that makes the parts for the devices.
+    # Keras passes `layout` to an initializer that has this argument. To any other one it applies
+    # the layout in a compiled function, in which a large factor would be a constant.
     return lambda shape, dtype, layout=None: backend.from_numpy(np.array(value), layout)
 
 
 def _copy(value):
-    # PyTorch's and TensorFlow's NumPy arrays are views of the variable.
+    # On PyTorch and TensorFlow the NumPy array is a view of the variable.
     return np.array(ops.convert_to_numpy(value))

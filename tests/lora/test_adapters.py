@@ -1,4 +1,4 @@
-"""Adapters of a model: trained, named, switched, merged, saved, and what is refused."""
+"""Adapters of a model: training, switching, merging, saving, and unsupported arguments."""
 
 import keras
 import numpy as np
@@ -6,10 +6,9 @@ import pytest
 import reference
 from common import count_compilations, random_backbone, to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma import VaultGemmaCausalLM, lora
 from keras_vaultgemma.checkpoints.reader import load_weights
 from keras_vaultgemma.layers.low_rank import LowRankUpdate
-from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.privacy.ledger import FILE
 
 ROW = [2, 17, 5, 99, 31]
@@ -53,7 +52,7 @@ def base_values(model):
 
 
 def fit(model, epochs=1, optimizer=None):
-    """Next tokens of fixed rows, by plain gradient descent, which has no state of its own."""
+    """Train on fixed rows, by default with SGD, which has no state; return the losses."""
     ids = np.random.default_rng(5).integers(3, 128, (8, 9)).astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((8, 8), "int32")}
     model.compile(optimizer=optimizer or keras.optimizers.SGD(0.1))
@@ -63,7 +62,7 @@ def fit(model, epochs=1, optimizer=None):
 
 
 @pytest.mark.parametrize(("dtype", "mode"), [("mixed_bfloat16", None), ("bfloat16", "int8")])
-def test_a_new_adapter_changes_nothing_and_training_moves_nothing_else(dtype, mode):
+def test_a_new_adapter_changes_no_output_and_is_all_that_training_changes(dtype, mode):
     model = make_model(dtype, mode)
     before = logits(model)
     model.backbone.enable_lora(4, ["value", "down", "token_embedding"], dropout=0.1)
@@ -90,8 +89,8 @@ def test_equals_the_model_with_merged_weights():
 
 
 @pytest.mark.parametrize("mode", [None, "int8"])
-def test_nothing_but_merging_makes_the_merged_matrix(mode, monkeypatch):
-    """That the product of the factors is not made elsewhere is shown in test_low_rank.py."""
+def test_only_merging_computes_the_merged_matrix(mode, monkeypatch):
+    """tests/layers/test_low_rank.py shows that A B is not computed elsewhere either."""
     model = make_model(mode=mode)
     model.backbone.enable_lora(2, ALL, dropout=0.1)
     monkeypatch.setattr(LowRankUpdate, "merged", lambda self, matrix: pytest.fail(self.path))
@@ -99,16 +98,16 @@ def test_nothing_but_merging_makes_the_merged_matrix(mode, monkeypatch):
     model.score(IDS["token_ids"])
     model.generate(ROW, max_new_tokens=2, stop_token_ids=None)
     monkeypatch.undo()
-    adapters.merge(model)
+    lora.merge(model)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
-def test_merge_and_unmerge_to_the_bit(dtype, mode):
+def test_unmerge_restores_the_model_bit_for_bit(dtype, mode):
     model = make_model(dtype, mode)
     model.backbone.enable_lora(3, ALL)
     fill(model, scale=0.02)
     base, factors, before = base_values(model), values(model.trainable_variables), logits(model)
-    adapters.merge(model)
+    lora.merge(model)
     assert model.trainable_variables == [] and not any("lora" in v.path for v in model.weights)
     merged = base_values(model)
     assert all(
@@ -118,7 +117,7 @@ def test_merge_and_unmerge_to_the_bit(dtype, mode):
     )
     tolerance = 1e-4 if (dtype, mode) == ("float32", None) else 0.2
     np.testing.assert_allclose(logits(model), before, atol=tolerance * np.abs(before).max())
-    adapters.unmerge(model)
+    lora.unmerge(model)
     assert_same(base_values(model), base)
     assert_same(values(model.trainable_variables), factors)
     np.testing.assert_array_equal(logits(model), before)
@@ -133,12 +132,12 @@ def test_merging_into_int8_requantizes():
     kernel, scale = (to_numpy(v.value).astype("float32") for v in (gate.kernel, gate.kernel_scale))
     a, b = map(to_numpy, gate.lora_factors)
     expected = kernel / scale + 6 / 3 * a @ b
-    adapters.merge(model)
+    lora.merge(model)
     kernel, scale = (to_numpy(v.value).astype("float32") for v in (gate.kernel, gate.kernel_scale))
     assert (np.abs(kernel / scale - expected) <= 0.501 / scale).all()
 
 
-def test_named_adapters():
+def test_each_named_adapter_has_its_own_output():
     model = make_model()
     base = logits(model)
     model.backbone.enable_lora(2, name="small")
@@ -148,7 +147,7 @@ def test_named_adapters():
     np.testing.assert_array_equal(logits(model), base)
     fill(model, 2, scale=0.4)
     large = logits(model)
-    assert adapters.names(model) == ["small", "large"] and adapters.active(model) == "large"
+    assert lora.names(model) == ["small", "large"] and lora.active(model) == "large"
     assert np.abs(small - base).max() > 0.1 and np.abs(large - base).max() > 0.1
     for name, expected in [
         ("small", small),
@@ -157,18 +156,18 @@ def test_named_adapters():
         ("large", large),
         ("small", small),
     ]:
-        adapters.use(model, name)
-        assert adapters.active(model) == name
+        lora.use(model, name)
+        assert lora.active(model) == name
         np.testing.assert_array_equal(logits(model), expected)
-    adapters.use(model, "small")
-    adapters.remove(model, "large")
-    assert adapters.names(model) == ["small"]
-    adapters.remove(model, "small")
-    assert adapters.names(model) == [] and adapters.active(model) is None
+    lora.use(model, "small")
+    lora.remove(model, "large")
+    assert lora.names(model) == ["small"]
+    lora.remove(model, "small")
+    assert lora.names(model) == [] and lora.active(model) is None
     np.testing.assert_array_equal(logits(model), base)
 
 
-def test_adapters_that_differ_in_alpha_alone():
+def test_adapters_that_differ_only_in_alpha():
     model = make_model()
     found = {}
     for name, alpha in (("one", 1), ("four", 4)):
@@ -178,11 +177,36 @@ def test_adapters_that_differ_in_alpha_alone():
         found[name] = logits(model)
     assert np.abs(found["one"] - found["four"]).max() > 0.01
     for name in ("one", "four", "one"):
-        adapters.use(model, name)
+        lora.use(model, name)
         np.testing.assert_allclose(model.predict(IDS, verbose=0), found[name], atol=1e-4)
 
 
-def test_generation_follows_the_adapter_and_compiles_for_another_shape_alone():
+def test_keras_makes_its_functions_again_for_other_variables():
+    """It would reuse functions with the variables and the scale that they were compiled with."""
+    model = make_model()
+    model.backbone.enable_lora(2, name="query")
+    lora.add(model, 2, ["down"], name="down")
+    model.compile()
+
+    def functions():
+        model.evaluate(IDS, IDS["token_ids"], verbose=0)
+        model.predict(IDS, verbose=0)
+        return [model.test_function, model.predict_function]
+
+    before = functions()
+    for change in (
+        lambda: lora.use(model, "query"),
+        lambda: lora.merge(model),
+        lambda: lora.unmerge(model),
+        lambda: lora.use(model, None),
+    ):
+        change()
+        after = functions()
+        assert not any(one is other for one, other in zip(before, after, strict=True))
+        before = after
+
+
+def test_generation_uses_the_active_adapter_and_compiles_only_for_new_shapes():
     model = make_model()
     for i, (name, rank) in enumerate([("a", 2), ("b", 2), ("c", 3)]):
         model.backbone.enable_lora(rank, ["query", "down"], name=name)
@@ -193,18 +217,18 @@ def test_generation_follows_the_adapter_and_compiles_for_another_shape_alone():
 
     tokens = {}
     for name in ("c", "a", "b"):
-        adapters.use(model, name)
+        lora.use(model, name)
         tokens[name] = generate()
         assert tokens[name] == reference.greedy(model.backbone, ROW, 6)
     assert len({*map(tuple, tokens.values())}) == 3
     with count_compilations() as compilations:
         for name in ("a", "b"):
-            adapters.use(model, name)
+            lora.use(model, name)
             assert generate() == tokens[name]
     assert not compilations.count
 
 
-def test_what_changes_one_adapter_leaves_the_others():
+def test_changing_one_adapter_leaves_the_others_unchanged():
     model = make_model()
     model.backbone.enable_lora(2, name="first")
     fill(model)
@@ -212,19 +236,19 @@ def test_what_changes_one_adapter_leaves_the_others():
     model.backbone.enable_lora(2, name="second")
     fill(model, 1)
     second = values(model.trainable_variables)
-    adapters.use(model, "first")
+    lora.use(model, "first")
     assert_same(values(model.trainable_variables), first)
-    adapters.use(model, "second")
+    lora.use(model, "second")
     assert_same(values(model.trainable_variables), second)
 
 
-def test_training_goes_on_from_a_saved_adapter(tmp_path):
+def test_training_continues_from_a_saved_adapter(tmp_path):
     first, second = make_model(), make_model()
     first.backbone.enable_lora(4, ["query", "token_embedding"], alpha=6)
     fit(first)
-    adapters.save_adapter(first, tmp_path / "adapter")
-    adapters.load_adapter(second, tmp_path / "adapter", name="mine")
-    assert adapters.active(second) == "mine"
+    lora.save_adapter(first, tmp_path / "adapter")
+    lora.load_adapter(second, tmp_path / "adapter", name="mine")
+    assert lora.active(second) == "mine"
     assert_same(values(second.trainable_variables), values(first.trainable_variables))
     np.testing.assert_array_equal(logits(second), logits(first))
     fit(first)
@@ -236,19 +260,19 @@ def test_training_goes_on_from_a_saved_adapter(tmp_path):
     assert_same(base_values(second), base_values(first))
 
 
-def test_saving_one_that_is_not_active(tmp_path):
+def test_saving_an_inactive_or_merged_adapter(tmp_path):
     model = make_model()
     model.backbone.enable_lora(2, name="first")
     fill(model)
     first = values(model.trainable_variables)
     model.backbone.enable_lora(3, ["gate"], name="second")
-    adapters.save_adapter(model, tmp_path / "first", name="first")
-    adapters.use(model, "first")
-    adapters.merge(model)
-    adapters.save_adapter(model, tmp_path / "merged")
+    lora.save_adapter(model, tmp_path / "first", name="first")
+    lora.use(model, "first")
+    lora.merge(model)
+    lora.save_adapter(model, tmp_path / "merged")
     for folder in ("first", "merged"):
         other = make_model()
-        adapters.load_adapter(other, tmp_path / folder)
+        lora.load_adapter(other, tmp_path / folder)
         assert_same(values(other.trainable_variables), first)
 
 
@@ -258,7 +282,7 @@ def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
     model.backbone.enable_lora(3, ALL, dropout=0.1)
     fill(model, scale=0.02)
     model.save_to_preset(tmp_path / "preset")
-    adapters.merge(model)
+    lora.merge(model)
     saved = VaultGemmaCausalLM.from_preset(tmp_path / "preset", preprocessor=None)
     expected = base_values(model)
     # keras-hub builds a quantized preset with float32 scales.
@@ -269,7 +293,7 @@ def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
     assert_same(found, expected)
 
 
-def test_a_checkpoint_loads_beside_an_adapter_with_dropout(tmp_path):
+def test_a_checkpoint_loads_into_a_model_with_an_adapter(tmp_path):
     make_model(seed=3).save_to_preset(tmp_path / "other")
     model = make_model()
     model.backbone.enable_lora(2, dropout=0.5)
@@ -277,33 +301,33 @@ def test_a_checkpoint_loads_beside_an_adapter_with_dropout(tmp_path):
     assert_same(base_values(model), base_values(make_model(seed=3)))
 
 
-def test_a_failed_load_changes_nothing(tmp_path):
+def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
     model, other = make_model(), make_model(hidden_dim=32)
     for one in (model, other):
         one.backbone.enable_lora(2)
         fill(one)
-    adapters.save_adapter(other, tmp_path / "other")
+    lora.save_adapter(other, tmp_path / "other")
     before = logits(model)
     with pytest.raises(
         ValueError,
         match=r"q_proj.lora_A.weight is misshapen.*Expected shape: \(2, 48\). Found: \(2, 32\)",
     ):
-        adapters.load_adapter(model, tmp_path / "other", name="other")
-    assert adapters.names(model) == ["default"]
+        lora.load_adapter(model, tmp_path / "other", name="other")
+    assert lora.names(model) == ["default"]
     np.testing.assert_array_equal(logits(model), before)
 
 
-def test_a_damaged_ledger_changes_nothing(tmp_path):
+def test_a_damaged_ledger_leaves_the_model_unchanged(tmp_path):
     model = make_model()
     before, variables = logits(model), [v.path for v in model.variables]
     other = make_model()
     other.backbone.enable_lora(2)
     fill(other)
-    adapters.save_adapter(other, tmp_path / "other")
+    lora.save_adapter(other, tmp_path / "other")
     (tmp_path / "other" / FILE).write_bytes(b'{"kind": "steps", "run": "none", "steps": 3}\n')
     with pytest.raises(ValueError, match="line 1 is not an entry of a privacy ledger"):
-        adapters.load_adapter(model, tmp_path / "other")
-    assert adapters.names(model) == [] and adapters.active(model) is None
+        lora.load_adapter(model, tmp_path / "other")
+    assert lora.names(model) == [] and lora.active(model) is None
     assert [v.path for v in model.variables] == variables and len(model.trainable_variables) > 2
     np.testing.assert_array_equal(logits(model), before)
 
@@ -321,18 +345,18 @@ def test_a_damaged_ledger_changes_nothing(tmp_path):
         ),
         (
             dict(rank=2, dropout=1.0),
-            "`dropout` must be a number from 0 to below 1. Received: dropout=1.0",
+            "`dropout` must be a number of at least 0 and below 1. Received: dropout=1.0",
         ),
         (dict(rank=2, target_layer_names=["q_proj"]), "Received: 'q_proj'"),
-        (dict(rank=2, name=""), "`name` must be a string that no adapter of this model has"),
-        (dict(rank=2, name=3), "`name` must be .*Received: 3"),
-        (dict(rank=2, name="taken"), r"`name` must be .*\['taken'\]. Received: 'taken'"),
+        (dict(rank=2, name=""), "`name` must be a non-empty string other than .*Received: name=''"),
+        (dict(rank=2, name=3), "`name` must be .*Received: name=3"),
+        (dict(rank=2, name="taken"), r"`name` must be .*\['taken'\]. Received: name='taken'"),
     ],
 )
-def test_arguments_out_of_their_range(taken, arguments, message):
+def test_arguments_out_of_range_raise(taken, arguments, message):
     with pytest.raises(ValueError, match=message):
         taken.backbone.enable_lora(**arguments)
-    assert adapters.names(taken) == ["taken"] and len(taken.trainable_variables) == 4
+    assert lora.names(taken) == ["taken"] and len(taken.trainable_variables) == 4
 
 
 @pytest.fixture(scope="module")
@@ -342,26 +366,26 @@ def taken():
     return model
 
 
-def test_what_needs_another_state(tmp_path):
+def test_functions_that_need_another_adapter_state_raise(tmp_path):
     model = make_model()
-    for function in (adapters.merge, adapters.unmerge):
+    for function in (lora.merge, lora.unmerge):
         with pytest.raises(
             ValueError, match=f"`{function.__name__}` needs .*, and the model has none"
         ):
             function(model)
-    with pytest.raises(ValueError, match=r"`name` must be one of \[\]. Received: None"):
-        adapters.save_adapter(model, tmp_path / "none")
-    for function in (adapters.use, adapters.remove):
-        with pytest.raises(ValueError, match="Received: 'other'"):
+    with pytest.raises(ValueError, match=r"`name` must be one of \[\]. Received: name=None"):
+        lora.save_adapter(model, tmp_path / "none")
+    for function in (lora.use, lora.remove):
+        with pytest.raises(ValueError, match="Received: name='other'"):
             function(model, "other")
     model.backbone.enable_lora(2)
-    adapters.save_adapter(model, tmp_path / "a")
-    adapters.merge(model)
+    lora.save_adapter(model, tmp_path / "a")
+    lora.merge(model)
     for change in (
-        adapters.merge,
-        lambda model: adapters.use(model, None),
-        lambda model: adapters.remove(model, "default"),
-        lambda model: adapters.load_adapter(model, tmp_path / "a", name="b"),
+        lora.merge,
+        lambda model: lora.use(model, None),
+        lambda model: lora.remove(model, "default"),
+        lambda model: lora.load_adapter(model, tmp_path / "a", name="b"),
         lambda model: model.backbone.enable_lora(2, name="b"),
     ):
         with pytest.raises(
@@ -369,21 +393,23 @@ def test_what_needs_another_state(tmp_path):
         ):
             change(model)
     model.quantize("int8")
-    with pytest.raises(ValueError, match="as `merge` left them, and .*query was quantized since"):
-        adapters.unmerge(model)
+    with pytest.raises(
+        ValueError, match="as `merge` left them. Received: .*query, which was quantized afterwards"
+    ):
+        lora.unmerge(model)
 
 
-def test_an_int4_base_is_refused():
+def test_an_int4_base_is_unsupported():
     model = make_model(mode="int4")
     with pytest.raises(
         ValueError,
         match="base in floating point or int8. Received: decoder_block_0/attention/query in int4",
     ):
         model.backbone.enable_lora(2)
-    assert adapters.names(model) == []
+    assert lora.names(model) == []
 
 
-def test_keras_hubs_own_files_are_refused(tmp_path):
+def test_keras_hubs_lora_files_are_unsupported(tmp_path):
     model = make_model()
     for method in (model.backbone.save_lora_weights, model.backbone.load_lora_weights):
         with pytest.raises(NotImplementedError, match="lora.*_adapter"):
@@ -391,7 +417,7 @@ def test_keras_hubs_own_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_training_16_bit_weights_is_refused(dtype):
+def test_training_16_bit_weights_is_unsupported(dtype):
     model = make_model(dtype)
     with pytest.raises(
         ValueError,
@@ -400,7 +426,7 @@ def test_training_16_bit_weights_is_refused(dtype):
         fit(model)
 
 
-def test_full_fine_tuning_moves_every_weight():
+def test_full_fine_tuning_changes_every_weight():
     model = make_model("mixed_bfloat16")
     before = base_values(model)
     fit(model, epochs=2, optimizer=keras.optimizers.Adam(1e-2))

@@ -13,7 +13,7 @@ def backbone():
     return random_backbone(num_layers=2)
 
 
-def test_every_matrix_can_have_an_adapter(backbone):
+def test_every_matrix_accepts_an_adapter(backbone):
     paths = [
         f"{path}/weight".replace("token_embedding/weight", "token_embedding/embeddings")
         for path in injection.adaptable_layers(backbone)
@@ -40,7 +40,7 @@ def test_every_matrix_can_have_an_adapter(backbone):
         ),
     ],
 )
-def test_targets(backbone, targets, expected):
+def test_targets_select_layers(backbone, targets, expected):
     assert injection.match_targets(backbone, targets) == expected
 
 
@@ -51,19 +51,19 @@ def test_targets(backbone, targets, expected):
         (["attention"], "Received: 'attention'"),
         (
             ["decoder_block_7/.*"],
-            "match a path as decoder_block_0/attention/query. Received: 'decoder_block_7",
+            "match a path such as decoder_block_0/attention/query. Received: 'decoder_block_7",
         ),
         ([r"query("], r"a name or a regular expression. Received: 'query\('"),
         ([3], "a name or a regular expression. Received: 3"),
         ([], "must name a layer"),
     ],
 )
-def test_targets_that_are_refused(backbone, targets, message):
+def test_unsupported_targets_raise(backbone, targets, message):
     with pytest.raises(ValueError, match=message):
         injection.match_targets(backbone, targets)
 
 
-def test_in_and_out_to_the_bit():
+def test_factors_are_written_and_read_bit_for_bit():
     backbone = random_backbone(num_layers=1)
     random = np.random.default_rng(0)
     layers = injection.adaptable_layers(backbone)
@@ -74,7 +74,7 @@ def test_in_and_out_to_the_bit():
         )
         for path, width in (("decoder_block_0/attention/key", 64), ("decoder_block_0/gate", 96))
     }
-    injection.inject(backbone, Adapter(5, 2.5, 0.25, factors))
+    injection.create_factors(backbone, Adapter(5, 2.5, 0.25, factors))
     assert [v.path for v in backbone.trainable_variables] == [
         f"{path}/lora_kernel_{x}" for path in factors for x in "ab"
     ]
@@ -94,7 +94,7 @@ def test_in_and_out_to_the_bit():
     injection.assign_factors(backbone, Adapter(5, 2.5, 0.25, factors))
     assert np.array_equal(
         read.factors["decoder_block_0/gate"][0], new["decoder_block_0/gate"][0]
-    )  # no view
+    )  # a copy
     base = to_numpy(layers["decoder_block_0/gate"].weights[0]).T
     merged = injection.saved_values(layers["decoder_block_0/gate"])
     a, b = factors["decoder_block_0/gate"]
@@ -106,8 +106,8 @@ def test_in_and_out_to_the_bit():
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="Keras distributes models on JAX only")
-def test_each_device_is_given_its_part_of_a_factor(monkeypatch):
-    """And not by a program that Keras compiles, in which a large factor is a constant."""
+def test_each_device_gets_its_part_of_a_factor(monkeypatch):
+    """Keras must not distribute factors in a compiled function, where a large factor is a constant."""
     layouts, from_numpy = [], backend.from_numpy
     monkeypatch.setattr(
         backend,
@@ -121,7 +121,7 @@ def test_each_device_is_given_its_part_of_a_factor(monkeypatch):
     }
     with ModelParallel(layout_map=map_of, auto_shard_dataset=False).scope():
         backbone = random_backbone(num_layers=1)
-        injection.inject(backbone, Adapter(2, 2.0, 0.0, factors))
+        injection.create_factors(backbone, Adapter(2, 2.0, 0.0, factors))
     assert [tuple(layout.spec) for layout in layouts] == [(None, None), (None, "model")]
     found = injection.adaptable_layers(backbone)["decoder_block_0/gate"].lora_factors
     assert all(

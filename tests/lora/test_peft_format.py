@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT's files; PEFT itself is the judge."""
+"""Adapters in the file format of PEFT, compared with PEFT itself."""
 
 import json
 import warnings
@@ -11,8 +11,8 @@ import torch
 import transformers
 from common import random_backbone, to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLM
-from keras_vaultgemma.lora import adapters, peft_format
+from keras_vaultgemma import VaultGemmaCausalLM, lora
+from keras_vaultgemma.lora import peft_format
 from keras_vaultgemma.lora.peft_format import Adapter
 from keras_vaultgemma.recipes.convert import convert
 
@@ -22,7 +22,7 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """(our model, folder of the same weights for transformers)."""
+    """Return our model, and a folder with the same weights for transformers."""
     folder = tmp_path_factory.mktemp("base")
     model = VaultGemmaCausalLM(random_backbone())
     model.save_to_preset(folder / "keras")
@@ -32,12 +32,10 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def model(base):
-    """Our model, without any adapter before and after."""
+    """Our model, without an adapter before and after each test."""
     yield base[0]
-    if base[0].backbone.adapters.base is not None:
-        adapters.unmerge(base[0])
-    for name in adapters.names(base[0]):
-        adapters.remove(base[0], name)
+    for name in lora.names(base[0]):
+        lora.remove(base[0], name)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def their_logits(model):
 
 
 def random_adapter(rank=3, alpha=5.0, **widths):
-    """`Adapter` of layers, given as name=(in, out), of block 1."""
+    """Return an `Adapter` of layers of block 1, given as `name=(in, out)`."""
     random = np.random.default_rng(0)
     factors = {
         f"decoder_block_1/{name.replace('__', '/')}": tuple(
@@ -70,8 +68,12 @@ def random_adapter(rank=3, alpha=5.0, **widths):
     return Adapter(rank, alpha, 0.25, factors)
 
 
-def written(folder, **changes):
-    """A folder with an adapter on all query and value layers as PEFT writes it, and its config's `changes`."""
+def write_like_peft(folder, **changes):
+    """Write an adapter of all query and value layers as PEFT does, with `changes` to its config.
+
+    Returns:
+        Dict of the tensors.
+    """
     random = np.random.default_rng(0)
     tensors = {
         f"base_model.model.model.layers.{i}.self_attn.{name}.{factor}.weight": random.normal(
@@ -110,12 +112,12 @@ ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token
         [r"decoder_block_[12]/attention/.*", r".*_0/down"],
     ],
 )
-def test_peft_loads_ours(model, base, targets, tmp_path):
+def test_peft_loads_our_adapter(model, base, targets, tmp_path):
     before = logits(model)
     model.backbone.enable_lora(3, targets, alpha=7)
     for variable in model.trainable_variables:
         variable.assign(np.random.default_rng(len(variable.path)).normal(0, 0.2, variable.shape))
-    adapters.save_adapter(model, tmp_path / "ours", base_model=str(base[1]))
+    lora.save_adapter(model, tmp_path / "ours", base_model=str(base[1]))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         theirs = peft.PeftModel.from_pretrained(their_model(base[1]), tmp_path / "ours")
@@ -165,7 +167,7 @@ def test_peft_loads_ours(model, base, targets, tmp_path):
         dict(target_modules=["k_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=0),
     ],
 )
-def test_ours_loads_one_of_peft(model, base, options, tmp_path):
+def test_we_load_an_adapter_of_peft(model, base, options, tmp_path):
     before = logits(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied embeddings
@@ -178,13 +180,13 @@ def test_ours_loads_one_of_peft(model, base, options, tmp_path):
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     theirs.save_pretrained(tmp_path / "theirs")
-    adapters.load_adapter(model, tmp_path / "theirs", name="theirs")
+    lora.load_adapter(model, tmp_path / "theirs", name="theirs")
     expected = their_logits(theirs)
     assert np.abs(expected - before).max() > 0.05
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
 
 
-def test_written_and_read_to_the_bit(hyperparameters, tmp_path):
+def test_adapters_are_written_and_read_bit_for_bit(hyperparameters, tmp_path):
     ours = random_adapter(attention__query=(48, 64), down=(96, 48))
     ours = ours._replace(
         factors={
@@ -214,8 +216,8 @@ def test_written_and_read_to_the_bit(hyperparameters, tmp_path):
     assert config["lora_alpha"] == 5 and type(config["lora_alpha"]) is int
 
 
-def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
-    tensors = written(tmp_path / "a")
+def test_tensors_of_another_dtype_are_cast_to_float32(hyperparameters, tmp_path):
+    tensors = write_like_peft(tmp_path / "a")
     save(tmp_path / "a", {name: tensor.astype("float16") for name, tensor in tensors.items()})
     read = peft_format.read_adapter(tmp_path / "a", hyperparameters)
     expected = tensors[QUERY].T.astype("float16").astype("float32")
@@ -229,7 +231,7 @@ def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
         (dict(r=0), "`r` must be an integer from 1 to 2147483647. Received: 0"),
         (dict(r=True), "`r` must be .*Received: True"),
         (dict(lora_alpha=-1), "`lora_alpha` must be a finite number above 0. Received: -1"),
-        (dict(lora_dropout=1), "`lora_dropout` must be a number from 0 to below 1. Received: 1"),
+        (dict(lora_dropout=1), "`lora_dropout` must be a number in \\[0, 1\\). Received: 1"),
         (dict(bias="all"), "`bias` must be 'none'. Received: 'all'"),
         (dict(use_rslora=True), "`use_rslora` must be absent.*Received: True"),
         (dict(use_dora=True), "`use_dora` must be absent"),
@@ -238,7 +240,7 @@ def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
         (dict(a_new_method=True), "`a_new_method` must be absent"),
         (
             dict(init_lora_weights="pissa"),
-            "`init_lora_weights` must be one that leaves the base.*'pissa'",
+            "`init_lora_weights` must be true, false.*do not change the base weights. Received: 'pissa'",
         ),
         (dict(init_lora_weights=1), "`init_lora_weights` must be .*Received: 1"),
         (dict(fan_in_fan_out=True), "`fan_in_fan_out` must be false"),
@@ -254,15 +256,15 @@ def test_tensors_of_another_dtype_become_float32(hyperparameters, tmp_path):
         ),
     ],
 )
-def test_a_config_that_means_something_else(hyperparameters, tmp_path, changes, message):
-    written(tmp_path / "a", **changes)
+def test_unsupported_config_fields_raise(hyperparameters, tmp_path, changes, message):
+    write_like_peft(tmp_path / "a", **changes)
     with pytest.raises(ValueError, match=f"{peft_format.CONFIG}: {message}"):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
-def test_tensors_that_do_not_fit(hyperparameters, tmp_path):
+def test_missing_unknown_and_misshapen_tensors_raise(hyperparameters, tmp_path):
     folder = tmp_path / "a"
-    tensors = written(folder)
+    tensors = write_like_peft(folder)
     cases = [
         ({QUERY: None}, f"{QUERY} is missing from .*Expected shape: \\(4, 48\\). Found: None"),
         (
@@ -295,8 +297,8 @@ def test_tensors_that_do_not_fit(hyperparameters, tmp_path):
             peft_format.read_adapter(folder, hyperparameters)
 
 
-def test_an_adapter_of_another_model(hyperparameters, tmp_path):
-    written(tmp_path / "a")
+def test_adapters_of_another_model_raise(hyperparameters, tmp_path):
+    write_like_peft(tmp_path / "a")
     for change, message in [
         (
             dict(num_layers=4),
@@ -317,7 +319,7 @@ def test_an_adapter_of_another_model(hyperparameters, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             peft_format.read_adapter(tmp_path / "a", {**hyperparameters, **change})
-    written(tmp_path / "a", target_modules=[])
+    write_like_peft(tmp_path / "a", target_modules=[])
     save(tmp_path / "a", {})
     with pytest.raises(
         ValueError,
@@ -326,7 +328,7 @@ def test_an_adapter_of_another_model(hyperparameters, tmp_path):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
-def test_an_embedding_whose_head_is_not_tied(hyperparameters, tmp_path):
+def test_an_untied_head_raises(hyperparameters, tmp_path):
     ours = Adapter(
         2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))}
     )
@@ -346,28 +348,34 @@ def test_an_embedding_whose_head_is_not_tied(hyperparameters, tmp_path):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
-def test_a_regular_expression_of_a_stranger_is_not_run(hyperparameters, tmp_path):
-    written(tmp_path / "a", target_modules="(a*)*(a*)*(a*)*b" + "(m|mo|mod|o|d|e|l|.)*" * 5 + "x")
+def test_regular_expressions_from_a_file_are_not_evaluated(hyperparameters, tmp_path):
+    write_like_peft(
+        tmp_path / "a", target_modules="(a*)*(a*)*(a*)*b" + "(m|mo|mod|o|d|e|l|.)*" * 5 + "x"
+    )
     assert len(peft_format.read_adapter(tmp_path / "a", hyperparameters).factors) == 6
 
 
-def test_files_that_are_not_there(hyperparameters, tmp_path):
+def test_missing_files_raise(hyperparameters, tmp_path):
     with pytest.raises(ValueError, match=f"{peft_format.CONFIG} does not exist"):
         peft_format.read_adapter(tmp_path / "nowhere", hyperparameters)
-    written(tmp_path / "a")
+    write_like_peft(tmp_path / "a")
     (tmp_path / "a" / peft_format.WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"{peft_format.WEIGHTS} does not exist"):
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
-def test_a_failed_save_leaves_the_last_adapter(hyperparameters, tmp_path, monkeypatch):
-    written(tmp_path / "a")
+class FullDisk:
+    """A ledger whose file no longer fits on the disk, after config and weights were written."""
+
+    def write(self, folder):
+        assert (folder / peft_format.WEIGHTS).exists()
+        raise OSError(28, "No space left")
+
+
+def test_a_failed_save_leaves_the_folder_unchanged(hyperparameters, tmp_path):
+    write_like_peft(tmp_path / "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    monkeypatch.setattr(
-        peft_format,
-        "write_safetensors",
-        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")),
-    )
+    adapter = random_adapter(down=(96, 48))
     with pytest.raises(OSError, match="No space left"):
-        peft_format.write_adapter(tmp_path / "a", random_adapter(down=(96, 48)), hyperparameters)
+        peft_format.write_adapter(tmp_path / "a", adapter, hyperparameters, ledger=FullDisk())
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

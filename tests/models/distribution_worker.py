@@ -19,7 +19,8 @@ from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, backend
 from keras_vaultgemma.checkpoints import weight_map
 from keras_vaultgemma.lora import injection
-from keras_vaultgemma.lora.adapters import load_adapter, merge, save_adapter
+from keras_vaultgemma.lora.adapters import load_adapter, save_adapter
+from keras_vaultgemma.lora.merging import merge
 from keras_vaultgemma.lora.peft_format import Adapter, read_adapter, write_adapter
 
 ROWS, LENGTH = 8, 12

@@ -22,8 +22,7 @@ from privacy_cases import (
     values,
 )
 
-from keras_vaultgemma import VaultGemmaCausalLM, privacy
-from keras_vaultgemma.lora import adapters
+from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
 from keras_vaultgemma.privacy import accounting, sampling
 from keras_vaultgemma.privacy import fit as fit_module
 from keras_vaultgemma.privacy.fit import _steps_within
@@ -74,7 +73,7 @@ def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
     assert not spent.is_private and spent.steps == 4
     kind = "DP-SGD with truncated Poisson sampling"
     assert spent.mechanism == f"{kind}; NOT private, seeded for tests: {kind}"
-    adapters.merge(model)
+    lora.merge(model)
     model.save_to_preset(tmp_path / "preset")
     assert preset_ledger(tmp_path / "preset") == model.privacy.ledger
     assert (
@@ -193,12 +192,12 @@ def test_the_ledger_travels(tmp_path):
     model = tiny_model()
     model.fit(LINES, batch_size=2, verbose=0)
     found = model.privacy.ledger
-    adapters.save_adapter(model, tmp_path / "adapter")
+    lora.save_adapter(model, tmp_path / "adapter")
     fresh = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    adapters.load_adapter(fresh, tmp_path / "adapter")
+    lora.load_adapter(fresh, tmp_path / "adapter")
     assert fresh.privacy.ledger == found and fresh.privacy.spent() == model.privacy.spent()
 
-    adapters.merge(model)
+    lora.merge(model)
     model.save_to_preset(tmp_path / "preset")
     again = VaultGemmaCausalLM.from_preset(tmp_path / "preset")
     assert again.privacy.ledger == found

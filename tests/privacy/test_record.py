@@ -3,7 +3,7 @@ import pytest
 from ledger_cases import DATA, OTHER_DATA, a_run
 from privacy_cases import BATCH, ROWS, fit, language_model, some_rows
 
-from keras_vaultgemma.lora import adapters
+from keras_vaultgemma import lora
 from keras_vaultgemma.privacy import DPSGD, accounting
 from keras_vaultgemma.privacy.ledger import FILE, Ledger, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun, PrivacyRecord
@@ -77,7 +77,7 @@ def test_training_without_privacy_is_recorded(tmp_path):
     assert found.without_privacy() == "20 steps, whose records no guarantee covers"
     assert model.privacy.spent().steps == 4
 
-    adapters.merge(model)
+    lora.merge(model)
     model.save_to_preset(tmp_path / "saved")
     assert preset_ledger(tmp_path / "saved") == found
     assert "without privacy           20 steps, whose records" in describe(str(tmp_path / "saved"))
