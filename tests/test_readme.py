@@ -99,7 +99,7 @@ def test_snippet_for_many_devices_runs_on_jax(devices, tmp_path):
 
 def test_the_run_that_survives(execute):
     """The second time there is nothing left to train."""
-    for left in ("Epoch 2/2", "my_run/training.state: going on after epoch 2"):
+    for left in ("Epoch 2/2", "my_run/training.state: resuming after epoch 2"):
         printed = execute(SURVIVES)
         assert left in printed and printed.endswith("None\n")
 

@@ -13,7 +13,7 @@ from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.privacy.sampling import PrivateBatches, as_rows
 from keras_vaultgemma.training.checkpoint import checkpoint_of
-from keras_vaultgemma.training.state import read_state_facts
+from keras_vaultgemma.training.state import read_state_metadata
 
 DEFAULT_BATCH_SIZE = 32
 """Default batch size of `keras.Model.fit`."""
@@ -220,7 +220,7 @@ def _ledger_path(settings, arguments):
 def _checkpoint_facts(arguments):
     """Return the facts of the checkpoint that `fit` resumes from, or None."""
     checkpoint = checkpoint_of(arguments)
-    return read_state_facts(checkpoint.path) if checkpoint and checkpoint.path.exists() else None
+    return read_state_metadata(checkpoint.path) if checkpoint and checkpoint.path.exists() else None
 
 
 def _check_ledger(ledger, path, saved):

@@ -1,4 +1,4 @@
-"""Training batches in an order that a run which was interrupted finds again."""
+"""Training batches in a reproducible order, so that an interrupted run can resume at any batch."""
 
 import functools
 import hashlib
@@ -6,91 +6,109 @@ import hashlib
 import keras
 import numpy as np
 
+from keras_vaultgemma._validation import check_integer
+
 
 class Batches(keras.utils.PyDataset):
-    """The batches of an epoch, each epoch's in an order that is a function of a seed and the epoch alone.
+    """Batches whose order in each epoch depends only on a seed and the number of the epoch.
 
-    Keras shuffles arrays with the global generator of the backend (NumPy, PyTorch or TensorFlow) and the batches of a
-    `PyDataset` with Python's, none of which a run can be put back to; so `fit` must be told `shuffle=False` with this.
+    Keras shuffles arrays with the global random generator of the backend and the batches of a
+    `PyDataset` with that of Python, and neither can be restored. `fit` must therefore get
+    `shuffle=False` together with this dataset.
 
-    An epoch has `steps_per_epoch` batches, and they go round and round through the data: each pass has every row once.
+    An epoch has `steps_per_epoch` batches and begins where the previous epoch ended. Each pass
+    through the data has every row once.
 
     Args:
-        data: nested arrays with one first axis, of which rows are shuffled, or a `keras.utils.PyDataset`, of which
-            whole batches are. The latter must return the same batch for an index whenever it is asked; its `workers`
-            are not used.
-        batch_size: rows of a batch of arrays; the last of a pass may have fewer.
-        shuffle: whether each pass has an order of its own, or all the data's.
-        seed: int from 0.
-        steps_per_epoch: defaults to one pass.
+        data: nested arrays of shape `[N, ...]`, whose rows are shuffled, or a
+            `keras.utils.PyDataset`, whose batches are shuffled as a whole. The latter must return
+            the same batch for an index at every call; its `workers` are not used.
+        batch_size: int. Number of rows in a batch of arrays. The last batch of a pass can have
+            fewer.
+        shuffle: bool. If True, each pass has another order; otherwise all have the order of `data`.
+        seed: int of at least 0.
+        steps_per_epoch: int. Number of batches in an epoch. Defaults to one pass.
+
+    Attributes:
+        seed: int. The argument.
+        steps: int. Number of batches in an epoch.
+        offset: int. Number of batches that the current epoch skips.
+        unit: string. What `indices` returns indices of, "rows" or "batches".
 
     Raises:
-        ValueError: for data that cannot be read at a position, such as a generator, and arguments out of range.
+        ValueError: If an argument is out of range, or the data cannot be read at any position, as
+            those of a generator.
     """
 
     def __init__(self, data, batch_size, shuffle, seed, steps_per_epoch=None):
-        # Without the dataset's workers: on JAX and PyTorch Keras looks at a batch before the first epoch, and what
-        # they have read ahead until then is trained on again, or comes from before the place where a run goes on.
+        # Without the workers of a dataset: on JAX and PyTorch Keras reads a batch before the first
+        # epoch, and batches that workers had prefetched by then would be used again, or would
+        # precede the position at which the run resumes.
         super().__init__()
         self._is_dataset = isinstance(data, keras.utils.PyDataset)
         if self._is_dataset:
-            self.items_are = "batches"
+            self.unit = "batches"
             self._data, self._count, self._batch_size = data, data.num_batches, 1
         else:
-            self.items_are = "rows"
+            check_integer("batch_size", batch_size)
+            self.unit = "rows"
             self._data = keras.tree.map_structure(_as_array, data)
-            self._count, self._batch_size = (
-                len(keras.tree.flatten(self._data)[0]),
-                _positive("batch_size", batch_size),
-            )
+            self._count = len(keras.tree.flatten(self._data)[0])
+            self._batch_size = int(batch_size)
         if not self._count:
-            raise ValueError(f"`x` must have a row or a batch at least. Received: {data!r}")
+            raise ValueError(f"`x` must have at least one row or batch. Received: x={data!r}")
         if not isinstance(shuffle, bool):
             raise ValueError(
-                f"`shuffle` must be True or False in a run that can be resumed. Received: shuffle={shuffle!r}"
+                "`shuffle` must be True or False with a TrainingCheckpoint. "
+                f"Received: shuffle={shuffle!r}"
             )
+        check_integer("steps_per_epoch", steps_per_epoch, allow_none=True)
         self._shuffle, self.seed = shuffle, seed
-        self._pass = -(-self._count // self._batch_size)
-        self.steps = (
-            self._pass if steps_per_epoch is None else _positive("steps_per_epoch", steps_per_epoch)
-        )
+        self._pass_steps = -(-self._count // self._batch_size)
+        self.steps = self._pass_steps if steps_per_epoch is None else int(steps_per_epoch)
         self.start(0)
 
     def start(self, epoch, batch=0):
-        """What is read from now on are the batches of `epoch` from `batch` on."""
-        self._first, self.done = epoch * self.steps + batch, batch
+        """Make index 0 the batch with the number `batch` of an epoch, both counted from 0."""
+        self._first, self.offset = epoch * self.steps + batch, batch
 
     @property
-    def facts(self):
-        """What must be the same for a run to go on: a dict for JSON.
+    def identity(self):
+        """Properties that must be equal for a saved run to resume, as a dict for JSON.
 
-        Of a dataset it is its own `run_facts`, or the number of batches where it has none.
+        A dataset can have properties of its own as an attribute `run_identity`; otherwise the
+        number of its batches is one.
         """
         digest = hashlib.sha256()
         for array in [] if self._is_dataset else keras.tree.flatten(self._data):
             digest.update(np.ascontiguousarray(array))
         return {
-            **getattr(self._data, "run_facts", {"items": self._count}),
+            **getattr(self._data, "run_identity", {"items": self._count}),
             "SHA-256": digest.hexdigest(),
             "batch_size": self._batch_size,
             "shuffle": self._shuffle,
             "steps_per_epoch": self.steps,
         }
 
-    def items(self, index):
-        """The rows of the arrays, or the index of the dataset, that batch `index` from the start on is made of."""
-        turn, index = divmod(self._first + index, self._pass)
-        order = _order(self._count, self.seed if self._shuffle else None, turn)
+    @property
+    def identity_comparisons(self):
+        """`{name: function(saved, current)}` of the properties that equality does not compare."""
+        return getattr(self._data, "run_identity_comparisons", {})
+
+    def indices(self, index):
+        """Return the indices of a batch's rows in the arrays, or of the batch in the dataset."""
+        pass_number, index = divmod(self._first + index, self._pass_steps)
+        order = _order(self._count, self.seed if self._shuffle else None, pass_number)
         return order[index * self._batch_size : (index + 1) * self._batch_size]
 
     def __getitem__(self, index):
-        items = self.items(index)
+        indices = self.indices(index)
         if self._is_dataset:
-            return self._data[int(items[0])]
-        return keras.tree.map_structure(lambda array: array[items], self._data)
+            return self._data[int(indices[0])]
+        return keras.tree.map_structure(lambda array: array[indices], self._data)
 
     def __len__(self):
-        return self.steps - self.done
+        return self.steps - self.offset
 
     def on_epoch_begin(self):
         if self._is_dataset:
@@ -102,22 +120,18 @@ class Batches(keras.utils.PyDataset):
 
 
 @functools.lru_cache(maxsize=4)
-def _order(count, seed, turn):
-    return (
-        np.arange(count) if seed is None else np.random.default_rng([seed, turn]).permutation(count)
-    )
+def _order(count, seed, pass_number):
+    """Return the order of a pass, which is that of the data if `seed` is None."""
+    if seed is None:
+        return np.arange(count)
+    return np.random.default_rng([seed, pass_number]).permutation(count)
 
 
 def _as_array(x):
     if not hasattr(x, "shape"):
         raise ValueError(
-            "A run that can be resumed needs data that can be read at any position: strings, arrays or a "
-            f"`keras.utils.PyDataset`. Received: x of type {type(x).__name__}"
+            "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
+            "which can be read at any position. "
+            f"Received: x of type {type(x).__name__}"
         )
     return np.asarray(keras.ops.convert_to_numpy(x))
-
-
-def _positive(name, value):
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    return int(value)

@@ -1,148 +1,186 @@
-"""Training that survives: killed at any moment and started again, it ends where it would have ended."""
+"""A checkpoint of a training run that is saved while it trains and from which `fit` resumes."""
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from keras_vaultgemma._validation import is_integer
 from keras_vaultgemma.training.batches import Batches
-from keras_vaultgemma.training.checkpointed_run import CheckpointedRun
-from keras_vaultgemma.training.state import read_state_facts
+from keras_vaultgemma.training.resumable_run import ResumableRun
+from keras_vaultgemma.training.state import read_state_metadata
 
 FILE = "training.state"
-"""The one file of a checkpoint (state_file.py)."""
+"""Name of a checkpoint's only file."""
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Saves a run of `VaultGemmaCausalLM.fit` as it goes; the same script, started again, goes on from there.
+    """Callback that saves a run of `VaultGemmaCausalLM.fit`, which resumes if the script is rerun.
 
-    ```python
-    model.fit(texts, epochs=3, callbacks=[TrainingCheckpoint("my_run", save_freq=100)])
-    ```
+    A process can be killed at any time. If the same script runs again, training continues after the
+    last saved batch, and the final weights are those of a run without interruption: bit for bit on
+    JAX and TensorFlow, and within 1e-6 on PyTorch, whose sums depend on the alignment of memory.
 
-    Saved are the trainable weights, the optimizer's variables (step count, moments, accumulated gradients, and the
-    learning rate where it is no schedule), the seeds of random layers, the seed of the data's order and the position in
-    it, the metrics of the epoch so far, `History`, and what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`
-    remember (and what a callback of your own names in an attribute `kept`). So the final weights are those of a run
-    that nobody interrupted: to the bit on JAX and TensorFlow, within 1e-6 on PyTorch, whose sums depend on where its
-    memory lies.
+    The checkpoint contains the trainable weights, the optimizer's variables (step count, moments,
+    accumulated gradients, and the learning rate unless it is a schedule), the seeds of random
+    layers, the seed of the data's order and the position in it, the metrics of the current epoch,
+    and the attributes of `History`, `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint` that
+    last longer than an epoch. A callback of your own names such attributes in an attribute `kept`.
+    Frozen weights are not saved; the script must load the same ones again.
 
-    The checkpoint is one file, which gives way to the next only when that is whole and on disk. A save that fails is a
-    warning, and training goes on, but for the first save, before the first step. Frozen weights are not saved: the
-    script must load the same again. After the end the checkpoint stays, and the same `fit` returns at once with the
-    final weights, or goes on where `epochs` has become larger: each call of `fit` needs a folder of its own.
+    The checkpoint is a single file, which a new one replaces only after that is completely on the
+    disk. If a save fails, training continues with a warning, except for the save before the first
+    step, which raises. The checkpoint remains after the run. The same call of `fit` then returns at
+    once with the final weights, or continues if `epochs` is larger, so that each call of `fit`
+    needs a folder of its own.
 
-    (`keras.callbacks.BackupAndRestore` saves weights, optimizer and epoch, but neither the order of the data nor the
-    place in it, metrics or what other callbacks remember, and writes over the only file it has.)
+    Training stops with a warning that names the batch if the loss or a weight becomes NaN or
+    infinite. The model then gets back the last finite state: that before the batch if the state has
+    at most 64 MB, as with LoRA, and that of the checkpoint otherwise. Larger weights are checked
+    only when they are saved, so that an earlier batch can be the cause; the warning says so. The
+    file never contains weights that are not finite.
 
-    The loss is watched, too. After a batch whose loss is not finite, or after which a weight is not, training stops
-    with a warning that names the batch, and the last good state is put back: that before the batch where the state has
-    at most 64 MB, as with LoRA, else the checkpoint's. (Larger weights are looked at only when they are saved: then it
-    may be an earlier batch that spoiled them, as the warning says.) The file has no other weights than finite ones.
+    Data must be strings, arrays, or a `keras.utils.PyDataset` that returns the same batch for the
+    same index in every epoch; its `workers` are not used. With this callback `fit` shuffles in
+    another order than without it. Only one process can use a checkpoint.
 
-    It is for one process; of several, each would write the same file.
-
-    Data must be strings, arrays, or a `keras.utils.PyDataset` that gives the same batch for the same index in every
-    epoch, and whose `workers` are not used. The order is that of `Batches`, not the one in which `fit` shuffles without
-    this callback.
+    `keras.callbacks.BackupAndRestore`, by comparison, saves weights, optimizer and epoch, but
+    neither order nor position of the data, metrics or other callbacks, and overwrites its only file
+    in place.
 
     Args:
-        folder: of the checkpoint; made where it does not exist.
-        save_freq: "epoch", or after how many batches to save.
+        folder: string or path. Folder of the checkpoint, created if it does not exist.
+        save_freq: "epoch" or int. Number of batches after which to save. Defaults to "epoch".
 
     Attributes:
-        failure: the warning of the batch that stopped the last `fit`, or None.
+        path: `pathlib.Path` of the checkpoint's file.
+        save_freq: "epoch" or int. The argument.
+        failure: string. The warning of the batch that stopped the last `fit`, or None.
 
     Raises:
-        ValueError: for `save_freq` out of range; by `fit` for a checkpoint that is damaged or of another model,
-            optimizer or data, and for data that cannot be read at a position.
-        OSError: by `fit` where the first checkpoint cannot be written.
+        ValueError: If `save_freq` is out of range. `fit` raises it if the checkpoint is damaged or
+            belongs to another model, optimizer or data, or the data cannot be read at any position.
+        OSError: `fit` raises it if the first checkpoint cannot be written.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM
+
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model.backbone.enable_lora(rank=4)
+    model.compile(optimizer="adam")
+    checkpoint = TrainingCheckpoint("my_run", save_freq=1)
+    model.fit(
+        ["The hare was asleep.", "The tortoise was not."],
+        batch_size=1,
+        callbacks=[checkpoint],
+        verbose=0,
+    )
+    print(checkpoint.position)  # {'epoch': 1, 'batch': 0, 'is_finished': False}
+    ```
     """
 
-    def __init__(self, folder, save_freq="epoch"):
+    def __init__(
+        self, folder: str | os.PathLike, save_freq: int | Literal["epoch"] = "epoch"
+    ) -> None:
         super().__init__()
-        is_count = isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0
-        if save_freq != "epoch" and not is_count:
+        if save_freq != "epoch" and not is_integer(save_freq):
             raise ValueError(
-                f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}"
+                "`save_freq` must be 'epoch' or a positive integer. "
+                f"Received: save_freq={save_freq!r}"
             )
         self.path = Path(folder) / FILE
         self.save_freq = save_freq
-        self.failure = None
+        self.failure: str | None = None
 
     @property
-    def position(self):
-        """Where the saved run goes on: {"epoch", "batch", both from 0, "is_finished"}; None where nothing is saved."""
-        return read_state_facts(self.path)["position"] if self.path.exists() else None
+    def position(self) -> dict[str, Any] | None:
+        """Position from which the saved run resumes, or None if no run is saved.
+
+        A dict of "epoch" and "batch", both counted from 0, and "is_finished", which is True if a
+        callback ended the run.
+        """
+        return read_state_metadata(self.path)["position"] if self.path.exists() else None
 
     def on_train_begin(self, logs=None):
-        # `resumable` puts a `CheckpointedRun` in its place.
+        # `resumable` replaces this callback by a `ResumableRun`.
         raise ValueError(
             "A TrainingCheckpoint must be in the list of `callbacks` of `VaultGemmaCausalLM.fit`"
         )
 
 
 def checkpoint_of(arguments):
-    """The `TrainingCheckpoint` among the callbacks in a dict of arguments of `fit`, or None."""
+    """Return the `TrainingCheckpoint` among the callbacks in a dict of arguments of `fit`, or None.
+
+    Raises:
+        ValueError: If there is more than one.
+    """
     callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
     checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
     if len(checkpoints) > 1:
         raise ValueError(
-            f"A run has one TrainingCheckpoint. Received: {len(checkpoints)} in `callbacks`"
+            "`callbacks` must contain at most one TrainingCheckpoint. "
+            f"Received: {len(checkpoints)} of them"
         )
     return checkpoints[0] if checkpoints else None
 
 
 @contextlib.contextmanager
 def resumable(model, arguments):
-    """Arguments for `keras.Model.fit` that let a `TrainingCheckpoint` among the callbacks do its work.
+    """Yield arguments for `keras.Model.fit` with which a `TrainingCheckpoint` saves and resumes.
 
     Args:
         model: compiled `keras.Model`.
-        arguments: dict of arguments of `keras.Model.fit`; used unchanged where there is no `TrainingCheckpoint`.
+        arguments: dict. Arguments of `keras.Model.fit`, which are yielded unchanged if there is no
+            `TrainingCheckpoint` among the callbacks.
 
     Raises:
-        ValueError: as `TrainingCheckpoint` says.
+        ValueError: See `TrainingCheckpoint`.
     """
-    callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
     checkpoint = checkpoint_of(arguments)
     if checkpoint is None:
         yield arguments
         return
     if arguments.get("validation_split"):
         raise ValueError(
-            "A run with a TrainingCheckpoint takes `validation_data` instead of a `validation_split`"
+            "`validation_split` must be None with a TrainingCheckpoint; use `validation_data`. "
+            f"Received: validation_split={arguments['validation_split']!r}"
         )
     checkpoint.failure = None
-    saved = read_state_facts(checkpoint.path) if checkpoint.path.exists() else None
+    saved = read_state_metadata(checkpoint.path) if checkpoint.path.exists() else None
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     x, y, weight = (arguments.pop(name, None) for name in ("x", "y", "sample_weight"))
+    is_dataset = isinstance(x, keras.utils.PyDataset)
     batches = Batches(
-        x
-        if isinstance(x, keras.utils.PyDataset)
-        else keras.utils.pack_x_y_sample_weight(x, y, weight),
+        x if is_dataset else keras.utils.pack_x_y_sample_weight(x, y, weight),
         batch_size=arguments.get("batch_size") or 32,
         shuffle=arguments.pop("shuffle", True),
         seed=saved["seed"] if saved else int(np.random.randint(2**31)),
         steps_per_epoch=arguments.pop("steps_per_epoch", None),
     )
-    others = [callback for callback in callbacks if callback is not checkpoint]
-    if not any(isinstance(callback, keras.callbacks.History) for callback in others):
-        others.append(keras.callbacks.History())
-    run = CheckpointedRun(checkpoint, model, batches, others, saved, arguments["initial_epoch"])
+    callbacks = [
+        callback
+        for callback in keras.tree.flatten(arguments.get("callbacks") or [])
+        if callback is not checkpoint
+    ]
+    if not any(isinstance(callback, keras.callbacks.History) for callback in callbacks):
+        callbacks.append(keras.callbacks.History())
+    run = ResumableRun(checkpoint, model, batches, callbacks, saved, arguments["initial_epoch"])
+    epochs, is_finished = arguments["epochs"], run.start["is_finished"]
     with warnings.catch_warnings():
         if run.start["batch"]:
-            # Keras counts on a whole epoch, and takes the rest of one for data that has run out.
+            # Keras expects a whole epoch and would report the rest of one as missing data.
             warnings.filterwarnings("ignore", message="Your input ran out of data")
         yield {
             **arguments,
             "x": batches,
             "shuffle": False,
-            "initial_epoch": arguments["epochs"]
-            if run.start["is_finished"]
-            else run.start["epoch"],
-            # Last, since it saves what the others have made of an epoch.
-            "callbacks": [*others, run],
+            "initial_epoch": epochs if is_finished else run.start["epoch"],
+            # Last, because it saves the state of the other callbacks after each epoch.
+            "callbacks": [*callbacks, run],
         }

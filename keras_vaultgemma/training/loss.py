@@ -1,294 +1,278 @@
-"""Cross-entropy from hidden states and the head's table, a chunk of tokens at a time: never a [B, T, V] tensor.
+"""Cross-entropy of next tokens that never materialises all logits.
 
-The logits of one row of 1,024 tokens are 1.05 GB in float32 with a vocabulary of 256,000, before softmax and gradients.
-Here those of a chunk live only until the gradient of its losses is known, and that is known in the forward pass: the
-gradient of a weighted sum of losses with respect to a token's logits, w (softmax - one-hot), needs nothing that comes
-later but one factor. So each product with the table is computed once, the backward pass multiplies by that factor, and
-the loop over chunks, which is not differentiated, ends where the tokens that count end.
+With a vocabulary of 256,000 tokens, the logits of one row of 1,024 tokens take 1.05 GB in float32,
+and their softmax and gradients as much again. This module computes the loss in chunks of tokens and
+holds the logits of one chunk at a time. It does so in three steps:
+
+1. The logits of a token are `soft_cap(row @ table^T)`, where `row` `[D]` is the final hidden state
+   and `table` `[V, D]` is the embedding, to which the head is tied.
+2. For each chunk, the forward pass computes the logits, the losses and already the gradients: that
+   of a weighted sum of losses with respect to a token's logits is `weight * (softmax - one_hot)`,
+   and a matmul each yields the gradients of the chunk's rows and of the table. The chunk's logits
+   are then discarded.
+3. These gradients are final but for one factor, the upstream gradient of the weighted sum, so that
+   the backward pass only multiplies by it.
+
+No matmul with the table is therefore recomputed. And because the loop over the chunks is not itself
+differentiated, its length can depend on the data: tokens of weight 0, such as padding and prompts,
+are sorted to the end, and the loop stops before them.
 """
-
-from typing import NamedTuple
 
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.layers.int8 import int8_matmul
 from keras_vaultgemma.layers.soft_cap import soft_cap
+from keras_vaultgemma.training.logit_term import LogitTerm
 
 CHUNK_LOGITS = 2**25
-"""Logits of a chunk at most: 128 MiB in float32, of which three copies are alive at a time.
+"""Largest number of logits in a chunk: 128 MiB in float32, of which three copies exist at a time.
 
-Every chunk reads the whole table. With VaultGemma's vocabulary these are 131 tokens; half as many take half as long
-again, twice as many are 20 % faster on JAX and 4 % on TensorFlow in training (2 cores).
+Every chunk reads the whole table. With VaultGemma's vocabulary a chunk has 131 tokens. On two CPU
+cores, training takes 50 % longer with half as many, and is 20 % (JAX) or 4 % (TensorFlow) faster
+with twice as many.
 """
-
-PART = 2**14
-"""Rows of an int8 table that are floats at a time."""
-
-
-class Factor(NamedTuple):
-    """One of the products `rows @ table^T` whose sum is the logits before the soft cap.
-
-    Attributes:
-        rows: [N, K], hidden states or what an adapter makes of them.
-        table: [V, K].
-        scale: None; or [V], which the rows of an int8 table were multiplied by before they were rounded.
-        quantizer: of the rows, where the table is int8; None where these stay as they are.
-        is_trained: whether the table gets a gradient. The rows always do.
-    """
-
-    rows: object
-    table: object
-    scale: object = None
-    quantizer: object = None
-    is_trained: bool = False
-
-    def product(self):
-        """[N, V], float32."""
-        if self.scale is not None:
-            return int8_matmul(self.rows, self.table, self.scale, self.quantizer, transposed=True)
-        return ops.cast(backend.matmul(self.rows, self.table, transposed=True), "float32")
-
-    def gradients(self, upstream):
-        """(that of rows, that of the table in float32 or None) for the gradient of the product, float32 [N, V]."""
-        if self.scale is not None:
-            # Straight through the rounding of the rows.
-            return _matmul_in_parts(upstream / ops.cast(self.scale, "float32"), self.table), None
-        upstream = ops.cast(upstream, self.rows.dtype)
-        of_rows = ops.matmul(upstream, self.table)
-        if not self.is_trained:
-            return of_rows, None
-        return of_rows, ops.cast(ops.matmul(ops.transpose(upstream), self.rows), "float32")
 
 
 def check_table(embedding):
-    """Raise ValueError for a `ReversibleEmbedding` whose table is neither in floating point nor int8."""
+    """Raise ValueError if a `ReversibleEmbedding` is quantized to something other than int8."""
     if embedding.quantization_mode not in (None, "int8"):
         raise ValueError(
-            "The loss needs an embedding in floating point or int8; `predict` and `score` with scoring_mode='logits' "
-            f"work with others. Received: {embedding.path} in {embedding.quantization_mode}"
+            "The loss needs an embedding in floating point or int8; `predict` and `score` with "
+            "scoring_mode='logits' work with others. "
+            f"Received: {embedding.path} in {embedding.quantization_mode}"
         )
 
 
-def head_factors(embedding, rows):
-    """The factors of the logits that a `ReversibleEmbedding` makes of `rows` [N, D] in reverse."""
-    is_int8 = embedding.quantization_mode == "int8"
-    table = embedding.table
-    scale, quantizer = (
-        (embedding.embeddings_scale, embedding.inputs_quantizer) if is_int8 else (None, None)
-    )
-    first = Factor(rows, table, scale, quantizer, table.trainable)
-    if not embedding.lora_enabled:
-        return [first]
-    a, b = embedding.lora_factors
-    adapted = embedding.lora_scale * ops.matmul(ops.cast(rows, "float32"), ops.transpose(b))
-    return [first, Factor(adapted, a, is_trained=True)]
-
-
-def cross_entropy(factors, targets, weights, cap=None, with_gradient=True, chunk_size=None):
-    """-log softmax(logits)[target] of each token, for `logits = soft_cap(sum of the factors' products, cap)`.
-
-    Tokens of weight 0 have no part in it, and are left out of the work where there is more than a chunk of tokens.
+def head_terms(embedding, rows):
+    """Return the terms of the logits that the tied head computes.
 
     Args:
-        factors: list of `Factor`.
-        targets: int [N], each in [0, V) where the weight is not 0.
-        weights: [N], not negative.
-        cap: soft cap on the logits, or None.
-        with_gradient: False saves the work for gradients.
-        chunk_size: tokens in a chunk. Defaults to `CHUNK_LOGITS / V`.
+        embedding: `ReversibleEmbedding`, whose table is also the head's.
+        rows: tensor `[N, D]`. Final hidden states of N tokens.
 
     Returns:
-        (total, losses, is_correct). The sum of weights * losses, a float32 scalar and the only one of the three with a
-        gradient; float32 [N], in nats, 0 where the weight is 0; float32 [N], 1 where the weight is not 0 and no logit
-        is above the target's, nor an earlier one equal to it: as argmax, and Keras's accuracy, decide.
+        List of one `LogitTerm`, or two if the embedding has an adapter.
+    """
+    is_int8 = embedding.quantization_mode == "int8"
+    base = LogitTerm(
+        rows,
+        embedding.table,
+        embedding.embeddings_scale if is_int8 else None,
+        embedding.inputs_quantizer if is_int8 else None,
+        embedding.table.trainable,
+    )
+    if not embedding.lora_enabled:
+        return [base]
+    a, b = embedding.lora_factors
+    adapted = embedding.lora_scale * ops.matmul(ops.cast(rows, "float32"), ops.transpose(b))
+    return [base, LogitTerm(adapted, a, is_trained=True)]
+
+
+def cross_entropy(terms, targets, weights, cap=None, with_gradient=True, chunk_size=None):
+    """Compute the cross-entropy of each token and their weighted sum, in chunks of tokens.
+
+    The logits are `soft_cap(sum of the terms' products, cap)`. Tokens of weight 0 do not
+    contribute, and are not computed if there is more than one chunk of tokens.
+
+    Args:
+        terms: list of `LogitTerm`.
+        targets: int tensor `[N]`. Token ids in `[0, V)`; any value where the weight is 0.
+        weights: tensor `[N]`. Weights of at least 0.
+        cap: float. Soft cap on the logits, or None. Defaults to None.
+        with_gradient: bool. If False, do not compute gradients. Defaults to True.
+        chunk_size: int. Number of tokens in a chunk. Defaults to `CHUNK_LOGITS / V`.
+
+    Returns:
+        Tuple `(total, losses, is_correct)` of float32 tensors:
+
+        - total: scalar, the sum of `weights * losses`. Only this output has a gradient.
+        - losses: `[N]`, `-log softmax(logits)[target]` in nats, 0 where the weight is 0.
+        - is_correct: `[N]`, 1 where the weight is not 0 and the target is the argmax of the logits,
+          which is the first of several equal ones, as in Keras's accuracy; otherwise 0.
     """
     count = ops.shape(targets)[0]
-    chunk_size = chunk_size or max(1, CHUNK_LOGITS // factors[0].table.shape[0])
+    chunk_size = chunk_size or max(1, CHUNK_LOGITS // terms[0].table.shape[0])
     targets, weights = ops.cast(targets, "int32"), ops.cast(weights, "float32")
     if not with_gradient:
-        (losses, is_correct, _), _ = _per_device(
-            factors, targets, weights, cap, with_gradient, chunk_size
+        (losses, is_correct, _), _ = _cross_entropy_per_device(
+            terms, targets, weights, cap, with_gradient, chunk_size
         )
         return ops.sum(weights * losses), losses, is_correct
 
     @ops.custom_gradient
-    def packed(targets, weights, *tensors):
+    def concatenated_outputs(targets, weights, *tensors):
         tensors = iter(tensors)
-        given = [
-            Factor(*[x if x is None else next(tensors) for x in factor[:3]], *factor[3:])
-            for factor in factors
+        inputs = [
+            LogitTerm(*[x if x is None else next(tensors) for x in term[:3]], *term[3:])
+            for term in terms
         ]
-        (losses, is_correct, of_rows), of_tables = _per_device(
-            given, targets, weights, cap, with_gradient, chunk_size
+        (losses, is_correct, row_gradients), table_gradients = _cross_entropy_per_device(
+            inputs, targets, weights, cap, with_gradient, chunk_size
         )
         gradients = []
-        for of_row, of_table, x in zip(of_rows, of_tables, given, strict=True):
-            gradients += [of_row, of_table, *([] if x.scale is None else [None])]
+        for row_gradient, table_gradient, term in zip(
+            row_gradients, table_gradients, inputs, strict=True
+        ):
+            scale_gradient = [] if term.scale is None else [None]
+            gradients += [row_gradient, table_gradient, *scale_gradient]
 
         def gradient(*args, upstream=None):
-            factor = (args[0] if upstream is None else upstream)[0]
+            total_gradient = (args[0] if upstream is None else upstream)[0]
             return (
                 None,
                 None,
-                *(None if g is None else ops.cast(factor, g.dtype) * g for g in gradients),
+                *(None if g is None else ops.cast(total_gradient, g.dtype) * g for g in gradients),
             )
 
-        # One output, for on PyTorch there can be no more.
+        # A single output, because `ops.custom_gradient` supports no more on PyTorch.
         return ops.concatenate([ops.sum(weights * losses)[None], losses, is_correct]), gradient
 
-    tensors = [backend.value_of(x) for factor in factors for x in factor[:3] if x is not None]
-    result = packed(targets, weights, *tensors)
-    return result[0], result[1 : 1 + count], result[1 + count :]
+    tensors = [backend.value_of(x) for term in terms for x in term[:3] if x is not None]
+    outputs = concatenated_outputs(targets, weights, *tensors)
+    return outputs[0], outputs[1 : 1 + count], outputs[1 + count :]
 
 
-def _per_device(factors, targets, weights, cap, with_gradient, size):
-    """`_in_chunks`, of which each device of a distribution computes the tokens that it has."""
+def _cross_entropy_per_device(terms, targets, weights, cap, with_gradient, chunk_size):
+    """Compute `_chunked_cross_entropy`, on each device of a distribution for its own tokens."""
 
-    def share(divided, whole):
+    def on_device(divided, replicated):
         rows, targets, weights = divided
-        given = [
-            f._replace(rows=x, table=y, scale=z)
-            for f, x, (y, z) in zip(factors, rows, whole, strict=True)
+        device_terms = [
+            term._replace(rows=x, table=table, scale=scale)
+            for term, x, (table, scale) in zip(terms, rows, replicated, strict=True)
         ]
-        return _in_chunks(given, targets, weights, cap, with_gradient, size)
+        return _chunked_cross_entropy(
+            device_terms, targets, weights, cap, with_gradient, chunk_size
+        )
 
-    rows = [factor.rows for factor in factors]
-    return backend.per_device(
-        share, (rows, targets, weights), [(factor.table, factor.scale) for factor in factors]
-    )
+    rows = [term.rows for term in terms]
+    tables = [(term.table, term.scale) for term in terms]
+    return backend.per_device(on_device, (rows, targets, weights), tables)
 
 
-def _in_chunks(factors, targets, weights, cap, with_gradient, size):
-    """((losses [N], is_correct [N], gradients of rows), gradients of tables or None): those of the total."""
+def _chunked_cross_entropy(terms, targets, weights, cap, with_gradient, chunk_size):
+    """Return `((losses, is_correct, gradients of rows), gradients of tables)` of N tokens."""
     count = ops.shape(targets)[0]
-    # Once, and not for every chunk.
-    tables = [f.table if f.scale is not None else ops.cast(f.table, f.rows.dtype) for f in factors]
-    # What has weight 0 may be no token at all; out of range or not finite its loss, and 0 times it, would be no number.
-    targets, counts = ops.where(weights > 0, targets, 0), weights[:, None] > 0
-    parts = [
-        f._replace(rows=ops.where(counts, f.rows, 0), table=x)
-        for f, x in zip(factors, tables, strict=True)
-    ]
-    if isinstance(count, int) and count <= size:
-        # A loop would begin with tables of zeros, and hold them beside the gradients that it adds.
-        losses, is_correct, of_rows, of_tables = _of_chunk(
-            parts, targets, weights, cap, with_gradient
-        )
-    else:
-        losses, is_correct, of_rows, of_tables = _in_loop(
-            parts, targets, weights, cap, with_gradient, size
-        )
-    of_tables = iter(of_tables)
-    is_wanted = [with_gradient and factor.is_trained for factor in factors]
+    # Cast each table once, not in every chunk.
     tables = [
-        ops.cast(next(of_tables), f.table.dtype) if w else None
-        for f, w in zip(factors, is_wanted, strict=True)
+        term.table if term.scale is not None else ops.cast(term.table, term.rows.dtype)
+        for term in terms
     ]
-    return (losses, is_correct, of_rows), tables
+    # Inputs of weight 0 may be out of range or not finite, and 0 times such a loss would be NaN.
+    targets, is_counted = ops.where(weights > 0, targets, 0), weights[:, None] > 0
+    inputs = [
+        term._replace(rows=ops.where(is_counted, term.rows, 0), table=table)
+        for term, table in zip(terms, tables, strict=True)
+    ]
+    if isinstance(count, int) and count <= chunk_size:
+        # Without a loop, which would also hold zeros to add the gradients of the tables to.
+        results = _chunk_cross_entropy(inputs, targets, weights, cap, with_gradient)
+    else:
+        results = _loop_over_chunks(inputs, targets, weights, cap, with_gradient, chunk_size)
+    losses, is_correct, row_gradients, trained = results
+    trained = iter(trained)
+    table_gradients = [
+        ops.cast(next(trained), term.table.dtype) if with_gradient and term.is_trained else None
+        for term in terms
+    ]
+    return (losses, is_correct, row_gradients), table_gradients
 
 
-def _in_loop(factors, targets, weights, cap, with_gradient, size):
-    """As `_of_chunk`, `size` tokens at a time, as far as there are any that count."""
+def _loop_over_chunks(terms, targets, weights, cap, with_gradient, chunk_size):
+    """Return the results of `_chunk_cross_entropy` of N tokens, `chunk_size` at a time."""
     count = ops.shape(targets)[0]
     if isinstance(count, int):
-        # All chunks of one size, or nearly: what is beyond the last token is computed, too.
-        size = -(-count // -(-count // size))
-    padded = -(-count // size) * size
-    place = ops.arange(count, dtype="int32")
-    # Tokens that count come first, in their order.
-    order = ops.cast(ops.argsort(ops.where(weights > 0, place, place + count)), "int32")
-    back = ops.argsort(order)
+        # Chunks of nearly equal size, because the padding of the last one is computed as well.
+        chunk_size = -(-count // -(-count // chunk_size))
+    padded = -(-count // chunk_size) * chunk_size
+    position = ops.arange(count, dtype="int32")
+    # A stable sort that puts the tokens of weight 0 last.
+    order = ops.cast(ops.argsort(ops.where(weights > 0, position, position + count)), "int32")
+    inverse = ops.argsort(order)
     order = ops.concatenate([order, ops.zeros((padded - count,), "int32")])
     used = ops.sum(ops.cast(weights > 0, "int32"))
-    rows = [ops.take(factor.rows, order, axis=0) for factor in factors]
+    rows = [ops.take(term.rows, order, axis=0) for term in terms]
     targets = ops.take(targets, order, axis=0)
     weights = ops.where(
         ops.arange(padded, dtype="int32") < used, ops.take(weights, order, axis=0), 0.0
     )
 
-    def add_chunk(start, losses, is_correct, of_rows, of_tables):
-        def part(x):
-            return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
+    def add_chunk(start, losses, is_correct, row_gradients, table_gradients):
+        def chunk(x):
+            return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (chunk_size, *x.shape[1:]))
 
         def write(buffer, update):
             return backend.write_slice(buffer[None], update[None], start)[0]
 
-        parts = [factor._replace(rows=part(x)) for factor, x in zip(factors, rows, strict=True)]
-        new = _of_chunk(parts, part(targets), part(weights), cap, with_gradient)
-        losses, is_correct = write(losses, new[0]), write(is_correct, new[1])
-        of_rows = [write(buffer, update) for buffer, update in zip(of_rows, new[2], strict=True)]
-        of_tables = [buffer + update for buffer, update in zip(of_tables, new[3], strict=True)]
-        return start + size, losses, is_correct, of_rows, of_tables
+        chunk_terms = [term._replace(rows=chunk(x)) for term, x in zip(terms, rows, strict=True)]
+        results = _chunk_cross_entropy(
+            chunk_terms, chunk(targets), chunk(weights), cap, with_gradient
+        )
+        return (
+            start + chunk_size,
+            write(losses, results[0]),
+            write(is_correct, results[1]),
+            [write(buffer, x) for buffer, x in zip(row_gradients, results[2], strict=True)],
+            [total + x for total, x in zip(table_gradients, results[3], strict=True)],
+        )
 
+    trained = [term for term in terms if with_gradient and term.is_trained]
     state = (
         ops.zeros((), "int32"),
         ops.zeros((padded,)),
         ops.zeros((padded,)),
         [ops.zeros_like(x) for x in rows] if with_gradient else [],
-        [backend.zeros(factor.table.shape) for factor in factors if factor.is_trained]
-        if with_gradient
-        else [],
+        [backend.zeros(term.table.shape) for term in trained],
     )
-    _, losses, is_correct, of_rows, of_tables = backend.while_loop(
+    _, losses, is_correct, row_gradients, table_gradients = backend.while_loop(
         lambda start, *_: start < used, add_chunk, state
     )
-    of_rows = [ops.take(x, back, axis=0) for x in of_rows]
-    return ops.take(losses, back, axis=0), ops.take(is_correct, back, axis=0), of_rows, of_tables
+    return (
+        ops.take(losses, inverse, axis=0),
+        ops.take(is_correct, inverse, axis=0),
+        [ops.take(x, inverse, axis=0) for x in row_gradients],
+        table_gradients,
+    )
 
 
-def _of_chunk(factors, targets, weights, cap, with_gradient):
-    """(losses [n], is_correct [n], gradients of rows, gradients of the trained tables): the latter of the total."""
-    logits = sum(factor.product() for factor in factors)
-    losses, is_correct, of_logits = backend.fused(_of_logits)(
+def _chunk_cross_entropy(terms, targets, weights, cap, with_gradient):
+    """Return `(losses, is_correct, gradients of rows, gradients of trained tables)` of one chunk.
+
+    Losses and `is_correct` have the shape `[n]`; the gradients are those of the weighted sum, and
+    both lists are empty without gradients.
+    """
+    logits = sum(term.logits() for term in terms)
+    losses, is_correct, logit_gradient = backend.fused(_softmax_cross_entropy)(
         logits, targets, weights, cap, with_gradient
     )
     if not with_gradient:
         return losses, is_correct, [], []
-    gradients = [factor.gradients(of_logits) for factor in factors]
-    of_rows = [
-        ops.cast(new, factor.rows.dtype)
-        for factor, (new, _) in zip(factors, gradients, strict=True)
+    gradients = [term.gradients(logit_gradient) for term in terms]
+    row_gradients = [
+        ops.cast(row_gradient, term.rows.dtype)
+        for term, (row_gradient, _) in zip(terms, gradients, strict=True)
     ]
-    return losses, is_correct, of_rows, [new for _, new in gradients if new is not None]
+    table_gradients = [gradient for _, gradient in gradients if gradient is not None]
+    return losses, is_correct, row_gradients, table_gradients
 
 
-def _of_logits(logits, target, weight, cap, with_gradient):
-    """(losses [n], is_correct [n], gradient of the total with respect to the logits before the cap, or None)."""
+def _softmax_cross_entropy(logits, targets, weights, cap, with_gradient):
+    """Return losses and `is_correct` `[n]`, and the gradient of the weighted sum, `[n, V]` or None.
+
+    The gradient is that with respect to `logits`, which are not capped yet.
+    """
     capped = soft_cap(logits, cap)
-    total = ops.logsumexp(capped, axis=1)
-    chosen = ops.take_along_axis(capped, target[:, None], axis=1)[:, 0]
-    counts = ops.cast(weight > 0, "float32")
-    losses = counts * (total - chosen)
-    is_correct = counts * ops.cast(backend.is_argmax(capped, target), "float32")
+    normalizer = ops.logsumexp(capped, axis=1)
+    target_logits = ops.take_along_axis(capped, targets[:, None], axis=1)[:, 0]
+    is_counted = ops.cast(weights > 0, "float32")
+    losses = is_counted * (normalizer - target_logits)
+    is_correct = is_counted * ops.cast(backend.is_argmax(capped, targets), "float32")
     if not with_gradient:
         return losses, is_correct, None
-    one_hot = ops.arange(capped.shape[1], dtype="int32")[None] == target[:, None]
-    # Exponentials anew, for those of the sum would have to be kept.
-    gradient = ops.exp(capped - total[:, None]) * weight[:, None] - ops.where(
-        one_hot, weight[:, None], 0.0
-    )
+    one_hot = ops.arange(capped.shape[1], dtype="int32")[None] == targets[:, None]
+    # Recompute the exponentials of `logsumexp`, because saving them would take another [n, V].
+    softmax = ops.exp(capped - normalizer[:, None])
+    gradient = softmax * weights[:, None] - ops.where(one_hot, weights[:, None], 0.0)
     if cap is not None:
         gradient = gradient * (1.0 - ops.square(capped / cap))
     return losses, is_correct, gradient
-
-
-def _matmul_in_parts(x, table):
-    """`x` [n, V] times an int8 `table` [V, K], of which only a part is floats at a time."""
-    vocabulary_size, width = table.shape
-    product = ops.zeros((ops.shape(x)[0], width), x.dtype)
-
-    def add(start, rows, product):
-        part = ops.slice(table, (start, 0), (rows, width))
-        return product + ops.matmul(
-            ops.slice(x, (0, start), (ops.shape(x)[0], rows)), ops.cast(part, x.dtype)
-        )
-
-    whole, rest = divmod(vocabulary_size, PART)
-    if whole:
-        _, product = backend.while_loop(
-            lambda start, _: start < whole * PART,
-            lambda start, product: (start + PART, add(start, PART, product)),
-            (ops.zeros((), "int32"), product),
-        )
-    return add(whole * PART, rest, product) if rest else product

@@ -7,7 +7,7 @@ from keras import ops
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.text_inputs import as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows
-from keras_vaultgemma.training.loss import check_table, cross_entropy, head_factors
+from keras_vaultgemma.training.loss import check_table, cross_entropy, head_terms
 
 BATCH_ROWS = 32
 """Rows that are scored together."""
@@ -27,8 +27,8 @@ def token_losses(embedding, hidden_states, targets, weights, with_gradient):
         Tuple `(total, losses, is_correct)`, as `training.loss.cross_entropy` returns it.
     """
     rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
-    factors = head_factors(embedding, rows)
-    return cross_entropy(factors, targets, weights, embedding.logit_soft_cap, with_gradient)
+    terms = head_terms(embedding, rows)
+    return cross_entropy(terms, targets, weights, embedding.logit_soft_cap, with_gradient)
 
 
 class Scoring:

@@ -1,4 +1,13 @@
-"""All that training changes in a model and in Keras's callbacks: what it takes to go on as if nothing had happened."""
+"""The state of a training run, and the file that holds it.
+
+The state is everything that training changes: trainable weights, seeds of random layers, variables
+of the optimizer, metrics, and attributes of callbacks. Variables have names such as `weight/0`,
+whose part before the slash is their group.
+
+The file is a zip archive with one `.npy` entry for each array and a JSON entry with the rest. The
+archive has a CRC-32 of every entry, so that damage is detected. `numpy.savez` is not used, because
+it would hold all arrays in memory at once.
+"""
 
 import hashlib
 import json
@@ -8,190 +17,187 @@ import struct
 import zipfile
 
 import keras
-import ml_dtypes  # noqa: F401  (tells NumPy the names of its dtypes)
+import ml_dtypes  # noqa: F401  (registers the names of its dtypes with NumPy)
 import numpy as np
 
 from keras_vaultgemma._files import sync_folder
 
 GROUPS = ("weight", "seed", "optimizer")
-"""What the names of a model's state start with."""
+"""The groups of variables that are a model's state."""
 
+METADATA = "facts.json"
+"""Name of the archive's JSON entry, which is part of the file format."""
 
-def state_variables(model):
-    """{name: Keras variable} of the weights, the seeds of random layers and the optimizer's variables.
-
-    Among the optimizer's are the count of steps, which is where a learning-rate schedule stands, the moments and the
-    accumulated gradients. Frozen weights are left out. Metrics too, since each epoch starts them anew: `metrics` gives
-    them.
-
-    Args:
-        model: compiled `keras.Model`, its optimizer built.
-    """
-    weights = {id(v) for v in model.weights}
-    return {
-        **named("weight", model.trainable_variables),
-        **named("seed", [v for v in model.non_trainable_variables if id(v) not in weights]),
-        **named("optimizer", model.optimizer.variables),
-    }
-
-
-def metric_variables(model):
-    """{name: Keras variable} of the metrics that `fit` reports."""
-    return named("metric", model.metrics_variables)
-
-
-def named(group, items):
-    """`{"group/0": first item, ...}`."""
-    return {f"{group}/{i}": item for i, item in enumerate(items)}
-
-
-def copy_values(variables):
-    """{name: NumPy array}, in memory of their own: JAX gives a variable's memory to the result of the next step."""
-    return {name: np.array(as_array(v)) for name, v in variables.items()}
-
-
-def assign_values(variables, arrays):
-    """Set variables to arrays, (name, array) pairs of which one at a time is read."""
-    for name, array in arrays:
-        variables[name].assign(array)
-
-
-def state_nbytes(variables):
-    """Bytes that the values of variables take."""
-    return sum(math.prod(v.shape) * np.dtype(_dtype(v)).itemsize for v in variables.values())
-
-
-def weights_are_finite(variables):
-    """Whether the weights among variables (or arrays) are finite."""
-    weights = [v for name, v in variables.items() if name.startswith("weight/")]
-    return all(np.isfinite(as_array(v)).all() for v in weights)
-
-
-def model_signature(model):
-    """What two models must have the same for one to take over the other's state: {entry: string}.
-
-    Of trainable weights and the optimizer's variables these are dtypes and shapes. Frozen weights are not in the state,
-    so their values matter: the first row of each, as a SHA-256.
-    """
-    entries = {"optimizer": type(model.optimizer).__name__}
-    for name, v in state_variables(model).items():
-        label = v.path if name.startswith("weight/") else name
-        entries[label] = f"{_dtype(v)} {list(v.shape)}"
-    digest = hashlib.sha256()
-    for v in model.non_trainable_weights:
-        digest.update(f"{v.path} {list(v.shape)} ".encode())
-        digest.update(as_array(v.value[:1] if len(v.shape) else v).tobytes())
-    return {**entries, "values of frozen weights": digest.hexdigest()}
-
-
-def _dtype(variable):
-    return keras.backend.standardize_dtype(variable.dtype)
-
-
-KEPT = {
+CALLBACK_ATTRIBUTES = {
     keras.callbacks.History: ("epoch", "history"),
     keras.callbacks.EarlyStopping: ("best", "best_epoch", "wait", "stopped_epoch"),
     keras.callbacks.ReduceLROnPlateau: ("best", "wait", "cooldown_counter"),
     keras.callbacks.ModelCheckpoint: ("best",),
 }
-"""What Keras's callbacks remember from epoch to epoch; `EarlyStopping` has weights too, if it is to restore them.
+"""Attributes of Keras's callbacks that last from one epoch to the next.
 
-Other classes of callbacks name the attributes in one of their own, `kept`.
+A callback of another class names its own in an attribute `kept`. `EarlyStopping` has weights as
+well if it restores the best ones; see `best_weight_arrays`.
 """
 
 
-def callback_memories(callbacks):
-    """What callbacks remember: {"class number": {attribute: value}} for JSON."""
+def state_variables(model):
+    """Return a model's trainable weights, seeds of random layers, and optimizer variables.
+
+    The optimizer's variables include the step count, on which a learning-rate schedule depends, the
+    moments and the accumulated gradients. Frozen weights are not part of the state. Metrics are
+    separate (`metric_variables`), because they are reset at the start of each epoch.
+
+    Args:
+        model: compiled `keras.Model` whose optimizer is built.
+
+    Returns:
+        Dict `{name: Keras variable}`.
+    """
+    weights = {id(v) for v in model.weights}
+    return {
+        **enumerate_names("weight", model.trainable_variables),
+        **enumerate_names(
+            "seed", [v for v in model.non_trainable_variables if id(v) not in weights]
+        ),
+        **enumerate_names("optimizer", model.optimizer.variables),
+    }
+
+
+def metric_variables(model):
+    """Return `{name: Keras variable}` of the metrics that `fit` reports."""
+    return enumerate_names("metric", model.metrics_variables)
+
+
+def enumerate_names(group, items):
+    """Return `{"group/0": first item, "group/1": second item, ...}`."""
+    return {f"{group}/{i}": item for i, item in enumerate(items)}
+
+
+def copy_values(variables):
+    """Return `{name: NumPy array}` of variables, in memory that the next step does not reuse."""
+    return {name: np.array(as_array(v)) for name, v in variables.items()}
+
+
+def assign_values(variables, arrays):
+    """Assign pairs `(name, array)` to variables. Only one array is read at a time."""
+    for name, array in arrays:
+        variables[name].assign(array)
+
+
+def state_nbytes(variables):
+    """Return the number of bytes that the values of variables take."""
+    return sum(math.prod(v.shape) * np.dtype(_dtype(v)).itemsize for v in variables.values())
+
+
+def weights_are_finite(state):
+    """Return True if all weights among `{name: variable or array}` are finite."""
+    weights = [v for name, v in state.items() if name.startswith("weight/")]
+    return all(np.isfinite(as_array(v)).all() for v in weights)
+
+
+def model_identity(model):
+    """Return the properties that two models must share to exchange their states.
+
+    These are the dtype and shape of each state variable. Frozen weights are not part of the state,
+    so that their values must be equal; of each the first row is compared, by a SHA-256.
+
+    Args:
+        model: compiled `keras.Model` whose optimizer is built.
+
+    Returns:
+        Dict `{property: string}`.
+    """
+    identity = {"optimizer": type(model.optimizer).__name__}
+    for name, v in state_variables(model).items():
+        label = v.path if name.startswith("weight/") else name
+        identity[label] = f"{_dtype(v)} {list(v.shape)}"
+    digest = hashlib.sha256()
+    for v in model.non_trainable_weights:
+        digest.update(f"{v.path} {list(v.shape)} ".encode())
+        digest.update(as_array(v.value[:1] if len(v.shape) else v).tobytes())
+    return {**identity, "values of frozen weights": digest.hexdigest()}
+
+
+def callback_states(callbacks):
+    """Return `{"class number": {attribute: value}}` of the saved attributes, for JSON."""
     return {
         key: {name: getattr(callback, name) for name in names}
-        for key, names, callback in _with_memory(callbacks)
+        for key, names, callback in _with_saved_attributes(callbacks)
     }
 
 
 def best_weight_arrays(model, callbacks):
-    """{name: array} of the trainable weights among those that an `EarlyStopping` has found best so far."""
+    """Return `{name: array}` of the best trainable weights that each `EarlyStopping` holds."""
     return {
         f"best/{key}/{i}": callback.best_weights[i]
-        for key, _, callback in _with_memory(callbacks)
+        for key, _, callback in _with_saved_attributes(callbacks)
         if getattr(callback, "best_weights", None) is not None
         for i, v in enumerate(model.weights)
         if v.trainable
     }
 
 
-def restore_callbacks(model, callbacks, memories, best_weights):
-    """Give callbacks back what `memories` and `best_weights` have of callbacks of the same class and number."""
-    for key, _, callback in _with_memory(callbacks):
-        for name, value in memories.get(key, {}).items():
+def restore_callbacks(model, callbacks, states, best_weights):
+    """Restore the attributes of callbacks from those of the same class and number.
+
+    Args:
+        model: `keras.Model` whose frozen weights complete the best weights.
+        callbacks: list of callbacks.
+        states: dict that `callback_states` returned.
+        best_weights: dict that `best_weight_arrays` returned.
+    """
+    for key, _, callback in _with_saved_attributes(callbacks):
+        for name, value in states.get(key, {}).items():
             setattr(callback, name, value)
         if any(name.startswith(f"best/{key}/") for name in best_weights):
-            weights = enumerate(model.get_weights())
             callback.best_weights = [
-                best_weights.get(f"best/{key}/{i}", weight) for i, weight in weights
+                best_weights.get(f"best/{key}/{i}", weight)
+                for i, weight in enumerate(model.get_weights())
             ]
 
 
-def _with_memory(callbacks):
-    kinds = KEPT | {
-        type(callback): callback.kept for callback in callbacks if hasattr(callback, "kept")
-    }
-    for kind, names in kinds.items():
-        for number, callback in enumerate(
-            callback for callback in callbacks if isinstance(callback, kind)
-        ):
-            yield f"{kind.__name__} {number}", names, callback
+def write_state(path, metadata, state):
+    """Write a state file, so that `path` is the old or the new file whenever the process is killed.
 
-
-# MERGED: """One file of named arrays and facts that is whole at any time, whatever ends the process that writes it. A zip archive of .npy files, which has a CRC-32 of each; NumPy's own .npz would hold all arrays in memory at once. """
-FACTS = "facts.json"
-
-
-def write_state(path, facts, values):
-    """Write a file beside `path`, see it on disk, and put it in the place of `path`.
+    The file is written under another name, flushed to the disk (`fsync`) and then renamed.
 
     Args:
         path: `pathlib.Path` in a folder that exists.
-        facts: dict for JSON.
-        values: {name: Keras variable or array}; no more than one is copied at a time.
+        metadata: dict for JSON.
+        state: dict `{name: Keras variable or array}`. Only one of them is copied at a time.
 
     Raises:
-        OSError: where it cannot be written; `path` is then as it was.
+        OSError: If the file cannot be written. `path` is then unchanged.
     """
-    beside = path.with_name(path.name + ".new")
+    new = path.with_name(path.name + ".new")
     try:
-        with beside.open("wb") as file:
+        with new.open("wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr(FACTS, json.dumps(facts, default=float))
-                for name, value in values.items():
+                archive.writestr(METADATA, json.dumps(metadata, default=float))
+                for name, value in state.items():
                     _write_array(archive, name, as_array(value))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(new, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def as_array(value):
-    """A Keras variable's value as a NumPy array, which may be the very memory; an array as it is."""
-    return np.asarray(
-        keras.ops.convert_to_numpy(value.value if isinstance(value, keras.Variable) else value)
-    )
-
-
-def read_state_facts(path):
-    """The facts of a file that `write` made, after all of it has been read and its check sums compared.
+def read_state_metadata(path):
+    """Read a state file completely, verify its checksums and return its metadata.
 
     Raises:
-        ValueError: where the file is cut short or damaged.
+        ValueError: If the file is truncated or damaged.
     """
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
                 if damaged is None:
-                    return json.loads(archive.read(FACTS))
+                    return json.loads(archive.read(METADATA))
         except (
             zipfile.BadZipFile,
             EOFError,
@@ -203,22 +209,42 @@ def read_state_facts(path):
         ) as error:
             damaged = error
     raise ValueError(
-        f"{path} is cut short or damaged ({damaged}). Delete it to start the run again"
+        f"{path} is truncated or damaged ({damaged}). Delete it to start the run from the beginning"
     )
 
 
 def read_state_arrays(path, *groups):
-    """Iterate over (name, array) of a file that `read_facts` has accepted, for names that start with "group/"."""
+    """Yield `(name, array)` of the given groups from a file that `read_state_metadata` verified."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
             if entry.partition("/")[0] in groups:
                 yield _read_array(archive, entry)
 
 
-# NumPy's format has no bfloat16: an entry's name tells its dtype, and the bits are those of an unsigned integer.
+def as_array(value):
+    """Return the value of a variable or array as a NumPy array, which can share its memory."""
+    value = value.value if isinstance(value, keras.Variable) else value
+    return np.asarray(keras.ops.convert_to_numpy(value))
+
+
+def _with_saved_attributes(callbacks):
+    """Yield `("class number", attribute names, callback)` of callbacks with saved attributes."""
+    attributes = CALLBACK_ATTRIBUTES | {
+        type(callback): callback.kept for callback in callbacks if hasattr(callback, "kept")
+    }
+    for kind, names in attributes.items():
+        instances = [callback for callback in callbacks if isinstance(callback, kind)]
+        for number, callback in enumerate(instances):
+            yield f"{kind.__name__} {number}", names, callback
+
+
+def _dtype(variable):
+    return keras.backend.standardize_dtype(variable.dtype)
 
 
 def _write_array(archive, name, array):
+    # The `.npy` format has no bfloat16. Its bits are stored as unsigned integers, and the name of
+    # the entry ends with the dtype.
     bits = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
     with archive.open(f"{name}.{array.dtype.name}", "w", force_zip64=True) as entry:
         np.lib.format.write_array(entry, bits, allow_pickle=False)

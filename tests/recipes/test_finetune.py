@@ -149,7 +149,7 @@ def test_more_epochs_and_other_options(data, tmp_path):
     ):
         run(data, tmp_path / "run", learning_rate=0.5)
     data.write_text("\n\n".join(TEXTS[::-1]))
-    with pytest.raises(ValueError, match="is of another run: its data had SHA-256"):
+    with pytest.raises(ValueError, match="belongs to another run: its data had SHA-256"):
         run(data, tmp_path / "run")
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from keras_vaultgemma.recipes.finetune_output import Pace
-from keras_vaultgemma.training.state import callback_memories, restore_callbacks
+from keras_vaultgemma.training.state import callback_states, restore_callbacks
 
 pytestmark = pytest.mark.any_backend
 
@@ -58,7 +58,7 @@ def test_losses_of_other_names(clock):
 def test_a_checkpoint_keeps_the_losses():
     pace, again = Pace(1), Pace(1)
     pace.losses = [3.0, 2.0]
-    memories = callback_memories([pace])
-    assert memories == {"Pace 0": {"losses": [3.0, 2.0]}}
-    restore_callbacks(None, [again], memories, {})
+    states = callback_states([pace])
+    assert states == {"Pace 0": {"losses": [3.0, 2.0]}}
+    restore_callbacks(None, [again], states, {})
     assert again.losses == [3.0, 2.0]

@@ -33,7 +33,7 @@ class WithWorkers(Batches):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Ends a run, as a kill would, at the end of the given batches, counted from the start of the run."""
+    """Callback that raises InterruptedError after `step` batches of this call of `fit`."""
 
     def __init__(self, step):
         super().__init__()
@@ -46,7 +46,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 class Kill(Interrupt):
-    """The same in earnest."""
+    """Callback that kills the process after `step` batches of this call of `fit`."""
 
     def on_train_batch_end(self, batch, logs=None):
         self.left -= 1
@@ -69,7 +69,7 @@ def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
 
 
 def fit(model, folder, x=IDS, y=LABELS, save_freq=1, callbacks=(), **kwargs):
-    """Train as the tests do, with a checkpoint; the callback."""
+    """Train three epochs of three batches with a checkpoint, and return the callback."""
     checkpoint = TrainingCheckpoint(folder, save_freq)
     arguments = {
         "batch_size": 4,
@@ -100,7 +100,7 @@ def compiled(make):
 
 
 def fresh(make):
-    """The model as it was made; compiling takes most of a test's time."""
+    """Return a model with its initial state, compiled once, because that takes most of a test's time."""
     model, begin = compiled(make)
     assign_values(state(model), begin.items())
     keras.utils.set_random_seed(0)
@@ -112,7 +112,7 @@ def messages(caught):
 
 
 def forget(model):
-    """Leave the model as a new process would have it, with other random numbers; but for what is frozen."""
+    """Overwrite the model's state and the global seed, as if a new process had built it."""
     for v in state(model).values():
         v.assign(np.ones(v.shape))
     keras.utils.set_random_seed(99)
@@ -138,7 +138,7 @@ def kill_at_call(number, function):
 
 
 def run_in_children(folder):
-    """Run the same training in one process after another: killed in a batch, killed in a save, and left to end."""
+    """Train in three processes in turn: one killed in a batch, one in a save, one until the end."""
     for number, how in enumerate(["batch", "save", "not"]):
         process = os.fork()
         if process:

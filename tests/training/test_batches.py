@@ -9,7 +9,7 @@ DATA = ({"token_ids": X}, X * 10)
 
 
 class Dataset(keras.utils.PyDataset):
-    """Six batches that tell their index, and how often epochs began and ended."""
+    """Six batches that contain their index, and a list of the calls at the ends of epochs."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -32,7 +32,7 @@ def epoch_of(batches):
     return [batches[i][1].tolist() for i in range(len(batches))]
 
 
-def test_each_pass_has_every_row_once_in_an_order_of_its_own():
+def test_each_pass_has_every_row_once_in_another_order():
     batches = Batches(DATA, 4, True, seed=7)
     epochs = []
     for epoch in range(3):
@@ -45,18 +45,18 @@ def test_each_pass_has_every_row_once_in_an_order_of_its_own():
             for i in (0, 4, 8)
         ]
         assert [(batches[i][0]["token_ids"] * 10).tolist() for i in range(3)] == epochs[-1]
-        assert [(batches.items(i) * 10).tolist() for i in range(3)] == epochs[-1]
+        assert [(batches.indices(i) * 10).tolist() for i in range(3)] == epochs[-1]
     assert len({str(epoch) for epoch in epochs}) == 3
     assert Batches(DATA, 4, True, seed=8)[0][1].tolist() != epochs[0][0]
 
 
-def test_an_epoch_can_be_entered_at_any_batch():
+def test_an_epoch_can_start_at_any_batch():
     batches = Batches(DATA, 4, True, seed=7)
     batches.start(1)
     whole = epoch_of(batches)
-    for done in range(4):
-        batches.start(1, done)
-        assert epoch_of(batches) == whole[done:]
+    for offset in range(4):
+        batches.start(1, offset)
+        assert epoch_of(batches) == whole[offset:]
 
 
 def test_without_shuffling_rows_keep_their_order():
@@ -66,10 +66,10 @@ def test_without_shuffling_rows_keep_their_order():
 
 
 @pytest.mark.parametrize("steps", [2, 5])
-def test_epochs_of_another_length_go_round_the_data(steps):
+def test_epochs_continue_where_the_previous_one_ended(steps):
     batches, expected = Batches(DATA, 4, True, seed=7), []
-    for turn in range(4):
-        batches.start(turn)
+    for pass_number in range(4):
+        batches.start(pass_number)
         expected += epoch_of(batches)
     batches, found = Batches(DATA, 4, True, seed=7, steps_per_epoch=steps), []
     for epoch in range(2):
@@ -79,10 +79,10 @@ def test_epochs_of_another_length_go_round_the_data(steps):
     assert found == expected[: 2 * steps]
 
 
-def test_batches_of_a_dataset_are_shuffled_whole():
+def test_batches_of_a_dataset_are_shuffled_as_a_whole():
     dataset = Dataset(workers=2, use_multiprocessing=True, max_queue_size=3)
     batches = Batches(dataset, 32, True, seed=3)
-    # What workers read ahead would not be of the place where a run goes on.
+    # Batches that workers prefetch would precede the position at which a run resumes.
     assert (batches.workers, batches.use_multiprocessing) == (1, False)
     assert epoch_of(batches) == [[i] for i in np.random.default_rng([3, 0]).permutation(6)]
     assert epoch_of(Batches(dataset, 32, False, seed=3)) == [[0], [1], [2], [3], [4], [5]]
@@ -95,19 +95,21 @@ def test_tensors_are_read_as_arrays():
     assert Batches(keras.ops.convert_to_tensor([1, 2, 3]), 2, False, 0)[0].tolist() == [1, 2]
 
 
-def test_facts_tell_what_must_be_the_same():
-    facts = Batches(DATA, 4, True, seed=7).facts
-    assert {**facts, "SHA-256": None} == {
+def test_identity_has_what_must_be_equal_to_resume():
+    identity = Batches(DATA, 4, True, seed=7).identity
+    assert {**identity, "SHA-256": None} == {
         "items": 10,
         "SHA-256": None,
         "batch_size": 4,
         "shuffle": True,
         "steps_per_epoch": 3,
     }
-    assert Batches(DATA, 4, True, seed=8).facts == facts
-    assert Batches((DATA[0], X[::-1] * 10), 4, True, seed=7).facts["SHA-256"] != facts["SHA-256"]
-    facts = Batches(Dataset(), 4, False, 0, 9).facts
-    assert {**facts, "SHA-256": None} == {
+    assert Batches(DATA, 4, True, seed=8).identity == identity
+    assert (
+        Batches((DATA[0], X[::-1] * 10), 4, True, seed=7).identity["SHA-256"] != identity["SHA-256"]
+    )
+    identity = Batches(Dataset(), 4, False, 0, 9).identity
+    assert {**identity, "SHA-256": None} == {
         "items": 6,
         "SHA-256": None,
         "batch_size": 1,
@@ -121,20 +123,20 @@ def test_facts_tell_what_must_be_the_same():
     [
         (
             (iter([1]), 4, True, 0),
-            "strings, arrays or a `keras.utils.PyDataset`. Received: x of type",
+            "`x` must be strings, arrays or a `keras.utils.PyDataset`.* Received: x of type",
         ),
-        ((np.zeros(0), 4, True, 0), "`x` must have a row or a batch at least. Received: array"),
+        ((np.zeros(0), 4, True, 0), "`x` must have at least one row or batch. Received: x=array"),
         ((X, 0, True, 0), "`batch_size` must be a positive integer. Received: batch_size=0"),
         (
             (X, 4, "batch", 0),
-            "`shuffle` must be True or False in a run that can be resumed. Received: shuffle='batch'",
+            "`shuffle` must be True or False with a TrainingCheckpoint. Received: shuffle='batch'",
         ),
         (
             (X, 4, True, 0, 2.5),
-            "`steps_per_epoch` must be a positive integer. Received: steps_per_epoch=2.5",
+            "`steps_per_epoch` must be None or a positive integer. Received: steps_per_epoch=2.5",
         ),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         Batches(*arguments)

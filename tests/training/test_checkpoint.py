@@ -1,4 +1,4 @@
-"""Runs that are interrupted, and where they end. `Interrupt` stands for the kill, which one test does in earnest."""
+"""Runs that are interrupted and resumed. `Interrupt` raises an error; one test kills processes."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ from keras_vaultgemma.training.state import (
     assign_values,
     copy_values,
     read_state_arrays,
-    read_state_facts,
+    read_state_metadata,
 )
 
 STEPS = 3
@@ -46,24 +46,24 @@ def lora():
     return model
 
 
-def accumulating():
+def accumulating_gradients():
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 3, warmup_target=0.03, warmup_steps=2)
     return small(
         keras.optimizers.Adam(schedule, gradient_accumulation_steps=2), dtype="mixed_bfloat16"
     )
 
 
-def in_groups():
+def executing_two_steps():
     return small(steps_per_execution=2)
 
 
-def hasty():
-    """Learns so fast that it soon gets worse on other data."""
+def overfitting():
+    """A model whose learning rate is so high that its validation loss soon rises."""
     return small(keras.optimizers.Adam(0.1))
 
 
-def dropping_out(metrics=("accuracy",)):
-    """Any Keras model whose training needs random numbers."""
+def with_dropout(metrics=("accuracy",)):
+    """A Keras model other than VaultGemma whose training needs random numbers."""
     inputs = {name: keras.Input((6,), dtype="int32", name=name) for name in IDS}
     x = keras.layers.Embedding(32, 8, name="embedding")(inputs["token_ids"])
     x = keras.layers.Dropout(0.5, name="with_a_seed", seed=3)(
@@ -75,7 +75,7 @@ def dropping_out(metrics=("accuracy",)):
     return model
 
 
-def watched():
+def stateful_callbacks():
     return [
         keras.callbacks.ReduceLROnPlateau(factor=0.5, patience=1),
         keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
@@ -83,7 +83,7 @@ def watched():
 
 
 def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
-    """A run that ends after so many batches, each time, ends like one that nothing happened to, in its History too."""
+    """Assert that a run interrupted after so many batches each ends like one without interruption."""
     begin = copy_values(state(model))
     keras.utils.set_random_seed(5)
     fit(model, folder / "whole", callbacks=callbacks(), **kwargs)
@@ -104,11 +104,11 @@ def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
         np.testing.assert_allclose(model.history.history[name], values, rtol=TOLERANCE, atol=0)
 
 
-# Going on.
+# Resuming.
 
 
 def test_interrupted_in_any_batch(tmp_path):
-    """In the first, within and at the end of an epoch."""
+    """In the first batch of a run, within an epoch and at its end."""
     model = fresh(small)
     assert_survives(model, tmp_path, [1, 3, 2, 3, 4])
     assert model.history.epoch == [0, 1, 2]
@@ -121,7 +121,7 @@ def test_interrupted_with_lora_and_its_dropout(tmp_path):
 
 
 def test_interrupted_with_gradient_accumulation_mixed_precision_and_a_schedule(tmp_path):
-    model = accumulating()
+    model = accumulating_gradients()
     assert_survives(model, tmp_path, [5], save_freq=3)
     assert int(to_numpy(model.optimizer.iterations)) == 4
 
@@ -129,9 +129,9 @@ def test_interrupted_with_gradient_accumulation_mixed_precision_and_a_schedule(t
 @pytest.mark.skipif(
     keras.config.backend() == "torch", reason="Keras has no `steps_per_execution` on PyTorch"
 )
-def test_interrupted_with_several_steps_in_one(tmp_path):
+def test_interrupted_with_several_steps_per_execution(tmp_path):
     data = {"x": Batches(), "y": None, "steps_per_epoch": 4}
-    assert_survives(in_groups(), tmp_path, [4], save_freq=2, **data)
+    assert_survives(executing_two_steps(), tmp_path, [4], save_freq=2, **data)
 
 
 def test_interrupted_on_a_dataset(tmp_path):
@@ -139,7 +139,7 @@ def test_interrupted_on_a_dataset(tmp_path):
 
 
 def test_interrupted_on_a_dataset_with_workers(tmp_path):
-    """Keras builds a loss of the user's own from a batch that it reads before the first epoch."""
+    """To build a loss that the user passed, Keras reads a batch before the first epoch."""
 
     def model():
         return small(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -159,23 +159,23 @@ def test_interrupted_on_a_dataset_with_workers(tmp_path):
 
 
 def test_interrupted_with_dropout_and_metrics(tmp_path):
-    assert_survives(dropping_out(), tmp_path, [1, 5])
+    assert_survives(with_dropout(), tmp_path, [1, 5])
 
 
 def test_interrupted_with_early_stopping(tmp_path):
-    model = fresh(hasty)
+    model = fresh(overfitting)
     data = {"validation_data": (IDS, LABELS[::-1]), "epochs": 9}
-    assert_survives(model, tmp_path, [7], callbacks=watched, save_freq="epoch", **data)
+    assert_survives(model, tmp_path, [7], callbacks=stateful_callbacks, save_freq="epoch", **data)
     assert len(model.history.epoch) < 9
     assert float(to_numpy(model.optimizer.learning_rate)) < 0.1
 
 
-# Killing.
+# Killed processes.
 
 
 @pytest.mark.any_backend
 def test_killed(tmp_path):
-    """A process that has imported the backend, which takes most of the time, forks those that train."""
+    """Importing the backend takes most of the time, so that a process forks after it."""
     code = f"import pathlib, runs; runs.run_in_children(pathlib.Path({str(tmp_path)!r}))"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -189,10 +189,10 @@ def test_killed(tmp_path):
     assert_equal(dict(read_state_arrays(tmp_path / "end", *GROUPS)), copy_values(state(model)))
 
 
-# After the end.
+# After the end of a run.
 
 
-def test_a_run_that_has_ended_is_not_run_again(tmp_path):
+def test_a_finished_run_is_not_repeated(tmp_path):
     model = fresh(small)
     fit(model, tmp_path / "run", epochs=2)
     end, history = copy_values(state(model)), model.history.history
@@ -205,8 +205,8 @@ def test_a_run_that_has_ended_is_not_run_again(tmp_path):
     assert int(to_numpy(model.optimizer.iterations)) == 9
 
 
-def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
-    model = fresh(hasty)
+def test_a_run_that_was_stopped_early_remains_stopped(tmp_path):
+    model = fresh(overfitting)
     callbacks = [keras.callbacks.EarlyStopping("loss", patience=0, min_delta=100)]
     fit(model, tmp_path / "run", callbacks=callbacks, epochs=5)
     end = copy_values(state(model))
@@ -215,21 +215,21 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
     assert_equal(copy_values(state(model)), end)
 
 
-def test_going_on_says_where(tmp_path, capsys):
+def test_resuming_prints_the_position(tmp_path, capsys):
     model = fresh(small)
     with pytest.raises(InterruptedError):
         fit(model, tmp_path / "run", callbacks=[Interrupt(6)], verbose=2)
     fit(model, tmp_path / "run", verbose=2)
     assert (
-        f"{tmp_path}/run/training.state: going on after epoch 2, batch 2" in capsys.readouterr().out
+        f"{tmp_path}/run/training.state: resuming after epoch 2, batch 2" in capsys.readouterr().out
     )
 
 
-# Bad checkpoints and bad places.
+# Invalid checkpoints and folders.
 
 
-def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
-    """The run ends as it would have, and the checkpoint is the last that was written completely."""
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
+    """Training continues, and the last complete checkpoint remains."""
     model = fresh(small)
     replace, calls = os.replace, []
 
@@ -241,24 +241,24 @@ def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with (
-        pytest.warns(UserWarning, match="Training goes on") as caught,
+        pytest.warns(UserWarning, match="Training continues") as caught,
         pytest.raises(InterruptedError),
     ):
         fit(model, tmp_path / "run", callbacks=[Interrupt(5)])
     assert messages(caught) == [
-        f"No checkpoint could be saved after {place}: [Errno 28] No space left on device. Training goes on; the "
-        "checkpoint after epoch 1, batch 1 stands"
-        for place in ("epoch 1, batch 2", "epoch 1")
+        f"No checkpoint could be saved after {position}: [Errno 28] No space left on device. "
+        "Training continues; the last checkpoint is that after epoch 1, batch 1"
+        for position in ("epoch 1, batch 2", "epoch 1")
     ]
     path = tmp_path / "run" / FILE
-    assert read_state_facts(path)["position"] == {
+    assert read_state_metadata(path)["position"] == {
         "epoch": 1,
         "batch": 1,
         "is_finished": False,
     }
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path):
+def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
         fit(small(), tmp_path / "file" / "run")
@@ -266,23 +266,23 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """The folder of a run that has ended, of its model and data; no step was trained."""
+def saved_run(tmp_path):
+    """The folder of a run of no steps."""
     folder = tmp_path / "run"
     fit(small(), folder, epochs=0)
     assert os.listdir(folder) == [FILE]
     return folder
 
 
-def test_a_checkpoint_that_is_cut_short(begun):
-    path = begun / FILE
+def test_a_truncated_checkpoint_raises(saved_run):
+    path = saved_run / FILE
     path.write_bytes(path.read_bytes()[:-100])
     model = small()
     before = copy_values(state(model))
     with pytest.raises(
-        ValueError, match=r"training\.state is cut short or damaged \(.*\)\. Delete it"
+        ValueError, match=r"training\.state is truncated or damaged \(.*\)\. Delete it"
     ):
-        fit(model, begun)
+        fit(model, saved_run)
     assert_equal(copy_values(state(model)), before)
 
 
@@ -306,20 +306,20 @@ def test_a_checkpoint_that_is_cut_short(begun):
         (small, {"x": Batches(), "y": None}, "its data had items = 10. Received: 5"),
     ],
 )
-def test_a_checkpoint_of_another_run(begun, make, data, message):
-    with pytest.raises(ValueError, match=rf"training\.state is of another run: {message}"):
-        fit(make(), begun, **data)
+def test_a_checkpoint_of_another_run_raises(saved_run, make, data, message):
+    with pytest.raises(ValueError, match=rf"training\.state belongs to another run: {message}"):
+        fit(make(), saved_run, **data)
 
 
-def test_other_metrics(tmp_path):
+def test_other_metrics_raise(tmp_path):
     with pytest.raises(InterruptedError):
-        fit(dropping_out(), tmp_path, callbacks=[Interrupt(2)])
+        fit(with_dropout(), tmp_path, callbacks=[Interrupt(2)])
     with pytest.raises(ValueError, match="its model had 4 variables of metrics. Received: 2"):
-        fit(dropping_out(metrics=[]), tmp_path)
+        fit(with_dropout(metrics=[]), tmp_path)
 
 
 @pytest.mark.parametrize("save_freq", [0, -1, 2.5, True, "batch", None])
-def test_bad_save_freq(save_freq):
+def test_save_freq_out_of_range_raises(save_freq):
     with pytest.raises(
         ValueError,
         match=f"`save_freq` must be 'epoch' or a positive integer. Received: save_freq={save_freq!r}",
@@ -330,22 +330,31 @@ def test_bad_save_freq(save_freq):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"x": iter([IDS]), "y": None}, "read at any position: strings, arrays or"),
-        ({"validation_split": 0.5}, "`validation_data` instead of a `validation_split`"),
-        ({"callbacks": [TrainingCheckpoint("another")]}, "A run has one TrainingCheckpoint"),
+        (
+            {"x": iter([IDS]), "y": None},
+            "`x` must be strings, arrays or .* which can be read at any position. Received: x of type",
+        ),
+        (
+            {"validation_split": 0.5},
+            "`validation_split` must be None .*; use `validation_data`. Received: validation_split=0.5",
+        ),
+        (
+            {"callbacks": [TrainingCheckpoint("another")]},
+            "`callbacks` must contain at most one TrainingCheckpoint. Received: 2",
+        ),
     ],
 )
-def test_what_cannot_be_resumed(tmp_path, arguments, message):
+def test_runs_that_cannot_be_resumed_raise(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(small(), tmp_path / "run", **arguments)
 
 
-def test_only_fit_of_this_package_takes_it(tmp_path):
+def test_only_fit_of_this_package_accepts_it(tmp_path):
     with pytest.raises(ValueError, match="of `VaultGemmaCausalLM.fit`"):
         keras.Model.fit(small(), IDS, LABELS, callbacks=[TrainingCheckpoint(tmp_path)], verbose=0)
 
 
-# What a training run may have, without an interruption.
+# Runs without interruption.
 
 
 def trained_by(optimizer, rows, batch_size):
@@ -358,7 +367,7 @@ def trained_by(optimizer, rows, batch_size):
 
 @pytest.fixture(scope="module")
 def two_steps():
-    """The weights after two steps, of four rows each."""
+    """The weights after two steps of four rows each."""
     return copy_values(state(trained_by(keras.optimizers.SGD(0.5), 8, 4)))
 
 
@@ -370,7 +379,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(two_steps):
 
 
 def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
-    """Of three steps, the last has a rate of zero."""
+    """The last of three steps has a learning rate of zero."""
     model = trained_by(
         keras.optimizers.SGD(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])),
         10,
@@ -382,13 +391,19 @@ def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
 
 
 def test_early_stopping_restores_the_best_weights():
-    model = fresh(hasty)
+    model = fresh(overfitting)
     data = (IDS, LABELS[::-1])
     history = model.fit(
-        IDS, LABELS, epochs=9, batch_size=4, validation_data=data, callbacks=watched(), verbose=0
+        IDS,
+        LABELS,
+        epochs=9,
+        batch_size=4,
+        validation_data=data,
+        callbacks=stateful_callbacks(),
+        verbose=0,
     )
     losses = history.history["val_loss"]
-    assert np.argmin(losses) == len(losses) - 3 < 6  # patience of two
+    assert np.argmin(losses) == len(losses) - 3 < 6  # a patience of two
     np.testing.assert_allclose(
         model.evaluate(*data, batch_size=4, verbose=0, return_dict=True)["loss"],
         min(losses),

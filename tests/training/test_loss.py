@@ -1,3 +1,5 @@
+"""The chunked cross-entropy, compared with the one of all logits at once."""
+
 import re
 
 import keras
@@ -8,7 +10,8 @@ from keras import ops
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
-from keras_vaultgemma.training import loss
+from keras_vaultgemma.training import logit_term, loss
+from keras_vaultgemma.training.logit_term import LogitTerm
 
 N, V, D, K = 37, 100, 24, 3
 RANDOM = np.random.default_rng(0)
@@ -28,7 +31,7 @@ WEIGHTS_ALONE = keras.quantizers.Int8QuantizationConfig(activation_quantizer=Non
 
 
 def plain(logits, cap=None):
-    """(losses, is_correct), from all logits at once in float64."""
+    """Return losses and `is_correct`, from all logits at once in float64."""
     logits = logits.astype("float64")
     logits = logits if cap is None else cap * np.tanh(logits / cap)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), TARGETS]
@@ -39,9 +42,9 @@ def plain(logits, cap=None):
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 8, 64])
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
-    factors = [loss.Factor(ROWS, TABLE), loss.Factor(MORE_ROWS, MORE_TABLE, is_trained=True)]
+    terms = [LogitTerm(ROWS, TABLE), LogitTerm(MORE_ROWS, MORE_TABLE, is_trained=True)]
     total, losses, is_correct = loss.cross_entropy(
-        factors, TARGETS, WEIGHTS, cap, with_gradient, chunk_size
+        terms, TARGETS, WEIGHTS, cap, with_gradient, chunk_size
     )
     expected, expected_is_correct = plain(ROWS @ TABLE.T + MORE_ROWS @ MORE_TABLE.T, cap)
     np.testing.assert_allclose(to_numpy(losses), expected, rtol=1e-5, atol=1e-5)
@@ -50,49 +53,47 @@ def test_equals_the_plain_loss(cap, chunk_size, with_gradient):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4, 5])
-def test_tokens_without_weight_have_no_part_in_gradients_though_they_are_not_finite(chunk_size):
-    """Also in a chunk with others."""
+def test_tokens_of_weight_0_do_not_affect_gradients_even_if_not_finite(chunk_size):
+    """In a chunk of their own, and in one with other tokens."""
     rows, table = (
         keras.Variable(np.where(WEIGHTS[:, None] > 0, ROWS, np.nan)),
         keras.Variable(TABLE),
     )
 
     def total():
-        factors = [loss.Factor(rows.value, backend.value_of(table), is_trained=True)]
-        return loss.cross_entropy(factors, TARGETS, WEIGHTS, chunk_size=chunk_size)[0]
+        terms = [LogitTerm(rows.value, backend.value_of(table), is_trained=True)]
+        return loss.cross_entropy(terms, TARGETS, WEIGHTS, chunk_size=chunk_size)[0]
 
     logits = ROWS @ TABLE.T
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    of_logits = WEIGHTS[:, None] * (probabilities - np.eye(V)[TARGETS])
-    of_rows, of_table = gradients(total, [rows, table])
-    np.testing.assert_allclose(of_rows, of_logits @ TABLE, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(of_table, of_logits.T @ ROWS, rtol=1e-4, atol=1e-5)
+    logit_gradient = WEIGHTS[:, None] * (probabilities - np.eye(V)[TARGETS])
+    row_gradient, table_gradient = gradients(total, [rows, table])
+    np.testing.assert_allclose(row_gradient, logit_gradient @ TABLE, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(table_gradient, logit_gradient.T @ ROWS, rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_without_weight_are_not_computed():
+def test_tokens_of_weight_0_are_not_computed():
     weights = np.zeros(N, "float32")
     weights[[3, 5, 20, 31]] = 1
     rows = np.where(weights[:, None] > 0, ROWS, np.nan).astype("float32")
-    total, losses, _ = loss.cross_entropy(
-        [loss.Factor(rows, TABLE)], TARGETS, weights, chunk_size=2
-    )
+    total, losses, _ = loss.cross_entropy([LogitTerm(rows, TABLE)], TARGETS, weights, chunk_size=2)
     logits = ROWS @ TABLE.T
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), TARGETS]
     np.testing.assert_allclose(to_numpy(losses), expected * weights, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(to_numpy(total), expected[weights > 0].sum(), rtol=1e-5)
-    total, losses, _ = loss.cross_entropy([loss.Factor(rows, TABLE)], TARGETS, np.zeros(N))
+    total, losses, _ = loss.cross_entropy([LogitTerm(rows, TABLE)], TARGETS, np.zeros(N))
     assert to_numpy(total) == 0 and not to_numpy(losses).any()
 
 
-def test_a_tie_is_decided_as_argmax_does():
-    """Two equal logits are the largest: the first is right, the second is not. 16-bit logits often are equal."""
+def test_the_first_of_equal_logits_is_the_argmax():
+    """16-bit logits are often equal."""
     table = np.array([[0.0], [1.0], [-1.0], [1.0]], "float32")
     rows = np.ones((4, 1), "float32")
-    _, _, is_correct = loss.cross_entropy([loss.Factor(rows, table)], np.arange(4), np.ones(4))
+    _, _, is_correct = loss.cross_entropy([LogitTerm(rows, table)], np.arange(4), np.ones(4))
     assert to_numpy(is_correct).tolist() == [0, 1, 0, 0]
 
 
-def test_accuracy_of_logits_in_bfloat16_is_that_of_argmax():
+def test_accuracy_logit_gradient_in_bfloat16_is_that_of_argmax():
     random = np.random.default_rng(4)
     rows, table = (
         random.integers(-2, 3, (N, 3)).astype("float32"),
@@ -106,20 +107,20 @@ def test_accuracy_of_logits_in_bfloat16_is_that_of_argmax():
     )  # the first or the last
     rows, table = ops.cast(rows, "bfloat16"), ops.cast(table, "bfloat16")
     _, _, is_correct = loss.cross_entropy(
-        [loss.Factor(rows, table)], targets, np.ones(N), chunk_size=7
+        [LogitTerm(rows, table)], targets, np.ones(N), chunk_size=7
     )
     np.testing.assert_array_equal(to_numpy(is_correct), logits.argmax(1) == targets)
 
 
 @pytest.mark.parametrize("target", [-100, V, 10**6])
 @pytest.mark.parametrize("chunk_size", [None, 7])
-def test_targets_without_weight_may_be_anything(target, chunk_size):
-    """They share chunks with tokens that count."""
+def test_targets_of_weight_0_may_be_anything(target, chunk_size):
+    """Also in a chunk with tokens of other weights."""
     rows, table = keras.Variable(ROWS), keras.Variable(TABLE)
 
     def total(targets):
-        factor = loss.Factor(rows.value, table.value, is_trained=True)
-        return loss.cross_entropy([factor], targets, WEIGHTS, 5.0, True, chunk_size)[0]
+        term = LogitTerm(rows.value, table.value, is_trained=True)
+        return loss.cross_entropy([term], targets, WEIGHTS, 5.0, True, chunk_size)[0]
 
     targets = np.where(WEIGHTS > 0, TARGETS, target)
     assert to_numpy(total(targets)) == to_numpy(total(TARGETS))
@@ -139,16 +140,15 @@ def trained(
     mode=None,
     **compile_options,
 ):
-    """(values of variables, logs) after one step of gradient descent, by our loss or by Keras's."""
+    """Return weights and logs after one step of SGD, with our loss (`auto`) or with Keras's."""
     keras.utils.set_random_seed(0)
     model = VaultGemmaCausalLM(random_backbone(dtype=dtype, **dict(backbone_options)))
     if mode:
         model.quantize("int8", config=mode)
     if lora_rank:
         model.backbone.enable_lora(lora_rank, targets)
-        for (
-            variable
-        ) in model.trainable_variables:  # from zero one of the factors would have no gradient
+        # B starts at zero, where A has no gradient.
+        for variable in model.trainable_variables:
             variable.assign(np.random.default_rng(2).normal(0, 0.1, variable.shape))
     losses = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
@@ -198,7 +198,7 @@ def trained(
 )
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_one_step_equals_one_by_the_plain_loss(monkeypatch, options, chunk_size):
-    """Step 1.0 makes the weights differ by the gradients: of both ends of the embedding, norms, projections, LoRA."""
+    """A learning rate of 1 changes weights by their gradients: of embedding, norms, projections, LoRA."""
     if chunk_size:
         monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * chunk_size)
     weights, logs = trained(True, **options)
@@ -212,7 +212,7 @@ def test_one_step_equals_one_by_the_plain_loss(monkeypatch, options, chunk_size)
 
 
 def test_mixed_precision():
-    """Both round to 8 bits on the way, in other places."""
+    """Both losses round to 8 bits, at different points."""
     weights, logs = trained(True, dtype="mixed_bfloat16")
     expected_weights, expected_logs = trained(False, dtype="mixed_bfloat16")
     start = [to_numpy(v) for v in random_weights("mixed_bfloat16")]
@@ -226,7 +226,7 @@ def random_weights(dtype):
     return random_backbone(dtype=dtype).trainable_variables
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
+def test_gradient_checkpointing_changes_no_result():
     weights, logs = trained(True, gradient_checkpointing=True)
     expected_weights, expected_logs = trained(True)
     for value, expected in zip(weights, expected_weights, strict=True):
@@ -234,16 +234,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     np.testing.assert_allclose(logs["loss"], expected_logs["loss"], rtol=1e-6)
 
 
-def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
+def test_fit_evaluate_and_score_do_not_call_the_head(model, monkeypatch):
     def call(self, x, reverse=False):
         assert not reverse, "logits of all tokens"
         return keras.layers.Embedding.call(self, x)
 
     monkeypatch.setattr(ReversibleEmbedding, "call", call)
     sizes = []
-    product = loss.Factor.product
+    logits = LogitTerm.logits
     monkeypatch.setattr(
-        loss.Factor, "product", lambda self: sizes.append(self.rows.shape[0]) or product(self)
+        LogitTerm, "logits", lambda self: sizes.append(self.rows.shape[0]) or logits(self)
     )
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 5)
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
@@ -254,7 +254,7 @@ def test_fit_evaluate_and_score_never_call_the_head(model, monkeypatch):
     assert len(sizes) >= 3 and set(sizes) == {5}
 
 
-def test_metrics_of_the_user_are_given_logits(model):
+def test_metrics_of_the_user_get_logits(model):
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     model.compile("sgd", weighted_metrics=[keras.metrics.SparseTopKCategoricalAccuracy(128)])
     assert (
@@ -265,36 +265,34 @@ def test_metrics_of_the_user_are_given_logits(model):
     assert set(model.evaluate(x, IDS, verbose=0, return_dict=True)) == {"loss"}
 
 
-@pytest.mark.parametrize("part", [32, 2**14])
-def test_gradient_of_an_int8_table(monkeypatch, part):
-    """As if the table were floats and rows had not been rounded."""
-    monkeypatch.setattr(loss, "PART", part)
+@pytest.mark.parametrize("rows", [32, 2**14])
+def test_gradient_of_an_int8_table(monkeypatch, rows):
+    """It is that of a table in floating point whose rows were not rounded."""
+    monkeypatch.setattr(logit_term, "INT8_BLOCK_ROWS", rows)
     scale = 127 / np.abs(TABLE).max(1)
-    factor = loss.Factor(
-        ROWS, np.round(TABLE * scale[:, None]).astype("int8"), scale.astype("float32")
-    )
+    term = LogitTerm(ROWS, np.round(TABLE * scale[:, None]).astype("int8"), scale.astype("float32"))
     upstream = np.random.default_rng(3).normal(size=(N, V)).astype("float32")
-    of_rows, of_table = factor._replace(table=ops.convert_to_tensor(factor.table)).gradients(
+    row_gradient, table_gradient = term._replace(table=ops.convert_to_tensor(term.table)).gradients(
         upstream
     )
     np.testing.assert_allclose(
-        to_numpy(of_rows), upstream @ (factor.table / scale[:, None]), rtol=1e-4, atol=1e-4
+        to_numpy(row_gradient), upstream @ (term.table / scale[:, None]), rtol=1e-4, atol=1e-4
     )
-    assert of_table is None
+    assert table_gradient is None
 
 
 @pytest.mark.parametrize("rounds_rows", [True, False])
-def test_gradients_with_an_int8_table_are_those_of_the_straight_through_formula(rounds_rows):
-    """With an adapter's factors beside it; the logits are the rounded ones, their gradient is that of the others."""
+def test_gradients_with_an_int8_table_are_straight_through(rounds_rows):
+    """The logits are those of rounded rows, their gradient is that of the rows; with an adapter, too."""
     quantizer = keras.quantizers.AbsMaxQuantizer(axis=-1) if rounds_rows else None
     scale = (127 / np.abs(TABLE).max(1)).astype("float32")
     table = ops.convert_to_tensor(np.round(TABLE * scale[:, None]).astype("int8"))
     rows, more_rows, more_table = (keras.Variable(x) for x in (ROWS, MORE_ROWS, MORE_TABLE))
 
     def chunked():
-        first = loss.Factor(rows.value, table, ops.convert_to_tensor(scale), quantizer)
-        factors = [first, loss.Factor(more_rows.value, more_table.value, is_trained=True)]
-        return loss.cross_entropy(factors, TARGETS, WEIGHTS, 5.0, chunk_size=7)[0]
+        first = LogitTerm(rows.value, table, ops.convert_to_tensor(scale), quantizer)
+        terms = [first, LogitTerm(more_rows.value, more_table.value, is_trained=True)]
+        return loss.cross_entropy(terms, TARGETS, WEIGHTS, 5.0, chunk_size=7)[0]
 
     def plainly():
         smooth = ops.matmul(rows.value, ops.transpose(ops.cast(table, "float32") / scale[:, None]))
@@ -333,17 +331,17 @@ def test_int8_model_fits_its_adapter(config):
 
 
 @pytest.mark.parametrize("config", [None, WEIGHTS_ALONE], ids=["int8", "weights_alone"])
-def test_an_int8_loss_is_that_of_the_logits(model, config):
+def test_the_int8_loss_is_that_of_the_int8_logits(model, config):
     model.quantize("int8", config=config)
     log_p = to_numpy(ops.log_softmax(model.score(IDS, scoring_mode="logits"), axis=-1))
     expected = -np.take_along_axis(log_p[:, :-1], IDS[:, 1:, None], axis=2)[..., 0]
     np.testing.assert_allclose(model.score(IDS)[:, :-1], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_array_has_all_logits():
+def test_no_array_holds_all_logits():
     def total(rows, table):
         return loss.cross_entropy(
-            [loss.Factor(rows, table, is_trained=True)], TARGETS, WEIGHTS, 5.0, True, 4
+            [LogitTerm(rows, table, is_trained=True)], TARGETS, WEIGHTS, 5.0, True, 4
         )[0]
 
     shapes = shapes_made(total, ROWS, TABLE)
@@ -353,8 +351,8 @@ def test_no_array_has_all_logits():
 
 
 @pytest.mark.skipif(backend.NAME == "torch", reason="PyTorch has no compiler that could undo it")
-def test_what_is_to_be_computed_again_is_in_the_compiled_program():
-    """A compiler that sees that the same was computed before would keep that instead, and memory with it."""
+def test_the_compiled_function_recomputes():
+    """A compiler that eliminates the recomputation as a common subexpression saves no memory."""
 
     def products(gradient_checkpointing):
         keras.utils.set_random_seed(0)
@@ -373,7 +371,7 @@ def test_what_is_to_be_computed_again_is_in_the_compiled_program():
 
 
 def optimized(total, arrays):
-    """What XLA makes of the gradients of a scalar."""
+    """Return the HLO that XLA compiles for the gradients of a scalar."""
     if backend.NAME == "jax":
         import jax
 
@@ -396,7 +394,7 @@ def optimized(total, arrays):
 
 
 def test_gradient_checkpointing_draws_dropout_once():
-    """What is computed again is what was computed: the same positions are dropped."""
+    """The recomputation drops the same positions."""
 
     def losses(gradient_checkpointing):
         keras.utils.set_random_seed(0)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_vaultgemma.training.state import read_state_arrays, read_state_facts, write_state
+from keras_vaultgemma.training.state import read_state_arrays, read_state_metadata, write_state
 
 ARRAYS = {
     "weight/0": np.arange(6, dtype="float32").reshape(2, 3),
@@ -16,21 +16,21 @@ ARRAYS = {
     "optimizer/0": np.array(7, "int64"),
     "seed/0": np.array([3, 2**32 - 1], "uint32"),
 }
-FACTS = {"position": {"epoch": 1}, "best": float("-inf")}
+METADATA = {"position": {"epoch": 1}, "best": float("-inf")}
 
 
-def written(folder, facts=FACTS, arrays=ARRAYS):
-    write_state(folder / "state", facts, arrays)
+def written(folder, metadata=METADATA, arrays=ARRAYS):
+    write_state(folder / "state", metadata, arrays)
     return folder / "state"
 
 
 def read(path):
-    return read_state_facts(path), dict(read_state_arrays(path, "weight", "optimizer", "seed"))
+    return read_state_metadata(path), dict(read_state_arrays(path, "weight", "optimizer", "seed"))
 
 
-def test_what_was_written_comes_back_to_the_bit(tmp_path):
-    facts, arrays = read(written(tmp_path))
-    assert facts == FACTS
+def test_arrays_are_written_and_read_bit_for_bit(tmp_path):
+    metadata, arrays = read(written(tmp_path))
+    assert metadata == METADATA
     assert list(arrays) == list(ARRAYS)
     for name, array in arrays.items():
         assert (array.dtype, array.shape, array.tobytes()) == (
@@ -52,28 +52,28 @@ def test_variables_are_written_like_arrays(tmp_path):
     assert arrays["weight/1"].tobytes() == np.array([0.1]).astype(ml_dtypes.bfloat16).tobytes()
 
 
-def test_every_cut_and_every_damage_is_seen(tmp_path):
+def test_truncation_and_damage_are_detected(tmp_path):
     path = written(tmp_path)
     expected, data = read(path), path.read_bytes()
     for end in range(0, len(data), 7):
         path.write_bytes(data[:end])
-        with pytest.raises(ValueError, match="state is cut short or damaged"):
-            read_state_facts(path)
-    seen = 0
-    for place in range(0, len(data), 3):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x41]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="state is truncated or damaged"):
+            read_state_metadata(path)
+    detected = 0
+    for offset in range(0, len(data), 3):
+        path.write_bytes(data[:offset] + bytes([data[offset] ^ 0x41]) + data[offset + 1 :])
         try:
-            facts, arrays = read(path)
+            metadata, arrays = read(path)
         except ValueError:
-            seen += 1
-        else:  # a date, say, in the archive's directory
-            assert facts == expected[0]
+            detected += 1
+        else:  # in a field that is not read, such as a date
+            assert metadata == expected[0]
             assert all(np.array_equal(array, ARRAYS[name]) for name, array in arrays.items())
-    assert seen > len(data) / 6
+    assert detected > len(data) / 6
 
 
-def test_a_full_disk_leaves_the_last_file(tmp_path):
-    """The limit on a file's size stands for the disk's: the kernel refuses the bytes beyond it."""
+def test_a_full_disk_leaves_the_file_unchanged(tmp_path):
+    """A limit on the size of files stands for the capacity of the disk."""
     path = written(tmp_path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -89,21 +89,21 @@ def test_a_full_disk_leaves_the_last_file(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork")  # the child computes nothing
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_killed_write_leaves_the_last_file(tmp_path, call):
+def test_a_killed_write_leaves_the_file_unchanged(tmp_path, call):
     path = written(tmp_path)
     process = os.fork()
     if not process:
         setattr(os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        written(tmp_path, facts={}, arrays={"weight/0": np.zeros(3)})
+        written(tmp_path, metadata={}, arrays={"weight/0": np.zeros(3)})
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     assert sorted(os.listdir(tmp_path)) == ["state", "state.new"]
-    assert read(path)[0] == FACTS
-    written(tmp_path, facts={})
+    assert read(path)[0] == METADATA
+    written(tmp_path, metadata={})
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_names_tell_dtypes(tmp_path):
+def test_names_of_entries_end_with_dtypes(tmp_path):
     names = zipfile.ZipFile(written(tmp_path)).namelist()
     assert names == [
         "facts.json",

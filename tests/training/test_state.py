@@ -8,11 +8,11 @@ from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.training.state import (
     assign_values,
     best_weight_arrays,
-    callback_memories,
+    callback_states,
     copy_values,
+    enumerate_names,
     metric_variables,
-    model_signature,
-    named,
+    model_identity,
     restore_callbacks,
     state_nbytes,
     state_variables,
@@ -39,7 +39,7 @@ def lora(**changes):
     return model
 
 
-def test_state_is_what_training_changes():
+def test_the_state_is_everything_that_training_changes():
     model = dense()
     variables = state_variables(model)
     assert [name for name in variables if not name.startswith("optimizer/")] == [
@@ -62,7 +62,7 @@ def test_state_is_what_training_changes():
     assert int(to_numpy(model.optimizer.iterations)) == 0
 
 
-def test_copies_do_not_change_with_the_variables():
+def test_copies_do_not_share_memory_with_the_variables():
     model = dense()
     copy = copy_values(state_variables(model))
     first = to_numpy(model.layers[0].kernel).copy()
@@ -70,38 +70,38 @@ def test_copies_do_not_change_with_the_variables():
     np.testing.assert_array_equal(copy["weight/0"], first)
 
 
-def test_frozen_weights_are_left_out():
+def test_frozen_weights_are_not_part_of_the_state():
     model = lora()
     names = [v.path for name, v in state_variables(model).items() if name.startswith("weight/")]
     assert len(names) == 4 and all("lora_kernel" in name for name in names)
 
 
-def test_bytes():
+def test_state_nbytes():
     variables = [
         keras.Variable(np.zeros((2, 3)), dtype="float32"),
         keras.Variable(np.zeros(5), dtype="bfloat16"),
     ]
-    assert state_nbytes(named("weight", variables)) == 24 + 10
+    assert state_nbytes(enumerate_names("weight", variables)) == 24 + 10
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_finite_weights(dtype):
+def test_weights_are_finite(dtype):
     for bad, expected in [(0, True), (np.nan, False), (-np.inf, False)]:
         weights = {"weight/0": np.zeros(3), "weight/1": np.array([1, bad]).astype(dtype)}
         assert weights_are_finite(weights) is expected
     assert weights_are_finite({"optimizer/0": np.array(np.nan)})
 
 
-def test_signatures_differ_where_states_do_not_fit():
+def test_identities_differ_if_states_cannot_be_exchanged():
     def differences(model, other):
-        a, b = model_signature(model), model_signature(other)
+        a, b = model_identity(model), model_identity(other)
         return [
             name
             for name in [*a, *(name for name in b if name not in a)]
             if a.get(name) != b.get(name)
         ]
 
-    assert model_signature(dense())["dense/dense/kernel"] == "float32 [3, 2]"
+    assert model_identity(dense())["dense/dense/kernel"] == "float32 [3, 2]"
     assert differences(dense(), dense()) == []
     assert differences(dense(), dense(optimizer="adamw")) == ["optimizer"]
     assert differences(dense(), dense(units=4))[0] == "dense/dense/kernel"
@@ -113,7 +113,7 @@ def test_signatures_differ_where_states_do_not_fit():
     assert differences(model, other) == []
 
 
-def test_callbacks_remember():
+def test_callbacks_are_restored():
     model = dense()
     names = ("best", "best_epoch", "wait", "stopped_epoch")
     first, second = (
@@ -128,11 +128,11 @@ def test_callbacks_remember():
     second.wait, plateau.cooldown_counter = 4, 2
     history.epoch, history.history = [0, 1], {"loss": [2.0, 1.0]}
     callbacks = [keras.callbacks.TerminateOnNaN(), first, history, second, plateau]
-    memories = callback_memories(callbacks)
-    assert memories["EarlyStopping 0"] == dict(zip(names, (0.5, 3, 1, 0), strict=True))
+    states = callback_states(callbacks)
+    assert states["EarlyStopping 0"] == dict(zip(names, (0.5, 3, 1, 0), strict=True))
     assert (
-        memories["EarlyStopping 1"]["wait"] == 4
-        and memories["ReduceLROnPlateau 0"]["cooldown_counter"] == 2
+        states["EarlyStopping 1"]["wait"] == 4
+        and states["ReduceLROnPlateau 0"]["cooldown_counter"] == 2
     )
     best = best_weight_arrays(model, callbacks)
     assert list(best) == ["best/EarlyStopping 0/0", "best/EarlyStopping 0/1"]
@@ -140,15 +140,15 @@ def test_callbacks_remember():
     again = [keras.callbacks.History(), keras.callbacks.EarlyStopping(restore_best_weights=True)]
     again[0].epoch = []
     again[1].best_epoch = 0
-    restore_callbacks(model, again, memories, best)
-    assert callback_memories(again) == {
-        name: memories[name] for name in ("History 0", "EarlyStopping 0")
+    restore_callbacks(model, again, states, best)
+    assert callback_states(again) == {
+        name: states[name] for name in ("History 0", "EarlyStopping 0")
     }
     for found, expected in zip(again[1].best_weights, first.best_weights, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_best_weights_leave_frozen_ones_out():
+def test_frozen_weights_are_not_part_of_the_best_weights():
     model = lora()
     stopping = keras.callbacks.EarlyStopping(restore_best_weights=True)
     stopping.best_weights = [weight + 1 for weight in model.get_weights()]
