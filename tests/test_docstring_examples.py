@@ -10,7 +10,6 @@ DOCUMENTED = {**OBJECTS, **public_methods()}
 # Public classes and functions whose docstring has no example yet, or one that does not run.
 LACKING = {
     "PackedDataset",
-    "TrainingCheckpoint",
     "VaultGemmaCausalLM",
     "privacy.DPSGD",
     "GenerationOutput",
@@ -20,18 +19,7 @@ LACKING = {
     "apply_chat_template",
     "convert",
     "describe",
-    "evaluation.Likelihood",
-    "evaluation.measure",
     "finetune",
-    "lora.active",
-    "lora.add",
-    "lora.load_adapter",
-    "lora.merge",
-    "lora.names",
-    "lora.remove",
-    "lora.save_adapter",
-    "lora.unmerge",
-    "lora.use",
     "privacy.NotPrivateWarning",
     "privacy.PrivacySpent",
 }

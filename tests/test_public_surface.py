@@ -101,24 +101,13 @@ SIGNATURES = {
 # Signatures that have no type hints yet.
 UNTYPED = {
     "PackedDataset.__init__",
-    "TrainingCheckpoint.__init__",
     "VaultGemmaBackbone.__init__",
     "VaultGemmaCausalLM.__init__",
     "VaultGemmaTokenizer.__init__",
     "apply_chat_template",
     "convert",
     "describe",
-    "evaluation.measure",
     "finetune",
-    "lora.active",
-    "lora.add",
-    "lora.load_adapter",
-    "lora.merge",
-    "lora.names",
-    "lora.remove",
-    "lora.save_adapter",
-    "lora.unmerge",
-    "lora.use",
     "privacy.DPSGD.__init__",
 }
 

@@ -1,4 +1,4 @@
-"""Measures of how well a model predicts text."""
+"""Evaluation: how well a model predicts held-out text."""
 
 # First, because it selects the Keras backend before Keras is imported.
 from keras_vaultgemma import backend as backend

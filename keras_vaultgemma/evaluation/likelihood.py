@@ -1,19 +1,30 @@
-"""How well a model predicts text that it was not trained on."""
+"""Likelihood of held-out text under a model: perplexity and bits per byte."""
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 
 class Likelihood(NamedTuple):
-    """What a model makes of some labels.
+    """Likelihood of labels under a model.
 
     Attributes:
-        nats: sum of -log p(label).
-        tokens: number of labels, `<eos>` among them.
-        bytes: of UTF-8 that the labels stand for.
+        nats: float. Sum of `-log p(label)`.
+        tokens: int. Number of labels, including `<eos>`.
+        bytes: int. Number of UTF-8 bytes of the text that the labels stand for.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.evaluation import Likelihood
+
+    likelihood = Likelihood(nats=20.0, tokens=10, bytes=40)
+    print(likelihood)  # perplexity 7.389, 0.7213 bits per byte
+    ```
     """
 
     nats: float
@@ -21,47 +32,73 @@ class Likelihood(NamedTuple):
     bytes: int
 
     @property
-    def perplexity(self):
-        """exp of the mean loss; infinite where that is too large, for it depends on how text is cut into tokens."""
+    def perplexity(self) -> float:
+        """Exponential of the mean loss of a label, infinite if that is 700 nats or more.
+
+        It depends on the tokenizer; compare models with different ones by `bits_per_byte`.
+        """
         mean = self.nats / self.tokens
         return math.exp(mean) if mean < 700 else (math.nan if math.isnan(mean) else math.inf)
 
     @property
-    def bits_per_byte(self):
-        """What the text would take when compressed with the model, whatever its tokens are."""
+    def bits_per_byte(self) -> float:
+        """Size of the text when compressed with the model, in bits per byte, for any tokenizer."""
         return self.nats / math.log(2) / self.bytes
 
     def __str__(self):
         return f"perplexity {self.perplexity:.4g}, {self.bits_per_byte:.4f} bits per byte"
 
 
-def measure(model, x, y, sample_weight):
-    """The `Likelihood` of ids and labels as `TextRecords.tokenize` gives them.
+def measure(
+    model: keras.Model,
+    x: Mapping[str, np.ndarray],
+    y: np.ndarray,
+    sample_weight: np.ndarray,
+) -> Likelihood:
+    """Compute the likelihood of labels under a model.
 
     Args:
         model: `VaultGemmaCausalLM` with a preprocessor.
-        x, y, sample_weight: as for `fit`; labels whose weight is 0 do not count.
+        x: dict of "token_ids" and "padding_mask", int arrays of shape `[B, T]`, as for `fit`.
+        y: int array of shape `[B, T]`. Labels.
+        sample_weight: array of shape `[B, T]`. Labels of weight 0 do not count; the others count
+            once each.
+
+    Returns:
+        `Likelihood`.
 
     Raises:
-        ValueError: where no label counts.
+        ValueError: If no label counts that stands for text.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import VaultGemmaCausalLM, evaluation
+
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    x, y, sample_weight = model.preprocessor(["Once upon a time a Wolf met a Lamb."])
+    print(evaluation.measure(model, x, y, sample_weight))
+    ```
     """
-    is_label = sample_weight > 0
-    size = _bytes_of(y[is_label], model.preprocessor.tokenizer)
+    is_label = np.asarray(sample_weight) > 0
+    y = np.asarray(y)
+    size = _utf8_length(y[is_label], model.preprocessor.tokenizer)
     if not size:
         raise ValueError(
-            "Held-out data must have a label that stands for text. Received: none, all were cut away"
+            "Held-out data must have a label that stands for text and is not truncated. "
+            "Received: none"
         )
-    # Rows of nothing but prompts are not computed.
+    # Skip rows without a label, such as those that contain only a prompt.
     rows = is_label.any(axis=1)
     nats = model.score(x["token_ids"][rows], x["padding_mask"][rows], target_ids=y[rows])
     return Likelihood(float(nats[is_label[rows]].sum(dtype="float64")), int(is_label.sum()), size)
 
 
-def _bytes_of(labels, tokenizer):
-    """Bytes of UTF-8 that ids stand for, all together."""
-    size, control = 0, set(tokenizer.special_token_ids)
+def _utf8_length(labels, tokenizer):
+    """Return the total number of UTF-8 bytes that token ids stand for."""
+    size, special = 0, set(tokenizer.special_token_ids)
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        if label not in control:
+        if label not in special:
             piece = tokenizer.id_to_token(int(label))
             is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
             size += int(count) * (1 if is_byte else len(piece.replace("\u2581", " ").encode()))

@@ -226,8 +226,9 @@ def save_adapter(
 
 
 def load_adapter(model: keras.Model, folder: str | os.PathLike, name: str = "default") -> None:
-    """Load an adapter that `save_adapter` or PEFT saved. It becomes the active one and is trainable.
+    """Load an adapter that `save_adapter` or PEFT saved, and make it the active one.
 
+    Its factors are trainable.
     The entries of a privacy ledger in the same folder are added to the model's ledger.
 
     Args:

@@ -104,7 +104,7 @@ def remove_factors(backbone):
 
 
 def saved_values(layer):
-    """Return the arrays that Keras saves for a layer, with its adapter merged, as `{key: array}`."""
+    """Return `{key: array}` that Keras saves for a layer, in which its adapter is merged."""
     values = {}
     layer.save_own_variables(values)
     return {key: _copy(value) for key, value in values.items()}

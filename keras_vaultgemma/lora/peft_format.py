@@ -190,7 +190,7 @@ def _read_factor(folder, locations, tensors):
 
 
 def _target_modules(modules, paths, hyperparameters):
-    """Return `target_modules` for PEFT: names without their layer if these match no other module."""
+    """Return `target_modules` for PEFT, without layer prefixes if no other module then matches."""
     names = {module.rpartition(".")[2] for module in modules}
     matched = {
         path

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma._validation import check_integer, check_number
+from keras_vaultgemma.privacy import fingerprint
 from keras_vaultgemma.privacy.seeds import derive, layer_seed, noise_seed
 
 EXTRA = (6.0, 16)
@@ -56,15 +57,18 @@ class PrivateBatches(keras.utils.PyDataset):
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
 
     Attributes:
-        run_facts: dict of the properties that must be equal for an interrupted run to resume. The
+        run_identity: dict of the properties that must be equal for an interrupted run to resume. The
             number of batches is not among them.
+        run_identity_comparisons: dict of functions `(saved, current)` that compare those of the
+            properties that need not be equal.
     """
 
     def __init__(
         self, rows, steps, length, variables, microbatch, secret, first_step, dataset, layers=0
     ):
         super().__init__()
-        self.run_facts = {"rows": steps.rows, "fingerprint": dataset}
+        self.run_identity = {"rows": steps.rows, "fingerprint": dataset}
+        self.run_identity_comparisons = {"fingerprint": fingerprint.may_be_equal}
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
         self._layers = layers
         self._secret, self._first_step = secret, first_step

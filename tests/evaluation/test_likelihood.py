@@ -7,10 +7,10 @@ import pytest
 from common import LINES
 
 from keras_vaultgemma.data.text_files import TextRecords
-from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
+from keras_vaultgemma.evaluation import Likelihood, measure
 
 
-def test_figures():
+def test_perplexity_and_bits_per_byte():
     likelihood = Likelihood(math.log(2) * 30, 10, 20)
     assert likelihood.perplexity == pytest.approx(8)
     assert likelihood.bits_per_byte == pytest.approx(1.5)
@@ -31,11 +31,11 @@ def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
     for text in texts:
         ids = np.array([[2, *tiny.preprocessor.tokenizer.tokenize([text])[0], 1]])
         nats += tiny.score(ids).sum()
-    if len(data["y"]) == 1:  # texts that no row's end divides
+    if len(data["y"]) == 1:  # no text continues in another row
         assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
-def test_responses_alone_count(tiny):
+def test_only_responses_count(tiny):
     pairs = TextRecords(
         [" The tortoise.", " The hare, of course."], ["Who won the race?", "Who slept?"]
     )
@@ -51,7 +51,7 @@ def test_responses_alone_count(tiny):
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
-def test_what_was_cut_away_does_not_count(tiny):
+def test_truncated_labels_do_not_count(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
     pairs = TextRecords(
         ["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"]
@@ -59,5 +59,8 @@ def test_what_was_cut_away_does_not_count(tiny):
     found = measure(tiny, **pairs.tokenize(preprocessor, packed=True))
     assert found.bytes == len(b"The tortoise.")
     pairs = TextRecords(pairs.texts[1:], pairs.prompts[1:])
-    with pytest.raises(ValueError, match="must have a label.* Received: none, all were cut away"):
+    with pytest.raises(
+        ValueError,
+        match="must have a label that stands for text and is not truncated. Received: none",
+    ):
         measure(tiny, **pairs.tokenize(preprocessor, packed=True))

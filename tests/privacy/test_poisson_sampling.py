@@ -198,10 +198,10 @@ def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
 
 def test_the_number_of_batches_may_change_when_a_run_resumes():
     assert (
-        Batches(batches(), 1, False, 0).facts.items()
+        Batches(batches(), 1, False, 0).identity.items()
         >= {"rows": 40, "fingerprint": "aaaaaaaa:01"}.items()
     )
-    assert "items" not in Batches(batches(), 1, False, 0).facts
+    assert "items" not in Batches(batches(), 1, False, 0).identity
 
 
 def test_no_seed_of_a_run_is_used_twice():
