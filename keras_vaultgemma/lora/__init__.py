@@ -16,6 +16,8 @@ References:
     - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
 """
 
+# First, because it selects the Keras backend before Keras is imported.
+from keras_vaultgemma import backend as backend
 from keras_vaultgemma.lora.adapters import (
     active,
     add,

@@ -1,5 +1,4 @@
-"""Loss, scoring, and runs that resume."""
+"""Training: the loss, scoring, and runs that resume after an interruption."""
 
-from keras_vaultgemma import (
-    backend as backend,
-)  # selects the Keras backend before Keras is imported
+# First, because it selects the Keras backend before Keras is imported.
+from keras_vaultgemma import backend as backend
