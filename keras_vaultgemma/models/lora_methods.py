@@ -6,13 +6,6 @@ from keras_vaultgemma.lora import adapters
 class LoraMethods:
     """Mixin of a backbone: `enable_lora` and its companions in keras-hub's interface."""
 
-    @property
-    def adapters(self):
-        """`lora.adapters.Adapters`: the adapters of this backbone."""
-        if not hasattr(self, "_adapters"):
-            self._adapters = adapters.Adapters()
-        return self._adapters
-
     def default_lora_layer_names(self):
         """Return the names of the layers that `enable_lora` adapts by default."""
         return list(adapters.DEFAULT_TARGETS)
