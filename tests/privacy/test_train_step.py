@@ -209,6 +209,13 @@ def test_dropout_follows_the_seeds_of_the_step():
     assert distance(found[0], found[2]) == 0 and distance(found[0], found[1]) > 0.1 * C
 
 
+def test_dropout_differs_from_step_to_step():
+    """Each step has all rows and moves no weight, so that nothing but dropout tells its loss from another one's."""
+    model = dropping_model(optimizer=keras.optimizers.SGD(0.0))
+    losses = fit(model, batch_size=ROWS, epochs=4)["unprotected_loss"]
+    assert len({round(loss, 4) for loss in losses}) == 4
+
+
 @pytest.mark.parametrize("base", ["bfloat16", "int8", "mixed_bfloat16"])
 def test_other_bases(base):
     """float32 factors over a base of 16 or 8 bits: the noise is of the same size, whatever computes."""
