@@ -101,13 +101,9 @@ SIGNATURES = {
 # Signatures that have no type hints yet.
 UNTYPED = {
     "PackedDataset.__init__",
-    "VaultGemmaBackbone.__init__",
-    "VaultGemmaCausalLM.__init__",
-    "VaultGemmaTokenizer.__init__",
     "apply_chat_template",
     "convert",
     "describe",
-    "finetune",
     "privacy.DPSGD.__init__",
 }
 

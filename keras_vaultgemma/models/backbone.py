@@ -15,6 +15,8 @@ rotary positions, GeGLU.
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import keras_hub
@@ -103,26 +105,26 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
 
     def __init__(
         self,
-        vocabulary_size,
-        num_layers,
-        num_query_heads,
-        num_key_value_heads,
-        hidden_dim,
-        intermediate_dim,
-        head_dim,
-        query_pre_attn_scalar=None,
-        attention_logit_soft_cap=None,
-        final_logit_soft_cap=None,
-        layer_types=None,
-        sliding_window_size=None,
-        rope_theta=10_000.0,
-        layer_norm_epsilon=1e-6,
-        max_sequence_length=1024,
-        initializer_range=0.02,
-        initial_values=None,
-        dtype=None,
-        **kwargs,
-    ):
+        vocabulary_size: int,
+        num_layers: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        head_dim: int,
+        query_pre_attn_scalar: float | None = None,
+        attention_logit_soft_cap: float | None = None,
+        final_logit_soft_cap: float | None = None,
+        layer_types: Sequence[str] | None = None,
+        sliding_window_size: int | None = None,
+        rope_theta: float = 10_000.0,
+        layer_norm_epsilon: float = 1e-6,
+        max_sequence_length: int = 1024,
+        initializer_range: float = 0.02,
+        initial_values: Mapping[str, Any] | None = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if unknown := set(kwargs) - {"name", "trainable"}:
             raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(sorted(unknown))}")
         if layer_types is None and is_count(num_layers):

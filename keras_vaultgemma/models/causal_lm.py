@@ -1,5 +1,8 @@
 """The causal language model: a head on the backbone, generation, training and scoring."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import keras
 import keras_hub
 from keras import ops
@@ -44,7 +47,12 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
     backbone_cls = VaultGemmaBackbone
     preprocessor_cls = VaultGemmaCausalLMPreprocessor
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(
+        self,
+        backbone: VaultGemmaBackbone,
+        preprocessor: VaultGemmaCausalLMPreprocessor | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.backbone = backbone
         self.preprocessor = preprocessor
         outputs = self.logits(backbone(backbone.input))
@@ -65,21 +73,21 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
 
     def generate(
         self,
-        inputs,
-        max_length=None,
-        stop_token_ids="auto",
-        strip_prompt=None,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        strip_prompt: bool | None = None,
         *,
-        max_new_tokens=None,
-        stop=(),
-        seed=None,
-        repetition_penalty=1.0,
-        min_p=0.0,
-        logit_bias=None,
-        prompt_lookup=False,
-        return_log_probs=False,
-        return_finish_reason=False,
-    ):
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        min_p: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        prompt_lookup: bool = False,
+        return_log_probs: bool = False,
+        return_finish_reason: bool = False,
+    ) -> Any:
         """Continue prompts with the sampler given to `compile`.
 
         Prompts of different lengths share a batch, and each gets the text it would get alone.
@@ -165,8 +173,14 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         return generate(inputs)
 
     def stream(
-        self, inputs, max_length=None, stop_token_ids="auto", *, prompt_lookup=False, **options
-    ):
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        *,
+        prompt_lookup: bool = False,
+        **options: Any,
+    ) -> Stream:
         """Iterate over the text that follows one prompt while it is generated.
 
         Args:

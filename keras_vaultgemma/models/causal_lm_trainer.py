@@ -1,6 +1,7 @@
 """Training of the causal language model: compile, fit, evaluate and predict on text."""
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,6 +11,7 @@ from keras_vaultgemma.data.text_inputs import as_samples
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.sharding import check_batches
 from keras_vaultgemma.models.trainer import Trainer
+from keras_vaultgemma.privacy.dpsgd import DPSGD
 from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
 from keras_vaultgemma.training.loss import check_table
 from keras_vaultgemma.training.next_token import NextTokenSteps
@@ -29,15 +31,15 @@ class CausalLMTrainer(Trainer):
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: Any = "auto",
+        loss: Any = "auto",
         *,
-        weighted_metrics="auto",
-        sampler="greedy",
-        gradient_checkpointing=False,
-        privacy=None,
-        **kwargs,
-    ):
+        weighted_metrics: Any = "auto",
+        sampler: Any = "greedy",
+        gradient_checkpointing: bool = False,
+        privacy: DPSGD | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Configure the model for training and generation, like `keras_hub.models.CausalLM`.
 
         Args:
@@ -123,13 +125,13 @@ class CausalLMTrainer(Trainer):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        **kwargs,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Train on next-token prediction, like `keras.Model.fit`.
 
         Args:
@@ -182,7 +184,9 @@ class CausalLMTrainer(Trainer):
             x, y, sample_weight = self._arrays(x, y, sample_weight, batch_size, truncations)
             rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
-                validation_data = self._arrays(*validation_data, batch_size=rows, truncations=truncations)
+                validation_data = self._arrays(
+                    *validation_data, batch_size=rows, truncations=truncations
+                )
             elif validation_data is not None:
                 x_val, y_val, weight_val = self._arrays(
                     validation_data, batch_size=rows, truncations=truncations
@@ -202,7 +206,14 @@ class CausalLMTrainer(Trainer):
             )
             return self._fit(arguments, records)
 
-    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Return loss and metrics on data of the forms that `fit` takes.
 
         Args:
@@ -227,7 +238,7 @@ class CausalLMTrainer(Trainer):
             options = dict(batch_size=batch_size, sample_weight=sample_weight, **kwargs)
             return keras.Model.evaluate(self, x=x, y=y, **options)
 
-    def predict(self, x, batch_size=None, **kwargs):
+    def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Return logits, float32 of shape `[B, T, V]`, for data of the forms that `fit` takes."""
         x, _, _ = self._arrays(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)

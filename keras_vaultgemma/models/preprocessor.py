@@ -83,7 +83,9 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
                 ["int32"] * 4,
             )
         else:
-            token_ids, padding_mask, y, sample_weight = self._pack_for_training(x, length, truncations)
+            token_ids, padding_mask, y, sample_weight = self._pack_for_training(
+                x, length, truncations
+            )
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
 
     def _pack_for_training(self, x, length, truncations):

@@ -5,6 +5,9 @@ between a backbone, a task, a preprocessor and a tokenizer is which of these fil
 it is built from them. That is all the four subclasses of `PresetIO` define.
 """
 
+import os
+from typing import Any, Self
+
 from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma.checkpoints import presets
@@ -18,7 +21,9 @@ class PresetIO:
     """Mixin that loads and saves presets. It precedes the keras-hub class among the bases."""
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(
+        cls, preset: str | os.PathLike, load_weights: bool = True, **kwargs: Any
+    ) -> Self:
         """Load from a preset.
 
         Args:
@@ -51,7 +56,7 @@ class PresetIO:
         folder = presets.find(preset, cls._required_files(load_weights, kwargs))
         return cls._load(folder, preset, load_weights, kwargs)
 
-    def save_to_preset(self, preset_dir, **kwargs):
+    def save_to_preset(self, preset_dir: str | os.PathLike, **kwargs: Any) -> None:
         """Save into a folder that `from_preset` of this package and of keras-hub loads.
 
         The folder is complete when this returns and unchanged if it raises.

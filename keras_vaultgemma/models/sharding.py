@@ -6,7 +6,9 @@ those out of them by rows, the embedding by rows of the vocabulary. Each device 
 own heads, channels and tokens, and no weight is ever communicated.
 """
 
+import os
 import warnings
+from typing import Any
 
 import keras
 
@@ -157,12 +159,12 @@ class LayoutMapMethod:
 
     @staticmethod
     def get_layout_map(
-        device_mesh,
-        model_parallel_dim_name="model",
-        data_parallel_dim_name="batch",
-        preset="vaultgemma_1b",
-        **hyperparameters,
-    ):
+        device_mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+        preset: str | os.PathLike = "vaultgemma_1b",
+        **hyperparameters: Any,
+    ) -> keras.distribution.LayoutMap:
         """Return the layout of a backbone's variables for `keras.distribution.ModelParallel` (JAX).
 
         Call it before the model is built, because variables are sharded as they are created. See

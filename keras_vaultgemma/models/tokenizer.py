@@ -1,5 +1,7 @@
 """Gemma's SentencePiece tokenizer: strings to token ids and back."""
 
+from typing import Any
+
 import keras
 import keras_hub
 
@@ -33,7 +35,7 @@ class VaultGemmaTokenizer(TokenizerIO, keras_hub.tokenizers.SentencePieceTokeniz
 
     backbone_cls = VaultGemmaBackbone
 
-    def __init__(self, proto=None, **kwargs):
+    def __init__(self, proto: str | bytes | None = None, **kwargs: Any) -> None:
         self._add_special_token("<bos>", "start_token")
         self._add_special_token("<eos>", "end_token")
         self._add_special_token("<pad>", "pad_token")

@@ -25,6 +25,7 @@ the two, which fingerprints cannot reveal.
 """
 
 import json
+import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -199,7 +200,8 @@ def _is_plain_training(statement):
 
 def combine_ledgers(*ledgers: Ledger) -> Ledger:
     """Return the union of ledgers; a run in several of them has the largest number of steps."""
-    statements, runs = [], {}
+    statements: list[dict] = []
+    runs: dict[str, tuple[Run, int]] = {}
     for ledger in ledgers:
         statements += [statement for statement in ledger.statements if statement not in statements]
         for run, count in ledger.runs:
@@ -208,7 +210,7 @@ def combine_ledgers(*ledgers: Ledger) -> Ledger:
 
 
 def preset_ledger(
-    folder: str | Path, preset: str = "", parameter_count: int | None = None
+    folder: str | os.PathLike, preset: str = "", parameter_count: int | None = None
 ) -> Ledger:
     """Return the ledger of a preset: its file, or else the privacy statement of its metadata.json.
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 
@@ -79,7 +79,7 @@ class FinetuneConfig:
     dtype: str | None = None
     gradient_checkpointing: bool = False
     merge: bool = False
-    save_freq: int | str = 100
+    save_freq: int | Literal["epoch"] = 100
     seed: int = 0
     png: str | os.PathLike | None = None
     private: bool = False
