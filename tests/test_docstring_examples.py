@@ -14,7 +14,6 @@ LACKING = {
     "apply_chat_template",
     "convert",
     "describe",
-    "privacy.NotPrivateWarning",
 }
 
 

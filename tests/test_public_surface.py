@@ -104,7 +104,6 @@ UNTYPED = {
     "apply_chat_template",
     "convert",
     "describe",
-    "privacy.DPSGD.__init__",
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.seeds import fixed_secret, new_secret
@@ -111,9 +112,9 @@ class DPSGD:
         microbatch_size: int | None = None,
         extend_budget: bool = False,
         public_validation: bool = False,
-        ledger=None,
+        ledger: str | os.PathLike | None = None,
         seed_for_tests: int | None = None,
-    ):
+    ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
                 "Exactly one of `epsilon` and `noise_multiplier` must be given. "

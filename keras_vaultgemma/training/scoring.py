@@ -1,5 +1,7 @@
 """Scoring: how well a language model predicts each token of given rows."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -38,7 +40,13 @@ class Scoring:
         self._compiled_scoring = None
         super().__init__(*args, **kwargs)
 
-    def score(self, token_ids, padding_mask=None, scoring_mode="loss", target_ids=None):
+    def score(
+        self,
+        token_ids: Any,
+        padding_mask: Any = None,
+        scoring_mode: str = "loss",
+        target_ids: Any = None,
+    ) -> Any:
         """Compute how well the model predicts each token.
 
         Args:
