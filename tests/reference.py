@@ -32,7 +32,7 @@ def logits(backbone, row):
     group = backbone.num_query_heads // backbone.num_key_value_heads
     embeddings = weight(backbone.token_embedding.embeddings)
     x = embeddings[row] * np.sqrt(backbone.hidden_dim)
-    for block in backbone.transformer_layers:
+    for block, layer_type in zip(backbone.transformer_layers, backbone.layer_types, strict=True):
         a = block.attention
         normed = rms_norm(x, weight(block.attention_norm.scale), backbone.layer_norm_epsilon)
         heads = [
@@ -46,7 +46,7 @@ def logits(backbone, row):
         mixed = np.zeros_like(query)
         for t, n in np.ndindex(query.shape[:2]):
             first = 0
-            if block.layer_type == "sliding_attention":
+            if layer_type == "sliding_attention":
                 first = max(0, t - backbone.sliding_window_size + 1)
             k = n // group
             scores = key[first : t + 1, k] @ query[t, n] / np.sqrt(backbone.query_pre_attn_scalar)

@@ -1,14 +1,17 @@
-"""The one package that asks which Keras backend runs; the others call what it exports.
+"""Functions whose implementation depends on the Keras backend.
 
-Importing it also imports keras-hub for the rest of the package, without letting it pull in TensorFlow on JAX and
-PyTorch: keras-hub imports TensorFlow wherever that is installed, which costs seconds and a gigabyte, and needs it for
-nothing that this package uses.
+No other package asks which backend runs.
+
+Importing it also imports keras-hub, hiding TensorFlow from it on JAX and PyTorch: keras-hub imports
+TensorFlow wherever it is installed, which costs seconds and a gigabyte, and this package does not
+need it there.
 """
 
 # First, because it selects the backend before Keras is imported.
 from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
 
 # isort: split
+from keras_vaultgemma.backend.attention import HAS_FUSED_ATTENTION, fused_attention
 from keras_vaultgemma.backend.autodiff import (
     add_in_place,
     fused,
@@ -18,16 +21,14 @@ from keras_vaultgemma.backend.autodiff import (
     while_loop,
 )
 from keras_vaultgemma.backend.compile import (
-    COMPILES_LAYERS,
     cache_compilations,
     compile_function,
-    compile_step,
     seed_global_generator,
     trace_once,
     update_variables,
 )
-from keras_vaultgemma.backend.matmul import ATTENDS_IN_ONE, expanded, int8_matmul, matmul, take_rows
-from keras_vaultgemma.backend.memory import return_freed_memory, return_memory_of_compilations
+from keras_vaultgemma.backend.int8_cpu import int8_matmul
+from keras_vaultgemma.backend.matmul import matmul, take_rows
 from keras_vaultgemma.backend.sharding import (
     all_gathered,
     check_distribution_support,
@@ -38,6 +39,7 @@ from keras_vaultgemma.backend.tensors import (
     as_argument,
     from_numpy,
     is_argmax,
+    reshape,
     schedule_after,
     value_of,
     write_slice,
@@ -52,9 +54,8 @@ from keras_vaultgemma.backend.tf_data import (
 from keras_vaultgemma.backend.training import loss_gradients, normal, test_step, train_step
 
 __all__ = [
-    "ATTENDS_IN_ONE",
     "BACKENDS",
-    "COMPILES_LAYERS",
+    "HAS_FUSED_ATTENTION",
     "NAME",
     "add_in_place",
     "all_gathered",
@@ -62,10 +63,9 @@ __all__ = [
     "cache_compilations",
     "check_distribution_support",
     "compile_function",
-    "compile_step",
-    "expanded",
     "from_numpy",
     "fused",
+    "fused_attention",
     "gradients",
     "in_tensorflow_graph",
     "int8_matmul",
@@ -78,8 +78,7 @@ __all__ = [
     "normal",
     "per_device",
     "remat",
-    "return_freed_memory",
-    "return_memory_of_compilations",
+    "reshape",
     "schedule_after",
     "seed_global_generator",
     "take_rows",

@@ -1,27 +1,24 @@
-"""Gradients of a function of tensors, outside what Keras's own train steps differentiate."""
+"""Gradients, rematerialisation and loops."""
 
-import contextvars
 import functools
 
 import keras
 
 from keras_vaultgemma.backend.selection import NAME
-from keras_vaultgemma.backend.tensors import schedule_after, value_of
-
-_TAPE = contextvars.ContextVar("tape", default=None)
-"""Of `gradients` on TensorFlow, for `looked_up`: (tape, its graph, tensors, list of (number of one, ids, rows))."""
+from keras_vaultgemma.backend.tensors import schedule_after
 
 
-def gradients(function, tensors, jit_compile=False):
-    """The gradients of a scalar with respect to tensors.
+def gradients(function, tensors):
+    """Return the gradients of a scalar function with respect to tensors.
 
     Args:
-        function: takes a list like `tensors`, returns a pair of a float scalar and nested tensors.
+        function: callable. Takes a list like `tensors` and returns `(scalar, aux)`, a float scalar
+            and nested tensors.
         tensors: list of float tensors.
-        jit_compile: whether XLA compiles the caller on TensorFlow.
 
     Returns:
-        `(gradients, nested tensors)`: a list of tensors like `tensors`, 0 where the scalar does not depend on one.
+        Tuple `(gradients, aux)`. `gradients` is a list of tensors like `tensors`, zeros where the
+        scalar does not depend on one.
     """
     if NAME == "jax":
         import jax
@@ -31,68 +28,30 @@ def gradients(function, tensors, jit_compile=False):
     if NAME == "tensorflow":
         import tensorflow as tf
 
-        lookups = []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tensors)
-            token = _TAPE.set(
-                None if jit_compile else (tape, tf.compat.v1.get_default_graph(), tensors, lookups)
-            )
-            try:
-                scalar, others = function(tensors)
-            finally:
-                _TAPE.reset(token)
-        sources = [*tensors, *[rows for _, _, rows in lookups]]
-        found = tape.gradient(scalar, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        # Where `function` looks rows up by itself, their gradient is a list of rows.
-        found, of_rows = (
-            [tf.convert_to_tensor(x) for x in found[: len(tensors)]],
-            found[len(tensors) :],
-        )
-        for (i, ids, _), rows in zip(lookups, of_rows, strict=True):
-            # What `after` returns is nothing else's memory.
-            rows = tf.reshape(rows, (-1, rows.shape[-1]))
-            found[i] = tf.raw_ops.InplaceAdd(
-                x=schedule_after(found[i], rows), i=tf.reshape(ids, (-1,)), v=rows
-            )
-        return found, others
+            scalar, aux = function(tensors)
+        found = tape.gradient(scalar, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # The gradient of `tf.gather` is an `IndexedSlices`.
+        return [tf.convert_to_tensor(gradient) for gradient in found], aux
 
     import torch
 
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        scalar, others = function(tensors)
+        scalar, aux = function(tensors)
         found = torch.autograd.grad(scalar, tensors, allow_unused=True)
     found = [
         torch.zeros_like(x) if gradient is None else gradient
         for gradient, x in zip(found, tensors, strict=True)
     ]
-    return found, keras.tree.map_structure(lambda x: x.detach(), others)
-
-
-def looked_up(table, ids):
-    """Rows `ids` [...] of `table` [V, D], in `gradients` on TensorFlow with a gradient that takes no more memory.
-
-    TensorFlow would make the rows' gradient a tensor as large as the table before it adds that of the table's other
-    uses, and copies what `tf.tensor_scatter_nd_add` adds to.
-    """
-    import tensorflow as tf
-
-    value = value_of(table)
-    tape, graph, tensors, lookups = _TAPE.get() or (None, None, (), [])
-    number = next((i for i, tensor in enumerate(tensors) if tensor is value), None)
-    # Of a function within the graph, as of a loop, no tensor can be had out here.
-    if number is None or graph is not tf.compat.v1.get_default_graph():
-        return keras.ops.take(table, ids, axis=0)
-    rows = tf.gather(tf.stop_gradient(value), ids)
-    tape.watch(rows)
-    lookups.append((number, ids, rows))
-    return rows
+    return found, keras.tree.map_structure(lambda x: x.detach(), aux)
 
 
 def multiply_no_nan(x, factors):
-    """`x * factors`, but 0 where a factor is 0, though `x` were not finite there.
+    """Return `x * factors`, with 0 where a factor is 0 even if `x` is not finite there.
 
-    TensorFlow's own operation for this writes into the memory of an `x` that nothing else needs.
+    TensorFlow's own operation reuses the memory of an `x` that nothing else needs.
     """
     if NAME == "tensorflow":
         import tensorflow as tf
@@ -102,12 +61,15 @@ def multiply_no_nan(x, factors):
 
 
 def add_in_place(buffer, update):
-    """`buffer + update` in the memory of `buffer`, which is consumed: PyTorch adds in place, XLA reuses it in loops."""
+    """Return `buffer + update` in the memory of `buffer`, which the caller must not use again.
+
+    PyTorch adds in place; XLA reuses the memory of a loop variable.
+    """
     return buffer.add_(update) if NAME == "torch" else buffer + update
 
 
 def without_gradients(function):
-    """`function` as it runs on PyTorch without keeping anything for a backward pass; elsewhere unchanged."""
+    """Return `function` under `torch.no_grad` on PyTorch, and unchanged elsewhere."""
     if NAME != "torch":
         return function
     import torch
@@ -115,17 +77,19 @@ def without_gradients(function):
     return torch.no_grad()(function)
 
 
-# MERGED: """What the backward pass computes again instead of keeping it, and operations that are compiled into one."""
 def fused(function):
-    """`function` of tensors and Python values, without a gradient, as one program.
+    """Return `function`, compiled by XLA where it runs in a TensorFlow graph.
 
-    Keras compiles everything on JAX and nothing on PyTorch. In TensorFlow's graphs, which `fit` runs operation by
-    operation, XLA compiles this alone: elementwise operations read and write their tensors once.
+    `fit` runs TensorFlow's graphs operation by operation; compiled, elementwise operations read and
+    write their tensors once. Keras compiles whole steps on JAX and nothing on PyTorch.
+
+    Args:
+        function: callable of tensors and Python values, without a gradient.
     """
     return _fused_in_graphs(function) if NAME == "tensorflow" else function
 
 
-@functools.cache  # a program for all layers
+@functools.cache  # one executable for all layers
 def _fused_in_graphs(function):
     import tensorflow as tf
 
@@ -134,15 +98,19 @@ def _fused_in_graphs(function):
 
 
 def remat(function, elementwise=False):
-    """`function` of tensors, of which nothing but the arguments is kept for its gradient; that computes it again.
+    """Return `function` such that only its arguments are saved for the backward pass.
 
-    What gets a gradient must be an argument. On JAX this is not `jax.checkpoint` (Keras's `remat`): there nothing keeps
-    the second computation from being done long before its gradient is asked for, and XLA's CPU scheduler, which looks
-    for work that can be done at once, does so: all layers' intermediate values are then in memory together. Here the
-    first argument, a float, is not to be had the second time before the gradient of the result is.
+    The backward pass recomputes the rest (rematerialisation). Only arguments get gradients.
+
+    On JAX this is not `jax.checkpoint` (`keras.remat`), because XLA's CPU scheduler would recompute
+    all layers as soon as their inputs exist, so that the intermediate values of all layers are in
+    memory at once. Here the first argument of the recomputation depends on the gradient of the
+    result.
 
     Args:
-        elementwise: whether it is elementwise in all its arguments, so that it and its gradient can be `fused`.
+        function: callable of tensors, the first of them a float tensor.
+        elementwise: bool. True if it is elementwise in all arguments, so that it and its gradient
+            can be `fused`. Defaults to False.
     """
     if NAME == "tensorflow" and elementwise:
         return _remat_in_graphs(function)
@@ -154,23 +122,23 @@ def remat(function, elementwise=False):
     def call(*args):
         return function(*args)
 
-    def first_pass(*args):
+    def forward_pass(*args):
         return function(*args), args
 
-    def backward(args, upstream):
+    def backward_pass(args, upstream):
         first = schedule_after(args[0], jax.tree.leaves(upstream)[0])
         _, gradient = jax.vjp(function, first, *args[1:])
         return gradient(upstream)
 
-    call.defvjp(first_pass, backward)
+    call.defvjp(forward_pass, backward_pass)
     return call
 
 
-@functools.cache
+@functools.cache  # one executable for all layers
 def _remat_in_graphs(function):
     import tensorflow as tf
 
-    def gradients(args, upstream):
+    def gradient(args, upstream):
         with tf.GradientTape() as tape:
             tape.watch(args)
             result = function(*args)
@@ -178,17 +146,16 @@ def _remat_in_graphs(function):
 
     @tf.custom_gradient
     def call(*args):
-        return fused(function)(*args), lambda upstream: fused(gradients)(args, upstream)
+        return fused(function)(*args), lambda upstream: fused(gradient)(args, upstream)
 
     return call
 
 
-# MERGED: """Loops whose iterations do not overlap."""
 def while_loop(condition, body, state):
-    """As `keras.ops.while_loop`, one iteration after the other.
+    """Run `keras.ops.while_loop` with one iteration at a time.
 
-    TensorFlow would begin as many as ten at once, each as far as it waits for nothing from the one before, and keep
-    what they have computed: of a loop that saves memory nothing would be left.
+    TensorFlow would start up to ten iterations in parallel and hold their intermediate values,
+    which defeats a loop that exists to save memory.
     """
     if NAME != "tensorflow":
         return keras.ops.while_loop(condition, body, state)

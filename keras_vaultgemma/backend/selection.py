@@ -1,4 +1,4 @@
-"""Which Keras backend runs, settled before Keras is imported, and keras-hub imported without TensorFlow."""
+"""Selection of the Keras backend, before Keras is imported."""
 
 import contextlib
 import importlib.util
@@ -9,11 +9,14 @@ from pathlib import Path
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
-def _choose_backend():
-    """Settle Keras's backend before Keras is imported, or say why it cannot be.
+def _select_backend():
+    """Select an installed backend where Keras would default to a TensorFlow that is not installed.
 
-    Keras's own choice stands (`KERAS_BACKEND`, then its `keras.json`, then TensorFlow); only where that would be
-    TensorFlow by default and TensorFlow is not installed, the first backend that is installed is taken instead.
+    Keras's own choice has priority: `KERAS_BACKEND`, then its `keras.json`, then TensorFlow.
+
+    Raises:
+        ValueError: If `KERAS_BACKEND` is no backend of this package.
+        ImportError: If no backend is installed.
     """
     if "keras" in sys.modules:
         return
@@ -28,23 +31,24 @@ def _choose_backend():
     installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
     if not installed:
         raise ImportError(
-            "Keras needs a backend and none is installed. Install one with `pip install keras-vaultgemma[jax]`, "
-            "`[torch]` or `[tensorflow]`."
+            "Keras needs a backend and none is installed. Install one with "
+            "`pip install keras-vaultgemma[jax]`, `[torch]` or `[tensorflow]`."
         )
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
 @contextlib.contextmanager
 def without_tensorflow():
-    """Inside, on JAX and PyTorch, TensorFlow looks as if it were not installed; keras-hub copes with that.
+    """Hide TensorFlow from imports in the `with` block, on JAX and PyTorch.
 
-    A TensorFlow that somebody has imported already stays visible: it costs nothing any more.
+    keras-hub works without it. A TensorFlow that is already imported stays visible, because it
+    costs nothing more.
     """
     import keras
 
     hide = keras.config.backend() != "tensorflow" and "tensorflow" not in sys.modules
     names = ("tensorflow", "tensorflow_text") if hide else ()
-    sys.modules.update(dict.fromkeys(names))  # None stands for a module that cannot be imported
+    sys.modules.update(dict.fromkeys(names))  # None makes an import fail
     try:
         yield
     finally:
@@ -52,13 +56,14 @@ def without_tensorflow():
             del sys.modules[name]
 
 
-_choose_backend()
+_select_backend()
 
 import keras  # noqa: E402
 
 if keras.config.backend() not in BACKENDS:
     raise ValueError(
-        f"keras_vaultgemma runs on the Keras backends {', '.join(BACKENDS)}. Received: {keras.config.backend()!r}"
+        f"keras_vaultgemma runs on the Keras backends {', '.join(BACKENDS)}. Received: "
+        f"{keras.config.backend()!r}"
     )
 with without_tensorflow():
     import keras_hub  # noqa: F401

@@ -1,4 +1,4 @@
-"""Variables and rows that several devices or processes share (JAX)."""
+"""Variables and batches that are divided among devices or processes (JAX)."""
 
 import contextlib
 
@@ -8,22 +8,22 @@ from keras_vaultgemma.backend.selection import NAME
 
 
 def check_distribution_support():
-    """Raise ValueError where Keras does not divide variables among devices: everywhere but on JAX."""
+    """Raise ValueError on backends where Keras does not divide variables."""
     if NAME != "jax":
         raise ValueError(
-            "Models are distributed on the JAX backend only: Keras would ignore the layout on another one. "
-            f"Received: KERAS_BACKEND={NAME!r}"
+            "Models are distributed on the JAX backend only, because Keras ignores layouts on "
+            f"others. Received: KERAS_BACKEND={NAME!r}"
         )
 
 
 def unsupported_executor(model):
-    """What `fit` would run a model's steps with, other than as they are and on one device; None for nothing.
+    """Return the name of an unsupported executor that `fit` would run the steps of a model with.
 
     Args:
         model: compiled `keras.Model`.
 
     Returns:
-        A name: of a `tf.distribute.Strategy` (TensorFlow), or `torch.compile` (PyTorch).
+        Class name of a `tf.distribute.Strategy` (TensorFlow), `"torch.compile"` (PyTorch), or None.
     """
     if NAME == "torch" and model.jit_compile:
         return "torch.compile"
@@ -37,48 +37,51 @@ def unsupported_executor(model):
 
 
 def per_device(function, divided, whole):
-    """`function(divided, whole)`, on JAX with a distribution set by every device for the rows of a batch that it has.
+    """Call a function per device, for the rows of a batch on it (JAX with a distribution).
 
-    Left to itself, the compiler divides neither a sort nor a loop over rows: each device would do the work of all.
+    XLA's partitioner divides neither a sort nor a loop over rows, so each device would compute all
+    of them.
 
     Args:
-        function: returns (what belongs to the rows it was given, what is to be summed over all of them).
-        divided: nested tensors [N, ...]; rows of them stand on their own.
-        whole: nested tensors that all rows need.
+        function: function of `(divided, whole)` that returns a tuple of nested tensors: results of
+            the rows, [n, ...], and sums over the rows.
+        divided: nested tensors [N, ...], divided by rows.
+        whole: nested tensors, which every device is given.
 
     Returns:
-        As `function` of all rows. It is given all where N is no multiple of the devices.
+        `function(divided, whole)`, also where N is not a multiple of the number of devices.
     """
     distribution = keras.distribution.distribution() if NAME == "jax" else None
     if distribution is None:
         return function(divided, whole)
     import jax
 
-    shares, axis = distribution.num_model_replicas, distribution.batch_dim_name
-    if shares == 1 or jax.tree.leaves(divided)[0].shape[0] % shares:
+    devices, axis = distribution.num_model_replicas, distribution.batch_dim_name
+    if devices == 1 or jax.tree.leaves(divided)[0].shape[0] % devices:
         return function(divided, whole)
 
-    def share(divided, whole):
-        of_rows, sums = function(divided, whole)
-        return of_rows, jax.lax.psum(sums, axis)
+    def part(divided, whole):
+        results, sums = function(divided, whole)
+        return results, jax.lax.psum(sums, axis)
 
     specs = (jax.sharding.PartitionSpec(axis), jax.sharding.PartitionSpec())
     mesh = distribution.device_mesh.backend_mesh
-    # Other axes of the mesh stay the compiler's.
-    program = jax.shard_map(
-        share, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={axis}, check_vma=False
+    # The compiler partitions along the other axes of the mesh.
+    sharded = jax.shard_map(
+        part, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={axis}, check_vma=False
     )
-    return program(divided, whole)
+    return sharded(divided, whole)
 
 
 @contextlib.contextmanager
 def all_gathered(variables):
-    """Inside, variables that are divided among processes (JAX) have their whole values, for the first process to save.
+    """All-gather variables that are divided among processes (JAX), to save them.
 
-    Every process has to enter, and none goes on before the first one is done.
+    Inside the `with` block these variables have their whole values. Every process must enter it,
+    and all leave it together.
 
     Yields:
-        Whether this process is to write: the first one, or any whose variables are all its own.
+        bool. True if this process should write: the first one, or any if no variable is divided.
     """
     divided = [v for v in variables if not v.value.is_fully_addressable] if NAME == "jax" else []
     if not divided:

@@ -1,4 +1,4 @@
-"""Values in and out of tensors without detours."""
+"""Conversion, update and comparison of tensors."""
 
 import keras
 
@@ -6,26 +6,29 @@ from keras_vaultgemma.backend.selection import NAME
 
 
 def from_numpy(array, layout=None):
-    """A contiguous array in memory of its own as what a Keras variable starts from, without a detour.
+    """Return a NumPy array as the initial value of a Keras variable, with few copies.
 
-    PyTorch takes the array's memory over (Keras would copy it, bfloat16 by way of float32), and TensorFlow does where
-    that begins at a multiple of 64 bytes (Keras and TensorFlow would each copy it). For JAX, Keras copies it once, and
-    should: JAX cannot donate memory that is not its own, so the first step of training would have all weights twice.
+    PyTorch shares the array's memory (Keras would copy it, bfloat16 through float32), and so does
+    TensorFlow where that starts at a multiple of 64 bytes (Keras and TensorFlow would each copy
+    it). For JAX, Keras copies it once, because JAX cannot donate memory that it does not own: the
+    first training step would hold all weights twice.
 
     Args:
-        layout: the variable's `jax.sharding.NamedSharding`, which Keras hands to an initializer while a distribution is
-            set. Each device then gets its own part alone. (Keras itself would put the whole array on one device first,
-            or make it a constant of a compiled program.)
+        array: contiguous NumPy array that nothing else uses.
+        layout: `jax.sharding.NamedSharding` of the variable, which Keras passes to an initializer
+            if a distribution is set. Each device then gets its part alone, where Keras would put
+            the whole array on one device first. Defaults to None.
     """
     if layout is not None:
         import jax
 
         mesh = jax.sharding.get_mesh()
-        # Keras asks from inside `explicit_axes`, which knows layouts of such a mesh only.
+        # Keras calls initializers inside `explicit_axes`, which accepts layouts of such a mesh
+        # only.
         axis_types = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
         mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
         sharding = jax.sharding.NamedSharding(mesh, layout.spec)
-        # A copy of the part, for a view would keep the whole.
+        # A copy, because a view of a part would hold the memory of the whole array.
         return jax.make_array_from_callback(
             array.shape, sharding, lambda index: array[index].copy()
         )
@@ -49,18 +52,19 @@ def from_numpy(array, layout=None):
 
 
 def as_argument(array):
-    """A NumPy array as an argument of a compiled function.
+    """Return a NumPy array as an argument of a compiled function.
 
-    On JAX the array itself: made a tensor by itself, each new shape would compile a program of its own.
+    On JAX that is the array itself, because its conversion to a tensor would compile a function for
+    each new shape.
     """
     return array if NAME == "jax" else keras.ops.convert_to_tensor(array)
 
 
 def zeros(shape):
-    """float32 zeros, for a loop to begin with.
+    """Return float32 zeros, for the initial state of a loop.
 
-    Of `keras.ops.zeros` TensorFlow's graph optimizer makes a constant, which takes its memory as long as the compiled
-    function lives, whatever its size.
+    TensorFlow's graph optimizer turns `keras.ops.zeros` into a constant, which takes memory as long
+    as the compiled function exists.
     """
     if NAME != "tensorflow":
         return keras.ops.zeros(shape, "float32")
@@ -70,20 +74,40 @@ def zeros(shape):
 
 
 def value_of(x):
-    """A tensor, for a tensor, array or variable. (Of TensorFlow's variables Keras would return the variable.)"""
-    x = keras.ops.convert_to_tensor(x)
+    """Return a tensor, array or variable as a tensor.
+
+    `keras.ops.convert_to_tensor` returns a variable of TensorFlow as it is, and takes three times
+    as long on PyTorch.
+    """
+    if isinstance(x, keras.Variable):
+        x = x.value
     if NAME == "tensorflow":
         import tensorflow as tf
 
         return tf.convert_to_tensor(x)
-    return x
+    return x if keras.ops.is_tensor(x) else keras.ops.convert_to_tensor(x)
+
+
+def reshape(x, shape):
+    """Return `keras.ops.reshape(x, shape)` for a tensor that is not symbolic.
+
+    Keras takes 30 µs to look for symbolic tensors in the shape, 200 times a token on PyTorch.
+    """
+    return keras.ops.reshape(x, shape) if NAME == "tensorflow" else x.reshape(shape)
 
 
 def is_argmax(x, index):
-    """Whether `index` [N] is the argmax of each row of `x` [N, V], the first of equal ones.
+    """Return True for each row where `index` is the argmax, the first of equal values.
 
-    XLA's argmax for CPUs takes three times as long as two comparisons and an "or" over the row (256,000 numbers, 2
-    cores), PyTorch's half as long.
+    For 256,000 values on 2 CPU cores, XLA's argmax takes three times as long as the comparisons
+    here, and PyTorch's half as long.
+
+    Args:
+        x: tensor [N, V].
+        index: int tensor [N].
+
+    Returns:
+        bool tensor [N].
     """
     if NAME == "torch":
         return keras.ops.argmax(x, axis=1) == index
@@ -94,31 +118,39 @@ def is_argmax(x, index):
 
 
 def schedule_after(x, other):
-    """`x`, but not before the float tensor `other` has been computed, nor what is made from `x`.
+    """Return `x`, such that nothing is computed from it before `other` has been computed.
 
-    XLA computes early what waits for nothing, whatever memory that takes, and its CPU compiler drops barriers.
+    XLA computes early whatever has its inputs, at any cost of memory, and its CPU compiler removes
+    barriers.
+
+    Args:
+        x: tensor.
+        other: float tensor.
     """
     if NAME == "torch":
         return x
-    # 0, which XLA cannot know. Also where `other` is not finite: in private training one row must not touch another.
+    # This adds 0, which XLA cannot know, even if `other` is not finite: in private training the
+    # values of one row must not depend on another.
     return x + keras.ops.cast(keras.ops.reshape(other, (-1,))[0] > float("inf"), x.dtype)
 
 
 def write_slice(buffer, update, start):
-    """Write `update` into `buffer` from position `start` of the second axis, and return the result.
+    """Write `update` into `buffer` from index `start` of the second axis, and return the result.
 
-    The buffer is consumed: PyTorch writes in place (Keras's `slice_update` would copy the whole buffer for every token
-    and layer), XLA reuses the memory of a loop variable or a donated argument.
+    PyTorch writes in place, where Keras's `slice_update` would copy the whole buffer for every
+    token and layer. XLA reuses the memory of a loop variable or a donated argument.
 
     Args:
-        buffer, update: of the same shape but for that axis, along which the update is no longer.
+        buffer: tensor [N, S, ...]. The caller must not use it again.
+        update: tensor [N, T, ...] with T at most S.
+        start: int scalar.
     """
     if NAME == "torch":
         import torch
 
-        # What comes out of `repeat` may have rows that share memory.
+        # Because rows of a broadcast tensor share memory.
         buffer = buffer.contiguous()
-        # Of a tensor no number is made, so that a recording of this is good for every start (`compile_step`).
+        # `start` stays a tensor, because a GPU would have to finish its work to return a number.
         index = torch.as_tensor(start, dtype=torch.int64, device=buffer.device).reshape(1)
         if update.shape[1] != 1:
             index = index + torch.arange(update.shape[1], device=buffer.device)

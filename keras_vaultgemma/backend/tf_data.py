@@ -1,4 +1,4 @@
-"""TensorFlow's tensors and data sets, recognised without importing TensorFlow."""
+"""TensorFlow's tensors and datasets, recognised without importing TensorFlow."""
 
 import keras
 
@@ -6,21 +6,25 @@ from keras_vaultgemma.backend.selection import NAME
 
 
 def is_tensorflow(x):
-    """Whether `x` is a TensorFlow tensor, ragged tensor or dataset; asks without importing TensorFlow."""
+    """True if `x` is a TensorFlow tensor, ragged tensor or dataset."""
     return any(base.__module__.partition(".")[0] == "tensorflow" for base in type(x).__mro__)
 
 
 def is_symbolic_tensorflow(x):
-    """Whether `x` is a tensor inside a `tf.function` or a `tf.data` map, which has no value yet."""
+    """True if `x` is a tensor inside a `tf.function` or `tf.data` map, which has no value yet."""
     return is_tensorflow(x) and hasattr(x, "graph") and not hasattr(x, "numpy")
 
 
 def tensorflow_dataset(make_batches, structure):
-    """A `tf.data.Dataset` of what `make_batches()` yields, called anew for each epoch; on TensorFlow only.
+    """Return a `tf.data.Dataset` of generated batches.
 
     Args:
-        make_batches: returns an iterator of nested NumPy arrays.
-        structure: a batch's nest with a `keras.KerasTensor` for each array.
+        make_batches: function without arguments that returns an iterator of nested NumPy arrays. It
+            is called once an epoch.
+        structure: nested `keras.KerasTensor`s, the shapes and dtypes of a batch.
+
+    Raises:
+        ValueError: On another backend than TensorFlow.
     """
     if NAME != "tensorflow":
         raise ValueError(
@@ -35,12 +39,14 @@ def tensorflow_dataset(make_batches, structure):
 
 
 def in_tensorflow_graph(function, inputs, shapes, dtypes):
-    """Call `function` on the NumPy values of `inputs` from inside a TensorFlow graph (a `tf.data` map).
+    """Call a function of NumPy arrays from inside a TensorFlow graph, such as a `tf.data` map.
 
     Args:
-        function: takes as many NumPy arrays as `inputs` has tensors, returns a list of NumPy arrays.
+        function: takes as many NumPy arrays as `inputs` has tensors and returns a list of NumPy
+            arrays.
         inputs: list of symbolic TensorFlow tensors.
-        shapes, dtypes: of the outputs, one entry each.
+        shapes: list of tuples. Shape of each output.
+        dtypes: list of strings. Dtype of each output.
 
     Returns:
         List of TensorFlow tensors.

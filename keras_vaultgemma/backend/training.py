@@ -109,22 +109,24 @@ def _jax_loss_gradients(model, trained, loss):
     return found, tensors
 
 
-# MERGED: """Normal deviates from a seed of 128 bits."""
 def normal(seed, shape):
-    """Independent standard normal deviates, float32; the same for the same seed on the same backend.
+    """Return independent standard normal deviates, float32.
 
-    The generator takes all bits of the seed: Philox (Salmon et al., 2011, doi:10.1145/2063384.2063405) on TensorFlow
-    and PyTorch, XLA's default of the device on JAX. PyTorch's deviates are NumPy's, for `torch.Generator` on a CPU
-    reads 32 bits of a seed.
+    The same seed gives the same deviates on the same backend. The generator reads all bits of the
+    seed: Philox on TensorFlow and PyTorch, XLA's default generator of the device on JAX. On PyTorch
+    the deviates are NumPy's, because `torch.Generator` on a CPU reads 32 bits of a seed.
 
     Args:
-        seed: int32 [4], a tensor.
-        shape: tuple.
+        seed: int32 tensor [4].
+        shape: tuple of ints.
+
+    References:
+        - [Salmon et al., 2011](https://doi.org/10.1145/2063384.2063405)
     """
     if NAME == "jax":
         import jax
 
-        # JAX's other generators have keys of 64 bits.
+        # Because JAX's other generators have keys of 64 bits.
         key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, "uint32"), impl="rbg")
         return jax.random.normal(key, shape, "float32")
     if NAME == "tensorflow":

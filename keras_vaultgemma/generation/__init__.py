@@ -1,5 +1,4 @@
-"""From token ids to more token ids, and to text."""
+"""Generation: token ids to more token ids, and to text."""
 
-from keras_vaultgemma import (
-    backend as backend,
-)  # selects the Keras backend before Keras is imported
+# Selects the Keras backend before Keras is imported.
+from keras_vaultgemma import backend as backend

@@ -1,11 +1,12 @@
-"""Prompt-lookup speculative decoding: what a text repeats is read many tokens at a time.
+"""Prompt-lookup speculative decoding.
 
-Where the last few tokens have stood in the text before, what followed them there is a good guess of what follows now
-(Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding). The model reads the guess in one pass, which costs little
-more than reading one token since the time goes into reading weights, and keeps as much of it as it would have chosen
-itself. The tokens are those of greedy decoding (Leviathan et al., 2023, arXiv:2211.17192), up to ties within rounding.
+Where the last few tokens occur earlier in the text, the tokens that followed them there are drafted
+(Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding). The model verifies the draft
+in one forward pass, which costs little more than one token because reading the weights dominates,
+and accepts as many tokens as greedy decoding would have chosen. The result equals greedy decoding
+(Leviathan et al., 2023, https://arxiv.org/abs/2211.17192) up to ties within rounding.
 
-The rows of a batch are decoded one after another: they would accept guesses of different lengths.
+The rows of a batch are decoded one after another, because they accept drafts of different lengths.
 """
 
 import numpy as np
@@ -17,23 +18,22 @@ from keras_vaultgemma.generation.generator import Generator
 from keras_vaultgemma.generation.state import Generated
 from keras_vaultgemma.layers.kv_cache import EMPTY
 
-DRAFT = 7
-"""Tokens guessed at once. With the last token known that is a pass of 8 rows."""
+DRAFT_LENGTH = 7
+"""Number of drafted tokens. With the last chosen token, a forward pass has 8."""
 
-LONGEST_MATCH = 3
-"""Tokens that have to repeat, at most; then fewer are tried."""
+MAX_MATCH_LENGTH = 3
+"""Number of last tokens that are looked up in the text first; then fewer are."""
 
 
 class PromptLookup:
-    """As `generation.Generator`, for greedy decoding.
+    """Counterpart of `generator.Generator` that drafts tokens from the text.
 
     Args:
-        model: as for `generation.Generator`.
-        sampler: must be greedy.
-        run_eagerly: as for `generation.Generator`.
+        model, run_eagerly: as for `generator.Generator`.
+        sampler: `keras_hub.samplers.GreedySampler`.
 
     Raises:
-        ValueError: for another sampler.
+        ValueError: If `sampler` is not greedy.
     """
 
     def __init__(self, model, sampler, run_eagerly=False):
@@ -46,10 +46,10 @@ class PromptLookup:
         self.variables = self._generator.variables
         self._model = model
         self._choose = self._generator.compile(self._most_likely)
-        self._check = self._generator.compile(self._read_and_choose, donate=(2,))
+        self._verify = self._generator.compile(self._read_and_choose, donate=(2,))
 
     def generate(self, rows, limits, stop_token_ids=(), settings=None, ends=None):
-        """As `generation.Generator.generate`."""
+        """Continue each row of ids, like `Generator.generate`."""
         results = []
         for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
             tokens, log_probs = [], []
@@ -66,76 +66,92 @@ class PromptLookup:
             [tokens for tokens, _ in results], [probs for _, probs in results], reasons
         )
 
-    def stream(self, rows, limits, stop_token_ids=(), settings=None, length=None):
-        """As `generation.Generator.stream`, for one row; yields as many tokens as were accepted at once.
+    def stream(self, rows, limits, stop_token_ids=(), settings=None, interval=None):
+        """Iterate over the new tokens of one row, as many at a time as were accepted.
 
         Raises:
-            ValueError: for settings: they would change what greedy decoding chooses.
+            ValueError: If `settings` adjust probabilities, which greedy decoding does not have.
         """
         if settings is not None and settings.adjusts:
             raise ValueError(
-                "`prompt_lookup` follows greedy decoding, without `repetition_penalty`, `min_p` or `logit_bias`. "
-                f"Received: {settings}"
+                "`prompt_lookup` needs greedy decoding without `repetition_penalty`, `min_p` or "
+                f"`logit_bias`. Received: {settings}"
             )
         (row,), (limit,) = rows, limits
         if limit <= 0:
             return
         hidden, cache, slot = self._generator.prefill([row], limit)
-        token, log_prob = self._choose(hidden[:, None])
-        new, log_probs = (
-            ops.convert_to_numpy(token)[0].tolist(),
-            ops.convert_to_numpy(log_prob)[0].tolist(),
-        )
-        text, left = list(row), limit
+        tokens, log_probs = map(_first_row, self._choose(hidden[:, None]))
+        text, remaining = list(row), limit
         while True:
-            stop = next((i for i, token in enumerate(new) if token in stop_token_ids), None)
-            kept = min(left, len(new) if stop is None else stop + 1)
-            yield [new[:kept]], [log_probs[:kept]]
-            text, left = text + new[:kept], left - kept
-            if stop is not None or left == 0:
+            stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), None)
+            count = min(remaining, len(tokens) if stop is None else stop + 1)
+            yield [tokens[:count]], [log_probs[:count]]
+            text, remaining = text + tokens[:count], remaining - count
+            if stop is not None or remaining == 0:
                 return
-            # At the end of the cache one by one: with room for guesses it could be four times as large.
-            fits = slot + 1 + DRAFT <= cache.positions.shape[1]
-            guess = draft(text, min(DRAFT, left - 1)) if fits else []
-            # One token or the whole length: two programs, whatever was guessed.
-            length = DRAFT + 1 if guess else 1
-            read = np.zeros((1, length), "int32")
-            read[0, : 1 + len(guess)] = [text[-1], *guess]
-            positions = len(text) - 1 + np.arange(length, dtype="int32")[None]
-            positions[0, 1 + len(guess) :] = EMPTY
-            read, positions, start = map(
-                backend.as_argument, (read, positions, np.asarray(slot, "int32"))
+            # No drafts at the end of the cache, because capacity for them could cost a four times
+            # larger one.
+            fits = slot + 1 + DRAFT_LENGTH <= cache.positions.shape[1]
+            drafted = draft(text, min(DRAFT_LENGTH, remaining - 1)) if fits else []
+            inputs = _padded_inputs([text[-1], *drafted], len(text) - 1)
+            *found, cache = self._verify(*map(_int, inputs), cache, _int(slot))
+            tokens, log_probs = map(_first_row, found)
+            accepted = next(
+                (i for i, token in enumerate(drafted) if token != tokens[i]), len(drafted)
             )
-            tokens, found, cache = self._check(read, positions, cache, start)
-            new = ops.convert_to_numpy(tokens)[0].tolist()
-            agreed = next((i for i, token in enumerate(guess) if token != new[i]), len(guess))
-            new, log_probs = (
-                new[: agreed + 1],
-                ops.convert_to_numpy(found)[0, : agreed + 1].tolist(),
-            )
-            # Slots of guesses that were refused are written again before a query comes to their positions.
-            slot += agreed + 1
+            tokens, log_probs = tokens[: accepted + 1], log_probs[: accepted + 1]
+            # Slots of rejected tokens are overwritten before any query attends to their positions.
+            slot += accepted + 1
 
     def _read_and_choose(self, token_ids, positions, cache, start):
         states, cache = self._model.backbone.walk(token_ids, positions, cache=cache, start=start)
         return *self._most_likely(states), cache
 
     def _most_likely(self, states):
-        """The most likely next token after each hidden state [B, T, D], and its log-probability: [B, T] each."""
+        """Return the most likely token after each of states [B, T, D], and its log-probability."""
         logits = self._model.logits(states)
         tokens = ops.cast(ops.argmax(logits, axis=-1), "int32")
         chosen = ops.take_along_axis(logits, tokens[:, :, None], axis=2)[:, :, 0]
         return tokens, chosen - ops.logsumexp(logits, axis=-1)
 
 
+def _padded_inputs(token_ids, start):
+    """Return ids and positions [1, T] of one token, or of a draft padded to its full length.
+
+    Two lengths for all drafts, because each length compiles a function.
+    """
+    length = DRAFT_LENGTH + 1 if len(token_ids) > 1 else 1
+    padded, positions = np.zeros((1, length)), np.full((1, length), EMPTY)
+    padded[0, : len(token_ids)] = token_ids
+    positions[0, : len(token_ids)] = start + np.arange(len(token_ids))
+    return padded, positions
+
+
 def draft(text, length):
-    """At most `length` ids that followed the latest earlier place where the last ids of `text` stood; [] if none."""
+    """Return the ids that followed the latest earlier occurrence of the last ids of a text.
+
+    Args:
+        text: non-empty list of ids.
+        length: int. Maximum number of drafted ids.
+
+    Returns:
+        List of ids, empty if the last id does not occur earlier.
+    """
     if length <= 0:
         return []
     array = np.asarray(text)
-    for match in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):
-        windows = np.lib.stride_tricks.sliding_window_view(array[:-1], match)
-        places = np.flatnonzero((windows == array[-match:]).all(axis=1))
-        if places.size:
-            return text[places[-1] + match : places[-1] + match + length]
+    for count in range(min(MAX_MATCH_LENGTH, len(text) - 1), 0, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(array[:-1], count)
+        starts = np.flatnonzero((windows == array[-count:]).all(axis=1))
+        if starts.size:
+            return text[starts[-1] + count : starts[-1] + count + length]
     return []
+
+
+def _first_row(tensor):
+    return ops.convert_to_numpy(tensor)[0].tolist()
+
+
+def _int(x):
+    return backend.as_argument(np.asarray(x, "int32"))

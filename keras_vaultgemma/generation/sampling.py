@@ -1,4 +1,4 @@
-"""Choosing a token, as pure functions of logits [B, V] and of random numbers that are arguments."""
+"""Choice of tokens: pure functions of logits [B, V] and of random numbers that are arguments."""
 
 from typing import NamedTuple
 
@@ -6,20 +6,24 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-HALVINGS = 32
-"""Steps of the search for the threshold of `top_p`: probabilities closer than 2^-32 are not told apart."""
+BISECTION_STEPS = 32
+"""Steps of the search for the threshold of `top_p`, which then ignores differences below 2^-32."""
 
 RESOLUTION = 2**23
-"""Random numbers are multiples of 1 / RESOLUTION, which leaves float32 room to stay below a total."""
+"""Random numbers are multiples of 1 / RESOLUTION.
+
+Their product with a total then stays below the total in float32.
+"""
 
 
 class Rule(NamedTuple):
-    """How a sampler chooses.
+    """The rule by which a sampler chooses tokens.
 
     Attributes:
         kind: "greedy" or "random".
-        temperature: logits are divided by it before anything else.
-        k, p: of `top_k` and `top_p`; None for all.
+        temperature: float. Logits are divided by it first. Defaults to 1.0.
+        k: int. Argument of `top_k`. Defaults to None, for all tokens.
+        p: float. Argument of `top_p`. Defaults to None, for all tokens.
     """
 
     kind: str
@@ -29,20 +33,23 @@ class Rule(NamedTuple):
 
 
 def rule_of(sampler):
-    """The `Rule` of a keras-hub sampler, or None for one that is not exactly greedy, random, top-k or top-p.
+    """Return the `Rule` of a keras-hub sampler.
+
+    Returns:
+        `Rule`, or None unless the sampler's class is exactly greedy, random, top-k or top-p.
 
     Raises:
-        ValueError: for a temperature that is not above 0.
+        ValueError: If the temperature is not above 0.
     """
     greedy, *others = (
         getattr(keras_hub.samplers, f"{name}Sampler")
         for name in ("Greedy", "Random", "TopK", "TopP")
     )
     kind = type(sampler)
-    # Not `isinstance`: what is derived from these may choose otherwise.
+    # Not `isinstance`, because subclasses may choose differently.
     if kind is not greedy and kind not in others:
         return None
-    # Not `<= 0`, so that NaN is refused.
+    # Not `<= 0`, so that NaN is rejected.
     if not sampler.temperature > 0:
         raise ValueError(f"`temperature` must be a number above 0. Received: {sampler.temperature}")
     if kind is greedy:
@@ -53,45 +60,55 @@ def rule_of(sampler):
 
 
 def probabilities(logits, rule):
-    """Softmax of logits / temperature, 0 where `rule` leaves a token out, and not normalised after that.
+    """Return the probabilities of tokens under a rule.
 
     Args:
-        logits: [B, V], of any float dtype.
-        rule: `Rule`; `p` counts mass among all tokens, also where `k` has left some out, as in keras-hub.
+        logits: float tensor [B, V].
+        rule: `Rule`. `p` is a mass among all tokens, even if `k` excludes some, as in keras-hub.
 
     Returns:
-        float32 [B, V].
+        float32 tensor [B, V]: the softmax of `logits / temperature`, set to 0 where the rule
+        excludes a token, without normalisation after that.
     """
     logits = ops.cast(logits, "float32")
-    # The largest becomes 0 before the division: XLA fuses that with a later subtraction, and the rounding of a biased
-    # logit of 1e30 is then large enough for NaN.
+    # The maximum is subtracted before the division, because XLA fuses a later subtraction with it,
+    # and the rounding of a biased logit of 1e30 then gives NaN.
     logits = (logits - ops.max(logits, axis=-1, keepdims=True)) / rule.temperature
-    kept = ops.softmax(logits, axis=-1)
+    result = ops.softmax(logits, axis=-1)
     if rule.k is not None:
-        kept = top_k(kept, rule.k)
-    return kept if rule.p is None else top_p(kept, rule.p)
+        result = top_k(result, rule.k)
+    return result if rule.p is None else top_p(result, rule.p)
 
 
 def top_k(probabilities, k):
-    """Those of the k most likely tokens, ties with the k-th included, 0 elsewhere; k is an int and may exceed V."""
+    """Set all but the k most likely tokens to 0. Ties with the k-th are included.
+
+    Args:
+        probabilities: float tensor [B, V].
+        k: int. May exceed V.
+    """
     smallest = ops.top_k(probabilities, min(k, probabilities.shape[-1]))[0][:, -1:]
     return ops.where(probabilities >= smallest, probabilities, 0.0)
 
 
 def top_p(probabilities, p):
-    """The most likely tokens whose mass reaches `p`, 0 elsewhere (Holtzman et al., 2020, arXiv:1904.09751).
+    """Set all but the most likely tokens whose mass reaches `p` to 0 (nucleus sampling).
 
-    The token that crosses `p` is kept, and what is as likely as it. The threshold is found by bisection: sorting a
-    vocabulary of 256,000 takes many times longer. Probabilities closer than 2^-32 are not told apart.
+    The token at which the mass reaches `p` is included, and so are tokens of the same probability.
+    The threshold is found by bisection, because sorting a vocabulary of 256,000 takes many times
+    longer.
 
     Args:
-        probabilities: float32 [B, V].
-        p: float; 1 or more keeps all, as does a total that does not reach it.
+        probabilities: float32 tensor [B, V].
+        p: float. All tokens are included if it is 1 or more, or above their total.
 
     Returns:
-        float32 [B, V].
+        float32 tensor [B, V].
+
+    References:
+        - [Holtzman et al., 2020](https://arxiv.org/abs/1904.09751)
     """
-    # Their sum in float32 may reach 1 without the last of them.
+    # Because a float32 sum may reach 1 without the last tokens.
     if p >= 1:
         return probabilities
 
@@ -105,42 +122,49 @@ def top_p(probabilities, p):
         return ops.where(reached, middle, low), ops.where(reached, high, middle)
 
     largest = ops.max(probabilities, axis=-1, keepdims=True)
-    low, _ = ops.fori_loop(0, HALVINGS, halve, (ops.zeros_like(largest), largest))
-    # The most likely token is kept where it alone reaches p.
+    low, _ = ops.fori_loop(0, BISECTION_STEPS, halve, (ops.zeros_like(largest), largest))
+    # The most likely token is included where it alone reaches p.
     alone = largest >= p
     return ops.where(probabilities >= ops.where(alone, largest, low), probabilities, 0.0)
 
 
 def min_p(probabilities, threshold):
-    """Those of at least `threshold` times the row's largest, 0 elsewhere (Nguyen et al., 2024, arXiv:2407.01082).
+    """Set probabilities below `threshold` times the row's largest to 0.
 
     Args:
-        probabilities: float32 [B, V].
-        threshold: scalar in [0, 1]; 0 keeps all.
+        probabilities: float32 tensor [B, V].
+        threshold: float scalar from 0 to 1. 0 changes nothing.
+
+    References:
+        - [Nguyen et al., 2024](https://arxiv.org/abs/2407.01082)
     """
     largest = ops.max(probabilities, axis=-1, keepdims=True)
     return ops.where(probabilities >= threshold * largest, probabilities, 0.0)
 
 
 def repetition_penalty(logits, seen, penalty):
-    """Divide positive logits of tokens that have occurred by `penalty`, multiply negative ones (arXiv:1909.05858).
+    """Divide positive logits of tokens that have occurred by `penalty`, and multiply negative ones.
 
     Args:
-        logits: float32 [B, V].
-        seen: int32 [B, S] ids, each counted once however often it stands there; below 0 for none.
-        penalty: scalar above 0; 1 changes nothing.
+        logits: float32 tensor [B, V].
+        seen: int32 tensor [B, S]. Ids that have occurred; negative ones are ignored, and repeated
+            ones are penalised once.
+        penalty: float scalar above 0. 1 changes nothing.
 
     Returns:
-        float32 [B, V].
+        float32 tensor [B, V].
+
+    References:
+        - [Keskar et al., 2019](https://arxiv.org/abs/1909.05858)
     """
     batch, size = logits.shape
     rows = ops.arange(batch, dtype="int32")[:, None]
-    # A row longer by one gives the ids that are none a place of their own.
+    # Negative ids write to an additional column.
     padded = ops.pad(logits, ((0, 0), (0, 1)))
-    places = ops.where(seen < 0, size, seen)
-    found = ops.take_along_axis(padded, places, axis=1)
+    columns = ops.where(seen < 0, size, seen)
+    found = ops.take_along_axis(padded, columns, axis=1)
     found = ops.where(found > 0, found / penalty, found * penalty)
-    flat = ops.reshape(rows * (size + 1) + places, (-1, 1))
+    flat = ops.reshape(rows * (size + 1) + columns, (-1, 1))
     updated = ops.scatter_update(ops.reshape(padded, (-1,)), flat, ops.reshape(found, (-1,)))
     return ops.reshape(updated, (batch, size + 1))[:, :size]
 
@@ -149,31 +173,36 @@ def logit_bias(logits, bias_ids, bias):
     """Add numbers to the logits of some tokens, in every row.
 
     Args:
-        logits: float32 [B, V].
-        bias_ids: int32 [n], no id twice; below 0 for none.
-        bias: float32 [n]; beyond ±1e30, infinities included, it is ±1e30, which forbids or forces a token as well and
-            never makes NaN.
+        logits: float32 tensor [B, V].
+        bias_ids: int32 tensor [n] without repeated ids. Negative ids are ignored.
+        bias: float32 tensor [n]. Clipped to ±1e30, which forbids or forces a token like an infinity
+            and never gives NaN.
 
     Returns:
-        float32 [B, V].
+        float32 tensor [B, V].
     """
     size = logits.shape[1]
-    places = ops.where(bias_ids < 0, size, bias_ids)[:, None]
+    columns = ops.where(bias_ids < 0, size, bias_ids)[:, None]
     added = ops.scatter_update(
-        ops.zeros((size + 1,), "float32"), places, ops.clip(bias, -1e30, 1e30)
+        ops.zeros((size + 1,), "float32"), columns, ops.clip(bias, -1e30, 1e30)
     )
     return logits + added[None, :size]
 
 
 def draw(probabilities, uniform):
-    """The token at which the cumulated probability passes `uniform` times the total: int32 [B].
+    """Draw a token from each row: the first whose cumulative probability exceeds `uniform`.
 
     Args:
-        probabilities: float32 [B, V], 0 or more, not necessarily of total 1; no token of probability 0 is drawn.
-        uniform: float32 [B], multiples of 2^-23 in [0, 1).
+        probabilities: float32 tensor [B, V], non-negative, of any total. Tokens of probability 0
+            are never drawn.
+        uniform: float32 tensor [B]. Multiples of 2^-23 in [0, 1), as parts of the total.
+
+    Returns:
+        int32 tensor [B].
     """
     batch, size = probabilities.shape
-    # In two levels, of about sqrt(V) numbers each: one float32 sum over 256,000 would lose the unlikely tokens.
+    # In two levels of about sqrt(V) numbers, because one float32 sum over 256,000 tokens would lose
+    # the unlikely ones.
     width = int(np.ceil(np.sqrt(size)))
     count = -(-size // width)
     blocks = ops.reshape(
@@ -181,7 +210,7 @@ def draw(probabilities, uniform):
     )
     masses = ops.sum(blocks, axis=2)
     reached = ops.cumsum(masses, axis=1)
-    # Below the total also when rounded: `uniform` is not closer to 1 than 2^-23.
+    # Below the total even after rounding, because `uniform` is at most 1 - 2^-23.
     target = uniform * reached[:, -1]
     block = _first_above(target, masses, reached)[:, None]
     before = ops.take_along_axis(ops.pad(reached, ((0, 0), (1, 0))), block, axis=1)[:, 0]
@@ -190,41 +219,48 @@ def draw(probabilities, uniform):
 
 
 def _first_above(target, masses, reached):
-    """The first place with a mass whose cumulated mass is above the target: int32 [B].
+    """Return the first index with a positive mass whose cumulative mass exceeds the target.
 
-    Places without a mass are passed over by name: XLA adds up in a tree, so that cumulated sums may change where 0 is
-    added, and even decrease. Where rounding leaves no place, it is the one of the largest mass.
+    Masses of 0 are excluded explicitly, because XLA sums in a tree, whose cumulative sums can
+    change where 0 is added. If rounding leaves no index, the one of the largest mass is returned.
 
     Args:
-        target: float32 [B].
-        masses, reached: float32 [B, N], and their cumulated sums.
+        target: float32 tensor [B].
+        masses: float32 tensor [B, n].
+        reached: float32 tensor [B, n]. Cumulative sums of `masses`.
+
+    Returns:
+        int32 tensor [B].
     """
     above = ops.cast(ops.logical_and(masses > 0, reached > target[:, None]), "int32")
-    place = ops.where(
+    index = ops.where(
         ops.any(above > 0, axis=1), ops.argmax(above, axis=1), ops.argmax(masses, axis=1)
     )
-    return ops.cast(place, "int32")
+    return ops.cast(index, "int32")
 
 
 def uniforms(entropy, prompts, count):
-    """Random numbers on the host: float32 [B, count], multiples of 2^-23 in [0, 1).
+    """Draw uniform random numbers on the host.
 
-    Those of a row depend on `entropy` and on how many equal prompts stand before it in the batch, on nothing else: a
-    prompt gets the same numbers in every batch, and equal prompts get different ones. The first ones do not depend on
-    `count`.
+    Those of a row depend on `entropy` and on the number of equal prompts before it in the batch
+    alone, so that a prompt gets the same numbers in every batch, and equal prompts get different
+    ones. The first numbers do not depend on `count`.
 
     Args:
-        entropy: list of ints, 0 or more.
+        entropy: list of non-negative ints.
         prompts: list of B lists of ids.
-        count: how many numbers a row gets.
+        count: int. Numbers of each row.
+
+    Returns:
+        float32 NumPy array [B, count], multiples of 2^-23 in [0, 1).
     """
     earlier, rows = {}, []
     for prompt in map(tuple, prompts):
         number = earlier.get(prompt, 0)
         earlier[prompt] = number + 1
-        # Not one list: entropy [1] of the third prompt would be entropy [1, 2] of the first.
+        # A spawn key, because entropy [1] followed by number 2 would equal entropy [1, 2].
         sequence = np.random.SeedSequence([int(x) for x in entropy], spawn_key=(number,))
-        # Raw bits, which NumPy promises never to change.
+        # Raw bits, because NumPy guarantees them across versions.
         bits = np.random.Philox(sequence).random_raw(count)
         rows.append((bits >> np.uint64(64 - 23)) / np.float64(RESOLUTION))
     return np.array(rows, "float32").reshape(len(rows), count)

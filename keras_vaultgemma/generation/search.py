@@ -1,8 +1,11 @@
-"""Samplers that drive a loop of their own, such as beam and contrastive search, under keras-hub's contract.
+"""Generation with samplers that run their own loop, such as beam and contrastive search.
 
-Slot and position are the same here, every row is read again from the end of the shortest prompt, and a program is
-compiled for each combination of lengths: slower than generation.py, and right.
+keras-hub's contract for them: slots and positions are equal, every row is processed again from the
+end of the shortest prompt, and each combination of lengths is compiled. This is correct and slower
+than `generator.py`.
 """
+
+import functools
 
 import keras
 import keras_hub
@@ -17,13 +20,14 @@ from keras_vaultgemma.layers.attention import segment_positions
 
 
 class SearchGenerator:
-    """As `generation.Generator`, for a sampler that overrides `__call__`.
+    """Counterpart of `generator.Generator` for a sampler that overrides `__call__`.
 
     Args:
-        model, sampler, run_eagerly: as for `generation.Generator`.
+        model, run_eagerly: as for `generator.Generator`.
+        sampler: `keras_hub.samplers.Sampler`.
 
     Raises:
-        ValueError: for `SpeculativeSampler`, which needs a second model.
+        ValueError: If `sampler` is a `SpeculativeSampler`, which needs a second model.
     """
 
     def __init__(self, model, sampler, run_eagerly=False):
@@ -38,15 +42,16 @@ class SearchGenerator:
         self._searches = {}
 
     def generate(self, rows, limits, stop_token_ids=(), settings=Settings(), ends=None):  # noqa: B008
-        """As `generation.Generator.generate`; `ends` is not asked.
+        """Continue each row of ids, like `Generator.generate`, without calling `ends`.
 
         Raises:
-            ValueError: for settings, which such a sampler does not know.
+            ValueError: If `settings` are not the defaults, because the sampler cannot apply them.
         """
         if settings != Settings():
             raise ValueError(
-                "`seed`, `repetition_penalty`, `min_p` and `logit_bias` need a sampler that chooses one token at a "
-                f"time. Received: {settings} with {type(self.sampler).__name__}"
+                "`seed`, `repetition_penalty`, `min_p` and `logit_bias` need a sampler that "
+                f"chooses one token at a time. Received: {settings} with "
+                f"{type(self.sampler).__name__}"
             )
         if max(limits) <= 0:
             return Generated([[] for _ in rows], None, ["length"] * len(rows))
@@ -54,29 +59,25 @@ class SearchGenerator:
         token_ids, mask = pad_rows(rows, total)
         stop_token_ids = tuple(sorted(stop_token_ids))
         if stop_token_ids not in self._searches:
-
-            def search(*args):
-                return self._search(*args, stop_token_ids or None)
-
-            self._searches[stop_token_ids] = (
-                search if self._run_eagerly else backend.compile_function(search, self.variables)
-            )
+            search = functools.partial(self._search, stop_token_ids=stop_token_ids or None)
+            if not self._run_eagerly:
+                search = backend.compile_function(search, self.variables)
+            self._searches[stop_token_ids] = search
         seeds = [ops.convert_to_tensor(v) for v in self.sampler.variables]
         arrays = (np.asarray(x, "int32") for x in (token_ids, mask, min(map(len, rows))))
         tokens, seeds = self._searches[stop_token_ids](*map(backend.as_argument, arrays), seeds)
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)
+        tokens = ops.convert_to_numpy(tokens).tolist()
         generated = [
-            cut_after_stop(tokens[len(row) : len(row) + limit], stop_token_ids)
-            for tokens, row, limit in zip(
-                ops.convert_to_numpy(tokens).tolist(), rows, limits, strict=True
-            )
+            cut_after_stop(found[len(row) : len(row) + limit], stop_token_ids)
+            for found, row, limit in zip(tokens, rows, limits, strict=True)
         ]
         reasons = ["stop" if row and row[-1] in stop_token_ids else "length" for row in generated]
         return Generated(generated, None, reasons)
 
-    def stream(self, rows, limits, stop_token_ids=(), settings=Settings(), length=None):  # noqa: B008
-        """As `generation.Generator.stream`, all at once at the end: a search may change its mind until then."""
+    def stream(self, rows, limits, stop_token_ids=(), settings=Settings(), interval=None):  # noqa: B008
+        """Yield all tokens at once, because a search may revise them until its end."""
         yield self.generate(rows, limits, stop_token_ids, settings).tokens, None
 
     def _search(self, token_ids, padding_mask, index, seeds, stop_token_ids):
@@ -95,7 +96,7 @@ class SearchGenerator:
             )
             return self.model.logits(states)[:, 0], states[:, 0], kv_cache.split_heads(cache)
 
-        # On JAX the outer scope holds the model's variables, and an inner scope hides it.
+        # On JAX the values of the model's variables are in the outer scope, which this one hides.
         model_state = [(v, ops.convert_to_tensor(v)) for v in self.variables]
         with keras.StatelessScope(
             state_mapping=[*zip(variables, seeds, strict=True), *model_state]
@@ -115,7 +116,7 @@ class SearchGenerator:
 
 
 def cut_after_stop(row, stop_token_ids):
-    """A row of ids up to and with the first stop id."""
+    """Return a row of ids up to and including the first stop id."""
     for i, token in enumerate(row):
         if token in stop_token_ids:
             return row[: i + 1]

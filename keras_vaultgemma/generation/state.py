@@ -1,24 +1,25 @@
-"""What one step of decoding reads and hands on, and what generation gives in the end."""
+"""Records of generation: the state of decoding, its controls, and its results."""
 
 from typing import NamedTuple
 
 from keras_vaultgemma.layers.kv_cache import KVCache
 
 NO_TOKEN = -1
-"""Stands in `DecodeState.tokens` where a row has no token."""
+"""Id that stands in `DecodeState.tokens` where a row has no token, and in padded lists of ids."""
 
 
 class DecodeState(NamedTuple):
-    """Everything that one step reads and the next one needs; B rows, S slots.
+    """Everything that one decoding step reads and the next one needs, for B rows and S slots.
 
     Attributes:
-        cache: `KVCache` of what was read so far; the last token is not in it yet.
-        tokens: int32 [B, S], prompts and chosen tokens, each in the slot that it is read from, else `NOTHING`.
-        log_probs: float32 [B, S], of the chosen tokens, in the same slots.
-        slot: int32 scalar, where the next token goes in `tokens`; the last one stands before it.
-        positions: int32 [B], position of the last token in its row.
-        remaining: int32 [B], tokens that a row may still choose; 0 once it has chosen a stop id.
-        seeds: list of the seed states of a sampler that is called as it is; empty where the choice is made here.
+        cache: `KVCache` of all tokens but the last one.
+        tokens: int32 [B, S]. Tokens of prompts and chosen tokens, each in its slot, else
+            `NO_TOKEN`.
+        log_probs: float32 [B, S]. Log-probabilities of the chosen tokens, in the same slots.
+        slot: int32 scalar. Slot of the next token; the last one is in the slot before it.
+        positions: int32 [B]. Position of the last token in its row.
+        remaining: int32 [B]. Number of tokens that a row may still get; 0 after a stop id.
+        seeds: list of tensors. Seed state of a sampler that draws tokens itself, else empty.
     """
 
     cache: KVCache
@@ -31,12 +32,13 @@ class DecodeState(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How one call of `generate` changes the choice of tokens, beside its sampler.
+    """Options of one call that change which tokens its sampler chooses.
 
     Attributes:
-        seed: int for draws that do not depend on earlier calls, or None to go on from the sampler's seed.
-        repetition_penalty, min_p: as in sampling.py; 1.0 and 0.0 change nothing.
-        logit_bias: `{id: number added to its logit}`.
+        seed: int, or None to continue from the sampler's own seed.
+        repetition_penalty: float. See `sampling.repetition_penalty`. 1.0 changes nothing.
+        min_p: float. See `sampling.min_p`. 0.0 changes nothing.
+        logit_bias: dict from ids to floats that are added to their logits.
     """
 
     seed: int | None = None
@@ -46,17 +48,20 @@ class Settings(NamedTuple):
 
     @property
     def adjusts(self):
-        """Whether probabilities are changed at all."""
+        """True if the settings change logits or probabilities."""
         return self.repetition_penalty != 1 or self.min_p > 0 or bool(self.logit_bias)
 
 
 class Controls(NamedTuple):
-    """`Settings` and limits as tensors.
+    """`Settings` and stop ids as tensors.
 
     Attributes:
-        stop_token_ids, bias_ids: int32 [n], `NOTHING` where unused; bias: float32 [n].
-        uniforms: float32 [B, S], the random number for the token in each slot.
-        repetition_penalty, min_p: float32 scalars.
+        stop_token_ids: int32 [n], padded with `NO_TOKEN`.
+        uniforms: float32 [B, S]. The uniform deviate that draws the token of each slot.
+        repetition_penalty: float32 scalar.
+        min_p: float32 scalar.
+        bias_ids: int32 [m], padded with `NO_TOKEN`.
+        bias: float32 [m].
     """
 
     stop_token_ids: object
@@ -68,13 +73,13 @@ class Controls(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What was generated for each row.
+    """The tokens generated for each row.
 
     Attributes:
-        tokens: lists of ids, the stop id included.
-        log_probs: lists of log p(token | what stands before it) under the model, in nats, before temperature, penalties
-            and filters. None where the sampler drives its own loop.
-        finish_reasons: "stop" or "length".
+        tokens: list of lists of ids, stop ids included.
+        log_probs: list of lists of floats. Log-probability of each token given those before it, in
+            nats, before temperature, penalties and filters. None if the sampler runs its own loop.
+        finish_reasons: list of strings, "stop" or "length".
     """
 
     tokens: list

@@ -1,19 +1,19 @@
-"""Ids to text, piece by piece: never half a character, never a part of a stop string."""
+"""Text of growing rows of ids: no incomplete characters and no part of a stop string."""
 
 REPLACEMENT = "\ufffd"
-"""What incomplete UTF-8 is decoded to."""
+"""The character that incomplete UTF-8 is decoded to."""
 
 
 class TextStream:
-    """Text of a growing row of ids.
+    """Text of one growing row of ids.
 
     Args:
-        detokenize: list of ids to a string.
-        stop: strings; the text ends before the first that occurs.
+        detokenize: function from a list of ids to a string.
+        stop: strings. The text ends before the first occurrence of any. Defaults to none.
 
     Attributes:
-        ids: what was pushed.
-        stopped: whether a stop string has occurred.
+        ids: list of the ids that were pushed.
+        stopped: bool. True once a stop string has occurred.
     """
 
     def __init__(self, detokenize, stop=()):
@@ -25,11 +25,11 @@ class TextStream:
         self._sent = 0
 
     def push(self, ids):
-        """Append ids and return the text that is certain by now; none once it has stopped.
+        """Append ids and return the new text that later ids cannot change.
 
-        All ids up to and with the one that completes a stop string are kept in `ids`, those behind it are not.
+        Ids after the one that completes a stop string are dropped.
         """
-        before = self._sent
+        start = self._sent
         for i in ids:
             if self.stopped:
                 break
@@ -39,49 +39,61 @@ class TextStream:
             if end is not None:
                 self.stopped = True
                 self._text = self._text[:end]
-        self._sent = max(self._sent, len(self._text) if self.stopped else self._certain())
-        return self._text[before : self._sent]
+        final = len(self._text) if self.stopped else self._final_length()
+        self._sent = max(self._sent, final)
+        return self._text[start : self._sent]
 
     def flush(self):
-        """The rest, when no more ids come."""
+        """Return the rest of the text, when no more ids follow."""
         rest = self._text[self._sent :]
         self._sent = len(self._text)
         return rest
 
     @property
     def text(self):
-        """All of the text, up to a stop string."""
+        """The whole text, up to a stop string."""
         return self._text
 
-    def _certain(self):
-        """Length of the text without what may become another character or a stop string."""
+    def _final_length(self):
+        """Return the length without incomplete characters and starts of stop strings."""
         text = self._text.rstrip(REPLACEMENT)
         lengths = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return len(text) - max(lengths, default=0)
 
 
 def find_first(text, strings):
-    """Where the first of `strings` begins in `text`, or None."""
-    return min((at for at in (text.find(string) for string in strings) if at >= 0), default=None)
+    """Return the index in `text` of the first occurrence of any of `strings`, or None."""
+    found = (text.find(string) for string in strings)
+    return min((index for index in found if index >= 0), default=None)
 
 
 class Stream:
-    """Pieces of the text that follows one prompt, as it is generated; joined, they are what `generate` returns for it.
+    """Iterator over pieces of the text that follows one prompt, while it is generated.
 
-    No piece ends within a character, and none has a part of a stop string. An interrupt (Ctrl-C) while the model works
-    ends the text there; what was generated so far is returned, and the model stays usable.
+    Joined, the pieces are what `generate` returns for the prompt. No piece ends within a character
+    or contains a part of a stop string. An interrupt (Ctrl-C) during a decoding step ends the text;
+    the text generated so far is returned and the model stays usable.
+
+    Args:
+        generator: has `stream`, as `generator.Generator`.
+        request: `requests.Request` of one prompt.
+        preprocessor: `VaultGemmaCausalLMPreprocessor`.
 
     Attributes:
-        ids: the tokens generated so far.
-        finish_reason: None at first; "stop", "length" or "interrupted" once it has ended.
+        ids: list of the tokens generated so far.
+        finish_reason: "stop", "length" or "interrupted" once the text has ended, until then None.
     """
 
     def __init__(self, generator, request, preprocessor):
         self.finish_reason = None
         self._text = TextStream(detokenizer(request, preprocessor), request.stop)
         self._stop_token_ids = request.stop_token_ids
-        self._parts = generator.stream(
-            request.asked.rows, request.limits, request.stop_token_ids, request.settings, length=1
+        self._steps = generator.stream(
+            request.prompts.rows,
+            request.limits,
+            request.stop_token_ids,
+            request.settings,
+            interval=1,
         )
         self._pieces = self._run()
 
@@ -99,7 +111,7 @@ class Stream:
         reason = "length"
         while True:
             try:
-                new = next(self._parts)[0][0]
+                new = next(self._steps)[0][0]
                 piece = self._text.push(new)
             except StopIteration:
                 break
@@ -112,20 +124,21 @@ class Stream:
                 yield piece
             if self._text.stopped:
                 break
-        self._parts.close()
+        self._steps.close()
         self.finish_reason = reason
         if rest := self._text.flush():
             yield rest
 
 
-def shown(request, preprocessor):
-    """A function of a generated row of ids: without the `<end_of_turn>` that ends a chat's reply."""
-    turn_end = preprocessor.tokenizer.end_of_turn_id if request.asked.form == "chat" else None
+def turn_end_stripper(request, preprocessor):
+    """Return a function that removes `<end_of_turn>` from a row of ids if the request is a chat."""
+    turn_end = preprocessor.tokenizer.end_of_turn_id if request.prompts.form == "chat" else None
     if turn_end not in request.stop_token_ids:
         return list
     return lambda row: [i for i in row if i != turn_end]
 
 
 def detokenizer(request, preprocessor):
-    strip = shown(request, preprocessor)
+    """Return a function from a generated row of ids to the text that the user is given."""
+    strip = turn_end_stripper(request, preprocessor)
     return lambda row: preprocessor.detokenize([strip(row)])[0]

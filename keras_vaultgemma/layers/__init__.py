@@ -1,5 +1,4 @@
-"""The mathematics of the model: layers and pure functions."""
+"""The layers of VaultGemma, and the functions that they are made of."""
 
-from keras_vaultgemma import (
-    backend as backend,
-)  # selects the Keras backend before Keras is imported
+# Selects the Keras backend before Keras is imported.
+from keras_vaultgemma import backend as backend

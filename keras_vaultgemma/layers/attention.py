@@ -1,6 +1,7 @@
-"""Causal attention: the mask and the arithmetic as pure functions, and the layer that owns the four projections.
+"""Causal attention: mask and arithmetic as pure functions, and the layer with the projections.
 
-Shapes: B batch, T query length, S key length, D width, N query heads, K key-value heads, G = N / K, H head width.
+Shapes: B batch, T query length, S key length, D width, N query heads, K key-value heads, G = N / K
+query heads in a group, H head width.
 """
 
 import keras
@@ -8,45 +9,57 @@ from keras import ops
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.layers import kv_cache
-from keras_vaultgemma.layers.projection import projection
+from keras_vaultgemma.layers.direct_call import call_layer
+from keras_vaultgemma.layers.projection import Projection
 from keras_vaultgemma.layers.rotary import rotate
 from keras_vaultgemma.layers.soft_cap import soft_cap
 
 
 def causal_mask(query_positions, key_positions, window=None, segments=None, start=None):
-    """Which key each query sees: those not after it, not empty, less than `window` positions back, of its own segment.
+    """Return the mask of the keys that each query attends to.
+
+    These are the keys of its own segment that are not after it, not empty, and less than `window`
+    positions before it.
 
     Args:
-        query_positions: int [B, T].
-        key_positions: int [B, S]; `cache.EMPTY` marks padding and unwritten slots.
-        window: number of positions seen, the query's own included, int or int scalar; None for all.
-        segments: int [B, S], the segment of each key; None where a row is one text.
-        start: int scalar, the key that is the first query; None where S = T.
+        query_positions: int tensor [B, T].
+        key_positions: int tensor [B, S]. `kv_cache.EMPTY` at padding and unwritten slots.
+        window: int or int scalar. Number of positions attended to, the query's own included.
+            Defaults to None, for all.
+        segments: int tensor [B, S]. Segment of each key. Defaults to None, where each row is one
+            text.
+        start: int scalar. Index of the key that is the first query. Defaults to None, where S = T.
 
     Returns:
-        bool [B, T, S].
+        bool tensor [B, T, S].
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv_cache.EMPTY)
+    mask = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv_cache.EMPTY)
     if segments is not None:
-        seen = ops.logical_and(seen, _same_segment(segments, start, query_positions.shape[1]))
-    return seen if window is None else ops.logical_and(seen, distance < window)
+        mask = ops.logical_and(mask, _same_segment(segments, start, query_positions.shape[1]))
+    return mask if window is None else ops.logical_and(mask, distance < window)
 
 
 def segment_positions(padding_mask):
-    """Positions of the tokens in their segments: int32 [B, T], each counted from 0, `cache.EMPTY` at padding.
+    """Return the position of each token in its segment, counted from 0.
 
     Args:
-        padding_mask: int or bool [B, T], the number of each token's segment, 0 at padding. A row that is one text has 1
-            at every token; padding may stand on either side.
+        padding_mask: int or bool tensor [B, T]. Number of each token's segment, 0 at padding. A row
+            that is one text has 1 at every token; padding may be on either side.
+
+    Returns:
+        int32 tensor [B, T], `kv_cache.EMPTY` at padding.
     """
     segments = ops.cast(padding_mask, "int32")
-    counted = ops.sum(ops.cast(ops.tril(_same_segment(segments)), "int32"), axis=-1) - 1
-    return ops.where(segments > 0, counted, kv_cache.EMPTY)
+    positions = ops.sum(ops.cast(ops.tril(_same_segment(segments)), "int32"), axis=-1) - 1
+    return ops.where(segments > 0, positions, kv_cache.EMPTY)
 
 
 def _same_segment(segments, start=None, length=None):
-    """bool [B, T, S]: which of `length` tokens from `start` on, or of all, are of one segment with which of all."""
+    """Return bool [B, T, S]: True where a query and a key are of one segment.
+
+    The queries are `length` tokens from `start` on, or all tokens.
+    """
     queries = (
         segments if start is None else ops.slice(segments, (0, start), (segments.shape[0], length))
     )
@@ -54,33 +67,35 @@ def _same_segment(segments, start=None, length=None):
 
 
 def attend(query, key, value, mask, scale, cap=None):
-    """Grouped-query attention with an optional soft cap on the scores, softmax in float32.
+    """Compute grouped-query attention with softmax in float32.
 
-    Keys and values have heads before slots: a query then reads those of its head as they lie in memory, at the speed of
-    memory for a single query. (With slots before heads, XLA's CPU compiler has them transposed for every token.)
+    Keys and values have heads before slots, so that a query reads those of its head consecutively:
+    at the speed of memory for a single query. With slots before heads, XLA's CPU compiler
+    transposes them for every token.
 
     Args:
-        query: [B, T, N, H]; query head n reads key-value head n // G.
-        key, value: [B, K, S, H], or [B * K, S, H] as a cache has them.
-        mask: bool [B, T, S].
-        scale: factor on the scores.
-        cap: soft cap on the scaled scores, or None.
+        query: tensor [B, T, N, H]. Query head n reads key-value head n // G.
+        key: tensor [B, K, S, H], or [B * K, S, H] from a cache.
+        value: tensor like `key`.
+        mask: bool tensor [B, T, S].
+        scale: float. Factor of the scores.
+        cap: float. Soft cap of the scaled scores. Defaults to None.
 
     Returns:
-        [B, T, N, H]. A query that sees no key gets the mean of all values: finite, and masked wherever it matters.
+        Tensor [B, T, N, H]. A query whose mask is False everywhere gets a finite value that has no
+        meaning.
     """
     batch, length, num_query_heads, head_dim = ops.shape(query)
     *lead, slots, _ = ops.shape(key)
     heads = key.shape[1] if len(lead) == 2 else key.shape[0] // query.shape[0]
     groups = num_query_heads // heads
-    if backend.ATTENDS_IN_ONE and groups == 1 and cap is None:
-        key, value = (
-            ops.transpose(ops.reshape(x, (batch, heads, slots, -1)), (0, 2, 1, 3))
-            for x in (key, value)
-        )
-        return ops.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
-    # A matrix times a vector where a head has one query: XLA's CPU compiler takes 10 times as long over one row of a
-    # matrix.
+    if is_fused(groups, cap):
+        key, value = (backend.reshape(x, (batch, heads, slots, head_dim)) for x in (key, value))
+        query = ops.transpose(query, (0, 2, 1, 3))
+        output = backend.fused_attention(query, key, value, mask[:, None], scale)
+        return ops.transpose(output, (0, 2, 1, 3))
+    # A matrix times a vector if a head has a single query, because XLA's CPU compiler takes 10
+    # times as long for a matrix of one row.
     rows, r = ((), "") if query.shape[1] == groups == 1 else ((groups * length,), "r")
     query = ops.transpose(
         ops.reshape(query, (batch, length, heads, groups, head_dim)), (0, 2, 3, 1, 4)
@@ -91,7 +106,7 @@ def attend(query, key, value, mask, scale, cap=None):
     )
     scores = soft_cap(ops.cast(scores, "float32") * scale, cap)
     scores = ops.reshape(scores, (batch, heads, groups, length, slots))
-    # Finite, so that a row without any key does not turn into NaN.
+    # Finite, because a row of -inf alone would become NaN.
     scores = ops.where(mask[:, None, None], scores, -1e30)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     output = ops.einsum(
@@ -103,14 +118,40 @@ def attend(query, key, value, mask, scale, cap=None):
     return ops.reshape(output, (batch, length, num_query_heads, head_dim))
 
 
+def is_fused(groups, cap):
+    """True if `attend` is one operation, which saves no scores for the backward pass (PyTorch)."""
+    return backend.HAS_FUSED_ATTENTION and groups == 1 and cap is None
+
+
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
 class VaultGemmaAttention(keras.layers.Layer):
-    """The query, key, value and output projections around `attend`.
+    """Causal self-attention with rotary positions, optionally to a KV cache.
 
     Args:
-        num_query_heads, num_key_value_heads, head_dim: N, K, H.
-        query_pre_attn_scalar: the scores are divided by its square root.
-        logit_soft_cap: soft cap on the scores, or None.
-        initial: `layers.Initial` of this layer.
+        num_query_heads: int. N.
+        num_key_value_heads: int. K, a divisor of N.
+        head_dim: int. H.
+        query_pre_attn_scalar: float. Scores are divided by its square root. Defaults to `head_dim`.
+        logit_soft_cap: float. Soft cap of the scores. Defaults to None.
+        initializer_range: float. Standard deviation of random initial weights. Defaults to 0.02.
+        stored_values: `StoredValues` of this layer. Not part of the config. Defaults to None, for
+            random values.
+
+    Example:
+
+    ```python
+    from keras import ops
+    from keras_vaultgemma.layers.attention import VaultGemmaAttention, causal_mask
+    from keras_vaultgemma.layers.rotary import RotaryAngles
+
+    positions = ops.arange(3)[None]
+    attention = VaultGemmaAttention(num_query_heads=2, num_key_value_heads=1, head_dim=4)
+    y = attention(
+        ops.ones((1, 3, 8)),
+        angles=RotaryAngles(4, 10_000.0)(positions),
+        attention_mask=causal_mask(positions, positions),
+    )
+    ```
     """
 
     def __init__(
@@ -118,30 +159,37 @@ class VaultGemmaAttention(keras.layers.Layer):
         num_query_heads,
         num_key_value_heads,
         head_dim,
-        query_pre_attn_scalar,
-        logit_soft_cap,
-        initial,
+        query_pre_attn_scalar=None,
+        logit_soft_cap=None,
+        initializer_range=0.02,
+        stored_values=None,
         **kwargs,
     ):
-        # Keras would cast the angles to a 16-bit compute dtype on the way in.
+        # Without autocast, which would cast the angles to a 16-bit compute dtype.
         super().__init__(autocast=False, **kwargs)
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
-        self.query_pre_attn_scalar = query_pre_attn_scalar
+        self.query_pre_attn_scalar = query_pre_attn_scalar or head_dim
         self.logit_soft_cap = logit_soft_cap
-        self.initial = initial
+        self.initializer_range = initializer_range
+        self._stored_values = stored_values
 
     def build(self, input_shape):
-        width, options = input_shape[-1], (self.initial, self.dtype_policy)
-        self.query = projection(self.num_query_heads * self.head_dim, "query", *options)
-        self.key = projection(self.num_key_value_heads * self.head_dim, "key", *options)
-        self.value = projection(self.num_key_value_heads * self.head_dim, "value", *options)
-        # `output` is a property of every Keras layer.
-        self.attention_output = projection(width, "attention_output", *options)
+        query_width = self.num_query_heads * self.head_dim
+        key_width = self.num_key_value_heads * self.head_dim
+        self.query = self._projection("query", query_width)
+        self.key = self._projection("key", key_width)
+        self.value = self._projection("value", key_width)
+        # Not `output`, which is a property of every Keras layer.
+        self.attention_output = self._projection("attention_output", input_shape[-1])
         for layer in (self.query, self.key, self.value):
             layer.build(input_shape)
-        self.attention_output.build((*input_shape[:-1], self.num_query_heads * self.head_dim))
+        self.attention_output.build((*input_shape[:-1], query_width))
+
+    def _projection(self, name, units):
+        stored = self._stored_values and self._stored_values.sublayer(name)
+        return Projection(units, self.initializer_range, stored, dtype=self.dtype_policy, name=name)
 
     def call(
         self, x, angles, attention_mask, cache=None, start=None, training=None, recompute=True
@@ -149,48 +197,54 @@ class VaultGemmaAttention(keras.layers.Layer):
         """Attend from `x` to itself, or to a cache that `x` is first written into.
 
         Args:
-            x: [B, T, D].
-            angles: (cos, sin) of the queries' positions, from `layers.RotaryAngles`.
-            attention_mask: bool [B, T, S]; S = T without a cache.
-            cache: (keys, values) of this layer, [B * K, S, H] each, or None; consumed.
-            start: int32 scalar, the first slot to write.
-            training: whether adapters drop out.
-            recompute: whether scores and weights (N T S values each) are computed again for the backward pass rather
-                than kept. Without a cache only, which is when gradients are taken.
+            x: tensor [B, T, D].
+            angles: tuple `(cos, sin)` of the queries' positions, from `RotaryAngles`.
+            attention_mask: bool tensor [B, T, S], with S = T without a cache.
+            cache: tuple `(keys, values)` of this layer, tensors [B * K, S, H], which the caller
+                must not use again. Defaults to None.
+            start: int32 scalar. First slot to write. Only with a cache.
+            training: bool. True to apply the dropout of adapters.
+            recompute: bool. True to recompute scores and weights (N T S values each) in the
+                backward pass instead of saving them. Only without a cache. Defaults to True.
 
         Returns:
-            [B, T, D]; with a cache, a pair of that and the new (keys, values).
+            Tensor [B, T, D]; with a cache, a tuple of it and the new `(keys, values)`.
         """
         batch, length, _ = ops.shape(x)
-        query = ops.reshape(
-            self.query(x, training=training), (batch, length, self.num_query_heads, self.head_dim)
-        )
-        key = ops.reshape(
-            self.key(x, training=training), (batch, length, self.num_key_value_heads, self.head_dim)
-        )
-        value = ops.reshape(
-            self.value(x, training=training),
-            (batch, length, self.num_key_value_heads, self.head_dim),
-        )
-        query, key = rotate(query, *angles), rotate(key, *angles)
+
+        def project(layer, heads):
+            y = call_layer(layer, x, training=training)
+            return backend.reshape(y, (batch, length, heads, self.head_dim))
+
+        query = rotate(project(self.query, self.num_query_heads), *angles)
+        key = rotate(project(self.key, self.num_key_value_heads), *angles)
+        value = project(self.value, self.num_key_value_heads)
         key, value = ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
         if cache is not None:
             key, value = (
-                kv_cache.write(old, ops.reshape(new, (-1, length, self.head_dim)), start)
+                kv_cache.write(old, backend.reshape(new, (-1, length, self.head_dim)), start)
                 for old, new in zip(cache, (key, value), strict=True)
             )
-        attend_to = self._attend_to(attention_mask)
-        output = (backend.remat(attend_to) if cache is None and recompute else attend_to)(
-            query, key, value
-        )
-        output = ops.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
-        output = self.attention_output(output, training=training)
+
+        def attend_to(query, key, value):
+            scale = self.query_pre_attn_scalar**-0.5
+            return attend(query, key, value, attention_mask, scale, self.logit_soft_cap)
+
+        groups = self.num_query_heads // self.num_key_value_heads
+        if cache is None and recompute and not is_fused(groups, self.logit_soft_cap):
+            attend_to = backend.remat(attend_to)
+        output = attend_to(query, key, value)
+        output = backend.reshape(output, (batch, length, self.num_query_heads * self.head_dim))
+        output = call_layer(self.attention_output, output, training=training)
         return output if cache is None else (output, (key, value))
 
-    def _attend_to(self, mask):
-        def attend_to(query, key, value):
-            return attend(
-                query, key, value, mask, self.query_pre_attn_scalar**-0.5, self.logit_soft_cap
-            )
-
-        return attend_to
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_query_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "logit_soft_cap": self.logit_soft_cap,
+            "initializer_range": self.initializer_range,
+        }

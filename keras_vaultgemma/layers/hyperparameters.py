@@ -1,60 +1,53 @@
-"""What the sizes and constants of a VaultGemma may be."""
+"""Ranges of the backbone's hyperparameters."""
 
-import numbers
+from keras_vaultgemma._validation import check_integer, check_number, is_integer
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def check_hyperparameters(hyperparameters):
-    """Check constructor arguments of `VaultGemmaBackbone`.
+    """Check the constructor arguments of `VaultGemmaBackbone`.
 
     Args:
-        hyperparameters: dict of all of them by name.
+        hyperparameters: dict from the name of each argument to its value.
 
     Raises:
-        ValueError: names the first that is out of its range or contradicts another, and its value.
+        ValueError: If a value is out of its range or contradicts another. Names the first such
+            value.
     """
-
-    def require(name, legal, fine):
-        if not fine:
-            raise ValueError(
-                f"`{name}` must be {legal}. Received: {name}={hyperparameters[name]!r}"
-            )
-
-    def is_positive(value):
-        return isinstance(value, numbers.Real) and value > 0
-
     h = hyperparameters
+
+    def require(name, legal, is_legal):
+        if not is_legal:
+            raise ValueError(f"`{name}` must be {legal}. Received: {name}={h[name]!r}")
+
     for name in (
         "vocabulary_size",
         "num_layers",
         "num_query_heads",
         "num_key_value_heads",
         "hidden_dim",
+        "intermediate_dim",
+        "head_dim",
+        "max_sequence_length",
     ):
-        require(name, "a positive integer", is_count(h[name]))
-    for name in ("intermediate_dim", "head_dim", "max_sequence_length"):
-        require(name, "a positive integer", is_count(h[name]))
+        check_integer(name, h[name])
     for name in ("query_pre_attn_scalar", "rope_theta", "layer_norm_epsilon", "initializer_range"):
-        require(name, "a number above 0", is_positive(h[name]))
+        check_number(name, h[name], above=0)
     for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
-        require(name, "None or a number above 0", h[name] is None or is_positive(h[name]))
+        check_number(name, h[name], above=0, allow_none=True)
     heads = h["num_key_value_heads"]
+    divides = h["num_query_heads"] % heads == 0
+    require("num_query_heads", f"a multiple of num_key_value_heads={heads}", divides)
+    is_even = h["head_dim"] % 2 == 0
+    require("head_dim", "even, because rotary positions rotate pairs of channels", is_even)
+    count, types = h["num_layers"], h["layer_types"]
+    is_list = isinstance(types, (list, tuple)) and len(types) == count
     require(
-        "num_query_heads",
-        f"a multiple of num_key_value_heads={heads}",
-        h["num_query_heads"] % heads == 0,
+        "layer_types",
+        f"{count} (num_layers) of {' or '.join(map(repr, LAYER_TYPES))}",
+        is_list and all(layer_type in LAYER_TYPES for layer_type in types),
     )
-    require("head_dim", "even, for rotary positions turn pairs of channels", h["head_dim"] % 2 == 0)
-    count = h["num_layers"]
-    fine = isinstance(h["layer_types"], (list, tuple)) and len(h["layer_types"]) == count
-    fine = fine and all(layer_type in LAYER_TYPES for layer_type in h["layer_types"])
-    require("layer_types", f"{count} (num_layers) of {' or '.join(map(repr, LAYER_TYPES))}", fine)
-    slides = "sliding_attention" in h["layer_types"]
-    fine = is_count(h["sliding_window_size"]) or (h["sliding_window_size"] is None and not slides)
-    require("sliding_window_size", "a positive integer" + ("" if slides else " or None"), fine)
-
-
-def is_count(value):
-    """Whether a value is a positive integer."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    window, slides = h["sliding_window_size"], "sliding_attention" in types
+    is_legal = is_integer(window) or (window is None and not slides)
+    require("sliding_window_size", "a positive integer" + ("" if slides else " or None"), is_legal)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Matmuls with int8 weights and a gradient with respect to the activations."""
 
 from keras import ops
 
@@ -6,13 +6,17 @@ from keras_vaultgemma import backend
 
 
 def int8_matmul(x, weight, scale, quantizer, transposed=False):
-    """`x` [..., in] times the matrix that int8 `weight` [in, out], divided by `scale` [out], stands for; float32.
+    """Return the float32 matmul of activations with a quantized matrix.
 
-    `x` is rounded to int8, too, and its gradient is that of the product without this rounding, whose own would be 0.
+    `x` is rounded to int8, too. Its gradient is that of the matmul without this rounding, because
+    the gradient of rounding is 0.
 
     Args:
-        quantizer: of `x`, with Keras's interface; None to leave `x` as it is.
-        transposed: whether `weight` is [out, in] instead.
+        x: float tensor [..., in].
+        weight: int8 tensor [in, out]. Stands for `weight / scale`.
+        scale: float tensor [out].
+        quantizer: Keras quantizer of `x`, or None to leave `x` as it is.
+        transposed: bool. True if `weight` is [out, in] instead. Defaults to False.
     """
     scale = ops.cast(scale, "float32")
     if quantizer is None:
@@ -22,7 +26,8 @@ def int8_matmul(x, weight, scale, quantizer, transposed=False):
     def product(x, weight, scale):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
-            # The scale goes to the side that has no more than a row for each token.
+            # The scale divides the upstream gradient, because that has one row for each token and
+            # the matrix has many.
             upstream = ops.cast(upstream / scale, x.dtype)
             return backend.matmul(upstream, ops.cast(weight, x.dtype), not transposed), None, None
 

@@ -1,4 +1,8 @@
-"""The low-rank update of a frozen matrix, W + s A B (LoRA, Hu et al., 2021, arXiv:2106.09685), in a layer."""
+"""Low-rank update of a frozen matrix: W + s A B.
+
+References:
+    - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+"""
 
 import keras
 from keras import ops
@@ -7,41 +11,45 @@ from keras_vaultgemma import backend
 
 
 def low_rank_matmul(x, first, second, scale, transposed=False):
-    """`x` [..., in] times `first` [in, r], `second` [r, out] and `scale`, in float32, without their product [in, out].
+    """Return `x @ first @ second * scale` in float32, without the matrix `first @ second`.
 
     Args:
-        first, second: variables or tensors; with a first axis B, one matrix for each row of `x` [B, T, in].
-        transposed: whether the matrices are [r, in] and [out, r] instead.
+        x: tensor [..., in].
+        first: variable or tensor [in, r], or [B, in, r] with a matrix for each row of `x` [B, T,
+            in].
+        second: variable or tensor [r, out], or [B, r, out].
+        scale: float.
+        transposed: bool. True if the matrices are [r, in] and [out, r] instead. Defaults to False.
     """
     x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
-    second = backend.value_of(second)
-    return (
-        backend.matmul(x * scale, second, transposed)
-        if transposed
-        else backend.expanded(x * scale, second)
-    )
+    return backend.matmul(x * scale, backend.value_of(second), transposed)
 
 
 class LowRankUpdate:
-    """What a Keras layer with a matrix needs beyond Keras's own LoRA; stands before the Keras layer among the bases.
+    """Mixin that adds a low-rank adapter to a Keras layer with one matrix.
 
-    Keras adds A B, a matrix as large as W, to W in every call. Here the layer computes x W + s (x A) B, in float32 but
-    for x W. Factors are float32 variables under every dtype policy.
+    It precedes the Keras layer among the bases. Keras's own LoRA adds A B, a matrix as large as W,
+    to W in every call; this layer computes `x W + s (x A) B`, in float32 but for `x W`. Factors are
+    float32 variables under every dtype policy.
 
     Attributes:
-        adapted_shape: (in, out), from the Keras layer.
-        lora_enabled: whether the layer has factors.
-        lora_rank, lora_alpha: r, and s times r.
-        lora_dropout: part of the adapter's input that is dropped in training.
+        adapted_shape: tuple `(in, out)`.
+        lora_enabled: bool. True if the layer has factors.
+        lora_rank: int r, or None.
+        lora_alpha: float, s times r, or None.
+        lora_dropout: float. Dropout rate of the adapter's input in training.
     """
 
     lora_factor_names = ("lora_kernel_a", "lora_kernel_b")
-    """Keras's names for A [in, r] and B [r, out]."""
-
-    lora_dropout = 0.0
+    """Keras's names of the factors A [in, r] and B [r, out]."""
 
     takes_row_factors = False
-    """Whether the layer also computes with factors [B, in, r] and [B, r, out], one pair for each row of a batch."""
+    """True if the layer also accepts factors [B, in, r] and [B, r, out], a pair for each row."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_dropout = 0.0
+        self.lora_seed = None
 
     def enable_lora(
         self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0
@@ -49,15 +57,17 @@ class LowRankUpdate:
         """Add factors and freeze the matrix.
 
         Args:
-            rank: r.
-            lora_alpha: s times r. Defaults to `rank`.
-            a_initializer, b_initializer: of the factors.
-            dropout: part of the adapter's input that is dropped in training.
+            rank: int. Rank r.
+            lora_alpha: float. s times r. Defaults to `rank`.
+            a_initializer: Keras initializer of A. Defaults to `"he_uniform"`.
+            b_initializer: Keras initializer of B. Defaults to `"zeros"`.
+            dropout: float. Dropout rate of the adapter's input in training. Defaults to 0.
 
         Raises:
-            ValueError: for a layer that has factors, or whose matrix is quantized to something else than int8.
+            ValueError: If the layer has factors, or its matrix is quantized in another mode than
+                int8.
         """
-        # Keras's own `enable_lora` would ask for the matrix [in, out], which a projection does not have as it is.
+        # Not Keras's `enable_lora`, because it reads `kernel`, which a projection has to transpose.
         self.check_base(self.quantization_mode)
         if self.lora_enabled:
             raise ValueError(
@@ -71,12 +81,12 @@ class LowRankUpdate:
         for name, shape, initializer in zip(
             self.lora_factor_names, shapes, initializers, strict=True
         ):
-            # Not cast: Keras would round the factors to a 16-bit compute dtype in every call.
-            options = dict(
-                initializer=keras.initializers.get(initializer), dtype="float32", autocast=False
-            )
-            setattr(self, name, self.add_weight(name=name, shape=shape, **options))
-        if dropout and not hasattr(self, "lora_seed"):
+            # Without autocast, which would round the factors to a 16-bit compute dtype.
+            options = dict(dtype="float32", autocast=False)
+            initializer = keras.initializers.get(initializer)
+            factor = self.add_weight(name=name, shape=shape, initializer=initializer, **options)
+            setattr(self, name, factor)
+        if dropout and self.lora_seed is None:
             self.lora_seed = keras.random.SeedGenerator()
         self._tracker.lock()
         self.lora_enabled = True
@@ -84,10 +94,10 @@ class LowRankUpdate:
         self.lora_dropout = dropout
 
     def disable_lora(self):
-        """Take the factors away and leave the matrix frozen."""
+        """Remove the factors. The matrix stays frozen."""
         for variable in self.lora_factors:
             self._untrack_variable(variable)
-        # Not by `del`: Keras collects garbage for each, which takes longer than everything else together.
+        # Not `del`, because Keras then collects garbage, for minutes in a model of 183 layers.
         for name in self.lora_factor_names:
             setattr(self, name, None)
         self.trainable = False
@@ -97,26 +107,30 @@ class LowRankUpdate:
 
     @property
     def lora_factors(self):
-        """The variables A [in, r] and B [r, out]; none without an adapter."""
-        return (
-            tuple(getattr(self, name) for name in self.lora_factor_names)
-            if self.lora_enabled
-            else ()
-        )
+        """Tuple of the variables A [in, r] and B [r, out], empty without an adapter."""
+        if not self.lora_enabled:
+            return ()
+        return tuple(getattr(self, name) for name in self.lora_factor_names)
 
     @property
     def lora_scale(self):
-        """s."""
+        """The scale s."""
         return self.lora_alpha / self.lora_rank
 
     def quantize(self, mode=None, type_check=True, config=None):
         if self.lora_enabled:
             self.check_base(mode)
-        # Keras quantises subclasses only where they say so.
+        # Keras quantizes subclasses only without the type check.
         super().quantize(mode, type_check=False, config=config)
 
     def merged(self, matrix, transposed=False):
-        """W + s A B in the dtype of `matrix` W [in, out], rounded once; `transposed`, both are [out, in]."""
+        """Return W + s A B in the dtype of the matrix W, rounded once.
+
+        Args:
+            matrix: tensor [in, out].
+            transposed: bool. True if `matrix` and the result are [out, in] instead. Defaults to
+                False.
+        """
         a, b = self.lora_factors
         update = self.lora_scale * (
             ops.matmul(ops.transpose(b), ops.transpose(a)) if transposed else ops.matmul(a, b)
@@ -124,8 +138,14 @@ class LowRankUpdate:
         return ops.cast(ops.cast(matrix, "float32") + update, matrix.dtype)
 
     def check_base(self, mode):
-        """Raise ValueError for a quantization mode that no adapter can stand on."""
+        """Raise ValueError for a quantization mode that an adapter cannot be added to."""
         if mode not in (None, "int8"):
             raise ValueError(
-                f"An adapter needs a base in floating point or int8. Received: {self.path} in {mode}"
+                "An adapter needs a base in floating point or int8. Received: "
+                f"{self.path} in {mode}"
             )
+
+    def get_config(self):
+        """Return the config of the layer without its adapter, which is saved separately."""
+        config = super().get_config()
+        return {k: v for k, v in config.items() if k not in ("lora_rank", "lora_alpha")}

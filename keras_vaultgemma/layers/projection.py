@@ -1,4 +1,4 @@
-"""TODO."""
+"""Projection: a matrix of weights without bias."""
 
 import keras
 import numpy as np
@@ -9,29 +9,56 @@ from keras_vaultgemma.layers.int8 import int8_matmul
 from keras_vaultgemma.layers.low_rank import LowRankUpdate, low_rank_matmul
 
 
-def projection(units, name, initial, dtype):
-    """A matrix [units, in] without bias; all projections are such, so that LoRA and int8 meet plain matrices."""
-    initializer = initial.below(name)("weight")
-    return Projection(units, use_bias=False, kernel_initializer=initializer, dtype=dtype, name=name)
-
-
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
 class Projection(LowRankUpdate, keras.layers.Dense):
-    """A `keras.layers.Dense` without bias whose matrix is the variable `weight` [units, in].
+    """`keras.layers.Dense` without bias, whose matrix is the variable `weight` [units, in].
 
-    So PyTorch and Hugging Face have it, and `backend.matmul` is up to twice as fast for few rows. Keras's own `kernel`
-    [in, units] is what Keras's files have, and what takes the place of `weight` in a quantized layer.
+    PyTorch and Hugging Face have the same layout, and `backend.matmul` is up to twice as fast in it
+    for few rows. Files of Keras hold the matrix as `kernel` [in, units], and so does a quantized
+    layer.
+
+    Args:
+        units: int. Size of the output.
+        initializer_range: float. Standard deviation of random initial weights. Defaults to 0.02.
+        stored_values: `StoredValues` of this layer. Not part of the config. Defaults to None, for
+            random values.
+        quantization_config: as for `keras.layers.Dense`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vaultgemma.layers.projection import Projection
+
+    y = Projection(units=3)(np.ones((1, 2, 4), "float32"))  # [1, 2, 3]
+    ```
     """
 
     takes_row_factors = True
+
+    def __init__(
+        self, units, initializer_range=0.02, stored_values=None, quantization_config=None, **kwargs
+    ):
+        super().__init__(
+            units,
+            use_bias=False,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+            quantization_config=quantization_config,
+            **kwargs,
+        )
+        self.initializer_range = initializer_range
+        self._stored_values = stored_values
 
     def build(self, input_shape):
         if self.quantization_mode:
             super().build(input_shape)
             return
-        size = input_shape[-1]
-        # Under Keras's name for the variable, whatever its shape, for Keras reads its dtype and freezes it.
+        size, stored = input_shape[-1], self._stored_values
+        # In the attribute of Keras's variable, because Keras reads its dtype and freezes it.
         self._kernel = self.add_weight(
-            name="weight", shape=(self.units, size), initializer=self.kernel_initializer
+            name="weight",
+            shape=(self.units, size),
+            initializer=self.kernel_initializer if stored is None else stored.initializer("weight"),
         )
         self.bias = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: size})
@@ -43,12 +70,12 @@ class Projection(LowRankUpdate, keras.layers.Dense):
 
     @property
     def weight(self):
-        """The variable [units, in], without adapters; None in a quantized layer."""
+        """The variable [units, in], without adapters, or None in a quantized layer."""
         return None if self.quantization_mode else self._kernel
 
     @property
     def kernel(self):
-        """The matrix [in, units]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""
+        """The matrix [in, units], merged with an adapter unless it is int8."""
         if self.quantization_mode:
             return self._kernel if self.lora_enabled else super().kernel
         return ops.transpose(
@@ -56,8 +83,24 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         )
 
     def call(self, x, training=None):
-        product = backend.matmul(x, ops.convert_to_tensor(self._kernel), transposed=True)
-        return self._with_update(product, x, training)
+        product = backend.matmul(x, backend.value_of(self._kernel), transposed=True)
+        return self._add_update(product, x, training)
+
+    def quantized_call(self, x, training=None):
+        if self.quantization_mode != "int8":
+            return super().quantized_call(x, training=training)
+        product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
+        return self._add_update(product, x, training)
+
+    def _add_update(self, product, x, training):
+        if self.lora_enabled:
+            if training and self.lora_dropout:
+                x = keras.random.dropout(
+                    ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed
+                )
+            update = low_rank_matmul(x, *self.lora_factors, self.lora_scale)
+            product = ops.cast(product, "float32") + update
+        return ops.cast(product, self.compute_dtype)
 
     def quantize(self, mode=None, type_check=True, config=None):
         if self.weight is not None and mode in self.variable_serialization_spec:
@@ -71,23 +114,14 @@ class Projection(LowRankUpdate, keras.layers.Dense):
 
     def load_own_variables(self, store):
         if self.weight is not None:
-            store = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 (Keras's store only has keys)
-            store = {key: value.T if key == "0" else value for key, value in store.items()}
+            values = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
+            store = {key: value.T if key == "0" else value for key, value in values.items()}
         super().load_own_variables(store)
 
-    def quantized_call(self, x, training=None):
-        if self.quantization_mode != "int8":
-            return super().quantized_call(x, training=training)
-        product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
-        return self._with_update(product, x, training)
-
-    def _with_update(self, product, x, training):
-        if self.lora_enabled:
-            if training and self.lora_dropout:
-                x = keras.random.dropout(
-                    ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed
-                )
-            product = ops.cast(product, "float32") + low_rank_matmul(
-                x, *self.lora_factors, self.lora_scale
-            )
-        return ops.cast(product, self.compute_dtype)
+    def get_config(self):
+        config = super().get_config()
+        names = ("name", "trainable", "dtype", "units", "quantization_config")
+        return {
+            **{name: config[name] for name in names},
+            "initializer_range": self.initializer_range,
+        }

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The token embedding, which is also the language-model head."""
 
 import keras
 from keras import ops
@@ -9,14 +9,42 @@ from keras_vaultgemma.layers.low_rank import LowRankUpdate, low_rank_matmul
 from keras_vaultgemma.layers.soft_cap import soft_cap
 
 
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
 class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
-    """A `keras.layers.ReversibleEmbedding` whose products in reverse are `backend.matmul` and `int8_product`.
+    """`keras.layers.ReversibleEmbedding` with the matmuls and adapters of this package.
 
-    It keeps the name, which Keras writes into weights files. An adapter changes rows and logits alike; dropout has no
-    part in it, for there is no sense in dropping a part of an id.
+    It has Keras's class name, because that is part of the paths in weights files. An adapter
+    changes rows and logits alike, without dropout, because dropping a part of an id has no meaning.
+
+    Args:
+        *args: arguments of `keras.layers.ReversibleEmbedding`.
+        stored_values: `StoredValues` of this layer. Not part of the config. Defaults to None, for
+            values from `embeddings_initializer`.
+        **kwargs: arguments of `keras.layers.ReversibleEmbedding`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
+
+    embedding = ReversibleEmbedding(input_dim=10, output_dim=4)
+    logits = embedding(embedding(np.array([[3, 7]])), reverse=True)  # [1, 2, 10]
+    ```
     """
 
     lora_factor_names = ("lora_embeddings_a", "lora_embeddings_b")
+
+    def __init__(self, *args, stored_values=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._stored_values = stored_values
+
+    def build(self, input_shape=None):
+        random = self.embeddings_initializer
+        if self._stored_values is not None:
+            self.embeddings_initializer = self._stored_values.initializer("embeddings")
+        super().build(input_shape)
+        self.embeddings_initializer = random
 
     @property
     def table(self):
@@ -35,27 +63,25 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         b_initializer="random_normal",
         dropout=0.0,
     ):
-        # A starts at 0 and not B, as in PEFT: each token moves by B times what it has learned.
+        # A starts at 0 instead of B, as in PEFT, so that rows change only for tokens of the data.
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer, dropout=0.0)
 
     @property
     def embeddings(self):
-        """The matrix [V, D]; with an adapter the merged one, but for an int8 matrix, which stays as it is."""
+        """The matrix [V, D], merged with an adapter unless it is int8."""
         if not self.lora_enabled:
             return super().embeddings
         return self._embeddings if self.quantization_mode else self.merged(self._embeddings)
 
     def call(self, x, reverse=False):
         if reverse:
-            logits = backend.matmul(x, ops.convert_to_tensor(self._embeddings), transposed=True)
-            return self._capped_with_update(logits, x)
+            logits = backend.matmul(x, backend.value_of(self._embeddings), transposed=True)
+            return soft_cap(self._add_update(logits, x), self.logit_soft_cap)
         ids = ops.cast(x, "int32")
-        rows = backend.take_rows(ops.convert_to_tensor(self._embeddings), ids)
+        rows = backend.take_rows(backend.value_of(self._embeddings), ids)
         if self.lora_enabled:
             a, b = self.lora_factors
-            update = backend.matmul(
-                ops.take(a, ids, axis=0) * self.lora_scale, ops.convert_to_tensor(b)
-            )
+            update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, backend.value_of(b))
             rows = ops.cast(rows, "float32") + update
         return ops.cast(rows, self.compute_dtype)
 
@@ -65,12 +91,11 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         logits = int8_matmul(
             x, self._embeddings, self.embeddings_scale, self.inputs_quantizer, transposed=True
         )
-        return self._capped_with_update(logits, x)
+        return soft_cap(self._add_update(logits, x), self.logit_soft_cap)
 
-    def _capped_with_update(self, logits, x):
-        if self.lora_enabled:
-            a, b = self.lora_factors
-            logits = ops.cast(logits, "float32") + low_rank_matmul(
-                x, b, a, self.lora_scale, transposed=True
-            )
-        return soft_cap(logits, self.logit_soft_cap)
+    def _add_update(self, logits, x):
+        if not self.lora_enabled:
+            return logits
+        a, b = self.lora_factors
+        update = low_rank_matmul(x, b, a, self.lora_scale, transposed=True)
+        return ops.cast(logits, "float32") + update

@@ -1,34 +1,52 @@
-"""TODO."""
+"""Root-mean-square normalisation."""
 
 import keras
 from keras import ops
 
 
+@keras.saving.register_keras_serializable(package="keras_vaultgemma")
 class RMSNorm(keras.layers.Layer):
-    """Root-mean-square normalisation as Gemma scales it: `x / rms(x) * (1 + scale)`, in float32, cast back at the end.
+    """Root-mean-square normalisation with Gemma's scale: `x / rms(x) * (1 + scale)`.
 
-    `keras.layers.RMSNormalization` multiplies by `scale` alone, so a Gemma checkpoint would load and be wrong.
+    It is computed in float32 and cast to the compute dtype at the end.
+    `keras.layers.RMSNormalization` multiplies by `scale` alone, so a Gemma checkpoint would load
+    into it and give wrong results.
 
     Args:
-        epsilon: added to the mean square.
-        initial: `Initial` of this layer, or None to start at scale 0.
+        epsilon: float. Added to the mean square. Defaults to 1e-6.
+        stored_values: `StoredValues` of this layer. Not part of the config. Defaults to None, which
+            initializes `scale` with zeros.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_vaultgemma.layers.rms_norm import RMSNorm
+
+    x = RMSNorm()(np.array([[3.0, -4.0]], "float32"))
+    ```
     """
 
-    def __init__(self, epsilon=1e-6, initial=None, **kwargs):
+    def __init__(self, epsilon=1e-6, stored_values=None, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
-        self.initial = initial
+        self._stored_values = stored_values
 
     def build(self, input_shape):
-        initializer = "zeros" if self.initial is None else self.initial("scale", random="zeros")
+        stored = self._stored_values
         self.scale = self.add_weight(
-            shape=(input_shape[-1],), initializer=initializer, name="scale"
+            shape=(input_shape[-1],),
+            initializer="zeros" if stored is None else stored.initializer("scale"),
+            name="scale",
         )
 
     def call(self, x):
         x = ops.cast(x, "float32")
-        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.epsilon)
+        x = x * ops.rsqrt(ops.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}

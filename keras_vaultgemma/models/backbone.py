@@ -22,11 +22,13 @@ import keras
 import keras_hub
 
 from keras_vaultgemma import backend
+from keras_vaultgemma._validation import is_integer
 from keras_vaultgemma.layers import kv_cache
-from keras_vaultgemma.layers.attention import VaultGemmaAttention, causal_mask, segment_positions
+from keras_vaultgemma.layers.attention import causal_mask, segment_positions
 from keras_vaultgemma.layers.decoder_block import VaultGemmaDecoderBlock
-from keras_vaultgemma.layers.hyperparameters import check_hyperparameters, is_count
-from keras_vaultgemma.layers.initializers import Initial
+from keras_vaultgemma.layers.direct_call import call_layer
+from keras_vaultgemma.layers.hyperparameters import check_hyperparameters
+from keras_vaultgemma.layers.initializers import StoredValues
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
 from keras_vaultgemma.layers.rotary import RotaryAngles
@@ -127,7 +129,7 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
     ) -> None:
         if unknown := set(kwargs) - {"name", "trainable"}:
             raise ValueError(f"VaultGemmaBackbone has no argument {', '.join(sorted(unknown))}")
-        if layer_types is None and is_count(num_layers):
+        if layer_types is None and is_integer(num_layers):
             layer_types = ["full_attention"] * num_layers
         arguments = dict(
             vocabulary_size=vocabulary_size,
@@ -155,14 +157,17 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
             setattr(self, name, value)
         self._has_warned_about_length = False
 
-        initial = Initial(
-            initializer_range, None if initial_values is None else dict(initial_values)
-        )
+        stored = None if initial_values is None else StoredValues(dict(initial_values))
+
+        def stored_values(name):
+            return stored and stored.sublayer(name)
+
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
-            embeddings_initializer=initial.below("token_embedding")("embeddings"),
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
             logit_soft_cap=final_logit_soft_cap,
+            stored_values=stored_values("token_embedding"),
             dtype=dtype,
             name="token_embedding",
         )
@@ -175,27 +180,22 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
         )
         self.transformer_layers = [
             VaultGemmaDecoderBlock(
-                VaultGemmaAttention(
-                    num_query_heads,
-                    num_key_value_heads,
-                    head_dim,
-                    self.query_pre_attn_scalar,
-                    attention_logit_soft_cap,
-                    initial.below(f"decoder_block_{i}").below("attention"),
-                    dtype=dtype,
-                    name="attention",
-                ),
-                intermediate_dim,
-                layer_type,
-                layer_norm_epsilon,
-                initial.below(f"decoder_block_{i}"),
+                num_query_heads=num_query_heads,
+                num_key_value_heads=num_key_value_heads,
+                head_dim=head_dim,
+                intermediate_dim=intermediate_dim,
+                query_pre_attn_scalar=self.query_pre_attn_scalar,
+                attention_logit_soft_cap=attention_logit_soft_cap,
+                layer_norm_epsilon=layer_norm_epsilon,
+                initializer_range=initializer_range,
+                stored_values=stored_values(f"decoder_block_{i}"),
                 dtype=dtype,
                 name=f"decoder_block_{i}",
             )
-            for i, layer_type in enumerate(self.layer_types)
+            for i in range(num_layers)
         ]
         self.final_norm = RMSNorm(
-            layer_norm_epsilon, initial.below("final_norm"), dtype=dtype, name="final_norm"
+            layer_norm_epsilon, stored_values("final_norm"), dtype=dtype, name="final_norm"
         )
 
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
@@ -206,10 +206,10 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
             dtype=dtype,
             **kwargs,
         )
-        if initial.values:
+        if stored and stored.values:
             raise ValueError(
                 "`initial_values` must hold values of the backbone's variables alone. "
-                f"Received: {', '.join(sorted(initial.values))}"
+                f"Received: {', '.join(sorted(stored.values))}"
             )
 
     def walk(self, token_ids, positions, cache=None, start=None, segments=None):
@@ -244,25 +244,25 @@ class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.mod
             )
             for layer_type in set(self.layer_types)
         }
-        angles = self.rotary_angles(positions)
-        x = self.embedding_scale(self.token_embedding(token_ids))
-        keys, values = [], []
-        blocks = self.transformer_layers
-        blocks = blocks if cache is None else backend.trace_once(blocks)
-        for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
-            mask = masks[layer_type]
-            if cache is None:
-                x = block(x, angles=angles, attention_mask=mask)
-            else:
-                layer_cache = (cache.keys[i], cache.values[i])
-                x, (key, value) = block(
-                    x, angles=angles, attention_mask=mask, cache=layer_cache, start=start
-                )
-                keys.append(key)
-                values.append(value)
-        x = self.final_norm(x)
         if cache is None:
-            return x
+            # By `__call__`, because Keras builds the layers and records the model's graph there.
+            angles = self.rotary_angles(positions)
+            x = self.embedding_scale(self.token_embedding(token_ids))
+            for block, layer_type in zip(self.transformer_layers, self.layer_types, strict=True):
+                x = block(x, angles=angles, attention_mask=masks[layer_type])
+            return self.final_norm(x)
+        angles = call_layer(self.rotary_angles, positions)
+        x = call_layer(self.embedding_scale, call_layer(self.token_embedding, token_ids))
+        keys, values = [], []
+        blocks = backend.trace_once(call_layer, self.transformer_layers)
+        for i, (block, layer_type) in enumerate(zip(blocks, self.layer_types, strict=True)):
+            layer_cache = (cache.keys[i], cache.values[i])
+            x, (key, value) = block(
+                x, angles=angles, attention_mask=masks[layer_type], cache=layer_cache, start=start
+            )
+            keys.append(key)
+            values.append(value)
+        x = call_layer(self.final_norm, x)
         return x, kv_cache.KVCache(tuple(keys), tuple(values), key_positions)
 
     @property

@@ -10,7 +10,12 @@ from keras import ops
 from keras_vaultgemma import backend
 from keras_vaultgemma.generation.generator import Generator
 from keras_vaultgemma.generation.prompt_lookup import PromptLookup
-from keras_vaultgemma.generation.requests import complete, concatenate, make_request
+from keras_vaultgemma.generation.requests import (
+    GenerationConfig,
+    complete,
+    concatenate,
+    make_request,
+)
 from keras_vaultgemma.generation.search import SearchGenerator
 from keras_vaultgemma.generation.stream import Stream
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
@@ -148,10 +153,10 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         texts = model.generate(["The fox said", "In the garden"], max_new_tokens=8, seed=7)
         ```
         """
-        options = dict(
+        config = GenerationConfig(
             max_length=max_length,
-            stop_token_ids=stop_token_ids,
             max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
             stop=stop,
             seed=seed,
             repetition_penalty=repetition_penalty,
@@ -161,9 +166,9 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         output_options = (strip_prompt, return_log_probs, return_finish_reason)
 
         def generate(inputs, as_batch=False):
-            request = make_request(inputs, self.backbone, self.preprocessor, **options)
+            request = make_request(inputs, self.backbone, self.preprocessor, config)
             if as_batch:
-                request = request._replace(asked=request.asked._replace(is_single=False))
+                request = request._replace(prompts=request.prompts._replace(is_single=False))
             return complete(
                 self._generator(prompt_lookup), request, self.preprocessor, *output_options
             )
@@ -208,15 +213,9 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
             print(piece, end="", flush=True)
         ```
         """
-        request = make_request(
-            inputs,
-            self.backbone,
-            self.preprocessor,
-            max_length=max_length,
-            stop_token_ids=stop_token_ids,
-            **options,
-        )
-        if not request.asked.is_single or request.asked.form not in ("text", "chat"):
+        config = GenerationConfig(max_length=max_length, stop_token_ids=stop_token_ids, **options)
+        request = make_request(inputs, self.backbone, self.preprocessor, config)
+        if not request.prompts.is_single or request.prompts.form not in ("text", "chat"):
             raise ValueError(
                 f"`inputs` of `stream` must be one string or one chat. Received: {inputs!r}"
             )

@@ -192,9 +192,7 @@ class PrivateTraining:
                             )
                     return total, (losses, [scope.get_current_value(v) for v in states])
 
-            gradients, (losses, after) = backend.gradients(
-                losses_of, copies, jit_compile=bool(model.jit_compile)
-            )
+            gradients, (losses, after) = backend.gradients(losses_of, copies)
             return [g if size > 1 else g[None] for g in gradients], losses, after
 
         start, shapes = [backend.value_of(v) for v in states], [tuple(v.shape) for v in trained]

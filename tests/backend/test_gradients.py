@@ -7,7 +7,7 @@ from keras import ops
 from keras_vaultgemma import backend
 
 
-def test_gradients_and_what_comes_with_them():
+def test_gradients_and_auxiliary_results():
     x, y, unused = (
         ops.convert_to_tensor(np.array(values, "float32")) for values in ([1, 2], [3, 4], [5, 6])
     )
@@ -35,16 +35,13 @@ COUNTS = np.bincount(IDS.ravel(), minlength=6)[:, None]
 USES = {
     "none": (lambda table: 0.0, 0),
     "squares": (lambda table: ops.sum(ops.square(table)), 2 * TABLE),
-    "sum": (
-        lambda table: ops.sum(table),
-        1,
-    ),  # whose gradient the compiled function has as a constant
+    "sum": (lambda table: ops.sum(table), 1),
 }
 
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("how", ["eagerly", "compiled", "XLA", "within a loop"])
-def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
+def test_gradients_of_rows_add_to_those_of_other_uses_of_a_table(use, how):
     others, of_others = USES[use]
     variable = keras.Variable(TABLE)
 
@@ -54,9 +51,7 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
 
     def run():
         def more(count, total):
-            (found,), _ = backend.gradients(
-                function, [backend.value_of(variable)], jit_compile=how == "XLA"
-            )
+            (found,), _ = backend.gradients(function, [backend.value_of(variable)])
             return count + 1, total + found
 
         state = (ops.zeros((), "int32"), backend.zeros(TABLE.shape))
@@ -65,7 +60,9 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
         return more(*state)[1]
 
     call = (
-        run if how == "eagerly" else backend.compile_function(run, [variable], fused=how == "XLA")
+        run
+        if how == "eagerly"
+        else backend.compile_function(run, [variable], jit_compile=how == "XLA")
     )
     expected = (2 * TABLE * COUNTS + of_others) * (2 if how == "within a loop" else 1)
     for _ in range(3):
@@ -73,7 +70,7 @@ def test_gradients_of_rows_add_to_those_of_the_other_uses_of_a_table(use, how):
     np.testing.assert_array_equal(to_numpy(variable), TABLE)
 
 
-def test_scaled_by_0_is_0():
+def test_multiply_no_nan_is_0_where_a_factor_is_0():
     x = ops.convert_to_tensor(np.array([[1, 2], [np.nan, np.inf], [3, -np.inf]], "float32"))
     factors = ops.convert_to_tensor(np.array([[0.5], [0], [2]], "float32"))
     assert to_numpy(backend.multiply_no_nan(x, factors)).tolist() == [
@@ -83,7 +80,7 @@ def test_scaled_by_0_is_0():
     ]
 
 
-def test_add():
+def test_add_in_place():
     assert to_numpy(backend.add_in_place(ops.ones(2), ops.arange(2, dtype="float32"))).tolist() == [
         1,
         2,

@@ -1,4 +1,4 @@
-"""Loops, and how many iterations may be under way at once."""
+"""Loops, and how many iterations run at once."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from keras import ops
 from keras_vaultgemma import backend
 
 
-def test_it_is_the_loop_of_keras():
+def test_equals_the_loop_of_keras():
     def body(i, total, log):
         twice = ops.cast(2 * i, "float32")
         return (
@@ -23,9 +23,9 @@ def test_it_is_the_loop_of_keras():
 
 
 @pytest.mark.skipif(
-    backend.NAME != "tensorflow", reason="the others have no iterations side by side"
+    backend.NAME != "tensorflow", reason="other backends run one iteration at a time"
 )
-def test_tensorflow_is_told_to_have_one_iteration_under_way():
+def test_tensorflow_runs_one_iteration_at_a_time():
     import tensorflow as tf
 
     @tf.function

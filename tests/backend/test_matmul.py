@@ -19,7 +19,7 @@ from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 def test_matmul_with_and_without_gradients(
     monkeypatch, dtype, tolerance, shape, width, transposed, is_intel
 ):
-    """Of one, few and many rows."""
+    """For one, few and many rows."""
     matmul = importlib.import_module("keras_vaultgemma.backend.matmul")
     monkeypatch.setattr(matmul, "_is_intel", lambda: is_intel)
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def test_matmul_with_and_without_gradients(
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_a_float32_table_under_a_mixed_policy(rows):
-    """Keras leaves the variable of an embedding as it is."""
+    """Keras does not cast the variable of an embedding."""
     layer = ReversibleEmbedding(8, 6, dtype="mixed_bfloat16")
     layer.build()
     x = keras.ops.cast(np.random.default_rng(0).normal(size=(1, rows, 6)), "bfloat16")
@@ -77,7 +77,7 @@ def test_int8_matmul_is_exact(shape, transposed):
 
 @pytest.mark.parametrize("shape", [(16, 40), (1152, 64)])
 def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
-    """Sums of float32 stand behind it on JAX, which are exact up to 2^24."""
+    """JAX sums in float32, which is exact up to 2^24."""
     size, width = shape
     for kernel, transposed in (
         (np.full(shape, -127, "int8"), False),
@@ -94,7 +94,7 @@ def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
         assert found.shape == (1, 1, width) and (found == size * 127**2).all()
 
 
-@pytest.mark.skipif(backend.NAME != "jax", reason="XLA is asked what it compiled")
+@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX reports the memory of a compiled function")
 @pytest.mark.parametrize(
     "function, dtype, rows, transposed",
     [
@@ -111,7 +111,7 @@ def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
     ],
 )
 def test_a_loop_keeps_no_float32_copy_of_a_matrix(function, dtype, rows, transposed):
-    """Decoding would otherwise take, and read, four times the memory of int8 weights."""
+    """Decoding would otherwise hold and read four times the memory of int8 weights."""
     import jax
 
     def step(x, kernel):
@@ -129,7 +129,7 @@ def test_a_loop_keeps_no_float32_copy_of_a_matrix(function, dtype, rows, transpo
 
 
 @pytest.mark.parametrize("rows", [1, 5, 20])
-def test_gradients_through_a_transposed_product(rows):
+def test_gradients_of_a_transposed_matmul(rows):
     rng = np.random.default_rng(0)
     table = keras.Variable(rng.normal(size=(40, 24)).astype("float32"))
     x = keras.ops.convert_to_tensor(rng.normal(size=(1, rows, 24)).astype("float32"))

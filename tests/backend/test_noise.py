@@ -1,4 +1,4 @@
-"""Noise: normal, of the right size, and never the same twice."""
+"""Noise: normal, of unit variance, and different for each seed."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def noise(secret, step, variable, shape=(DRAWS,)):
 
 
 def test_mean_variance_and_normality():
-    """Bounds that a right generator misses once in 10,000 runs; the seed is fixed, so this is one run."""
+    """Within bounds that a correct generator misses once in 10,000 runs."""
     found = noise(bytes(16), 0, 0).astype("float64")
     assert found.shape == (DRAWS,)
     assert abs(found.mean()) < 4 / DRAWS**0.5

@@ -1,4 +1,4 @@
-"""What is computed twice: the same gradients, and not all of it in memory at once."""
+"""Rematerialisation: the same gradients, with one layer in memory at a time."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_function():
 
 
 def test_several_results_and_integers():
-    """As blocks with dropout have them: the state of a seed goes in and comes out."""
+    """As for blocks with dropout, which take and return the state of a seed."""
 
     def function(x, seed):
         return x * ops.cast(seed, "float32"), seed + 1
@@ -60,7 +60,7 @@ def test_several_results_and_integers():
     np.testing.assert_array_equal(gradients(total, [variable])[0], [12, 12])
 
 
-@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX tells the memory of a program")
+@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX reports the memory of a compiled function")
 def test_one_layer_is_in_memory_at_a_time():
     import jax
 
@@ -71,15 +71,15 @@ def test_one_layer_is_in_memory_at_a_time():
             with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
                 return total()
 
-        program = jax.jit(jax.grad(stateless)).lower([v.value for v in variables]).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        compiled = jax.jit(jax.grad(stateless)).lower([v.value for v in variables]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory(12) - memory(4) < 4 * ROWS * INNER
 
 
-@pytest.mark.parametrize("compile", [None, dict(fused=True), dict(fused=False)])
+@pytest.mark.parametrize("compile", [None, dict(jit_compile=True), dict(jit_compile=False)])
 def test_an_elementwise_function_and_its_gradients(compile):
-    """TensorFlow compiles it alone inside a graph, with the rest inside a compiled program, and not at all eagerly."""
+    """TensorFlow compiles it alone in a graph, with the rest under XLA, and not at all eagerly."""
 
     def gated(gate, up):
         return ops.tanh(gate) * up
@@ -88,7 +88,7 @@ def test_an_elementwise_function_and_its_gradients(compile):
         calls = backend.remat(gated, elementwise=True)
 
         def total(tensors):
-            y = calls(calls(*tensors), tensors[1])  # two calls share what is compiled
+            y = calls(calls(*tensors), tensors[1])  # two calls share one compiled function
             return ops.sum(y * y), y
 
         return backend.gradients(total, [gate, up])

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.backend.selection import _choose_backend
+from keras_vaultgemma.backend.selection import _select_backend
 
 
 def run(code, **environment):
@@ -53,7 +53,7 @@ def test_without_tensorflow_an_installed_backend_is_taken(monkeypatch, tmp_path,
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: name if name in installed else None
     )
-    _choose_backend()
+    _select_backend()
     assert os.environ["KERAS_BACKEND"] == chosen
 
 
@@ -63,4 +63,4 @@ def test_no_backend_at_all(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "keras")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[jax\]"):
-        _choose_backend()
+        _select_backend()

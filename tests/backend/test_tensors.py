@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -7,7 +11,7 @@ from common import to_numpy
 from keras_vaultgemma import backend
 
 
-def test_write_slice_leaves_rows_that_share_memory_apart():
+def test_write_slice_into_rows_that_share_memory():
     row = keras.ops.broadcast_to(keras.ops.zeros((1, 3, 1)), (2, 3, 1))
     written = backend.write_slice(
         row, keras.ops.convert_to_tensor(np.array([[[1.0]], [[2.0]]], "float32")), 1
@@ -16,7 +20,7 @@ def test_write_slice_leaves_rows_that_share_memory_apart():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_variables_start_from_numpy_bit_by_bit(dtype):
+def test_variables_start_from_the_bits_of_a_numpy_array(dtype):
     array = np.array([1.5, -0.0, np.inf, 3.0e-5], "float32").astype(
         ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     )
@@ -30,7 +34,7 @@ def test_variables_start_from_numpy_bit_by_bit(dtype):
 
 
 def aligned(value, dtype):
-    """`value` in memory that begins at a multiple of 64 bytes."""
+    """Return `value` in memory that starts at a multiple of 64 bytes."""
     memory = np.empty(value.size * np.dtype(dtype).itemsize + 64, "u1")
     start = -memory.ctypes.data % 64
     array = memory[start : start + memory.size - 64].view(dtype).reshape(value.shape)
@@ -39,8 +43,8 @@ def aligned(value, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
-def test_memory_is_taken_over_but_by_jax(dtype):
-    """On JAX, which would copy foreign memory for training, the variable has its own."""
+def test_memory_of_an_array_is_shared_except_on_jax(dtype):
+    """JAX would copy memory that is not its own in training."""
     value = np.arange(12).reshape(3, 4)
     array = aligned(value, dtype)
     variable = keras.Variable(
@@ -58,7 +62,7 @@ def test_memory_is_taken_over_but_by_jax(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
-def test_memory_that_is_not_aligned_will_do(dtype):
+def test_an_array_that_is_not_aligned_is_copied(dtype):
     memory = np.zeros(1024, "u1")
     start = -memory.ctypes.data % 64 + np.dtype(dtype).itemsize
     array = memory[start : start + 12 * np.dtype(dtype).itemsize].view(dtype).reshape(3, 4)
@@ -72,7 +76,7 @@ def test_memory_that_is_not_aligned_will_do(dtype):
 
 
 @pytest.mark.parametrize("other", [1.0, np.nan, np.inf, -np.inf])
-def test_after_changes_nothing(other):
+def test_schedule_after_changes_no_value(other):
     x, other = np.array([1, -(2**31), 2**31 - 1], "int32"), np.full((2, 3), other, "float32")
     compiled = backend.compile_function(backend.schedule_after, [])
     np.testing.assert_array_equal(
@@ -80,10 +84,40 @@ def test_after_changes_nothing(other):
     )
 
 
-def test_argmax_is_the_first_of_equal_numbers():
+def test_argmax_is_the_first_of_equal_values():
     x = np.random.default_rng(0).integers(0, 3, (50, 7)).astype("float32")
     for index in range(7):
         found = backend.is_argmax(
             keras.ops.convert_to_tensor(x), keras.ops.full((50,), index, "int32")
         )
         np.testing.assert_array_equal(to_numpy(found), x.argmax(1) == index)
+
+
+MEMORY_OF_ZEROS = """
+import re
+from keras import ops
+from keras_vaultgemma import backend
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+
+def count_up(limit):
+    state = (ops.zeros((), "int32"), backend.zeros((2**26,)))
+    return ops.max(backend.while_loop(lambda i, _: i < limit, lambda i, x: (i + 1, x + 1.0), state)[1])
+
+compiled = backend.compile_function(count_up, [], jit_compile=False)
+before = resident()
+assert float(compiled(ops.full((), 3, "int32"))) == 3
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="TensorFlow makes constants of zeros")
+def test_a_compiled_function_holds_no_memory_of_zeros():
+    """A constant would hold 256 MB after the call."""
+    # TensorFlow with oneDNN never frees memory.
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    command = [sys.executable, "-c", MEMORY_OF_ZEROS]
+    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    assert int(output) < 160

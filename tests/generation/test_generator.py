@@ -14,7 +14,7 @@ from keras_vaultgemma.generation.state import Settings
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
 OWN = type("OwnSampler", (keras_hub.samplers.RandomSampler,), {})
-"""No rule is known for it, so it is called for every token."""
+"""A sampler without a `Rule`, which is called for every token."""
 SLIDING = dict(
     layer_types=["sliding_attention", "full_attention"], sliding_window_size=5, num_layers=2
 )
@@ -56,7 +56,7 @@ def test_rows_stop_at_their_own_limit(model):
     assert generator.generate(ROWS, [0] * 4).tokens == [[]] * 4
 
 
-def test_rows_stop_at_a_stop_id_and_the_others_go_on(model):
+def test_rows_stop_at_a_stop_id_and_the_others_continue(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS, [12] * 4).tokens
     stop = full[2][4]
@@ -68,12 +68,12 @@ def test_rows_stop_at_a_stop_id_and_the_others_go_on(model):
     ]
 
 
-def test_steps_end_with_the_last_row(model):
-    """Rows that have stopped are not carried on to the limit."""
+def test_decoding_ends_with_the_last_row(model):
+    """Not at the limit, if all rows have stopped before it."""
     generator, states = Generator(model, keras_hub.samplers.GreedySampler()), []
     full = generator.generate(ROWS, [12] * 4).tokens
-    go_on = generator._go_on[0]
-    generator._go_on[0] = lambda *args: states.append(go_on(*args)) or states[-1]
+    decode = generator._decode[False]
+    generator._decode[False] = lambda *args: states.append(decode(*args)) or states[-1]
     found = generator.generate(ROWS, [200] * 4, {row[5] for row in full}).tokens
     (state,) = states
     assert int(state.slot) == max(map(len, ROWS)) + max(map(len, found)) <= max(map(len, ROWS)) + 6
@@ -91,7 +91,7 @@ def test_more_stop_ids_than_one_block(model):
 @pytest.mark.parametrize(
     "name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))]
 )
-def test_a_seed_repeats_and_the_next_call_goes_on(model, name, config):
+def test_a_seed_repeats_and_the_next_call_continues(model, name, config):
     def generator(seed):
         return Generator(model, sampler(name, seed=seed, **config))
 
@@ -121,7 +121,7 @@ def test_low_temperature_is_greedy(model):
     )
 
 
-def test_a_sampler_of_the_users_own(model):
+def test_a_custom_sampler(model):
     class Never(keras_hub.samplers.Sampler):
         """Greedy with one id forbidden."""
 
@@ -150,7 +150,7 @@ def test_bfloat16_generates_from_a_bfloat16_cache():
     assert [len(row) for row in found] == [4] * 4
 
 
-# What one call changes.
+# Options of one call.
 
 
 def test_log_probs_are_those_of_the_model(model):
@@ -170,14 +170,13 @@ def test_log_probs_are_those_of_the_model(model):
 @pytest.mark.parametrize(
     "name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
 )
-def test_steps_that_are_played_back_are_those_of_python(model, monkeypatch, name, config):
-    """PyTorch records a step after a few, others compile the loop; the sampler's own seed and every option go along."""
+def test_the_compiled_loop_equals_the_eager_one(model, name, config):
+    """With the sampler's own seed, and with every option."""
     settings = Settings(seed=5, repetition_penalty=1.3, min_p=0.01, logit_bias={7: -2.0})
     for options in ({}, dict(settings=settings)):
         eager, compiled = (
             Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False)
         )
-        monkeypatch.setattr("keras_vaultgemma.backend.compile.EAGER_CALLS", 2)
         expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
         assert found.tokens == expected.tokens
         for a, b in zip(found.log_probs, expected.log_probs, strict=True):
@@ -197,7 +196,7 @@ def test_finish_reasons(model):
 @pytest.mark.parametrize(
     "name, config", [("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
 )
-def test_a_seed_gives_a_prompt_its_text_whatever_else_is_in_the_batch(model, name, config):
+def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name, config):
     generator = Generator(model, sampler(name, seed=0, **config))
     settings = Settings(seed=7)
     alone = [generator.generate([row], [10], settings=settings).tokens[0] for row in ROWS]
@@ -208,28 +207,28 @@ def test_a_seed_gives_a_prompt_its_text_whatever_else_is_in_the_batch(model, nam
     assert generator.generate(ROWS, [10] * 4, settings=Settings(seed=8)).tokens != alone
 
 
-def test_a_seed_leaves_the_samplers_own_draws_alone(model):
+def test_a_seed_does_not_advance_the_sampler(model):
     first, second = (Generator(model, sampler("random", seed=1)) for _ in range(2))
     first.generate(ROWS, [5] * 4, settings=Settings(seed=9))
     assert first.generate(ROWS, [5] * 4).tokens == second.generate(ROWS, [5] * 4).tokens
 
 
 @pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 1), (OWN, 2)])
-def test_an_interrupt_while_a_step_runs_leaves_a_random_sampler_usable(model, kind, draws):
-    """Ctrl-C lands where Python waits for the step, whose arguments are consumed by then."""
+def test_a_random_sampler_is_usable_after_an_interrupt(model, kind, draws):
+    """Ctrl-C is raised while Python waits for a step, whose arguments are donated by then."""
     interrupted, other = (Generator(model, kind(seed=1)) for _ in range(2))
-    go_on = interrupted._go_on[0]
+    decode = interrupted._decode[False]
 
     def interrupt(*args):
-        go_on(*args)
+        decode(*args)
         raise KeyboardInterrupt
 
-    stream = interrupted.stream(ROWS[:1], [9], length=1)
+    stream = interrupted.stream(ROWS[:1], [9], interval=1)
     next(stream), next(stream)
-    interrupted._go_on[0] = interrupt
+    interrupted._decode[False] = interrupt
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    interrupted._go_on[0] = go_on
+    interrupted._decode[False] = decode
     other.generate(ROWS[:1], [2])
     (state,) = interrupted.sampler.variables
     assert to_numpy(state).tolist() == [1, draws]
@@ -239,9 +238,9 @@ def test_an_interrupt_while_a_step_runs_leaves_a_random_sampler_usable(model, ki
 
 
 @pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 3), (OWN, 14)])
-def test_calls_between_the_steps_of_a_stream_draw_anew(model, kind, draws):
+def test_calls_between_the_steps_of_a_stream_draw_new_numbers(model, kind, draws):
     generator = Generator(model, kind(seed=1))
-    stream, texts = generator.stream(ROWS[:1], [4], length=1), []
+    stream, texts = generator.stream(ROWS[:1], [4], interval=1), []
     next(stream)
     for _ in range(2):
         texts.append(generator.generate(ROWS[1:2], [5]).tokens)
@@ -252,7 +251,7 @@ def test_calls_between_the_steps_of_a_stream_draw_anew(model, kind, draws):
     assert to_numpy(state).tolist() == [1, draws]
 
 
-def test_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
+def test_repetition_penalty_counts_the_prompt_and_new_tokens(model):
     """Against the naive loop."""
     row, penalty = [2, 17, 5, 17], 1.7
     expected = list(row)
@@ -291,10 +290,10 @@ def test_min_p_of_one_is_greedy(model):
     )
 
 
-def test_stream_is_generate_in_parts(model):
+def test_stream_yields_the_tokens_of_generate(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     expected = generator.generate(ROWS, [9, 2, 5, 9])
-    parts = list(generator.stream(ROWS, [9, 2, 5, 9], length=1))
+    parts = list(generator.stream(ROWS, [9, 2, 5, 9], interval=1))
     assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [
         [1, 0, 0, 1]
     ] * 4
@@ -305,7 +304,7 @@ def test_stream_is_generate_in_parts(model):
         )
 
 
-def test_rows_end_where_the_caller_says(model):
+def test_rows_end_where_the_callback_returns_true(model):
     generator = Generator(model, keras_hub.samplers.GreedySampler())
     full = generator.generate(ROWS, [20] * 4).tokens
     found = generator.generate(
@@ -317,20 +316,16 @@ def test_rows_end_where_the_caller_says(model):
 
 
 def test_few_compilations_for_any_lengths(model, monkeypatch):
-    """40 calls with prompts of 1 to 400 tokens and 1 to 500 new ones: at most 12 programs."""
-    programs = set()
+    """40 calls with prompts of 1 to 400 tokens and 1 to 500 new ones: at most 12 compiled functions."""
+    signatures = set()
 
     def counted(function, variables, **options):
         def call(compiled, *args):
             shapes = [(tuple(x.shape), str(x.dtype)) for x in keras.tree.flatten(args)]
-            programs.add((function.__name__, str(shapes)))
+            signatures.add((function.__name__, str(shapes)))
             return compiled(*args)
 
-        compiled = backend.compile_function(function, variables, **options)
-        of_layers = isinstance(compiled, list)
-        return (
-            [partial(call, layer) for layer in compiled] if of_layers else partial(call, compiled)
-        )
+        return partial(call, backend.compile_function(function, variables, **options))
 
     generator = Generator.__new__(Generator)
     monkeypatch.setattr(
@@ -345,7 +340,7 @@ def test_few_compilations_for_any_lengths(model, monkeypatch):
     with count_compilations() as compilations:
         for length, count in zip(lengths, counts, strict=True):
             row = random.integers(3, 100, length).tolist()
-            # Any id ends the text, so that the test is about programs and not about steps.
+            # Any id ends the text, because the test is about compilations and not about steps.
             generator.generate([row], [int(count)], range(model.backbone.vocabulary_size))
-    assert len(programs) <= 12
+    assert len(signatures) <= 12
     assert compilations.count is None or compilations.count <= 12

@@ -42,7 +42,7 @@ def test_a_prompt_longer_than_a_chunk(backbone, monkeypatch):
     assert greedy(backbone, rows, 4) == [reference.greedy(backbone, row, 4) for row in rows]
 
 
-def test_prompts_on_one_line_are_read_as_if_alone(backbone, monkeypatch):
+def test_packed_prompts_do_not_attend_to_each_other(backbone, monkeypatch):
     monkeypatch.setattr(prefill, "CHUNKS", (8, 4))
     monkeypatch.setattr(prefill, "CHUNK_COST", 1)
     rows = [list(range(2, 23)), [5, 6], [9], list(range(40, 50)), [5, 6]]
@@ -50,9 +50,9 @@ def test_prompts_on_one_line_are_read_as_if_alone(backbone, monkeypatch):
     assert greedy(backbone, rows, 6) == [reference.greedy(backbone, row, 6) for row in rows]
 
 
-@pytest.mark.parametrize("cost, line_count", [(0, 1), (10**6, 1), (24, 1), (None, 3)])
-def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, line_count):
-    """Keys, values and positions of every token, against those of a line for each row."""
+@pytest.mark.parametrize("cost, row_count", [(0, 1), (10**6, 1), (24, 1), (None, 3)])
+def test_the_cache_does_not_depend_on_the_packing(backbone, monkeypatch, cost, row_count):
+    """Keys, values and positions of every token equal those of a packed row for each prompt."""
     rows = [list(range(2, 42)), [5, 6, 7], list(range(60, 70))]
     lengths = [len(row) for row in rows]
 
@@ -67,7 +67,7 @@ def test_the_cache_does_not_depend_on_the_lines(backbone, monkeypatch, cost, lin
         prefill, "pack_prompts", (lambda *_: apart) if cost is None else pack_prompts
     )
     monkeypatch.setattr(prefill, "CHUNK_COST", cost or 0)
-    assert len(prefill.pack_prompts(lengths, 256)) == line_count
+    assert len(prefill.pack_prompts(lengths, 256)) == row_count
     other_hidden, other, other_start = Prefill(model, compile)(rows, 10)
     assert start == other_start == 40
     np.testing.assert_allclose(to_numpy(other_hidden), to_numpy(hidden), atol=1e-5)
@@ -96,20 +96,20 @@ def test_chunks_and_caches():
         [64, 64, 64],
         [256, 64, 64, 16],
     ]
-    # Padding costs more, the more lines there are.
-    assert [chunk_lengths(n, lines=8) for n in (17, 100, 145)] == [
+    # Padding costs more, the more rows there are.
+    assert [chunk_lengths(n, rows=8) for n in (17, 100, 145)] == [
         [16, 16],
         [64, 16, 16, 16],
         [64, 64, 16, 16],
     ]
 
 
-@pytest.mark.parametrize("lines", [1, 2, 8])
-def test_chunks_are_the_cheapest(lines):
-    """Against all numbers of chunks of each length."""
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_chunks_are_the_cheapest(rows):
+    """Of all combinations of chunks."""
 
     def cost(chunks):
-        return sum(lines * length + prefill.CHUNK_COST for length in chunks)
+        return sum(rows * length + prefill.CHUNK_COST for length in chunks)
 
     for length in (1, 15, 33, 80, 81, 129, 200, 257, 300, 450, 511):
         counts = itertools.product(*(range(-(-length // kind) + 1) for kind in prefill.CHUNKS))
@@ -117,7 +117,7 @@ def test_chunks_are_the_cheapest(lines):
             [kind for kind, n in zip(prefill.CHUNKS, count, strict=True) for _ in range(n)]
             for count in counts
         ]
-        assert cost(chunk_lengths(length, lines)) == min(
+        assert cost(chunk_lengths(length, rows)) == min(
             cost(chunks) for chunks in every if sum(chunks) >= length
         )
 
@@ -127,17 +127,17 @@ def test_cache_slots():
     assert [cache_slots(n, 2) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 512, 1024, 2048]
 
 
-def test_lines():
+def test_pack_prompts():
     assert pack_prompts([16] * 4, 256) == [
         [0],
         [1],
         [2],
         [3],
-    ]  # a line for all would cost the same, and a copy
-    assert pack_prompts([256] * 4, 256) == [[0], [1], [2], [3]]  # there is no room for two
+    ]  # one packed row would cost the same, and a copy
+    assert pack_prompts([256] * 4, 256) == [[0], [1], [2], [3]]  # there is no capacity for two
     assert pack_prompts([100, 5, 200, 90], 256) == [[2], [0, 3, 1]]
     assert pack_prompts([7], 256) == [[0]]
     ragged = np.linspace(5, 200, 8).astype(int).tolist()
-    assert sorted(i for line in pack_prompts(ragged, 1024) for i in line) == list(range(8))
+    assert sorted(i for row in pack_prompts(ragged, 1024) for i in row) == list(range(8))
     assert len(pack_prompts(ragged, 1024)) == 1
     assert (prefill_cost(1, sum(ragged)), prefill_cost(8, 200)) == (832 + 4 * 24, 8 * 208 + 4 * 24)

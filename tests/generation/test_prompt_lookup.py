@@ -6,7 +6,7 @@ from common import random_backbone
 
 from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.generation.generator import Generator
-from keras_vaultgemma.generation.prefill import SMALLEST_CACHE
+from keras_vaultgemma.generation.prefill import MIN_CACHE_SLOTS
 from keras_vaultgemma.generation.prompt_lookup import PromptLookup, draft
 from keras_vaultgemma.generation.state import Settings
 
@@ -17,13 +17,13 @@ def greedy():
     return keras_hub.samplers.GreedySampler()
 
 
-def test_it_is_greedy_decoding():
+def test_equals_greedy_decoding():
     model = VaultGemmaCausalLM(random_backbone(num_layers=2, num_key_value_heads=2))
     expected = [reference.greedy(model.backbone, row, 30) for row in ROWS]
     assert PromptLookup(model, greedy()).generate(ROWS, [30] * 3).tokens == expected
 
 
-def test_limits_stops_and_log_probs_are_those_of_greedy_decoding(model):
+def test_limits_stops_and_log_probs_equal_those_of_greedy_decoding(model):
     plain, lookup = Generator(model, greedy()), PromptLookup(model, greedy())
     full = plain.generate(ROWS, [40] * 3)
     for limits, stops in (([0, 1, 40], ()), ([40] * 3, (full.tokens[0][9], full.tokens[2][5]))):
@@ -33,8 +33,8 @@ def test_limits_stops_and_log_probs_are_those_of_greedy_decoding(model):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_what_repeats_takes_fewer_passes(model, monkeypatch):
-    """With the right guess each time, a pass gives eight tokens."""
+def test_accepted_drafts_take_fewer_passes(model, monkeypatch):
+    """With the right draft each time, a forward pass gives eight tokens."""
     row, count = [2, 17, 5], 33
     tokens = Generator(model, greedy()).generate([row], [count]).tokens[0]
     text = row + tokens
@@ -48,14 +48,14 @@ def test_what_repeats_takes_fewer_passes(model, monkeypatch):
 
 
 def count_passes(lookup):
-    """A list that grows by what each pass reads."""
-    check, passes = lookup._check, []
-    lookup._check = lambda read, *others: passes.append(read.shape[1]) or check(read, *others)
+    """Return a list to which each forward pass appends its number of tokens."""
+    verify, passes = lookup._verify, []
+    lookup._verify = lambda ids, *others: passes.append(ids.shape[1]) or verify(ids, *others)
     return passes
 
 
 def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
-    """With the guesses that are found; greedy tales of the bundled model go round in circles."""
+    """With drafts from the text; greedy text of the bundled model repeats itself."""
     (row,) = tiny.preprocessor.tokenize_prompts(["Once upon a time"])
     expected = Generator(tiny, greedy()).generate([row], [120]).tokens
     lookup = PromptLookup(tiny, greedy())
@@ -65,14 +65,17 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
 
 
 @pytest.mark.parametrize(
-    "length, reads", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)]
+    "length, passes_expected", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)]
 )
-@pytest.mark.parametrize("is_right", [True, False])
-def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right):
-    """Guesses are read while there is room for them, and take none of their own."""
-    row, count = np.random.default_rng(0).integers(2, 128, length).tolist(), SMALLEST_CACHE - length
+@pytest.mark.parametrize("is_accepted", [True, False])
+def test_a_text_that_fills_the_cache(model, monkeypatch, length, passes_expected, is_accepted):
+    """Drafts need capacity in the cache, and none is added for them."""
+    row, count = (
+        np.random.default_rng(0).integers(2, 128, length).tolist(),
+        MIN_CACHE_SLOTS - length,
+    )
     (tokens,) = Generator(model, greedy()).generate([row], [count]).tokens
-    text = row + tokens if is_right else [127] * SMALLEST_CACHE
+    text = row + tokens if is_accepted else [127] * MIN_CACHE_SLOTS
     monkeypatch.setattr(
         "keras_vaultgemma.generation.prompt_lookup.draft",
         lambda ids, length: text[len(ids) : len(ids) + length],
@@ -81,11 +84,11 @@ def test_a_text_that_fills_the_cache(model, monkeypatch, length, reads, is_right
     passes, prefill = count_passes(lookup), lookup._generator.prefill
     lookup._generator.prefill = lambda *args: caches.append(prefill(*args)) or caches[-1]
     assert lookup.generate([row], [count]).tokens == [tokens]
-    assert [cache.positions.shape for _, cache, _ in caches] == [(1, SMALLEST_CACHE)]
-    assert passes == reads or not is_right
+    assert [cache.positions.shape for _, cache, _ in caches] == [(1, MIN_CACHE_SLOTS)]
+    assert passes == passes_expected or not is_accepted
 
 
-def test_wrong_guesses_change_nothing(model, monkeypatch):
+def test_rejected_drafts_change_nothing(model, monkeypatch):
     expected = Generator(model, greedy()).generate(ROWS, [20] * 3).tokens
     monkeypatch.setattr(
         "keras_vaultgemma.generation.prompt_lookup.draft", lambda ids, length: [77, 78, 79][:length]
@@ -103,7 +106,7 @@ def test_draft():
     assert draft([1, 1, 1], 0) == []
 
 
-def test_other_samplers_and_settings_are_refused(model):
+def test_other_samplers_and_settings_are_rejected(model):
     with pytest.raises(ValueError, match="needs `sampler` to be greedy. Received: TopKSampler"):
         PromptLookup(model, keras_hub.samplers.TopKSampler())
     with pytest.raises(ValueError, match="without `repetition_penalty`"):

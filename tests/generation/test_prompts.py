@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from keras_vaultgemma import apply_chat_template
-from keras_vaultgemma.generation.requests import Prompts, _answer, _concatenate_rows, read_prompts
+from keras_vaultgemma.generation.prompts import (
+    Prompts,
+    concatenate_rows,
+    format_rows,
+    read_prompts,
+)
 
 pytestmark = pytest.mark.any_backend
 
@@ -76,36 +81,39 @@ def test_ids(inputs, expected):
         ([[{"role": "system", "content": "x"}]], "role 'user'"),
     ],
 )
-def test_what_is_no_prompt(preprocessor, inputs, message):
+def test_invalid_prompts_are_rejected(preprocessor, inputs, message):
     with pytest.raises(ValueError, match=message):
         read_prompts(inputs, preprocessor, 4096)
 
 
 def test_text_without_preprocessor():
-    with pytest.raises(ValueError, match="Without a preprocessor, `inputs` must be ids.*'Once'"):
+    with pytest.raises(ValueError, match="`inputs` must be ids.*if `preprocessor` is None.*'Once'"):
         read_prompts("Once", None, 10)
 
 
-def test_answers_have_the_form_of_the_prompts(preprocessor):
+def test_rows_are_returned_in_the_form_of_the_prompts(preprocessor):
     once = rows_of(preprocessor, "Once")
     more = [[*map(int, preprocessor.tokenizer(" upon")), 1]]
-    assert _answer(Prompts(once, "text", True), more, None, preprocessor, [0]) == "Once upon"
-    assert _answer(Prompts(once, "text", True), more, None, preprocessor, [3]) == "Once u"
-    assert _answer(Prompts(once, "text", False), more, True, preprocessor, [0]) == [" upon"]
+    assert format_rows(Prompts(once, "text", True), more, None, preprocessor, [0]) == "Once upon"
+    assert format_rows(Prompts(once, "text", True), more, None, preprocessor, [3]) == "Once u"
+    assert format_rows(Prompts(once, "text", False), more, True, preprocessor, [0]) == [" upon"]
     reply = [list(map(int, preprocessor.tokenizer("Hello<end_of_turn>")))]
     assert (
-        _answer(Prompts(once, "chat", True), reply, None, preprocessor, [0]) == "Hello<end_of_turn>"
+        format_rows(Prompts(once, "chat", True), reply, None, preprocessor, [0])
+        == "Hello<end_of_turn>"
     )
-    assert _answer(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None, [0]) == [2, 5, 7, 8]
-    padded = _answer(Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None, [0, 0])
+    assert format_rows(Prompts([[2, 5]], "ids", True), [[7, 8]], None, None, [0]) == [2, 5, 7, 8]
+    padded = format_rows(
+        Prompts([[2, 5], [3]], "padded", False, 5), [[7], [8, 9]], None, None, [0, 0]
+    )
     assert padded["token_ids"].tolist() == [[2, 5, 7, 0, 0], [3, 8, 9, 0, 0]]
     assert padded["padding_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
 
 
-def test_batches_are_joined():
-    assert _concatenate_rows([["a", "b"], ["c"]]) == ["a", "b", "c"]
+def test_batches_are_concatenated():
+    assert concatenate_rows([["a", "b"], ["c"]]) == ["a", "b", "c"]
     first = {"token_ids": np.array([[1, 2]]), "padding_mask": np.array([[1, 1]])}
     second = {"token_ids": np.array([[3, 0, 0]]), "padding_mask": np.array([[1, 0, 0]])}
-    joined = _concatenate_rows([first, second])
-    assert joined["token_ids"].tolist() == [[1, 2, 0], [3, 0, 0]]
-    assert joined["padding_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
+    together = concatenate_rows([first, second])
+    assert together["token_ids"].tolist() == [[1, 2, 0], [3, 0, 0]]
+    assert together["padding_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]

@@ -12,13 +12,13 @@ PROMPTS = ["Once upon a time", "The fox said to the crow", "In the garden"]
 
 @pytest.fixture
 def writes(monkeypatch):
-    """`writes(ids)` makes every model generate these, whatever it is asked."""
+    """`writes(ids)` makes every generator return these ids."""
 
     def write(script):
-        def stream(self, rows, limits, stop_token_ids=(), settings=None, length=None):
-            length = length or len(script)
-            for start in range(0, len(script), length):
-                part = script[start : start + length]
+        def stream(self, rows, limits, stop_token_ids=(), settings=None, interval=None):
+            interval = interval or len(script)
+            for start in range(0, len(script), interval):
+                part = script[start : start + interval]
                 ended = yield [part] * len(rows), [[0.0] * len(part)] * len(rows)
                 if ended is not None and all(ended):
                     return
@@ -99,7 +99,7 @@ def test_stop_strings_with_prompt_lookup_and_with_a_seed(tiny, is_random):
         (["🦋", "d 한 o"], "fox 🦊 an"),
     ],
 )
-def test_a_stop_string_that_the_vocabulary_spells_in_bytes(tiny, writes, stop, expected):
+def test_a_stop_string_of_byte_tokens(tiny, writes, stop, expected):
     text = "fox 🦊 and 한 owl"
     row = list(map(int, tiny.preprocessor.tokenizer(text)))
     assert [tiny.preprocessor.tokenizer.id_to_token(i) for i in row].count("<0xF0>") == 1
@@ -178,7 +178,7 @@ def test_stream_of_a_chat_and_of_a_search(tiny):
 
 
 @pytest.mark.parametrize("stop", [(), ">", "<end", "story"])
-def test_the_marker_that_ends_a_reply_is_no_part_of_it(tiny, writes, stop):
+def test_the_end_of_turn_is_not_part_of_a_reply(tiny, writes, stop):
     row = list(map(int, tiny.preprocessor.tokenizer("A reply.<end_of_turn>")))
     writes(row)
     assert tiny.generate(CHAT, max_new_tokens=99, stop=stop, return_finish_reason=True) == (
@@ -190,7 +190,7 @@ def test_the_marker_that_ends_a_reply_is_no_part_of_it(tiny, writes, stop):
     assert "".join(stream) == "A reply." and stream.finish_reason == "stop" and stream.ids == row
 
 
-def test_the_marker_is_text_where_it_does_not_end_a_reply(tiny):
+def test_the_end_of_turn_is_text_where_it_is_no_stop_id(tiny):
     end = tiny.preprocessor.tokenizer.end_of_turn_id
     options = dict(max_new_tokens=3, stop_token_ids=None, logit_bias={end: 1e4})
     assert (
@@ -203,19 +203,19 @@ def test_the_marker_is_text_where_it_does_not_end_a_reply(tiny):
 def test_an_interrupt_ends_a_stream_and_leaves_the_model_usable(tiny):
     stream = tiny.stream(PROMPTS[0], max_new_tokens=20)
     generator = tiny._generator()
-    go_on, calls = generator._go_on[0], []
+    decode, calls = generator._decode[False], []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return go_on(*args)
+        return decode(*args)
 
-    generator._go_on[0] = interrupted
+    generator._decode[False] = interrupted
     try:
         pieces = list(stream)
     finally:
-        generator._go_on[0] = go_on
+        generator._decode[False] = decode
     assert stream.finish_reason == "interrupted" and len(stream.ids) == 4
     assert "".join(pieces) == continuation(tiny, PROMPTS[0], 4)
     assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=20)) == continuation(tiny, PROMPTS[0], 20)
@@ -234,19 +234,22 @@ def test_same_seed_same_text(tiny):
     [
         (
             dict(stop=["a", ""]),
-            "`stop` must be a non-empty string or several. Received: \\('a', ''\\)",
+            "`stop` must be non-empty strings. Received: stop=\\('a', ''\\)",
         ),
         (dict(stop=[3]), "`stop` must be"),
-        (dict(seed=-1), "`seed` must be from 0 to 2147483647. Received: -1"),
-        (dict(repetition_penalty=0), "`repetition_penalty` must be a number above 0. Received: 0"),
+        (dict(seed=-1), "`seed` must be .*from 0 to 2147483647. Received: seed=-1"),
+        (
+            dict(repetition_penalty=0),
+            "`repetition_penalty` must be .*number above 0. Received: repetition_penalty=0",
+        ),
         (dict(repetition_penalty=float("nan")), "`repetition_penalty` must be"),
-        (dict(min_p=1.5), "`min_p` must be from 0 to 1. Received: 1.5"),
+        (dict(min_p=1.5), "`min_p` must be .*from 0 to 1. Received: min_p=1.5"),
         (dict(logit_bias={10**6: 1.0}), "from 0 to 4095. Received: 1000000"),
         (
             dict(logit_bias={5: float("inf")}),
             "`logit_bias` must have numbers below infinity. Received: inf for id 5",
         ),
-        (dict(prompt_lookup=True, min_p=0.5), "`prompt_lookup` follows greedy decoding"),
+        (dict(prompt_lookup=True, min_p=0.5), "`prompt_lookup` needs greedy decoding"),
     ],
 )
 def test_options_out_of_range(tiny, options, message):
@@ -254,7 +257,7 @@ def test_options_out_of_range(tiny, options, message):
         tiny.generate("Once", max_new_tokens=2, **options)
 
 
-def test_what_needs_text_or_one_prompt(tiny, model):
+def test_options_that_need_text_or_one_prompt(tiny, model):
     with pytest.raises(ValueError, match="`stop` needs a preprocessor"):
         model.generate([5, 6], max_new_tokens=2, stop="x", stop_token_ids=None)
     for inputs in (["a", "b"], [5, 6]):
@@ -267,7 +270,7 @@ def test_what_needs_text_or_one_prompt(tiny, model):
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="tf.data is TensorFlow's")
 def test_datasets(tiny):
-    """Batches or not, of strings, ids or dicts: they come back as one batch."""
+    """Datasets of strings, ids or dicts, batched or not, are returned as one batch."""
     import tensorflow as tf
 
     options = dict(max_new_tokens=4, return_log_probs=True, return_finish_reason=True)

@@ -83,12 +83,12 @@ def test_contrastive_search_equals_the_written_out_one(model):
     )
 
 
-def test_speculative_sampler_is_refused(model):
+def test_speculative_sampler_is_rejected(model):
     with pytest.raises(ValueError, match="needs no draft model"):
         SearchGenerator(model, keras_hub.samplers.SpeculativeSampler())
 
 
-def test_settings_are_refused(model):
+def test_settings_are_rejected(model):
     with pytest.raises(ValueError, match="one token at a time. Received: Settings\\(seed=3"):
         SearchGenerator(model, keras_hub.samplers.BeamSampler()).generate(
             ROWS, [2] * 4, settings=Settings(seed=3)

@@ -1,4 +1,4 @@
-"""When a step has to change probabilities."""
+"""Settings that adjust probabilities."""
 
 import pytest
 

@@ -35,7 +35,7 @@ def test_window_counts_the_query_itself():
     ]
 
 
-def test_padding_is_seen_by_nobody():
+def test_no_query_attends_to_padding():
     assert mask_of([-1, 0, 1], [-1, 0, 1]) == [
         [_, _, _],
         [_, 1, _],
@@ -49,7 +49,7 @@ def test_slots_and_positions_may_differ():
     assert mask_of([2], [0, 1, -1, -1, 2, -1], window=2) == [[_, 1, _, _, 1, _]]
 
 
-def test_segments_do_not_see_each_other():
+def test_segments_do_not_attend_to_each_other():
     segments = np.array([[1, 1, 1, 2, 2, 3, 0]], "int32")
     positions = segment_positions(segments)
 
@@ -77,7 +77,7 @@ def test_segments_do_not_see_each_other():
 
 
 def test_a_row_that_is_one_text_is_masked_as_without_segments():
-    """Every mask of six places, also with holes: the same positions as counting tokens, the same boolean mask."""
+    """For every mask of six tokens, also with gaps: positions count tokens, and the mask is the same."""
     masks = np.array([*itertools.product([0, 1], repeat=6)], "int32")
     positions = segment_positions(masks)
     assert to_numpy(positions).tolist() == np.where(masks, masks.cumsum(1) - 1, -1).tolist()
@@ -128,7 +128,7 @@ def test_attend_equals_a_loop(cap, length, heads):
         np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
 
 
-def test_a_query_that_sees_nothing_stays_finite():
+def test_a_query_without_keys_stays_finite():
     query, key = np.ones((1, 1, 2, 4), "float32"), np.ones((1, 1, 3, 4), "float32")
     value = np.arange(12, dtype="float32").reshape(1, 1, 3, 4)
     arrays = [

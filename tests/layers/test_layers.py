@@ -4,8 +4,7 @@ import pytest
 import reference
 from common import to_numpy
 
-from keras_vaultgemma.layers.initializers import Initial
-from keras_vaultgemma.layers.projection import projection
+from keras_vaultgemma.layers.projection import Projection
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
 from keras_vaultgemma.layers.rotary import RotaryAngles, rotate
@@ -36,12 +35,12 @@ def test_rms_norm_computes_in_float32():
 def test_rotation_equals_the_written_out_one(theta):
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype("float32")
     positions = np.array([[0, 1, 2], [7, 100, 1000]], "int32")
-    turned = to_numpy(rotate(keras.ops.convert_to_tensor(x), *RotaryAngles(8, theta)(positions)))
+    rotated = to_numpy(rotate(keras.ops.convert_to_tensor(x), *RotaryAngles(8, theta)(positions)))
     for b, t, n in np.ndindex(2, 3, 2):
         expected = reference.rotate(x[b, t, n].astype("float64"), positions[b, t], theta)
         # Angles near 1000 radians have an error of 3e-5 in float32.
         np.testing.assert_allclose(
-            turned[b, t, n], expected, atol=1e-4 if positions[b, t] == 1000 else 1e-5
+            rotated[b, t, n], expected, atol=1e-4 if positions[b, t] == 1000 else 1e-5
         )
 
 
@@ -65,8 +64,8 @@ def test_soft_cap():
     assert soft_cap(x, None) is x
 
 
-def test_projections_of_one_shape_start_different():
-    first, second = (projection(4, name, Initial(0.1), "float32") for name in "ab")
+def test_projections_of_one_shape_have_different_initial_values():
+    first, second = (Projection(4, initializer_range=0.1, name=name) for name in "ab")
     for layer in (first, second):
         layer.build((None, 4))
     assert not np.array_equal(to_numpy(first.kernel), to_numpy(second.kernel))
@@ -74,8 +73,8 @@ def test_projections_of_one_shape_start_different():
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("int8", 0.03), ("int4", 0.15), ("float8", 0.1)])
-def test_quantizing_hands_keras_its_own_layout(mode, tolerance):
-    layer = projection(24, "a", Initial(0.1), "float32")
+def test_quantizing_transposes_the_matrix_for_keras(mode, tolerance):
+    layer = Projection(24, initializer_range=0.1, dtype="float32", name="a")
     layer.build((None, None, 16))
     x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("float32")
     expected = to_numpy(layer(x))
@@ -89,14 +88,14 @@ def test_quantizing_hands_keras_its_own_layout(mode, tolerance):
     )
 
 
-def test_quantised_products_are_those_of_keras():
+def test_quantized_matmuls_equal_those_of_keras():
     rng = np.random.default_rng(0)
     x, kernel = (
         rng.normal(size=(2, 3, 16)).astype("float32"),
         rng.normal(size=(16, 24)).astype("float32"),
     )
     ours, theirs = (
-        projection(24, "a", Initial(0.1), "float32"),
+        Projection(24, initializer_range=0.1, dtype="float32", name="a"),
         keras.layers.Dense(24, use_bias=False),
     )
     for layer in (ours, theirs):

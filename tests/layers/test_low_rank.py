@@ -1,4 +1,4 @@
-"""The layers' low-rank path against the dense formula x (W + s A B), values and gradients, over every kind of base."""
+"""Low-rank updates against the dense formula x (W + s A B): values and gradients, for every base."""
 
 import keras
 import numpy as np
@@ -6,9 +6,8 @@ import pytest
 from common import gradients, shapes_made, to_numpy
 from keras import ops
 
-from keras_vaultgemma.layers.initializers import Initial
 from keras_vaultgemma.layers.low_rank import low_rank_matmul
-from keras_vaultgemma.layers.projection import Projection, projection
+from keras_vaultgemma.layers.projection import Projection
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 
 RANK, ALPHA = 3, 6.0
@@ -27,11 +26,11 @@ def random(*shape, seed=0):
 
 
 def adapted(layer, mode):
-    """The layer with random factors; its base matrix and s A B in float32."""
+    """Return the layer with random factors, its base matrix and the factors, in float32."""
     if mode:
         layer.quantize(mode)
     (weight, *scale) = [to_numpy(variable.value).astype("float32") for variable in layer.weights]
-    if scale:  # one for each row of an embedding, and for each column of a projection
+    if scale:  # of each row of an embedding, of each column of a projection
         weight = weight / (
             scale[0][:, None] if isinstance(layer, ReversibleEmbedding) else scale[0]
         )
@@ -46,7 +45,7 @@ def adapted(layer, mode):
 
 
 def adapted_projection(dtype="float32", mode=None):
-    layer = projection(24, "p", Initial(0.3), dtype)
+    layer = Projection(24, initializer_range=0.3, dtype=dtype, name="p")
     layer.build((None, None, 16))
     return layer, *adapted(layer, mode)
 
@@ -60,7 +59,7 @@ def adapted_embedding(dtype="float32", mode=None):
 
 
 def check(found, expected, tolerance):
-    """Each within `tolerance` of the largest value: 16-bit sums are as exact as their largest summand."""
+    """Compare within `tolerance` of the largest value, which bounds the error of 16-bit sums."""
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(
             one.astype("float32"), other, atol=tolerance * np.abs(other).max()
@@ -149,7 +148,7 @@ def test_soft_cap_comes_after_the_update():
     np.testing.assert_allclose(to_numpy(layer(x, reverse=True)), expected, atol=1e-5)
 
 
-def test_product_in_both_layouts():
+def test_low_rank_matmul_in_both_layouts():
     x, a, b = random(2, 5, 7), random(7, 3, seed=1), random(3, 4, seed=2)
     expected = x @ a @ b * 0.5
     np.testing.assert_allclose(
@@ -160,8 +159,8 @@ def test_product_in_both_layouts():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_product_of_the_factors_is_never_made(transposed):
-    """Neither on the way to the layer's output nor in its gradients: it is as large as the matrix it adapts."""
+def test_the_product_of_the_factors_is_never_computed(transposed):
+    """Neither in the output nor in its gradients, because it is as large as the adapted matrix."""
     shapes = {"x": (5, 20), "a": (20, 3), "b": (3, 28)}
     x, a, b = (random(*shape) for shape in shapes.values())
     first, second = (a.T, b.T) if transposed else (a, b)
@@ -176,7 +175,7 @@ def test_the_product_of_the_factors_is_never_made(transposed):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
 def test_factors_are_not_rounded_to_the_compute_dtype(dtype):
-    layer = projection(1, "p", Initial(0.0), dtype)
+    layer = Projection(1, initializer_range=0.0, dtype=dtype, name="p")
     layer.build((None, 1))
     layer.enable_lora(2)
     for variable, value in zip(
@@ -205,7 +204,7 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     assert not np.array_equal(first, second)
 
 
-def test_taking_factors_away_leaves_the_frozen_matrix():
+def test_disabling_leaves_the_frozen_matrix():
     layer, weight, _, _ = adapted_projection()
     before = [variable.path for variable in layer.variables]
     layer.disable_lora()
@@ -239,8 +238,8 @@ def test_merged_matrix_of_a_mixed_policy_is_float32():
     )
 
 
-def test_other_quantized_bases_are_refused():
-    layer = projection(24, "p", Initial(0.3), "float32")
+def test_other_quantized_bases_are_rejected():
+    layer = Projection(24, initializer_range=0.3, dtype="float32", name="p")
     layer.build((None, 16))
     layer.quantize("int4")
     with pytest.raises(ValueError, match="base in floating point or int8. Received: p in int4"):

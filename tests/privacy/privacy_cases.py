@@ -67,7 +67,7 @@ def compiled(model):
             return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
 
         run = backend.compile_function(
-            function, [*model.variables, *model.metrics_variables], fused=False
+            function, [*model.variables, *model.metrics_variables], jit_compile=False
         )
         model._compiled_sum[model.private_training.microbatch] = lambda rows, count: run(
             keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
