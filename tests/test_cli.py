@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "generate x --max-new-tokens many",
             "argument --max-new-tokens: invalid int value: 'many'",
         ),
-        ("generate x --max-new-tokens 0", "`max_new_tokens` must be 1 or more. Received: 0"),
+        ("generate x --max-new-tokens 0", "`max_new_tokens` must be None or a positive integer. Received: max_new_tokens=0"),
         ("generate x --max 3", "unrecognized arguments: --max 3"),
         ("generate x --dtype float31", "argument --dtype: invalid choice: 'float31'"),
         ("generate x --sampler oracle", "argument --sampler: invalid choice: 'oracle'"),
@@ -72,7 +72,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
         (
             "finetune --data a.csv --lora-rank -1",
-            "`lora_rank` must be an integer from 0. Received: lora_rank=-1",
+            "`lora_rank` must be an integer of at least 0. Received: lora_rank=-1",
         ),
         (
             "info nowhere",
