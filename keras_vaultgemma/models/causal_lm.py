@@ -1,6 +1,6 @@
 """The causal language model: a head on the backbone, generation, training and scoring."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -88,7 +88,7 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         seed: int | None = None,
         repetition_penalty: float = 1.0,
         min_p: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
+        logit_bias: dict[int, float] | None = None,
         prompt_lookup: bool = False,
         return_log_probs: bool = False,
         return_finish_reason: bool = False,
