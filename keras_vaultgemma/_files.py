@@ -1,4 +1,4 @@
-"""New files into a folder: all of them, or none."""
+"""Safe file access: folders that are written atomically, and JSON files of strangers."""
 
 import contextlib
 import json
@@ -11,41 +11,49 @@ SUPERSEDED = {
     "model.weights.json": "model.weights.h5",
     "model.safetensors.index.json": "model.safetensors",
 }
-"""The index of weights in several files, and the single file that loaders would read in its place."""
+"""Index of sharded weights, and the single file that loaders would prefer to it."""
 
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A new, empty folder for the `with` block to write into; its files become those of `folder` when the block ends.
+    """Write files to a folder atomically: all of them, or none.
 
-    Until then, and for good where anything fails, `folder` stays as it was; one that does not exist appears whole or
-    not at all. Files that are not written anew stay, but for a single weights file that an index of several supersedes.
+    A context manager. The block writes into a new, empty folder, whose files are moved into
+    `folder` when the block ends without an exception; otherwise `folder` is left unchanged. A
+    `folder` that does not exist appears complete or not at all. Existing files that the block does
+    not write stay, except a single weights file that a new index of shards supersedes.
+
+    Args:
+        folder: `pathlib.Path` or string. The target.
+
+    Yields:
+        `pathlib.Path` of the temporary folder, on the file system of the target.
 
     Raises:
-        ValueError: where `folder` or a folder above it is a file.
-        OSError: where nothing can be written there.
+        ValueError: If `folder` or one of its parents is a file.
+        OSError: If the target is not writable.
     """
     target = Path(folder).resolve()
-    above = next(path for path in target.parents if path.exists())
-    if not above.is_dir():
-        raise ValueError(f"{folder} cannot be saved to: {above} is a file, not a folder")
+    ancestor = next(path for path in target.parents if path.exists())
+    if not ancestor.is_dir():
+        raise ValueError(f"{folder} cannot be saved to: {ancestor} is a file, not a folder")
     if target.exists() and not target.is_dir():
         raise ValueError(
             f"{folder} cannot be saved to: it is a file, and must be a folder or not exist yet"
         )
     parent = target.parent
-    # A mounted volume's parent is another volume, onto which nothing can be renamed.
+    # A mount point's parent is another file system, and files cannot be renamed across the two.
     if target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK)):
         parent = target
-    beside = parent / f".saving-{uuid.uuid4().hex}"
+    temporary = parent / f".saving-{uuid.uuid4().hex}"
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise OSError(
             error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)
         ) from error
     try:
-        new, old = beside / "new", beside / "old"
+        new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
         if target.is_dir():
@@ -53,20 +61,21 @@ def new_folder(folder):
         else:
             new.rename(target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move_files(new, target, old):
-    """Move the files of `new` into `target`, and those they replace into `old`; where one cannot be moved, undo all.
+    """Move the files of `new` into `target` and the files that they replace into `old`.
 
-    Nor does a process that is killed leave a file missing: the old one is in its place until the new one is.
+    If one file cannot be moved, all moves are undone. A killed process leaves no file missing,
+    because the old file stays until it is replaced.
     """
 
-    def keep(name):
+    def back_up(name):
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(target / name, old / name)
-        except OSError:  # a file system without links
+        except OSError:  # The file system has no hard links.
             os.replace(target / name, old / name)
         undo.callback(os.replace, old / name, target / name)
 
@@ -77,16 +86,16 @@ def _move_files(new, target, old):
     ]
     with contextlib.ExitStack() as undo:
         for path in sorted(new.rglob("*")):
-            place = target / path.relative_to(new)
+            destination = target / path.relative_to(new)
             if path.is_dir():
-                if not place.is_dir():
-                    place.mkdir()
-                    undo.callback(place.rmdir)
+                if not destination.is_dir():
+                    destination.mkdir()
+                    undo.callback(destination.rmdir)
                 continue
-            if place.is_file():
-                keep(path.relative_to(new))
-            os.replace(path, place)
-            undo.callback(os.replace, place, path)
+            if destination.is_file():
+                back_up(path.relative_to(new))
+            os.replace(path, destination)
+            undo.callback(os.replace, destination, path)
         for name in superseded:
             old.mkdir(exist_ok=True)
             os.replace(target / name, old / name)
@@ -95,14 +104,21 @@ def _move_files(new, target, old):
 
 
 MAX_JSON = 2**23
-"""Bytes of a JSON file; a config has thousands and the index of a checkpoint of this model tens of thousands."""
+"""Largest JSON file in bytes. The index of a checkpoint has tens of thousands."""
 
 
 def read_json(path):
-    """A JSON object from a file.
+    """Read a JSON object from a file.
+
+    Args:
+        path: `pathlib.Path` or string.
+
+    Returns:
+        Dict.
 
     Raises:
-        ValueError: names the file where it is not one, too large, or a link that leaves its folder.
+        ValueError: If the file is no JSON object, larger than `MAX_JSON`, or a link that leaves its
+            folder. The message names the file.
     """
     path = Path(path)
     check_link(path)
@@ -114,11 +130,18 @@ def read_json(path):
 
 
 def parse_json(text, path):
-    """A JSON object from the bytes of a file, or of a part of it.
+    """Parse a JSON object.
+
+    Args:
+        text: bytes, in UTF-8.
+        path: `pathlib.Path` or string. Origin of the bytes, for the message.
+
+    Returns:
+        Dict.
 
     Raises:
-        ValueError: names the file where it is not one, nested too deep, or has a key twice (of which readers would take
-            different ones).
+        ValueError: If the bytes are no JSON object, are nested too deeply, or repeat a key, of
+            which different readers would use different values.
     """
 
     def without_duplicates(pairs):
@@ -137,27 +160,42 @@ def parse_json(text, path):
 
 
 def check_link(path):
-    """Raise ValueError where a file is a link out of its folder, which could show a stranger's checkpoint any file.
+    """Raise ValueError if a file is a link that leaves its folder.
 
-    In Hugging Face's cache every file is a link into the repository's `blobs`, and that is fine.
+    Such a link in a stranger's checkpoint could expose any file of the user. In Hugging Face's
+    cache every file is a link into the `blobs` of its repository, which is legal.
+
+    Args:
+        path: `pathlib.Path` or string.
     """
     path = Path(path)
     if not path.is_symlink():
         return
     folder = path.parent.absolute()
-    caches = [place.parent for place in (folder, *folder.parents) if place.name == "snapshots"]
-    places = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
-    if not any(path.resolve().is_relative_to(place) for place in places):
+    caches = [parent.parent for parent in (folder, *folder.parents) if parent.name == "snapshots"]
+    legal = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
+    if not any(path.resolve().is_relative_to(parent) for parent in legal):
         raise ValueError(
-            f"{path} is a link that leaves its folder, to {path.resolve()}: it is not followed"
+            f"{path} must not be a link that leaves its folder. "
+            f"Received: a link to {path.resolve()}"
         )
 
 
 def sync_folder(folder):
-    """The name of a new file is on the disk too, where folders can be opened."""
+    """Flush a folder's entries to disk, so that a new file's name survives a power failure.
+
+    Does nothing on systems that cannot open a folder.
+
+    Args:
+        folder: `pathlib.Path` or string.
+    """
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def ignore_progress(count):
+    """Do nothing. Default of `report` arguments, which are called with a number of bytes."""

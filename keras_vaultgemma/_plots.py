@@ -1,4 +1,4 @@
-"""Pictures, which need matplotlib."""
+"""Plots, which need matplotlib."""
 
 import importlib.util
 from pathlib import Path
@@ -7,27 +7,30 @@ from keras_vaultgemma._files import new_folder
 
 
 def can_plot():
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def new_figure(size):
-    """An empty matplotlib `Figure` of `size` (width, height) in inches.
+    """Return an empty matplotlib `Figure`.
+
+    Args:
+        size: tuple of two floats. Width and height in inches.
 
     Raises:
-        ImportError: where matplotlib is not installed; it names the extra.
+        ImportError: If matplotlib is not installed. The message names the extra to install.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"A picture needs matplotlib: pip install keras-vaultgemma[plot] ({error})"
+            f"A plot needs matplotlib: pip install keras-vaultgemma[plot] ({error})"
         ) from error
     return Figure(figsize=size, layout="constrained")
 
 
 def save_figure(figure, path):
-    """Write a PNG: whole, or not at all."""
+    """Write a figure as a PNG file at `path`, atomically."""
     path = Path(path).resolve()
     with new_folder(path.parent) as folder:
         figure.savefig(folder / path.name, format="png", dpi=150)

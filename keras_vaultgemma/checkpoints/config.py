@@ -1,4 +1,4 @@
-"""The config.json of a checkpoint, in any of the three formats, as the backbone's constructor arguments."""
+"""The config.json of a checkpoint, read as constructor arguments of the backbone."""
 
 import sys
 import warnings
@@ -24,7 +24,7 @@ def _is_number(value):
 
 COUNT = ("an integer from 1 to 2147483647", _is_count)
 LAYERS = ("an integer from 1 to 1000", lambda value: _is_count(value) and value <= 1000)
-"""More would be a list of types, and a table of weights, that takes memory before the file can be asked for either."""
+"""Bounds the memory that `layer_types` and the weight map take for a hostile config."""
 
 NUMBER = ("a finite number above 0", _is_number)
 CAP = ("null or a finite number above 0", lambda value: value is None or _is_number(value))
@@ -36,7 +36,7 @@ FLAG = ("true or false", lambda value: type(value) is bool)
 TRUE = ("true", lambda value: value is True)
 FALSE = ("false", lambda value: value is False)
 ANY = ("", lambda value: True)
-"""What a field may be: in words, and as a test."""
+"""Legal values of a field: the words of the error message, and a predicate."""
 
 HUGGING_FACE_FIELDS = {
     "vocab_size": ("vocabulary_size", 256000, COUNT),
@@ -59,7 +59,10 @@ HUGGING_FACE_FIELDS = {
     "tie_word_embeddings": (None, True, TRUE),
     "attention_dropout": (None, 0.0, RATE),
 }
-"""Field: the backbone's argument, transformers' default where the file leaves it out, what it may be."""
+"""Fields of Hugging Face's config.json.
+
+Each maps to the backbone's argument (None if it has none), the default that transformers uses for
+an absent field, and the legal values."""
 
 KERAS_HUB_FIELDS = {
     "vocabulary_size": ("vocabulary_size", None, COUNT),
@@ -80,12 +83,12 @@ KERAS_HUB_FIELDS = {
     "use_post_ffw_norm": (None, False, FALSE),
     "use_post_attention_norm": (None, False, FALSE),
     "dropout": (None, 0, ("0", lambda value: value == 0)),
-    # What keras-hub's blocks compute with, whatever these two fields say; another value says that the weights were
-    # made for another model than the one keras-hub runs.
+    # keras-hub's blocks ignore these two fields and compute with the values below. Another value
+    # means that the weights belong to a model that keras-hub does not run.
     "query_head_dim_normalize": (None, True, TRUE),
     "layer_norm_epsilon": ("layer_norm_epsilon", 1e-6, ("1e-6", lambda value: value == 1e-6)),
 }
-"""As above, for keras-hub's `GemmaBackbone`."""
+"""Fields of keras-hub's `GemmaBackbone`, in the same form."""
 
 KERAS_FIELDS = {
     "vocabulary_size": ("vocabulary_size", None, COUNT),
@@ -105,17 +108,25 @@ KERAS_FIELDS = {
     "max_sequence_length": ("max_sequence_length", 1024, COUNT),
     "initializer_range": ("initializer_range", 0.02, NUMBER),
 }
-"""As above, for this package's own presets; the defaults are the backbone's."""
+"""Fields of this package's presets, in the same form, with the defaults of the backbone."""
 
 
 def read_config(folder):
-    """The backbone's hyperparameters from the config.json of a folder: all arguments but `dtype`, `name`, `trainable`.
+    """Read the hyperparameters of a backbone from the config.json of a folder.
 
-    Fields that are missing take the defaults of transformers' `VaultGemmaConfig`, which are not those of VaultGemma 1B,
-    of keras-hub's `GemmaBackbone`, or of this package's `VaultGemmaBackbone`.
+    Absent fields take the defaults of the library that wrote the file: those of transformers'
+    `VaultGemmaConfig` (which are not the values of VaultGemma 1B), of keras-hub's `GemmaBackbone`
+    or of this package's `VaultGemmaBackbone`.
+
+    Args:
+        folder: `pathlib.Path` or string.
+
+    Returns:
+        Dict of all constructor arguments of the backbone but `dtype`, `name` and `trainable`.
 
     Raises:
-        ValueError: names the file and the field that is of another model, out of its range or of the wrong type.
+        ValueError: If a field belongs to another model, is out of range or has the wrong type. The
+            message names the file and the field.
     """
     path = Path(folder) / presets.CONFIG
     config = read_json(path)
@@ -132,22 +143,28 @@ def read_config(folder):
         _reject(
             path,
             "head_dim",
-            "even, for rotary positions turn pairs of channels",
+            "even, because rotary embeddings rotate pairs of channels",
             arguments["head_dim"],
         )
     return {argument: arguments[argument] for argument in KERAS_FIELDS}
 
 
 def names_a_class(folder):
-    """Whether a folder's config names a class, as Keras's formats do and Hugging Face's does not."""
+    """Return True if the config of a folder names a class, as Keras's formats do."""
     return "registered_name" in read_json(Path(folder) / presets.CONFIG)
 
 
 def keras_policy(folder):
-    """Name of the dtype policy of a Keras preset; None where that is a map of policies or a quantized one.
+    """Return the name of the dtype policy of a Keras preset.
+
+    Args:
+        folder: `pathlib.Path` or string.
+
+    Returns:
+        String, or None for a map of policies or a quantized policy.
 
     Raises:
-        ValueError: where the config has no `dtype` that Keras could have written.
+        ValueError: If `dtype` is nothing that Keras writes.
     """
     path = Path(folder) / presets.CONFIG
     policy = _class_config(path, read_json(path)).get("dtype", "float32")
@@ -166,14 +183,16 @@ def _hugging_face(path, config):
     arguments = _read(path, config, HUGGING_FACE_FIELDS)
     if config.get("attention_dropout"):
         warnings.warn(
-            f"{path}: `attention_dropout` is ignored; training here has no dropout", stacklevel=4
+            f"{path}: `attention_dropout` is ignored, because this implementation trains without "
+            "dropout",
+            stacklevel=4,
         )
 
-    if arguments["layer_types"] is None:  # transformers alternates, sliding first
+    if arguments["layer_types"] is None:  # The default of transformers.
         arguments["layer_types"] = _alternating(arguments["num_layers"])
     _check_layers(path, arguments, "num_hidden_layers", "sliding_window")
 
-    # transformers reads the older name first where both are there.
+    # transformers prefers the older name where a file has both.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(field) or {}
     fine = isinstance(rope, dict) and rope.keys() <= {"rope_type", "type", "rope_theta"}
@@ -192,7 +211,7 @@ def _keras_hub(path, config):
         _reject(path, "registered_name", repr(KERAS_HUB), config["registered_name"])
     config = _class_config(path, config)
     arguments = _read(path, config, KERAS_HUB_FIELDS)
-    arguments["intermediate_dim"] //= 2  # keras-hub counts both branches of the gated MLP together
+    arguments["intermediate_dim"] //= 2  # keras-hub counts both branches of the gated MLP.
     if config.get("use_sliding_window_attention"):
         arguments["layer_types"] = _alternating(arguments["num_layers"])
     return _with_defaults(arguments)
@@ -203,7 +222,10 @@ def _keras(path, config):
     unknown = sorted(config.keys() - KERAS_FIELDS.keys() - {"name", "trainable", "dtype"})
     if unknown:
         _reject(
-            path, unknown[0], "absent, for the backbone has no such argument", config[unknown[0]]
+            path,
+            unknown[0],
+            "absent, because the backbone has no such argument",
+            config[unknown[0]],
         )
     arguments = _with_defaults(_read(path, config, KERAS_FIELDS))
     _check_layers(path, arguments, "num_layers", "sliding_window_size")
@@ -211,7 +233,7 @@ def _keras(path, config):
 
 
 def _with_defaults(arguments):
-    """What the backbone makes of arguments that leave some to it."""
+    """Return the arguments with the backbone's defaults for those that are absent or None."""
     arguments = {**{name: default for name, (_, default, _) in KERAS_FIELDS.items()}, **arguments}
     if arguments["query_pre_attn_scalar"] is None:
         arguments["query_pre_attn_scalar"] = arguments["head_dim"]
@@ -240,7 +262,7 @@ def _check_layers(path, arguments, count_field, window_field):
         )
         _reject(path, "layer_types", legal, types)
     if not _is_count(window) and (window is not None or "sliding_attention" in types):
-        _reject(path, window_field, COUNT[0] + ", or null where no layer slides", window)
+        _reject(path, window_field, COUNT[0] + ", or null if no layer slides", window)
 
 
 def _alternating(count):
@@ -248,7 +270,7 @@ def _alternating(count):
 
 
 def _read(path, config, fields):
-    """Check every field, and return those that are arguments of the backbone."""
+    """Check every field. Return those that are arguments of the backbone."""
     arguments = {}
     for field, (argument, default, (legal, is_fine)) in fields.items():
         value = config.get(field, default)

@@ -1,28 +1,32 @@
-"""One Keras weights file (HDF5): read as memory-mapped arrays like those of a safetensors file, written by blocks."""
+"""A Keras weights file (HDF5), read as memory-mapped arrays and written in blocks."""
 
 import math
 from pathlib import Path
 
 import h5py
-import ml_dtypes
 import numpy as np
 
-from keras_vaultgemma._files import check_link
-from keras_vaultgemma.checkpoints.lazy_tensor import as_bytes
+from keras_vaultgemma._files import check_link, ignore_progress
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
+BFLOAT16 = DTYPES["bfloat16"]
 
 
 def open_hdf5(path):
-    """{name of a dataset: memory-mapped NumPy array} of one HDF5 file; no dataset is read yet.
+    """Open a Keras weights file, without reading any tensor.
 
-    Keras writes every variable as one run of bytes, which is mapped where it lies. Links to other places are not
-    followed.
+    Keras writes every variable as one contiguous run of bytes, which is memory-mapped at its
+    offset. Links inside the file are not followed.
+
+    Args:
+        path: `pathlib.Path` or string.
+
+    Returns:
+        Dict of dataset names to memory-mapped NumPy arrays.
 
     Raises:
-        ValueError: names the file where it is missing, cut short, damaged or another kind of file, and the dataset
-            where that is not such a run of float32, float16 or bfloat16.
+        ValueError: If the file is missing, truncated, damaged or no HDF5 file, or if a dataset is
+            not contiguous or not of float32, float16 or bfloat16.
     """
     path = Path(path)
     check_link(path)
@@ -35,63 +39,62 @@ def open_hdf5(path):
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    # HDF5 reports damage as any of these.
+    # h5py raises any of these for a damaged file.
     except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is missing, cut short or no Keras weights file: {error}"
+            f"{path} is missing, truncated or no Keras weights file: {error}"
         ) from error
     return tensors
 
 
-def write_hdf5(path, tensors, dtype, layer_names, report=lambda name, count: None):
-    """Write a weights file as Keras writes it, with no more than a block of one tensor in memory.
+def write_hdf5(path, tensors, dtype, layer_names, report=ignore_progress):
+    """Write a weights file as Keras does, with the memory of one block of one tensor.
 
     Args:
-        path: of the new file.
-        tensors: list of (`Place`, `StoredTensor`), in the order to write.
+        path: `pathlib.Path` of the new file.
+        tensors: list of (`Location`, `LazyTensor`) pairs, in the order to write.
         dtype: NumPy dtype to write.
-        layer_names: `{group of a layer's variables: name of the layer}`, for all layers with variables or without.
-        report: called with a tensor's name and the bytes that were written, after each block.
+        layer_names: dict of HDF5 groups to layer names, for all layers with or without variables.
+        report: callable. Called with the number of bytes of each block after it is written.
     """
-    # Room for every tensor first, then its bytes at their place: h5py itself copies opaque bytes at half the speed.
-    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # Allocate every dataset first and write its bytes at their offset, because h5py copies opaque
+    # bytes at half the speed.
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     offsets = {}
     with h5py.File(path, "w") as file:
         for group, name in layer_names.items():
             file.create_group(group).attrs["name"] = name
-        for place, _ in tensors:
-            # h5py stores bfloat16 as two opaque bytes, and the attribute is how Keras knows it again.
-            kind = "V2" if dtype == BFLOAT16 else dtype
-            dataset = file.create_dataset(place.name, place.shape, kind, dcpl=room)
+        for location, _ in tensors:
+            # HDF5 has no bfloat16: Keras stores two opaque bytes and the attribute.
+            stored_dtype = "V2" if dtype == BFLOAT16 else dtype
+            dataset = file.create_dataset(location.name, location.shape, stored_dtype, dcpl=layout)
             if dtype == BFLOAT16:
                 dataset.attrs["dtype"] = "bfloat16"
-            offsets[place.name] = dataset.id.get_offset()
+            offsets[location.name] = dataset.id.get_offset()
     with path.open("r+b") as file:
-        for place, stored in tensors:
-            file.seek(offsets[place.name])
-            for block in stored.blocks(place, dtype):
+        for location, tensor in tensors:
+            file.seek(offsets[location.name])
+            for block in tensor.blocks(location, dtype):
                 file.write(as_bytes(block))
-                report(place.name, block.nbytes)
+                report(block.nbytes)
 
 
 def _map(path, name, dataset):
     dtype = dataset.dtype
-    if (
-        dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16"
-    ):  # HDF5 has no such type
+    if dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16":
         dtype = BFLOAT16
-    if dtype not in DTYPES:
+    if dtype not in DTYPES.values():
         raise ValueError(f"{path}: {name} must be float32, float16 or bfloat16. Received: {dtype}")
-    offset = (
-        dataset.id.get_offset()
-    )  # none where the bytes are compressed, in pieces, in another file or not there
+    # None if the bytes are compressed, chunked, in another file or not allocated.
+    offset = dataset.id.get_offset()
     if offset is None or dataset.external or dataset.is_virtual:
         raise ValueError(
-            f"{path}: {name} must be stored in this file, in one piece and not compressed, as Keras does"
+            f"{path}: {name} must be stored in this file, contiguous and not compressed, as Keras "
+            "does"
         )
     end = offset + dtype.itemsize * math.prod(dataset.shape)
     if end > path.stat().st_size:
-        raise ValueError(f"{path} is cut short: {name} ends at byte {end} of {path.stat().st_size}")
+        raise ValueError(f"{path} is truncated: {name} ends at byte {end} of {path.stat().st_size}")
     return np.memmap(path, dtype, "r", offset, dataset.shape)

@@ -1,48 +1,55 @@
-"""Handles of Hugging Face and Kaggle to folders: downloads, and one clear message for each way in which they fail."""
+"""Downloads from Hugging Face and Kaggle, with one clear error for each way in which they fail."""
 
 import hashlib
 import re
 import time
 from pathlib import Path
 
-PATIENCE = 10
-"""Seconds that Hugging Face has to answer a first question."""
+TIMEOUT = 10
+"""Seconds in which Hugging Face must answer the first request."""
 
 
 def from_hugging_face(preset, patterns):
-    """The folder of a Hugging Face repository, in its cache.
+    """Download files of a Hugging Face repository into its cache.
+
+    Without network, the files of an earlier download are used.
 
     Args:
-        preset: `hf://org/name[@revision]`.
-        patterns: of the names of files that are needed.
+        preset: string. `hf://org/name[@revision]`.
+        patterns: list of strings. Glob patterns of the files to download.
+
+    Returns:
+        `pathlib.Path` of the folder of that revision in the cache.
 
     Raises:
-        ValueError: for a repository or revision that does not exist.
-        FileNotFoundError: where files cannot be fetched, or are others than the hub announced.
+        ValueError: If the repository or revision does not exist, or the handle is malformed.
+        FileNotFoundError: If the repository is gated, files cannot be downloaded, or their content
+            is not what the hub announced.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
     name, _, revision = preset.removeprefix("hf://").partition("@")
     revision = revision or None
-    obstacle, start = None, time.time()
+    hub_error, start = None, time.time()
     try:
-        # One question with a time limit. `snapshot_download` has none: it waits for minutes behind a firewall.
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=PATIENCE)
-    except Exception as error:  # whatever it is, a copy in the local cache will do
-        obstacle = error
+        # One request with a timeout, because `snapshot_download` has none and hangs for minutes
+        # behind a firewall.
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+    except Exception as error:  # Whatever it is, a copy in the local cache is enough.
+        hub_error = error
     try:
-        offline = obstacle is not None
+        offline = hub_error is not None
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=patterns, local_files_only=offline
         )
-    except Exception as error:  # also those of the HTTP library, which differs between versions
-        cause = obstacle or error
+    except Exception as error:  # Includes errors of the HTTP library, which varies.
+        cause = hub_error or error
         if isinstance(cause, errors.HFValidationError):
             raise ValueError(
-                f"`preset` must be hf://org/name[@revision]. Received: {preset!r}"
+                f"`preset` must be hf://org/name[@revision]. Received: preset={preset!r}"
             ) from cause
-        if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
+        if isinstance(cause, errors.GatedRepoError):  # A subclass of RepositoryNotFoundError.
             page = f"https://huggingface.co/{name}"
             raise FileNotFoundError(
                 f"{preset} is gated: accept its terms at {page}, then `hf auth login`"
@@ -54,7 +61,7 @@ def from_hugging_face(preset, patterns):
         if isinstance(cause, errors.RevisionNotFoundError):
             raise ValueError(f"{preset} has no revision {revision!r}") from cause
         problem = (
-            "is not in the local cache, and the hub cannot be asked"
+            "is not in the local cache, and the hub is unreachable"
             if offline
             else "could not be downloaded"
         )
@@ -66,19 +73,23 @@ def from_hugging_face(preset, patterns):
 
 
 def from_kaggle(preset):
-    """The folder of a Kaggle model, in its cache.
+    """Download a Kaggle model into kagglehub's cache.
 
     Args:
-        preset: `kaggle://org/model/framework/variation[/version]`.
+        preset: string. `kaggle://org/model/framework/variation[/version]`.
+
+    Returns:
+        `pathlib.Path` of the model's folder in the cache.
 
     Raises:
-        ValueError: for a model that does not exist.
-        ImportError: where kagglehub is not installed.
-        FileNotFoundError: where it cannot be fetched.
+        ValueError: If the model does not exist or the handle is malformed.
+        ImportError: If kagglehub is not installed.
+        FileNotFoundError: If the model is gated or cannot be downloaded.
     """
     if not re.fullmatch(r"kaggle://([^/]+/){3}[^/]+(/\d+)?", preset):
         raise ValueError(
-            f"`preset` must be kaggle://org/model/framework/variation[/version]. Received: {preset!r}"
+            "`preset` must be kaggle://org/model/framework/variation[/version]. "
+            f"Received: preset={preset!r}"
         )
     try:
         import kagglehub
@@ -86,7 +97,7 @@ def from_kaggle(preset):
         raise ImportError(f"{preset} needs `pip install kagglehub`") from error
     try:
         return Path(kagglehub.model_download(preset.removeprefix("kaggle://")))
-    except Exception as error:  # its own, and whatever its HTTP library raises
+    except Exception as error:  # Its own errors and those of its HTTP library.
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             hint = "accept its terms on its page at www.kaggle.com, and set KAGGLE_API_TOKEN"
@@ -97,10 +108,10 @@ def from_kaggle(preset):
 
 
 def _check_content(path, start, preset):
-    """Remove a file that has been downloaded since `start` and is not what the hub announced.
+    """Check the SHA-256 of a file that was downloaded after `start`; delete it and raise if wrong.
 
-    The cache keeps a file under its ETag, which for large files is the SHA-256 of what they hold. huggingface_hub looks
-    at the size alone.
+    The cache names a file by its ETag, which is the SHA-256 of the content of large files.
+    huggingface_hub itself checks only the size.
     """
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.stat().st_ctime < start:
@@ -111,7 +122,8 @@ def _check_content(path, start, preset):
         path.unlink()
         blob.unlink()
         raise FileNotFoundError(
-            f"{preset} could not be downloaded: {path.name} must have the SHA-256 {blob.name}. Received: {found}"
+            f"{preset} could not be downloaded: {path.name} must have the SHA-256 {blob.name}. "
+            f"Received: {found}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A tensor that stays in its file until it is asked for."""
+"""A tensor of a checkpoint that stays in its memory-mapped file until it is read."""
 
 import math
 import os
@@ -12,74 +12,73 @@ DTYPES = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that weights may have, by Keras's names for them."""
+"""NumPy dtype of each legal weight dtype, by its Keras name."""
 
-BLOCK = 2**25
-"""Bytes, in float32, that are read, cast and handed on at a time."""
+BLOCK_BYTES = 2**25
+"""Largest size of one block of `LazyTensor.blocks`, in bytes of float32."""
 
-STRIP = 2_000_000
-"""Bytes of a file that a thread casts, checks and turns at a time.
+STRIP_BYTES = 2_000_000
+"""Bytes of a file that one thread casts, checks and transposes at a time.
 
-Few enough to stay in a cache meanwhile; enough to be worth waiting for Python's lock, which the thread that builds the
-model holds."""
+Small enough to stay in a core's cache, because each strip is read up to three times."""
 
 ALIGNMENT = 64
-"""Bytes. XLA and TensorFlow take over memory that begins at a multiple of it."""
+"""Bytes. XLA and TensorFlow adopt memory without a copy only if it starts at a multiple of this."""
 
 THREADS = min(4, os.cpu_count() or 1)
-"""More of them wait for memory rather than for a core."""
+"""Threads of one read. More would wait for memory bandwidth rather than for a core."""
 
 
 class LazyTensor:
-    """One weight of a checkpoint; its bytes are read from the mapped file each time that they are asked for.
+    """One weight of a checkpoint, which is read from its memory-mapped file on request.
 
     Args:
-        tensor: memory-mapped array, as the file has it.
-        place: `Place` of the weight in the file.
-        shape: of the backbone's variable.
+        tensor: memory-mapped NumPy array, in the layout of the file.
+        location: `Location` of the weight in the file.
+        shape: tuple of ints. Shape of the backbone's variable.
 
     Attributes:
-        name: of the tensor in the file.
-        shape: of the backbone's variable.
-        dtype: NumPy dtype in the file.
-        is_finite: whether the value last read has neither NaN nor infinity; None before it is read.
+        name: string. Name of the tensor in the file.
+        shape: tuple of ints. Shape of the backbone's variable.
+        dtype: NumPy dtype of the file.
+        is_finite: bool. True if the value that was last read has no NaN and no infinity. None
+            before the first read.
     """
 
-    def __init__(self, tensor, place, shape):
-        self.name = place.name
+    def __init__(self, tensor, location, shape):
+        self.name = location.name
         self.shape = shape
         self.dtype = tensor.dtype
         self.is_finite = None
         self._tensor = tensor
-        self._place = place
-
-    @property
-    def nbytes(self):
-        """Bytes in the file."""
-        return self._tensor.nbytes
+        self._location = location
 
     def read(self, dtype=None):
-        """The value as the backbone's variable has it: a contiguous array in memory of its own.
+        """Return the value of the backbone's variable as a new, contiguous array.
 
-        Never a view of the file: JAX may use an array's memory as it is, and would change, or crash, with the file.
-        That memory is aligned to `ALIGNMENT`, so that every backend can take it over without a copy.
+        The result is never a view of the file, because JAX may adopt an array's memory: a change
+        of the file would then change the model or crash it. It is aligned to `ALIGNMENT`, so that
+        every backend can adopt it without a copy.
 
         Args:
-            dtype: Keras's name or a NumPy dtype to cast to. Defaults to the file's. Values beyond its range become
-                infinite.
+            dtype: string or NumPy dtype to cast to. Values out of its range become infinite.
+                Defaults to the dtype of the file.
+
+        Returns:
+            NumPy array of `self.shape`. `is_finite` then describes it.
         """
         dtype = self.dtype if dtype is None else as_dtype(dtype)
         value = _aligned(self.shape, dtype)
-        target = _bits(self._place.from_variable(value))
-        # Whole lines of the cache in the turned tensor, too.
-        rows = ALIGNMENT * max(1, STRIP // (ALIGNMENT * self._tensor[:1].nbytes))
-
+        target = _bits(self._location.from_variable(value))
+        # A multiple of the cache line, so that no two threads write to one line of the
+        # transposed array.
+        rows = ALIGNMENT * max(1, STRIP_BYTES // (ALIGNMENT * self._tensor[:1].nbytes))
         starts = range(0, len(target), rows)
 
-        def fill(share):
-            """Every so many strips; whether they are finite."""
+        def copy_strips(thread):
+            """Copy every `THREADS`-th strip. Return True if all of them are finite."""
             finite = True
-            for start in starts[share::THREADS]:
+            for start in starts[thread::THREADS]:
                 strip = self._tensor[start : start + rows]
                 if dtype != self.dtype:
                     with np.errstate(over="ignore"):
@@ -89,26 +88,29 @@ class LazyTensor:
             return finite
 
         if len(starts) < THREADS:
-            finite = [fill(share) for share in range(THREADS)]
+            finite = [copy_strips(thread) for thread in range(THREADS)]
         else:
             with ThreadPoolExecutor(THREADS) as pool:
-                finite = list(pool.map(fill, range(THREADS)))
+                finite = list(pool.map(copy_strips, range(THREADS)))
         self.is_finite = all(finite)
         return value
 
-    def blocks(self, place, dtype):
-        """The value as another file has it, in blocks of rows: contiguous arrays that may be views of this file.
+    def blocks(self, location, dtype):
+        """Yield the value in the layout of another file, in blocks of rows.
 
         Args:
-            place: `Place` of the weight in the other file.
+            location: `Location` of the weight in the other file.
             dtype: NumPy dtype to cast to.
 
+        Yields:
+            Contiguous arrays, which may be views of this tensor's file.
+
         Raises:
-            ValueError: where a finite value becomes infinite in `dtype`.
+            ValueError: If a finite value becomes infinite in `dtype`.
         """
-        tensor = place.from_variable(self._place.to_variable(self._tensor, self.shape))
-        # As if all were float32, so that blocks are the same rows in whatever dtype a file has them.
-        rows = max(1, BLOCK // (4 * (tensor.size // len(tensor))))
+        tensor = location.from_variable(self._location.to_variable(self._tensor, self.shape))
+        # Counted in float32, so that a block has the same rows whatever the dtype of the file.
+        rows = max(1, BLOCK_BYTES // (4 * (tensor.size // len(tensor))))
         for start in range(0, len(tensor), rows):
             block = _contiguous(tensor[start : start + rows])
             if dtype != self.dtype:
@@ -120,37 +122,40 @@ class LazyTensor:
 
 
 def as_dtype(dtype):
-    """A NumPy dtype, from Keras's name for it or from itself."""
+    """Return the NumPy dtype of a Keras dtype name. A NumPy dtype is returned as it is."""
     return DTYPES[dtype] if isinstance(dtype, str) else np.dtype(dtype)
 
 
 def dtype_name(dtype):
-    """Keras's name for a NumPy dtype that is one of `DTYPES`."""
+    """Return the Keras name of one of `DTYPES`."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def widest(dtypes):
-    """The one of `DTYPES` into which all of some NumPy dtypes fit without rounding."""
+    """Return the narrowest of `DTYPES` that holds all the given NumPy dtypes without rounding."""
     dtypes = set(dtypes)
     return dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
 
 
 def equal_bits(a, b):
-    """Whether two arrays or mapped files of one shape and dtype hold the same bits, NaN included; block by block."""
+    """Return True if two arrays have the same shape, dtype and bits. NaN equals the same NaN.
+
+    Both may be memory-mapped; they are compared in blocks.
+    """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     a, b = _bits(a), _bits(b)
-    rows = max(1, BLOCK // max(1, a[:1].nbytes))
+    rows = max(1, BLOCK_BYTES // max(1, a[:1].nbytes))
     return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
 def as_bytes(array):
-    """A contiguous array's bytes, without a copy."""
+    """Return the bytes of a contiguous array, without a copy."""
     return array.reshape(-1).view("u1").data
 
 
 def _aligned(shape, dtype):
-    """An array whose memory begins at a multiple of `ALIGNMENT`."""
+    """Return an uninitialised array whose memory starts at a multiple of `ALIGNMENT`."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, "u1")
     start = -memory.ctypes.data % ALIGNMENT
@@ -158,9 +163,10 @@ def _aligned(shape, dtype):
 
 
 def _all_finite(array):
-    """Whether a contiguous array has neither NaN nor infinity.
+    """Return True if a contiguous array has no NaN and no infinity.
 
-    Of the numbers of either sign those have the largest bits; NumPy finds a maximum as fast as it reads memory.
+    Compared as integers, infinity and NaN are the largest values of either sign, and NumPy
+    computes an integer maximum at the speed of memory in every one of `DTYPES`.
     """
     size = array.dtype.itemsize
     infinity = int(np.array(np.inf, array.dtype).view(f"u{size}"))
@@ -170,7 +176,7 @@ def _all_finite(array):
 
 
 def _bits(array):
-    """The array as unsigned integers, which NumPy copies faster than bfloat16 and compares bit by bit."""
+    """Return a view as unsigned integers, which NumPy copies faster than bfloat16."""
     return array.view(f"u{array.dtype.itemsize}")
 
 
@@ -179,9 +185,9 @@ def _contiguous(array):
 
 
 def _check_range(name, source, cast):
-    lost = np.isinf(cast) & np.isfinite(source)
-    if lost.any():
-        value = float(np.abs(source[lost]).max())
+    overflowed = np.isinf(cast) & np.isfinite(source)
+    if overflowed.any():
+        value = float(np.abs(source[overflowed]).max())
         legal = float(ml_dtypes.finfo(cast.dtype).max)
         raise ValueError(
             f"{name} must be from {-legal:g} to {legal:g} for {cast.dtype}. Received: ±{value:g}"

@@ -1,4 +1,4 @@
-"""Where a converted model comes from and what was promised about it: the content of its metadata.json."""
+"""The metadata.json and the model card of a converted model: its source and its privacy."""
 
 import datetime
 import hashlib
@@ -8,70 +8,80 @@ from pathlib import Path
 import keras
 import keras_hub
 
-from keras_vaultgemma._files import read_json
+from keras_vaultgemma._files import ignore_progress, read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.lazy_tensor import dtype_name
 
-PIECE = 2**20
+HASH_CHUNK = 2**20
 """Bytes that are hashed at a time."""
 
-STATED = ("license", "sources", "privacy")
+STATEMENTS = ("license", "sources", "privacy")
+"""Keys of Google's metadata that are copied to a conversion of its release."""
 
 
 def model_files(folder):
-    """Paths, in a fixed order, of the files in a folder that belong to a model in any of the formats."""
+    """Return the paths of a folder's model files, of any of the formats, in sorted order."""
     patterns = [*presets.DOWNLOADS["weights"], "assets/*/*.spm", "README.md"]
     return sorted(
         {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
     )
 
 
-def digests(folder, report=lambda name, count: None):
-    """{path inside the folder: SHA-256} of a model's files, metadata.json left out.
+def digests(folder, report=ignore_progress):
+    """Return the SHA-256 digests of a model's files, except metadata.json.
 
     Args:
-        report: called with a file's name and the bytes that were read.
+        folder: `pathlib.Path` or string.
+        report: callable. Called with the number of bytes of each chunk after it is read.
+
+    Returns:
+        Dict of paths relative to the folder to hexadecimal digests.
     """
     folder = Path(folder)
     files = (path for path in model_files(folder) if path != folder / presets.METADATA)
     return {path.relative_to(folder).as_posix(): sha256(path, report) for path in files}
 
 
-def sha256(path, report=lambda name, count: None):
-    """Hexadecimal SHA-256 of a file, read piece by piece."""
-    digest, buffer = hashlib.sha256(), bytearray(PIECE)
+def sha256(path, report=ignore_progress):
+    """Return the hexadecimal SHA-256 of a file, which is read in chunks."""
+    digest, buffer = hashlib.sha256(), bytearray(HASH_CHUNK)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-            report(path.name, count)
+            report(count)
     return digest.hexdigest()
 
 
 def new_metadata(source, folder, source_digests, parameter_count, dtype):
-    """What metadata.json says, but for the digests of the new files.
+    """Return the content of metadata.json, without the digests of the new files.
 
-    What the source states of itself is handed on: licence, privacy and whatever else its own metadata.json holds. A
-    source that has none, and is Google's release by its name and its number of parameters, is given what this package's
-    bundled vaultgemma_1b preset states. No other source is given a privacy statement that it does not make.
+    The metadata.json of the source is copied: its licence, its privacy statement and every other
+    key. If the source has none and is Google's release, by its name and its number of parameters,
+    the statements of the bundled vaultgemma_1b preset are used. No other source gets a privacy
+    statement that it does not make.
 
     Args:
-        source: the name, handle or folder as the user gave it. Of a folder only the last part is noted.
-        folder: where it was found.
-        source_digests: as `digests` returns them.
-        parameter_count: of the model.
+        source: string or path. The name, handle or folder that the user gave. Only the last part of
+            a folder is recorded.
+        folder: `pathlib.Path` of the source's files.
+        source_digests: dict of paths to digests, as `digests` returns it.
+        parameter_count: int. Number of parameters of the model.
         dtype: NumPy dtype of the new files.
+
+    Returns:
+        Dict that is serialisable as JSON.
     """
     path = folder / presets.METADATA
-    stated = read_json(path) if path.is_file() else {}
-    if not stated:
+    statements = read_json(path) if path.is_file() else {}
+    if not statements:
         release = presets.release_metadata(source, parameter_count)
-        stated = {key: release[key] for key in STATED if key in release}
+        statements = {key: release[key] for key in STATEMENTS if key in release}
     name = os.fspath(source)
-    earlier = stated.pop("source", None)
-    stated.pop("files", None)
+    earlier = statements.pop("source", None)
+    statements.pop("files", None)
     return {
-        **stated,
+        **statements,
         "keras_version": keras.__version__,
         "keras_hub_version": keras_hub.__version__,
         "keras_vaultgemma_version": __version__,
@@ -89,13 +99,12 @@ def new_metadata(source, folder, source_digests, parameter_count, dtype):
 
 
 def _revision(name, folder):
-    """The commit or version in a hub's cache, by where the folder stands in it; None elsewhere."""
+    """Return the commit or version that a folder in a hub's cache is named after, or None."""
     if folder.parent.name == "snapshots":
         return folder.name
     return folder.name if folder.name.isdigit() and not Path(name).is_dir() else None
 
 
-# MERGED: """README.md of a converted model, written from its metadata."""
 LABELS = {
     "epsilon": "ε",
     "delta": "δ",
@@ -106,9 +115,11 @@ LABELS = {
     "covers": "what it covers",
     "source": "source",
 }
-"""Keys of a privacy statement, in words."""
+"""Words of the model card for the keys of a privacy statement."""
 
-USE = {
+NO_LICENCE = "The source states no licence; its terms apply to this copy too"
+
+USAGE = {
     "keras": """```python
 from keras_vaultgemma import VaultGemmaCausalLM
 
@@ -123,18 +134,20 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"){load_tokeniz
 
 
 def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
-    """Text of a model card.
+    """Return the text of a model card (README.md).
 
     Args:
-        to: "keras" or "hf", the format of the folder.
-        metadata: as metadata.json holds it.
-        hyperparameters: of the backbone, as `checkpoint.open_values` returns them.
-        has_vocabulary: whether the folder has one.
-        training: what the ledger says of training since, a sentence each.
+        to: string. Format of the folder, "keras" or "hf".
+        metadata: dict. Content of metadata.json.
+        hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
+            returns them.
+        has_vocabulary: bool. True if the folder has a vocabulary.
+        training: iterable of strings. One sentence for each training run that the privacy ledger
+            lists.
     """
     source = metadata["source"]
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
-    use = USE[to].format(
+    usage = USAGE[to].format(
         without_text="" if has_vocabulary else ", preprocessor=None",
         and_tokenizer=", AutoTokenizer" if has_vocabulary else "",
         load_tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
@@ -161,13 +174,13 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
             "",
             str(metadata.get("description") or "A decoder of the Gemma family."),
             "",
-            use,
+            usage,
             "",
             "## Source",
             "",
-            f"Converted from `{source['name']}`{revision} by keras_vaultgemma {metadata['keras_vaultgemma_version']}, "
-            f"stored in {metadata['dtype']}. `metadata.json` has the SHA-256 of every file of the source and of this "
-            "folder.",
+            f"Converted from `{source['name']}`{revision} by keras_vaultgemma "
+            f"{metadata['keras_vaultgemma_version']}, stored in {metadata['dtype']}. "
+            "`metadata.json` has the SHA-256 of every file of the source and of this folder.",
             "",
             "## Architecture",
             "",
@@ -181,7 +194,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
             "",
             "## Licence",
             "",
-            f"{metadata.get('license') or 'The source states no licence; its terms apply to this copy too'}.",
+            f"{metadata.get('license') or NO_LICENCE}.",
             "",
         ]
     )

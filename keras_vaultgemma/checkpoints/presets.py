@@ -1,4 +1,4 @@
-"""A preset's name or handle to a folder on this machine. Knows files, not classes."""
+"""From the name or handle of a preset to a folder on this machine. Knows files, not classes."""
 
 import os
 import re
@@ -20,14 +20,16 @@ FILES = {
         "model.safetensors.index.json",
     ),
 }
-"""What a caller may need of a preset, and the files of which one must be there, in Hugging Face's or Keras's layout."""
+"""Parts of a preset, and for each the files of which at least one must exist."""
 
 DOWNLOADS = {
     "config": [CONFIG, METADATA, LEDGER],
     "vocabulary": ["*.json", "*.model", "*.spm", LEDGER],
     "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5", LEDGER],
 }
-"""The same as patterns for a download; the rest of a repository is other formats of the same weights."""
+"""The same parts as patterns of files to download.
+
+Other files of a repository hold the same weights in other formats."""
 
 HUBS = {
     "vaultgemma_1b": (
@@ -35,32 +37,31 @@ HUBS = {
         "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2",
     )
 }
-"""Bundled presets whose weights are not bundled, and where they are."""
+"""Handles of the weights of bundled presets that are bundled without them."""
 
 RELEASE = "vaultgemma_1b"
-"""The bundled preset whose metadata holds what Google states of its release."""
+"""The bundled preset whose metadata holds Google's statements about its release."""
 
 
 def bundled():
-    """Folder of each bundled preset by name."""
+    """Return a dict of the bundled presets' names to their folders."""
     package = Path(__file__).parents[1]
-    # Inside a wheel the presets stand in the package, in a checkout beside it.
-    root = next(
-        (p for p in (package / "bundled_presets", package.parent / "presets") if p.is_dir()), None
-    )
-    return (
-        {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG).exists()}
-        if root
-        else {}
-    )
+    # A wheel has the presets inside the package, a source checkout next to it.
+    for root in (package / "bundled_presets", package.parent / "presets"):
+        if root.is_dir():
+            return {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG).exists()}
+    return {}
 
 
 def release_metadata(preset, parameter_count):
-    """What the bundled metadata states of Google's release, for a preset that is it; {} for any other.
+    """Return Google's statements about its release if a preset is that release.
 
     Args:
-        preset: a name or handle, of any revision.
-        parameter_count: of the model that was found there.
+        preset: string or path. A name or handle, with or without a revision.
+        parameter_count: int. Number of parameters of the model that was found there.
+
+    Returns:
+        Dict, the content of the bundled metadata.json. Empty for any other preset.
     """
     name = re.sub(r"@.*|/\d+$", "", os.fspath(preset))
     if name != RELEASE and name not in (re.sub(r"/\d+$", "", handle) for handle in HUBS[RELEASE]):
@@ -70,27 +71,33 @@ def release_metadata(preset, parameter_count):
 
 
 def cache_home():
-    """Where weights that a user fetched are looked for: `KERAS_VAULTGEMMA_HOME` or a folder in the user's cache."""
+    """Return the folder in which downloaded weights are looked up.
+
+    `KERAS_VAULTGEMMA_HOME` if it is set, else `keras_vaultgemma` in the user's cache folder.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("KERAS_VAULTGEMMA_HOME") or f"{cache}/keras_vaultgemma").expanduser()
 
 
 def find(preset, need="weights"):
-    """The folder of a preset, downloaded where it has to be.
+    """Return the folder of a preset, and download its files if necessary.
 
     Args:
-        preset: a bundled preset's name, a local folder, `hf://org/name[@revision]` or
-            `kaggle://org/model/framework/variation[/version]`.
-        need: "config", "vocabulary" or "weights": what the caller will read, so that no more is downloaded.
+        preset: string or path. A bundled preset's name, a local folder, `hf://org/name[@revision]`
+            or `kaggle://org/model/framework/variation[/version]`.
+        need: string. The part that the caller will read, so that no more is downloaded: "config",
+            "vocabulary" or "weights". Defaults to "weights".
 
     Returns:
-        `pathlib.Path` of a folder that has a config.json and what is needed.
+        `pathlib.Path` of a folder that has a config.json and the files of `need`.
 
     Raises:
-        ValueError: for a preset that is none of these, a repository or revision that does not exist, or a folder
-            without config.json.
-        FileNotFoundError: where the folder has not what is needed, or it cannot be fetched: the model is gated, the hub
-            cannot be reached, the download broke off, or something else arrived than was announced.
+        ValueError: If `preset` is none of these, the repository or revision does not exist, or the
+            folder has no config.json.
+        FileNotFoundError: If the folder lacks the files of `need`, or they cannot be downloaded:
+            the model is gated, the hub is unreachable, the download was interrupted, or its content
+            is not what the hub announced.
+        ImportError: If a `kaggle://` handle is given and kagglehub is not installed.
     """
     name = os.fspath(preset) if isinstance(preset, (str, os.PathLike)) else ""
     folders = bundled()
@@ -106,58 +113,62 @@ def find(preset, need="weights"):
         folder = Path(name)
     else:
         raise ValueError(
-            f"`preset` must be a bundled preset ({', '.join(folders)}), a folder, hf://org/name[@revision] or "
-            f"kaggle://org/model/framework/variation[/version]. Received: {preset!r}"
+            f"`preset` must be a bundled preset ({', '.join(folders)}), a folder, "
+            "hf://org/name[@revision] or kaggle://org/model/framework/variation[/version]. "
+            f"Received: preset={preset!r}"
         )
     if not file(folder, "config"):
         raise ValueError(
             f"{preset} has no {CONFIG}, so it is neither a preset nor a Hugging Face checkpoint"
         )
     if not file(folder, need):
-        raise FileNotFoundError(
-            f"{preset} has no {need}: none of {', '.join(FILES[need])} is there"
-        )
+        raise FileNotFoundError(f"{preset} has no {need}: none of {', '.join(FILES[need])} exists")
     return folder
 
 
 def file(folder, need):
-    """Path of the folder's "config", "vocabulary" or "weights" (a single file or the index of several), or None."""
-    return next(
-        (Path(folder) / name for name in FILES[need] if (Path(folder) / name).is_file()), None
-    )
+    """Return the path of the first existing file of `need`, or None.
+
+    Args:
+        folder: `pathlib.Path` or string.
+        need: string. "config", "vocabulary" or "weights" (a single file or the index of several).
+    """
+    paths = (Path(folder) / name for name in FILES[need])
+    return next((path for path in paths if path.is_file()), None)
 
 
 def is_keras(folder):
-    """Whether a folder is a Keras preset of this package (and not a Hugging Face or other checkpoint)."""
-    return str(read_json(Path(folder) / CONFIG).get("registered_name")).startswith(
-        "keras_vaultgemma>"
-    )
+    """Return True if a folder is a Keras preset of this package."""
+    registered_name = str(read_json(Path(folder) / CONFIG).get("registered_name"))
+    return registered_name.startswith("keras_vaultgemma>")
 
 
 def _fetch(name, need):
-    """What a bundled preset needs from elsewhere: from the user's cache, else from each hub in turn."""
+    """Return a folder with the files that are not bundled: from the cache, else from the hubs."""
     home = cache_home()
     for folder in (home / name, home):
         if file(folder, "config") and file(folder, need):
             return folder
-    tried = [f"{home / name} " + (f"has no {need}" if (home / name).is_dir() else "does not exist")]
+    state = f"has no {need}" if (home / name).is_dir() else "does not exist"
+    attempts = [f"{home / name} {state}"]
     for handle in HUBS[name]:
         try:
             return find(handle, need)
         except (ValueError, OSError, ImportError) as error:
-            tried.append(str(error))
+            attempts.append(str(error))
     hugging_face, kaggle = HUBS[name]
     repository = hugging_face.removeprefix("hf://")
     model = "/".join(kaggle.removeprefix("kaggle://").split("/")[:2])
     raise FileNotFoundError(
-        f"The {need} of {name} must be fetched once, for the model is gated. Three ways:\n"
+        f"The {need} of {name} must be downloaded once, because the model is gated. Three ways:\n"
         f"1. Hugging Face: accept the terms at https://huggingface.co/{repository}, then\n"
         "       hf auth login\n"
-        f"2. Kaggle: accept the terms at https://www.kaggle.com/models/{model}, make an API token in your settings "
-        "there, then\n"
+        f"2. Kaggle: accept the terms at https://www.kaggle.com/models/{model}, "
+        "create an API token in your settings there, then\n"
         "       export KAGGLE_API_TOKEN=<the token>\n"
-        "3. A folder, for a machine without network: on another one, after `hf auth login`,\n"
+        "3. A folder, for a machine without network: on another machine, after `hf auth login`,\n"
         f"       hf download {repository} --local-dir {name}\n"
-        f"   and copy that folder to {home / name} (or name another folder in KERAS_VAULTGEMMA_HOME).\n"
-        "Then try again. What was tried:\n" + "\n".join(f"- {line}" for line in tried)
+        f"   and copy that folder to {home / name} "
+        "(or set KERAS_VAULTGEMMA_HOME to another folder).\n"
+        "Then try again. Attempts so far:\n" + "\n".join(f"- {line}" for line in attempts)
     )

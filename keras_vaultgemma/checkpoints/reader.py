@@ -1,9 +1,8 @@
-"""The weights of a folder, in any of the three formats, for the backbone."""
+"""The weights of a checkpoint folder, in any of the three formats."""
 
 import warnings
 from pathlib import Path
 
-import keras
 from keras import ops
 
 from keras_vaultgemma.checkpoints import presets, weight_map
@@ -17,151 +16,126 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class KerasOnly(ValueError):
-    """A Keras preset that only Keras itself can load: it is quantized, or its weights are in several files."""
+    """Error for a Keras preset that only Keras can load: it is quantized or sharded."""
 
 
 def format_of(folder):
-    """Which of `weight_layout`'s formats a folder's config.json is of."""
+    """Return the format of `weight_map` that the config.json of a folder belongs to."""
     if not names_a_class(folder):
         return weight_map.HUGGING_FACE
     return weight_map.KERAS if presets.is_keras(folder) else weight_map.KERAS_HUB
 
 
 def open_values(folder):
-    """The weights of a folder, checked and not yet read.
+    """Check all weights of a folder against its config, without reading them.
 
     Args:
-        folder: of a Hugging Face checkpoint (model.safetensors, or several files and their index), a keras-hub
-            `GemmaBackbone` preset or a Keras preset of this package (model.weights.h5).
+        folder: `pathlib.Path` or string. A Hugging Face checkpoint (model.safetensors, or several
+            files and their index), a keras-hub `GemmaBackbone` preset or a Keras preset of this
+            package (model.weights.h5).
 
     Returns:
-        (hyperparameters, `{path of the backbone's variable: StoredTensor}` in the order of the layers). The
-        hyperparameters are the backbone's constructor arguments, without `dtype`, `name` and `trainable`.
+        Tuple `(hyperparameters, values)`. `hyperparameters` is a dict of the backbone's constructor
+        arguments without `dtype`, `name` and `trainable`. `values` is a dict of the variables'
+        paths to `LazyTensor`, in the order of the layers.
 
     Raises:
-        KerasOnly: for a Keras preset that is quantized or whose weights are in several files.
-        ValueError: names the field of config.json, the file that is cut short or malformed, the tensor that is missing,
-            unknown or of another shape (with both shapes), or an `lm_head.weight` that is not the embedding.
+        KerasOnly: If a Keras preset is quantized or has its weights in several files.
+        ValueError: If config.json describes no VaultGemma, a file is truncated or malformed, a
+            tensor is missing, unknown or of another shape (the message has both shapes), or
+            `lm_head.weight` differs from the embedding.
     """
     folder = Path(folder)
     hyperparameters = read_config(folder)
-    layout_format = format_of(folder)
-    if layout_format == weight_map.HUGGING_FACE:
+    file_format = format_of(folder)
+    if file_format == weight_map.HUGGING_FACE:
         tensors = open_tensors(folder)
     else:
-        if layout_format == weight_map.KERAS:
-            _check_that_it_is_plain(folder)
+        if file_format == weight_map.KERAS:
+            _check_plain_preset(folder)
         tensors = open_hdf5(folder / WEIGHTS_FILE)
-    head = tensors.pop(HEAD, None) if layout_format == weight_map.HUGGING_FACE else None
+    head = tensors.pop(HEAD, None) if file_format == weight_map.HUGGING_FACE else None
     weights = weight_map.weight_map(hyperparameters)
-    places = {weight.path: weight.locations[layout_format] for weight in weights}
+    locations = {weight.path: weight.locations[file_format] for weight in weights}
     _check_head(folder, head, tensors.get(EMBEDDING))
-    check_shapes(folder, {place.name: place.shape for place in places.values()}, tensors)
+    shapes = {location.name: location.shape for location in locations.values()}
+    check_shapes(folder, shapes, tensors)
     return hyperparameters, {
         weight.path: LazyTensor(
-            tensors[places[weight.path].name], places[weight.path], weight.shape
+            tensors[locations[weight.path].name], locations[weight.path], weight.shape
         )
         for weight in weights
     }
 
 
-def load_weights(backbone, folder):
-    """Read the weights of a folder into a backbone, cast to its dtype.
-
-    Everything is checked before the first variable changes; then one tensor after the other is read.
-
-    Args:
-        backbone: `VaultGemmaBackbone` of the folder's configuration.
-        folder: as for `open_values`.
-
-    Raises:
-        ValueError: as `open_values` does; and names the variable that is of another shape or quantized.
-    """
-    _, values = open_values(folder)
-    variables = {variable.path: variable for variable in backbone.weights}
-    for path, variable in variables.items():
-        if not keras.backend.is_float_dtype(variable.dtype):
-            raise ValueError(
-                f"A checkpoint loads into floating-point variables; quantize the model afterwards. Received: "
-                f"{path} of dtype {variable.dtype}"
-            )
-    for path, value in values.items():
-        shape = tuple(variables[path].shape) if path in variables else None
-        if shape != value.shape:
-            raise ValueError(
-                f"{path} is misshapen in {folder}. Expected shape: {shape}. Found: {value.shape}"
-            )
-    layers = {path.rpartition("/")[0] for path in values}
-    for path in sorted(
-        path for path in variables.keys() - values.keys() if path.rpartition("/")[0] not in layers
-    ):
-        raise ValueError(
-            f"{path} is missing from {folder}. Expected shape: {tuple(variables[path].shape)}. Found: None"
-        )
-    for path, value in values.items():
-        variables[path].assign(value.read(variables[path].dtype))
-
-
 def warn_if_not_finite(backbone, values=None):
-    """Warn where weights hold NaN or infinity, naming the first variable that does.
+    """Warn if weights hold NaN or infinity, and name the first such variable.
 
     Args:
         backbone: `VaultGemmaBackbone`.
-        values: `{path of the variable: StoredTensor}` that the backbone was filled with, which know; None to look at
-            the variables.
+        values: dict of the variables' paths to the `LazyTensor` that each was read from, which
+            knows whether it is finite. Defaults to None, which inspects the variables themselves.
     """
     for variable in backbone.variables:
         if "float" not in variable.dtype:
             continue
         if not (_is_finite(variable.value) if values is None else values[variable.path].is_finite):
             warnings.warn(
-                f"{variable.path} holds NaN or infinite values: the checkpoint is damaged, or too large for "
-                f"{variable.dtype}",
+                f"{variable.path} holds NaN or infinite values: the checkpoint is damaged, or its "
+                f"values are out of range for {variable.dtype}",
                 stacklevel=3,
             )
             return
 
 
-def _is_finite(value):
-    # NaN or infinity cannot leave a sum finite, and a sum takes no memory; but it can overflow where all is well.
-    return bool(ops.isfinite(ops.sum(value))) or bool(ops.all(ops.isfinite(value)))
-
-
-def _check_that_it_is_plain(folder):
-    policy = keras_policy(folder)
-    if policy is None:
-        raise KerasOnly(
-            f"{folder / presets.CONFIG}: `dtype` must be one floating-point policy, not a quantized one"
-        )
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / SHARD_INDEX).is_file():
-        raise KerasOnly(
-            f"{folder} must have its weights in one file, {WEIGHTS_FILE}. Received: several, listed in {SHARD_INDEX}"
-        )
-
-
 def check_shapes(folder, shapes, tensors):
-    """Raise ValueError for the first of `tensors` that is missing, unknown or of another shape than in `shapes`."""
+    """Raise ValueError for the first tensor that is missing, unknown or of another shape.
+
+    Args:
+        folder: `pathlib.Path` or string, for the message.
+        shapes: dict of names to expected shapes.
+        tensors: dict of names to arrays.
+    """
     for name in sorted(shapes.keys() | tensors.keys()):
         expected = shapes.get(name)
         found = tensors[name].shape if name in tensors else None
-        if expected != found:
-            problem = (
-                "is missing from"
-                if found is None
-                else "is unknown in"
-                if expected is None
-                else "is misshapen in"
-            )
-            raise ValueError(
-                f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}"
-            )
+        if expected == found:
+            continue
+        if found is None:
+            problem = "is missing from"
+        elif expected is None:
+            problem = "is unknown in"
+        else:
+            problem = "is misshapen in"
+        raise ValueError(f"{name} {problem} {folder}. Expected shape: {expected}. Found: {found}")
+
+
+def _is_finite(value):
+    # A sum with a NaN or infinite term is never finite, and it needs no memory. Only a sum of
+    # finite values that overflows needs the second test.
+    return bool(ops.isfinite(ops.sum(value))) or bool(ops.all(ops.isfinite(value)))
+
+
+def _check_plain_preset(folder):
+    policy = keras_policy(folder)
+    if policy is None:
+        raise KerasOnly(
+            f"{folder / presets.CONFIG}: `dtype` must be one floating-point policy, not a "
+            "quantized one"
+        )
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / SHARD_INDEX).is_file():
+        raise KerasOnly(
+            f"{folder} must have its weights in one file, {WEIGHTS_FILE}. "
+            f"Received: several, listed in {SHARD_INDEX}"
+        )
 
 
 def _check_head(folder, head, embedding):
-    """Refuse a head of its own: a tied one, stored twice, is the embedding bit by bit (NaN included)."""
+    """Raise ValueError for a stored head that is not the embedding, bit by bit."""
     if head is None or embedding is None or equal_bits(head, embedding):
         return
     raise ValueError(
-        f"{folder}: {HEAD} must be equal to {EMBEDDING}, for VaultGemma's head is tied to its embedding. Received: "
-        f"{head.dtype} {head.shape} and {embedding.dtype} {embedding.shape}, which differ"
+        f"{folder}: {HEAD} must be equal to {EMBEDDING}, because VaultGemma's head is tied to its "
+        f"embedding. Received: {head.dtype} {head.shape} and {embedding.dtype} {embedding.shape}, "
+        "which differ"
     )

@@ -1,7 +1,7 @@
-"""Where each weight of the backbone stands in each format: one table, made from the hyperparameters alone.
+"""Name, shape and axes of every weight of the backbone in each checkpoint format.
 
-The numbers in a config make it, so that a file can be checked against its config before anything is allocated. Reading
-and writing are the same table in two directions.
+One table, computed from the hyperparameters alone, so that a file is checked against its config
+before anything is allocated. Readers and writers use the same table in opposite directions.
 """
 
 import math
@@ -10,17 +10,19 @@ from typing import NamedTuple
 import numpy as np
 
 HUGGING_FACE, KERAS_HUB, KERAS = "hugging_face", "keras_hub", "keras"
-"""The formats: Hugging Face's safetensors, keras-hub's `GemmaBackbone` (as on Kaggle), this package's Keras preset."""
+"""Formats: Hugging Face's safetensors, keras-hub's `GemmaBackbone`, this package's Keras preset."""
 
 
 class Location(NamedTuple):
-    """Where a weight stands in files of one format.
+    """A weight's tensor in the files of one format.
 
-    Args:
-        name: of the tensor.
-        shape: of the tensor.
-        axes: the file's axes in the order that the variable has them in, before it merges neighbours (heads and their
-            channels). So `tensor.transpose(axes).reshape(shape of the variable)` is the variable's value.
+    `tensor.transpose(axes).reshape(shape of the variable)` is the value of the variable.
+
+    Attributes:
+        name: string. Name of the tensor.
+        shape: tuple of ints. Shape of the tensor.
+        axes: tuple of ints. Axes of the tensor in the order of the variable, in which the head
+            axis and the axis of a head's channels are merged afterwards.
     """
 
     name: str
@@ -28,23 +30,22 @@ class Location(NamedTuple):
     axes: tuple
 
     def to_variable(self, tensor, shape):
-        """A tensor of the file as a variable of `shape` has it; a view where that can be."""
+        """Return a tensor of the file as a variable of `shape`; a view where that is possible."""
         return tensor.transpose(self.axes).reshape(shape)
 
     def from_variable(self, value):
-        """A variable's value as the file has it; a view where that can be."""
-        return value.reshape([self.shape[axis] for axis in self.axes]).transpose(
-            np.argsort(self.axes)
-        )
+        """Return a variable's value as the file's tensor; a view where that is possible."""
+        split = value.reshape([self.shape[axis] for axis in self.axes])
+        return split.transpose(np.argsort(self.axes))
 
 
 class Weight(NamedTuple):
     """A weight of the backbone.
 
-    Args:
-        path: of the backbone's variable.
-        shape: of the variable.
-        locations: `{format: Location}`.
+    Attributes:
+        path: string. Path of the backbone's variable.
+        shape: tuple of ints. Shape of the variable.
+        locations: dict of formats to `Location`.
     """
 
     path: str
@@ -58,14 +59,18 @@ class Weight(NamedTuple):
 
 
 def weight_map(hyperparameters):
-    """List of `Weight`, in the order of the layers.
+    """Return the weights of a backbone and their tensors in every format.
 
-    Variables and Hugging Face's files have projections as [out, in], Keras's files as [in, out]. keras-hub's Gemma has
-    those into heads as [N, D, H] (keys and values [K, D, H]) and the one out of them as [N, H, D]; it applies GELU to
-    `gating_ffw` and not to `gating_ffw_2`.
+    Variables and Hugging Face's files store projections as [out, in], Keras's files as [in, out].
+    keras-hub's Gemma stores the projections into heads as [N, D, H] (keys and values as [K, D, H])
+    and the output projection as [N, H, D]; it applies GELU to `gating_ffw`, not to `gating_ffw_2`.
 
     Args:
-        hyperparameters: the backbone's constructor arguments, as `checkpoint.read_config` returns them.
+        hyperparameters: dict. Constructor arguments of the backbone, as `config.read_config`
+            returns them.
+
+    Returns:
+        List of `Weight`, in the order of the layers.
     """
     h = hyperparameters
     V, D, F, H = h["vocabulary_size"], h["hidden_dim"], h["intermediate_dim"], h["head_dim"]
@@ -144,7 +149,7 @@ class _Block:
 
 
 def _same(names, shape):
-    """A weight that every format has as it is."""
+    """Return a weight that has the same shape in every format."""
     return _weight(names, shape, *[Location("", shape, tuple(range(len(shape))))] * 2)
 
 

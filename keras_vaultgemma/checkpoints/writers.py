@@ -1,4 +1,8 @@
-"""The files of a Hugging Face checkpoint that transformers loads as VaultGemma, but for its weights."""
+"""Writers of the files of a checkpoint folder, without a model in memory.
+
+For Hugging Face, everything but the weights (`safetensors_format` writes those); for Keras, what
+`save_to_preset` would write.
+"""
 
 import json
 
@@ -10,24 +14,38 @@ from keras_vaultgemma.checkpoints.presets import CONFIG
 from keras_vaultgemma.checkpoints.reader import WEIGHTS_FILE
 
 UNUSED_WINDOW = 4096
-"""transformers makes a sliding mask even where no layer slides, and fails where the window is null."""
+"""Positions. transformers fails on a null window even if no layer slides."""
 
 SPECIAL_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-"""Gemma's, for a model without vocabulary."""
+"""Gemma's ids, for a model without vocabulary."""
+
+BACKBONE_NAME, TASK_NAME = "vault_gemma_backbone", "vault_gemma_causal_lm"
+LAYERS_WITHOUT_WEIGHTS = {
+    "layers/input_layer/vars": "padding_mask",
+    "layers/input_layer_1/vars": "token_ids",
+    "layers/rescaling/vars": "embedding_scale",
+    "layers/rotary_angles/vars": "rotary_angles",
+    "vars": BACKBONE_NAME,
+}
+"""Groups that Keras writes for layers without weights, and the layer name of each."""
 
 
 def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, vocabulary):
-    """Write config.json, generation_config.json and, with a vocabulary, tokenizer.model and tokenizer_config.json.
+    """Write the config and tokenizer files that transformers loads as VaultGemma.
+
+    config.json and generation_config.json; with a vocabulary also tokenizer.model and
+    tokenizer_config.json.
 
     Args:
-        folder: that exists.
-        hyperparameters: as `checkpoint.open_values` returns them.
+        folder: `pathlib.Path` of an existing folder.
+        hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
+            returns them.
         dtype: NumPy dtype of the weights.
         preprocessor: `VaultGemmaCausalLMPreprocessor`, or None.
-        vocabulary: path of the SentencePiece model, or None.
+        vocabulary: `pathlib.Path` of the SentencePiece model, or None.
 
     Raises:
-        ValueError: for a hyperparameter that transformers' `VaultGemmaConfig` cannot hold.
+        ValueError: If transformers' `VaultGemmaConfig` cannot represent a hyperparameter.
     """
     ids = SPECIAL_IDS
     if preprocessor is not None:
@@ -79,12 +97,14 @@ def _config(hyperparameters):
     scalar = config["query_pre_attn_scalar"]
     if scalar != int(scalar):
         raise ValueError(
-            f"`query_pre_attn_scalar` must be an integer for transformers. Received: {scalar}"
+            "`query_pre_attn_scalar` must be an integer for transformers. "
+            f"Received: query_pre_attn_scalar={scalar}"
         )
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
         raise ValueError(
-            f"`hidden_dim` must be a multiple of num_query_heads={heads} for transformers. Received: {width}"
+            f"`hidden_dim` must be a multiple of num_query_heads={heads} for transformers. "
+            f"Received: hidden_dim={width}"
         )
     return {
         **config,
@@ -95,28 +115,17 @@ def _config(hyperparameters):
     }
 
 
-# MERGED: """The files of a Keras preset of this package, without a model to save: what `save_to_preset` would write."""
-BACKBONE_NAME, TASK_NAME = "vault_gemma_backbone", "vault_gemma_causal_lm"
-LAYERS_WITHOUT_WEIGHTS = {
-    "layers/input_layer/vars": "padding_mask",
-    "layers/input_layer_1/vars": "token_ids",
-    "layers/rescaling/vars": "embedding_scale",
-    "layers/rotary_angles/vars": "rotary_angles",
-    "vars": BACKBONE_NAME,
-}
-"""Groups in the weights file, and the layers' names that Keras notes there."""
-
-
 def write_keras_config(folder, hyperparameters, dtype, preprocessor):
     """Write config.json, task.json and the files of the preprocessor.
 
     Args:
-        folder: that exists.
-        hyperparameters: as `checkpoint.open_values` returns them.
+        folder: `pathlib.Path` of an existing folder.
+        hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
+            returns them.
         dtype: NumPy dtype of the weights, which becomes the preset's dtype.
         preprocessor: `VaultGemmaCausalLMPreprocessor`, or None.
     """
-    # Written out, for `serialize_keras_object` would import TensorFlow.
+    # A literal, because `serialize_keras_object` would import TensorFlow.
     policy = {
         "module": "keras",
         "class_name": "DTypePolicy",
@@ -125,21 +134,30 @@ def write_keras_config(folder, hyperparameters, dtype, preprocessor):
     }
     config = {"name": BACKBONE_NAME, "trainable": True, "dtype": policy, **hyperparameters}
     backbone = _serialized("backbone", "VaultGemmaBackbone", config)
-    reader = None
+    preprocessor_config = None
     if preprocessor is not None:
         preprocessor.save_to_preset(folder)
-        reader = json.loads((folder / "preprocessor.json").read_text(encoding="utf-8"))
+        preprocessor_config = json.loads((folder / "preprocessor.json").read_text(encoding="utf-8"))
     task = _serialized(
         "causal_lm",
         "VaultGemmaCausalLM",
-        {"backbone": backbone, "preprocessor": reader, "name": TASK_NAME},
+        {"backbone": backbone, "preprocessor": preprocessor_config, "name": TASK_NAME},
     )
     for name, content in ((CONFIG, backbone), ("task.json", task)):
         (folder / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def write_keras_weights(folder, hyperparameters, values, dtype, report):
-    """Write model.weights.h5, tensor by tensor; the arguments are those of `write_config` and `write_h5`."""
+    """Write model.weights.h5, one tensor at a time.
+
+    Args:
+        folder: `pathlib.Path` of an existing folder.
+        hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
+            returns them.
+        values: dict of the variables' paths to `LazyTensor`.
+        dtype: NumPy dtype to write.
+        report: callable. Called with the number of bytes of each block after it is written.
+    """
     weights = weight_map.weight_map(hyperparameters)
     tensors = [(weight.locations[weight_map.KERAS], values[weight.path]) for weight in weights]
     write_hdf5(folder / WEIGHTS_FILE, tensors, dtype, _layer_names(weights), report)
@@ -156,7 +174,7 @@ def _layer_names(weights):
 
 
 def _serialized(module, name, config):
-    """What Keras's serializer writes for an object of a registered class of `models`."""
+    """Return the serialised form of an object of one of the registered classes of `models`."""
     return {
         "module": f"keras_vaultgemma.models.{module}",
         "class_name": name,

@@ -1,12 +1,17 @@
-"""Whole checkpoints from one format to another, tensor by tensor."""
+"""Conversion of whole checkpoints from one format to another, one tensor at a time."""
 
 import json
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from keras_vaultgemma._files import new_folder
+from keras_vaultgemma._validation import check_choice
 from keras_vaultgemma.checkpoints import presets, weight_map
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, widest
 from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
@@ -19,7 +24,6 @@ from keras_vaultgemma.checkpoints.writers import (
 )
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
-from keras_vaultgemma.recipes.progress import Progress
 from keras_vaultgemma.recipes.verification import verify_conversion
 
 FORMATS = ("keras", "hf")
@@ -28,40 +32,55 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def convert(
-    source,
-    target,
-    to="keras",
-    dtype=None,
-    shard_size=None,
-    verify=False,
-    overwrite=False,
-    progress=True,
-):
-    """Write a model in another format, with no more than a part of one tensor in memory.
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str = "keras",
+    dtype: str | None = None,
+    shard_size: int | str | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Convert a checkpoint to another format, with the memory of a part of one tensor.
 
     Args:
-        source: what `VaultGemmaCausalLM.from_preset` takes: a Hugging Face checkpoint, a keras-hub `GemmaBackbone`
-            preset or a Keras preset of this package, as a folder, handle or bundled name. A preset that was saved with
-            LoRA holds the merged weights.
-        target: folder to write. It appears whole when everything is done, or not at all.
-        to: "keras" for a preset that this package and keras-hub load, "hf" for a folder that transformers loads.
-        dtype: "float32", "bfloat16" or "float16". Defaults to the source's; to float32 where that has several.
-        shard_size: bytes of weights in one file at most, as a number or as "500MB" or "5GB" (which it is by default).
-            Only for "hf".
-        verify: compare the two when they are written; see `verification.check`.
-        overwrite: replace the model in a `target` that has one; files that are no model's stay.
-        progress: show a progress bar on standard error, if that is a terminal.
+        source: string or path. A Hugging Face checkpoint, a keras-hub `GemmaBackbone` preset or a
+            Keras preset of this package, as a folder, a handle (`hf://`, `kaggle://`) or the name
+            of a bundled preset. A preset that was saved with LoRA holds the merged weights.
+        target: string or path. Folder to write. It appears complete at the end, or not at all.
+        to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
+            that transformers loads. Defaults to "keras".
+        dtype: string. "float32", "bfloat16" or "float16". Defaults to the dtype of the source, or
+            to float32 if the source has several.
+        shard_size: int or string. Largest size of one weights file, in bytes or as in "500MB". Only
+            for `to="hf"`. Defaults to "5GB".
+        verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
+            the logits of transformers and this package where transformers and torch are installed.
+            Defaults to `False`.
+        overwrite: bool. If True, replace the model in an existing `target`. Other files in it are
+            kept. Defaults to `False`.
+        progress: bool. If True, show a progress bar on standard error if that is a terminal.
+            Defaults to `True`.
 
     Returns:
-        The metadata that was written into metadata.json.
+        Dict. The content of the new metadata.json.
 
     Raises:
-        FileExistsError: for a target that exists, without `overwrite`.
-        FileNotFoundError: as `presets.find`.
-        ValueError: for an argument out of its range, a source that is malformed or quantized, values that do not fit
-            into `dtype`, or a target that `verify` found to differ.
+        FileExistsError: If `target` exists and `overwrite` is False.
+        FileNotFoundError: If the weights of `source` do not exist or cannot be downloaded.
+        ValueError: If an argument is out of its range, the source is malformed, quantized or in
+            several files of Keras, a value does not fit into `dtype`, or verification fails.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import convert
+
+    metadata = convert("vaultgemma_tiny", "for_transformers", to="hf", dtype="bfloat16")
+    print(metadata["parameter_count"])
+    ```
     """
-    _check(to, dtype, shard_size)
+    _check_arguments(to, dtype, shard_size)
     folder = presets.find(source)
     _check_target(folder, target, overwrite)
     hyperparameters, values = _open(folder)
@@ -71,67 +90,89 @@ def convert(
     weights = weight_map.weight_map(hyperparameters)
     parameter_count = sum(weight.size for weight in weights)
 
-    reading = sum(path.stat().st_size for path in model_files(folder))
-    work = reading + (3 if verify else 2) * parameter_count * dtype.itemsize
+    # Each byte of the source is hashed; each byte of the target is written, hashed and, with
+    # `verify`, compared.
+    source_size = sum(path.stat().st_size for path in model_files(folder))
+    total = source_size + (3 if verify else 2) * parameter_count * dtype.itemsize
     with (
         new_folder(target) as new,
-        Progress(work, progress) as bar,
-        ThreadPoolExecutor(1) as other_core,
+        _progress_bar(total, progress) as bar,
+        ThreadPoolExecutor(1) as executor,
     ):
-        # Hashing leaves the interpreter to others, and takes about as long as everything else together.
-        source_digests = other_core.submit(digests, folder, bar.report)
+        # In a thread, because hashing releases the interpreter lock and takes about as long as
+        # everything else together.
+        source_digests = executor.submit(digests, folder, bar.update)
         if to == "keras":
             write_keras_config(new, hyperparameters, dtype, preprocessor)
-            write_keras_weights(new, hyperparameters, values, dtype, bar.report)
+            write_keras_weights(new, hyperparameters, values, dtype, bar.update)
         else:
             write_hugging_face_config(new, hyperparameters, dtype, preprocessor, vocabulary)
             tensors = [
-                (weight.locations[weight_map.HUGGING_FACE], values[weight.path]) for weight in weights
+                (weight.locations[weight_map.HUGGING_FACE], values[weight.path])
+                for weight in weights
             ]
-            write_tensors(new, tensors, dtype, _bytes(shard_size or SHARD_SIZE), bar.report)
+            write_tensors(new, tensors, dtype, _parse_size(shard_size or SHARD_SIZE), bar.update)
         if verify:
-            verify_conversion(folder, new, dtype, bar.report)
-        statement = new_metadata(source, folder, source_digests.result(), parameter_count, dtype)
-        ledger = preset_ledger(folder)
-        training = [f"trained privately since: {run}" for run in ledger.describe()]
-        if plain := ledger.without_privacy():
-            training.append(f"trained without privacy since: {plain}")
-        if training:  # a guarantee alone stands in the metadata
-            ledger.write(new)
-        card = model_card(to, statement, hyperparameters, vocabulary is not None, training)
+            verify_conversion(folder, new, dtype, bar.update)
+        metadata = new_metadata(source, folder, source_digests.result(), parameter_count, dtype)
+        training = _copy_ledger(folder, new)
+        card = model_card(to, metadata, hyperparameters, vocabulary is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")
-        statement["files"] = digests(new, bar.report)
+        metadata["files"] = digests(new, bar.update)
         (new / presets.METADATA).write_text(
-            json.dumps(statement, indent=4, ensure_ascii=False), encoding="utf-8"
+            json.dumps(metadata, indent=4, ensure_ascii=False), encoding="utf-8"
         )
         written = {path.relative_to(new) for path in model_files(new)}
-    for path in model_files(target):  # what is left of a model that was there before
+    for path in model_files(target):  # Files of an overwritten model that the new one lacks.
         if path.relative_to(target) not in written:
             path.unlink()
-    return statement
+    return metadata
 
 
-def _check(to, dtype, shard_size):
-    if to not in FORMATS:
-        raise ValueError(f"`to` must be one of {', '.join(FORMATS)}. Received: {to!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be None or one of {', '.join(DTYPES)}. Received: {dtype!r}")
+def _progress_bar(total, enabled):
+    """Return a tqdm bar in bytes, which is shown only if standard error is a terminal."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=not (enabled and is_terminal),
+    )
+
+
+def _copy_ledger(folder, new):
+    """Copy the privacy ledger if it lists training. Return a sentence for each run."""
+    ledger = preset_ledger(folder)
+    training = [f"trained privately since: {run}" for run in ledger.describe()]
+    if plain := ledger.without_privacy():
+        training.append(f"trained without privacy since: {plain}")
+    if training:  # A guarantee without any run is already in the metadata.
+        ledger.write(new)
+    return training
+
+
+def _check_arguments(to, dtype, shard_size):
+    check_choice("to", to, FORMATS)
+    check_choice("dtype", dtype, DTYPES, allow_none=True)
     if shard_size is None:
         return
     if to != "hf":
         raise ValueError(
-            f"`shard_size` goes with to='hf'; a Keras preset has one file. Received: {shard_size!r}"
+            "`shard_size` must be None unless to='hf', because a Keras preset has one file. "
+            f"Received: shard_size={shard_size!r}"
         )
-    _bytes(shard_size)
+    _parse_size(shard_size)
 
 
-def _bytes(size):
-    """Bytes, from a number or a string with a unit."""
+def _parse_size(size):
+    """Return a number of bytes from an integer or a string with a unit."""
     match = re.fullmatch(r"(\d{1,18})\s*([KMG]B)?", str(size).upper())
     count = int(match[1]) * UNITS[match[2] or ""] if match and not isinstance(size, bool) else 0
     if not count:
         raise ValueError(
-            f"`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: {size!r}"
+            "`shard_size` must be a positive number of bytes, such as 5000000 or '5GB'. "
+            f"Received: shard_size={size!r}"
         )
     return count
 
@@ -142,13 +183,15 @@ def _check_target(folder, target, overwrite):
         return
     if not overwrite:
         raise FileExistsError(
-            f"{target} exists. Pass overwrite=True (--overwrite) to replace the model in it"
+            f"{target} exists. Pass `overwrite=True` (--overwrite) to replace the model in it"
         )
     if path.resolve() == folder.resolve():
-        raise ValueError(f"`target` must be another folder than the source. Received: {target}")
+        raise ValueError(
+            f"`target` must be another folder than the source. Received: target={target}"
+        )
     if path.is_dir() and any(path.iterdir()) and not (path / presets.CONFIG).is_file():
         raise ValueError(
-            f"{target} is no model's folder, for it has no {presets.CONFIG}: it is not overwritten"
+            f"{target} has no {presets.CONFIG}, so it holds no model and is not overwritten"
         )
 
 
@@ -157,6 +200,7 @@ def _open(folder):
         return open_values(folder)
     except KerasOnly as error:
         raise ValueError(
-            f"{folder} cannot be converted: {error}. A preset in several files can be loaded with `from_preset` and "
-            "saved in one with `save_to_preset(..., max_shard_size=...)`; a quantized one has no exact weights any more"
+            f"{folder} cannot be converted: {error}. Load a preset in several files with "
+            "`from_preset` and save it in one with `save_to_preset(..., max_shard_size=...)`. A "
+            "quantized preset no longer has the exact weights"
         ) from error

@@ -1,4 +1,4 @@
-"""Whether a converted model is its source: every tensor bit by bit, and logits where another library can be asked."""
+"""Verification of a converted model against its source: every tensor bit by bit, and logits."""
 
 import gc
 import importlib
@@ -7,6 +7,7 @@ import importlib.util
 import numpy as np
 from keras import ops
 
+from keras_vaultgemma._files import ignore_progress
 from keras_vaultgemma.checkpoints import weight_map
 from keras_vaultgemma.checkpoints.lazy_tensor import dtype_name, equal_bits
 from keras_vaultgemma.checkpoints.reader import format_of, open_values
@@ -14,21 +15,25 @@ from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 
 PROMPT_LENGTH = 16
 TOLERANCE = 1e-3
-"""Absolute and relative, of float32 logits that two libraries computed."""
+"""Absolute and relative tolerance between float32 logits of two libraries."""
 
 
-def verify_conversion(source, target, dtype, report=lambda name, count: None):
-    """Compare two folders; logits only where one is in Hugging Face's format and transformers and torch are installed.
+def verify_conversion(source, target, dtype, report=ignore_progress):
+    """Compare two checkpoint folders.
 
-    Logits are computed in float32 by one model after the other, which takes up to 8 bytes of memory a parameter.
+    Tensors are always compared. Logits are compared if one folder is in Hugging Face's format and
+    transformers and torch are installed; the models are loaded one after the other in float32,
+    which takes up to 8 bytes of memory per parameter.
 
     Args:
-        source, target: folders.
-        dtype: NumPy dtype that the source's weights are rounded to before they are compared.
-        report: called with a tensor's name and the bytes that were compared.
+        source: `pathlib.Path` or string. Folder of the original checkpoint.
+        target: `pathlib.Path` or string. Folder of the converted checkpoint.
+        dtype: NumPy dtype to which the weights of the source are rounded before the comparison.
+        report: callable. Called with the number of bytes of each block after it is compared.
 
     Raises:
-        ValueError: names the first tensor that differs, or says by how much logits do.
+        ValueError: If a tensor or the logits differ. The message names the first such tensor or has
+            the largest difference of the logits.
     """
     verify_tensors(source, target, dtype, report)
     formats = {format_of(source), format_of(target)}
@@ -38,44 +43,46 @@ def verify_conversion(source, target, dtype, report=lambda name, count: None):
         verify_logits(source, target, dtype)
 
 
-def verify_tensors(source, target, dtype, report=lambda name, count: None):
-    """As `check`, for the tensors alone."""
+def verify_tensors(source, target, dtype, report=ignore_progress):
+    """Compare the tensors of two folders; see `verify_conversion`."""
     hyperparameters, values = open_values(source)
     _, written = open_values(target)
     for weight in weight_map.weight_map(hyperparameters):
-        place = weight.locations[weight_map.KERAS]
+        location = weight.locations[weight_map.KERAS]
         pairs = zip(
-            values[weight.path].blocks(place, dtype),
-            written[weight.path].blocks(place, dtype),
+            values[weight.path].blocks(location, dtype),
+            written[weight.path].blocks(location, dtype),
             strict=True,
         )
         for expected, found in pairs:
             if not equal_bits(expected, found):
                 raise ValueError(
-                    f"{weight.path} must be the source's, bit by bit, in the target. Received: other bits"
+                    f"{weight.path} must have the same bits in source and target. "
+                    "Received: different bits"
                 )
-            report(weight.path, found.nbytes)
+            report(found.nbytes)
 
 
 def verify_logits(source, target, dtype):
-    """As `check`, for the logits of a fixed prompt alone."""
+    """Compare the logits of two folders for a fixed prompt; see `verify_conversion`."""
     expected, found = (_logits(folder, dtype) for folder in (source, target))
     if not np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
         difference = np.abs(found - expected).max()
         raise ValueError(
-            f"The logits of source and target must differ by at most {TOLERANCE}. Received: {difference:g}"
+            f"The logits of source and target must differ by at most {TOLERANCE}. "
+            f"Received: {difference:g}"
         )
 
 
 def _logits(folder, dtype):
     hyperparameters, values = open_values(folder)
-    rounds = any(value.dtype != dtype for value in values.values())
+    is_rounded = any(value.dtype != dtype for value in values.values())
     prompt = np.arange(PROMPT_LENGTH)[None] * 7919 % hyperparameters["vocabulary_size"]
     if format_of(folder) == weight_map.HUGGING_FACE:
-        logits = _transformers_logits(folder, prompt, dtype_name(dtype) if rounds else None)
+        logits = _transformers_logits(folder, prompt, dtype_name(dtype) if is_rounded else None)
     else:
-        logits = _keras_logits(folder, prompt, dtype_name(dtype) if rounds else None)
-    gc.collect()  # of the model, before the next one is loaded
+        logits = _keras_logits(folder, prompt, dtype_name(dtype) if is_rounded else None)
+    gc.collect()  # Free the model before the next one is loaded.
     return logits
 
 
@@ -88,7 +95,7 @@ def _keras_logits(folder, prompt, dtype):
 
 
 def _transformers_logits(folder, prompt, dtype):
-    # Not a dependency, and of no other use to this package.
+    # Imported by name, because they are no dependencies of this package.
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -99,8 +106,7 @@ def _transformers_logits(folder, prompt, dtype):
         if bars:
             transformers.utils.logging.enable_progress_bar()
     with torch.inference_mode():
-        for parameter in (
-            model.parameters() if dtype else ()
-        ):  # and not the buffers, one of which scales the embedding
+        # Only parameters: one of the buffers scales the embedding, and must not be rounded.
+        for parameter in model.parameters() if dtype else ():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
         return model(torch.from_numpy(prompt)).logits.numpy()

@@ -164,9 +164,9 @@ WRONG = [
     ("layer_types", ["full_attention"] * 25, "null or a list of 26"),
     ("layer_types", ["full_attention"] * 25 + ["chunked_attention"], "null or a list of 26"),
     ("layer_types", ["full_attention"] * 25 + [["sliding_attention"]], "null or a list of 26"),
-    ("sliding_window", None, "or null where no layer slides"),
-    ("sliding_window", 0, "or null where no layer slides"),
-    ("sliding_window", "512", "or null where no layer slides"),
+    ("sliding_window", None, "or null if no layer slides"),
+    ("sliding_window", 0, "or null if no layer slides"),
+    ("sliding_window", "512", "or null if no layer slides"),
     ("rope_theta", "10000", "a finite number above 0"),
     ("rope_theta", None, "a finite number above 0"),
     ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "of the rope_type 'default'"),
@@ -385,7 +385,7 @@ def test_what_a_config_leaves_out_is_the_backbones_default(tmp_path):
         ("attention_logit_soft_cap", -1, "null or a finite number above 0"),
         ("num_query_heads", 5, "a multiple of the number of key-value heads, 2"),
         ("head_dim", 7, "even"),
-        ("colour", "red", "absent, for the backbone has no such argument"),
+        ("colour", "red", "absent, because the backbone has no such argument"),
     ],
 )
 def test_a_field_of_a_keras_preset_out_of_range_is_named(tmp_path, field, value, legal):

@@ -62,7 +62,7 @@ def test_a_dataset_that_is_not_one_run_of_bytes_is_refused(path, write):
     with h5py.File(path, "w") as file:
         write(file)
     with pytest.raises(
-        ValueError, match=rf"{path.name}: x must be stored in this file, in one piece"
+        ValueError, match=rf"{path.name}: x must be stored in this file, contiguous"
     ):
         open_hdf5(path)
 
@@ -89,7 +89,7 @@ def test_links_are_not_followed(path):
 
 def test_a_damaged_file_is_named(path):
     with pytest.raises(
-        ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"
+        ValueError, match=f"{path.name} is missing, truncated or no Keras weights file"
     ):
         open_hdf5(path)
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(50)]).save_weights(path)
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named(path):
     for content in (b"", b"PK\x03\x04", whole[:-1], whole[:600], whole[100:]):
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match=f"{path.name} is missing, cut short or no Keras weights file"
+            ValueError, match=f"{path.name} is missing, truncated or no Keras weights file"
         ):
             open_hdf5(path)
 
@@ -120,23 +120,21 @@ def test_keras_reads_what_is_written(path, dtype):
     ]
     reported = []
     stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    write_hdf5(
-        path, tensors, stored_dtype, {"layers/dense/vars": "d"}, lambda *part: reported.append(part)
-    )
+    write_hdf5(path, tensors, stored_dtype, {"layers/dense/vars": "d"}, reported.append)
     model.load_weights(path)
     for variable, value in zip(model.variables, (kernel, bias), strict=True):
         assert np.array_equal(
             to_numpy(variable.value).astype("float32"), value.astype(stored_dtype).astype("float32")
         )
     size = stored_dtype.itemsize
-    assert reported == [("layers/dense/vars/0", 15 * size), ("layers/dense/vars/1", 5 * size)]
+    assert reported == [15 * size, 5 * size]
     with h5py.File(path) as file:
         assert dict(file["layers/dense/vars"].attrs) == {"name": "d"}
 
 
-def test_blocks_are_put_together(path, monkeypatch):
-    monkeypatch.setattr(lazy_tensor, "BLOCK", 48)
+def test_blocks_are_concatenated(path, monkeypatch):
+    monkeypatch.setattr(lazy_tensor, "BLOCK_BYTES", 48)
     value = np.arange(21, dtype="float32").reshape(7, 3)
-    place = Location("x", (7, 3), (0, 1))
-    write_hdf5(path, [(place, LazyTensor(value, place, (7, 3)))], np.dtype("<f4"), {})
+    location = Location("x", (7, 3), (0, 1))
+    write_hdf5(path, [(location, LazyTensor(value, location, (7, 3)))], np.dtype("<f4"), {})
     assert np.array_equal(open_hdf5(path)["x"], value)

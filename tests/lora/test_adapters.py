@@ -7,7 +7,6 @@ import reference
 from common import count_compilations, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora
-from keras_vaultgemma.checkpoints.reader import load_weights
 from keras_vaultgemma.layers.low_rank import LowRankUpdate
 from keras_vaultgemma.privacy.ledger import FILE
 
@@ -291,14 +290,6 @@ def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
         for path, value in values(saved.backbone.weights).items()
     }
     assert_same(found, expected)
-
-
-def test_a_checkpoint_loads_into_a_model_with_an_adapter(tmp_path):
-    make_model(seed=3).save_to_preset(tmp_path / "other")
-    model = make_model()
-    model.backbone.enable_lora(2, dropout=0.5)
-    load_weights(model.backbone, tmp_path / "other")
-    assert_same(base_values(model), base_values(make_model(seed=3)))
 
 
 def test_a_failed_load_leaves_the_model_unchanged(tmp_path):

@@ -1,6 +1,7 @@
 """Whole checkpoints there and back, what other libraries make of them, and conversions that fail."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, equal_bits
 from keras_vaultgemma.checkpoints.reader import open_values
 from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
 from keras_vaultgemma.recipes import verification
-from keras_vaultgemma.recipes.convert import _bytes, convert
+from keras_vaultgemma.recipes.convert import _parse_size, convert
 
 pytestmark = pytest.mark.any_backend
 
@@ -107,7 +108,7 @@ def test_hugging_face_to_keras_has_equal_logits(theirs, tmp_path):
     assert ours.preprocessor.tokenizer("Once upon a time").tolist() == pieces
 
 
-def test_the_tiny_preset_speaks_alike_in_transformers(tiny, tmp_path):
+def test_transformers_generates_the_same_text(tiny, tmp_path):
     convert("vaultgemma_tiny", tmp_path / "hf", to="hf", verify=True)
     assert names(tmp_path / "hf") == {
         "README.md",
@@ -130,7 +131,7 @@ def test_the_tiny_preset_speaks_alike_in_transformers(tiny, tmp_path):
     )
 
 
-def test_kaggles_layout_to_both(tmp_path):
+def test_keras_hub_to_both(tmp_path):
     """keras-hub's own Gemma with its post-norms off: equal logits in this package and in transformers."""
     tokenizer = keras_hub.models.GemmaTokenizer(proto=str(VOCABULARY))
     sizes = dict(num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=24, head_dim=10)
@@ -214,7 +215,7 @@ def test_float32_adapters_over_a_bfloat16_base_are_rounded_once(tmp_path):
 
 @pytest.mark.parametrize("to", ["keras", "hf"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype_is_honoured(tmp_path, to, dtype):
+def test_dtype(tmp_path, to, dtype):
     convert(TINY, tmp_path / "new", to=to, dtype=dtype)
     _, source = open_values(TINY)
     _, written = open_values(tmp_path / "new")
@@ -257,7 +258,7 @@ def test_metadata_and_card(tmp_path):
     assert "was not trained with differential privacy" in card
 
 
-def test_keras_hub_uploads_it(tmp_path, monkeypatch):
+def test_keras_hub_uploads_the_preset(tmp_path, monkeypatch):
     convert(TINY, tmp_path / "new")
     before, uploaded = names(tmp_path / "new"), {}
     monkeypatch.setattr(
@@ -292,7 +293,7 @@ def test_a_model_without_vocabulary(theirs, tmp_path):
     assert not list((tmp_path / "hf").glob("tokenizer*"))
 
 
-def test_a_handle_notes_its_commit_and_the_release_its_statement(theirs, tmp_path):
+def test_a_handle_is_recorded_with_its_commit(theirs, tmp_path):
     """A stand-in for Google's repository: its name alone earns no privacy statement."""
     code = (
         "import json; from keras_vaultgemma import convert; "
@@ -311,29 +312,32 @@ def test_a_handle_notes_its_commit_and_the_release_its_statement(theirs, tmp_pat
     assert VaultGemmaCausalLM.from_preset(tmp_path / "new").backbone.num_layers == 3
 
 
-# What is refused, and what a failure leaves.
+# Errors, and what a failure leaves.
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(to="pt"), "`to` must be one of keras, hf. Received: 'pt'"),
+        (dict(to="pt"), "`to` must be one of 'keras', 'hf'. Received: to='pt'"),
         (
             dict(dtype="int8"),
-            "`dtype` must be None or one of float32, float16, bfloat16. Received: 'int8'",
+            "`dtype` must be None or one of 'float32', 'float16', 'bfloat16'. Received: dtype='int8'",
         ),
         (
             dict(shard_size="5GB"),
-            "`shard_size` goes with to='hf'; a Keras preset has one file. Received: '5GB'",
+            "`shard_size` must be None unless to='hf', because .* Received: shard_size='5GB'",
         ),
         (
             dict(to="hf", shard_size="5 elephants"),
-            "`shard_size` must be bytes above 0, such as 5000000 or '5GB'",
+            "`shard_size` must be a positive number of bytes, such as 5000000 or '5GB'",
         ),
-        (dict(to="hf", shard_size=0), "`shard_size` must be bytes above 0.*Received: 0"),
-        (dict(to="hf", shard_size=-5), "`shard_size` must be bytes above 0"),
-        (dict(to="hf", shard_size=True), "`shard_size` must be bytes above 0"),
-        (dict(to="hf", shard_size=1.5), "`shard_size` must be bytes above 0"),
+        (
+            dict(to="hf", shard_size=0),
+            "`shard_size` must be a positive number of bytes.*Received: shard_size=0",
+        ),
+        (dict(to="hf", shard_size=-5), "`shard_size` must be a positive number of bytes"),
+        (dict(to="hf", shard_size=True), "`shard_size` must be a positive number of bytes"),
+        (dict(to="hf", shard_size=1.5), "`shard_size` must be a positive number of bytes"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):
@@ -347,13 +351,13 @@ def test_options_out_of_range(tmp_path, options, message):
     [(7, 7), ("7", 7), ("20KB", 20_000), ("3 mb", 3_000_000), ("5GB", 5_000_000_000)],
 )
 def test_shard_sizes(size, count):
-    assert _bytes(size) == count
+    assert _parse_size(size) == count
 
 
-def test_a_target_that_exists_is_refused(tmp_path):
+def test_an_existing_target_raises(tmp_path):
     (tmp_path / "new").mkdir()
     with pytest.raises(
-        FileExistsError, match=r"new exists. Pass overwrite=True \(--overwrite\) to replace"
+        FileExistsError, match=r"new exists. Pass `overwrite=True` \(--overwrite\) to replace"
     ):
         convert(TINY, tmp_path / "new")
     convert(TINY, tmp_path / "new", overwrite=True)
@@ -363,13 +367,13 @@ def test_a_target_that_exists_is_refused(tmp_path):
     (tmp_path / "other/thesis.tex").write_text("years of work")
     with pytest.raises(
         ValueError,
-        match="other is no model's folder, for it has no config.json: it is not overwritten",
+        match="other has no config.json, so it holds no model and is not overwritten",
     ):
         convert(TINY, tmp_path / "other", overwrite=True)
     assert names(tmp_path / "other") == {"thesis.tex"}
 
 
-def test_overwriting_leaves_nothing_of_the_model_before(tmp_path):
+def test_overwriting_removes_the_old_model(tmp_path):
     new = tmp_path / "new"
     convert(TINY, new, to="hf", shard_size="2MB")
     (new / "notes.txt").write_text("mine")
@@ -387,7 +391,7 @@ def test_a_malformed_source_leaves_no_target(theirs, tmp_path):
     theirs[0].save_pretrained(tmp_path / "source")
     path = tmp_path / "source/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="model.safetensors .* is cut short"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated"):
         convert(tmp_path / "source", tmp_path / "new")
     assert names(tmp_path) == {f"source/{name}" for name in names(tmp_path / "source")}
 
@@ -401,12 +405,13 @@ def test_values_beyond_the_dtype_leave_no_target(theirs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_quantized_preset_is_refused(tmp_path):
+def test_a_quantized_preset_raises(tmp_path):
     backbone = random_backbone(num_layers=1)
     backbone.quantize("int8")
     backbone.save_to_preset(tmp_path / "int8")
     with pytest.raises(
-        ValueError, match="int8 cannot be converted: .*a quantized one has no exact weights"
+        ValueError,
+        match="int8 cannot be converted: .*A quantized preset no longer has the exact weights",
     ):
         convert(tmp_path / "int8", tmp_path / "new", to="hf")
     assert not (tmp_path / "new").exists()
@@ -437,11 +442,11 @@ def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
         model = VaultGemmaBackbone(4096, intermediate_dim=1024, **sizes)
     model.save_to_preset(tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "source", to="hf" if source == "hf" else "keras")
-    place = tmp_path / ("saved" if source == "keras_hub" else "source")
-    convert(place, tmp_path / "warm", to=to)
-    monkeypatch.setattr(lazy_tensor, "BLOCK", 2**18)
+    path = tmp_path / ("saved" if source == "keras_hub" else "source")
+    convert(path, tmp_path / "warm", to=to)
+    monkeypatch.setattr(lazy_tensor, "BLOCK_BYTES", 2**18)
     tracemalloc.start()
-    convert(place, tmp_path / "new", to=to)
+    convert(path, tmp_path / "new", to=to)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 4 * model.count_params() > 10e6 and peak < 3e6
@@ -494,9 +499,7 @@ def test_the_tool_is_the_command(tiny, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"new: {count:,} parameters in bfloat16\n"), (
         done.stderr
     )
-    assert (
-        " GB  " not in done.stderr and "\r" not in done.stderr
-    )  # no bar where there is no terminal
+    assert "\r" not in done.stderr  # No progress bar, because this is no terminal.
     assert names(tmp_path / "new") == names(TINY)
 
 
@@ -513,3 +516,27 @@ def test_tensorflow_is_not_imported(tmp_path):
     )
     assert done.stdout == "False\n", done.stderr
     assert presets.is_keras(tmp_path / "keras")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "progress", "is_shown"),
+    [
+        (Terminal(), True, True),
+        (Terminal(), False, False),
+        (io.StringIO(), True, False),
+        (None, True, False),
+    ],
+)
+def test_the_progress_bar(tmp_path, monkeypatch, stream, progress, is_shown):
+    """Only on a terminal, in bytes, and all of them: hashed, written, hashed again."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    convert(TINY, tmp_path / "new", progress=progress)
+    shown = stream.getvalue() if stream else ""
+    assert ("MB/s" in shown or "B/s" in shown) is is_shown
+    if is_shown:
+        assert "100%" in shown
