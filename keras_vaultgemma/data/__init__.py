@@ -1,5 +1,4 @@
-"""From what users have to arrays."""
+"""From the texts, pairs, chats and files of users to arrays of token ids."""
 
-from keras_vaultgemma import (
-    backend as backend,
-)  # selects the Keras backend before Keras is imported
+# Selects the Keras backend, before the modules of this room import Keras.
+from keras_vaultgemma import backend as backend

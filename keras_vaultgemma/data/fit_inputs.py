@@ -1,4 +1,4 @@
-"""What users hand to `fit`, as what Keras's own data adapters take."""
+"""Conversion of the data that users pass to `fit` into what Keras's data adapters take."""
 
 import warnings
 
@@ -8,26 +8,32 @@ import numpy as np
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.token_ids import check_ids
 
-NO_DATA = "Data must have one batch or more. Received: none"
+EMPTY = "Data must have at least one batch. Received: none"
 
 
 def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_are_ids=True):
-    """Raw training data to `(x, y, sample_weight)`.
+    """Preprocess and check the arguments of `fit`.
+
+    Arrays are preprocessed at once, streams batch by batch as they are read.
 
     Args:
-        x: what the preprocessor is called on; a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of
-            it; or a dict of ids.
-        y, sample_weight: labels and weights where `x` is a dict of ids, else None.
-        preprocess: function of a batch `(x, y, sample_weight)` to the same, or None to pass everything on.
-        vocabulary_size: ids in arrays are checked against it.
-        labels_are_ids: whether `y` is checked, too, where its weight is not 0.
+        x: raw samples, as the preprocessor takes them; a `keras.utils.PyDataset`, a generator or a
+            `tf.data.Dataset` of batches of raw samples; or a dict of token ids.
+        y: labels if `x` is a dict of token ids, else None.
+        sample_weight: weights of the labels if `x` is a dict of token ids, else None.
+        preprocess: callable. Takes and returns a batch `(x, y, sample_weight)`. If None, the data
+            are passed on as they are.
+        vocabulary_size: int. V, against which ids in arrays are checked.
+        labels_are_ids: bool. If True, labels whose weight is not 0 are checked against V too.
+            Defaults to `True`.
 
     Returns:
-        `(x, y, sample_weight)`. Arrays are preprocessed at once, streams batch by batch as they are read.
+        Tuple `(x, y, sample_weight)` for `keras.Model.fit`.
 
     Raises:
-        ValueError: for empty data (a stream that turns out to be empty raises when it is read), items that are not
-            strings, ids outside the vocabulary, or labels or weights beside data that have their own.
+        ValueError: If the data are empty (an empty stream raises when it is read), an item is no
+            string, an id is outside the vocabulary, or labels or weights are given with data that
+            have their own.
     """
 
     def check_batch(x, y=None, sample_weight=None):
@@ -39,80 +45,86 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
 
     if isinstance(x, dict) and "token_ids" in x:
         if hasattr(x["token_ids"], "shape") and x["token_ids"].shape[0] == 0:
-            raise ValueError(NO_DATA)
+            raise ValueError(EMPTY)
         check_batch(x, y, sample_weight)
         return x, y, sample_weight
     is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
-    if (isinstance(x, keras.utils.PyDataset) and x.num_batches == 0) or (
-        is_tf_data and int(x.cardinality()) == 0
-    ):
-        raise ValueError(NO_DATA)
+    is_empty = isinstance(x, keras.utils.PyDataset) and x.num_batches == 0
+    if is_empty or (is_tf_data and int(x.cardinality()) == 0):
+        raise ValueError(EMPTY)
     if preprocess is None or x is None:
         return x, y, sample_weight
     check_no_labels(y, sample_weight)
 
     def preprocess_batch(*batch):
-        # A PyDataset or generator yields a tuple, `tf.data` spreads it.
-        data = preprocess(*(batch[0] if len(batch) == 1 and isinstance(batch[0], tuple) else batch))
+        # `tf.data` unpacks a tuple into arguments; a PyDataset or generator passes the tuple.
+        is_tuple = len(batch) == 1 and isinstance(batch[0], tuple)
+        data = preprocess(*(batch[0] if is_tuple else batch))
         check_batch(*keras.utils.unpack_x_y_sample_weight(data))
         return data
 
     if isinstance(x, keras.utils.PyDataset):
-        return PreprocessedDataset(x, preprocess_batch), None, None
+        return _PreprocessedDataset(x, preprocess_batch), None, None
     if is_tf_data:
         return x.map(preprocess_batch), None, None
     if hasattr(x, "__next__"):
-        return preprocess_stream(x, preprocess_batch), None, None
-    # A single sample gets the batch axis that Keras wants.
+        return _preprocess_stream(x, preprocess_batch), None, None
+    # Keras needs a batch axis, which a single sample lacks.
     return keras.tree.map_structure(np.atleast_2d, preprocess(x))
 
 
 def check_no_labels(y, sample_weight):
-    """Raise ValueError for labels or weights beside raw samples or a stream, which would have no effect."""
+    """Raise ValueError for labels or weights that are given with raw samples or a stream.
+
+    They would have no effect, because such data have their own.
+
+    Args:
+        y: labels, or None.
+        sample_weight: weights of the labels, or None.
+    """
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ValueError(
-                f"`{name}` must be None beside texts, pairs, chats and streams, which have their own. To weigh tokens, "
-                "call `preprocessor(texts)`, and give `fit` the arrays of ids that it returns, with other weights. "
+                f"`{name}` must be None with texts, pairs, chats and streams, which have their "
+                "own. To weight tokens, call `preprocessor(texts)`, change the weights that it "
+                "returns and pass its arrays to `fit`. "
                 f"Received: {name} of type {type(value).__name__}"
             )
 
 
 def _array(x):
-    """NumPy array of an array or tensor that has a value, else None."""
-    return (
-        keras.ops.convert_to_numpy(x)
-        if hasattr(x, "shape") and not backend.is_symbolic_tensorflow(x)
-        else None
-    )
+    """Return an array or tensor with a concrete value as a NumPy array, anything else as None."""
+    if not hasattr(x, "shape") or backend.is_symbolic_tensorflow(x):
+        return None
+    return keras.ops.convert_to_numpy(x)
 
 
 def _check_labels(y, weights, vocabulary_size):
-    """Raise ValueError for labels outside the vocabulary whose weight is not 0; None is not looked at."""
+    """Raise ValueError for labels outside the vocabulary whose weight is not 0. `y` may be None."""
     if y is None:
         return
     if weights is not None:
-        # As the loss does: a weight may be of a row.
+        # The loss broadcasts weights of whole rows in the same way.
         weights = weights.reshape(*weights.shape, *[1] * (y.ndim - weights.ndim))
         y = y[np.broadcast_to(weights, y.shape) != 0]
     check_ids(y, vocabulary_size, "Labels `y` whose sample weight is not 0")
 
 
-def preprocess_stream(batches, function):
-    """A generator, for Keras takes no other iterator, of `function(batch)` for each of `batches`."""
+def _preprocess_stream(batches, function):
+    """Yield `function(batch)` for each batch. A generator, the only iterator that Keras takes."""
     batch = None
     for batch in batches:
         yield function(batch)
     if batch is None:
-        raise ValueError(NO_DATA)
+        raise ValueError(EMPTY)
 
 
-class PreprocessedDataset(keras.utils.PyDataset):
-    """A `PyDataset` whose batches pass through a function.
+class _PreprocessedDataset(keras.utils.PyDataset):
+    """A `PyDataset` that applies a function to the batches of another.
 
     Args:
         dataset: `keras.utils.PyDataset`.
-        function: of a batch.
+        function: callable. Takes and returns a batch.
     """
 
     def __init__(self, dataset, function):
@@ -142,41 +154,42 @@ class PreprocessedDataset(keras.utils.PyDataset):
 
 
 class TruncationCounter:
-    """Counts the rows that a preprocessor cut, and warns of them: when `report` is called and on leaving the context.
+    """Count of the rows that a preprocessor truncates.
 
-    A batch counts once, however often Keras reads it; so do two equal batches. Rows that other processes read
-    (`use_multiprocessing=True`) are not counted.
+    A context manager that warns on exit, and whenever `report` is called. A batch counts once,
+    however often Keras reads it, and equal batches count as one. Rows that are read by other
+    processes (`use_multiprocessing=True`) are not counted.
     """
 
     def __init__(self):
         self.counts = {}
 
     def count(self, rows, weights):
-        """Take note of a batch.
+        """Count the truncated rows of a batch.
 
         Args:
-            rows: lists of ids, whole.
-            weights: int [B, T], which labels are learnt of what is left of each row.
+            rows: list of B lists of ints. Token ids before truncation.
+            weights: int array of shape `[B, T]`. Sample weights of the labels after truncation.
         """
         self.sequence_length = weights.shape[1]
-        # The last label is one more token.
-        is_cut = np.array([len(row) > self.sequence_length + 1 for row in rows])
+        # A row of T + 1 tokens fits, because its last token is only a label.
+        is_truncated = np.array([len(row) > self.sequence_length + 1 for row in rows])
+        has_no_label = is_truncated & ~weights.any(axis=1)
         batch = hash(tuple(map(tuple, rows)))
-        self.counts[batch] = (len(rows), is_cut.sum(), (is_cut & ~weights.any(axis=1)).sum())
+        self.counts[batch] = (len(rows), is_truncated.sum(), has_no_label.sum())
 
     def report(self):
-        """Warn, where rows were cut since the last report."""
-        rows, cut, unanswered = (
-            np.sum([*self.counts.values()], axis=0) if self.counts else (0, 0, 0)
-        )
+        """Warn if rows were truncated since the last call."""
+        if not self.counts:
+            return
+        rows, truncated, without_label = np.sum([*self.counts.values()], axis=0)
         self.counts = {}
-        if cut:
-            lost = (
-                f"; of {unanswered} of them the whole answer was cut away, and they teach nothing"
-            )
+        if truncated:
+            lost = f"; the whole response was lost in {without_label} of them"
             warnings.warn(
-                f"{cut} of {rows} rows were longer than sequence_length={self.sequence_length} and were cut"
-                f"{lost if unanswered else ''}.",
+                f"{truncated} of {rows} rows were longer than "
+                f"sequence_length={self.sequence_length} and were truncated"
+                f"{lost if without_label else ''}.",
                 stacklevel=3,
             )
 

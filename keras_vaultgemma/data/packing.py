@@ -1,94 +1,117 @@
-"""Documents to full sequences: as many to a row as fit, so that no token is spent on padding.
+"""Packing of documents into full rows, so that no token is spent on padding.
 
-Documents follow one another in order, each as `<bos> ids <eos>`, and every row takes the next `sequence_length` tokens.
-A document that does not fit goes on in the next row. There it is a segment of its own, at positions from 0, and does
-not see what came before; but the last token of a row still predicts the first of the next, if that is the same
-document's. So every token of a document except its first is a label once, wherever rows end. Only the last row has
-padding.
+Documents follow one another in order, each as `<bos> ids <eos>`, and every packed row takes the
+next `sequence_length` tokens. A document that does not fit continues in the next row. There it is
+a segment of its own, at positions from 0, and does not attend to its part in the previous row; but
+the last token of a row still predicts the first token of the next, if both belong to the same
+document. So every token of a document but its first is a label exactly once, wherever rows end.
+Only the last row has padding.
 
-`padding_mask` has the number of each token's segment in its row, from 1, and 0 at padding: the backbone keeps segments
-apart by it.
+`padding_mask` holds the number of each token's segment in its row, from 1, and 0 at padding. The
+backbone keeps segments apart by it.
 """
 
-import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_vaultgemma import backend
+from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.token_ids import check_ids
 
 
-def batches(documents, preprocessor, batch_size, sequence_length=None):
+def batches(
+    documents: Iterable, preprocessor: Any, batch_size: int, sequence_length: int | None = None
+) -> Iterator[tuple]:
     """Pack documents into batches as they are read.
 
+    The same documents give the same batches.
+
     Args:
-        documents: iterable of strings, or of rows of ids without `<bos>` and `<eos>`.
+        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`.
         preprocessor: `VaultGemmaCausalLMPreprocessor`.
-        batch_size: rows of a batch; the last one may have fewer.
-        sequence_length: tokens of a row. Defaults to the preprocessor's.
+        batch_size: int. Rows of a batch, B. The last batch may have fewer.
+        sequence_length: int. Tokens of a row, T. Defaults to that of the preprocessor.
 
     Returns:
-        Iterator of `(x, y, sample_weight)` for `fit`: `x = {"token_ids", "padding_mask"}` and `y`, `sample_weight`, all
-        NumPy int32 [batch_size, sequence_length]. `y` is the next token of the same document; where there is none, `y`
-        and `sample_weight` are 0. The same documents give the same batches.
+        Iterator of `(x, y, sample_weight)` for `fit`. `x` is a dict of `token_ids` and
+        `padding_mask`; all arrays are NumPy int32 of shape `[B, T]`. `y` is the next token of the
+        same document. Where there is none, `y` and `sample_weight` are 0.
 
     Raises:
-        ValueError: for a size that is not positive or `documents` that are one string; when they are read, for a
-            document that is neither a string nor ids of the vocabulary, or for no documents at all.
+        ValueError: If a size is not positive or `documents` is a single string. When they are read,
+            if a document is neither a string nor ids of the vocabulary, or if there are none.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import VaultGemmaCausalLMPreprocessor
+    from keras_vaultgemma.data import packing
+
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset("vaultgemma_tiny")
+    documents = ["The fox ran.", "The hare slept."]
+    for x, y, sample_weight in packing.batches(documents, preprocessor, 2, sequence_length=8):
+        print(x["token_ids"].shape)
+    ```
     """
     length = preprocessor.sequence_length if sequence_length is None else sequence_length
-    for name, value in (("batch_size", batch_size), ("sequence_length", length)):
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    check_integer("batch_size", batch_size)
+    check_integer("sequence_length", length)
     if isinstance(documents, (str, bytes, dict)):
         raise ValueError(
-            f"`documents` must be an iterable of strings or of rows of ids. Received: {documents!r}"
+            "`documents` must be an iterable of strings or of lists of ids. "
+            f"Received: documents={documents!r}"
         )
     return _batches(documents, preprocessor, batch_size * length, length)
 
 
 def _batches(documents, preprocessor, size, length):
     start, end = preprocessor.special_ids
-    tokens, owners = (
-        [],
-        [],
-    )  # The tokens that wait for a row, and the number of each one's document.
+    # Tokens that are not in a batch yet, and for each the number of its document, from 1.
+    tokens, owners = [], []
     for i, document in enumerate(documents):
-        row = start + _row(document, preprocessor.tokenizer, i) + end
+        row = start + _token_ids(document, preprocessor.tokenizer, i) + end
         tokens += row
         owners += [i + 1] * len(row)
-        # A batch needs one token more than fills it: its last label.
-        taken = (len(tokens) - 1) // size * size
-        for first in range(0, taken, size):
+        # A batch needs one token more than it holds: the label of its last token.
+        packed = (len(tokens) - 1) // size * size
+        for first in range(0, packed, size):
             part = slice(first, first + size + 1)
             yield _batch(tokens[part], owners[part], length)
-        del tokens[:taken], owners[:taken]
+        del tokens[:packed], owners[:packed]
     if not tokens:
-        raise ValueError("`documents` must have one document or more. Received: none")
+        raise ValueError("`documents` must have at least one document. Received: none")
     padding = -len(tokens) % length + 1
     yield _batch(
         tokens + [preprocessor.tokenizer.pad_token_id] * padding, owners + [0] * padding, length
     )
 
 
-def _row(document, tokenizer, i):
-    """The ids of document `i`."""
+def _token_ids(document, tokenizer, i):
+    """Return the token ids of document `i`."""
     if isinstance(document, (str, bytes)):
-        return tokenizer.tokenize(
-            [document.decode("utf-8") if isinstance(document, bytes) else document]
-        )[0]
+        text = document.decode("utf-8") if isinstance(document, bytes) else document
+        return tokenizer.tokenize([text])[0]
     row = np.asarray(document)
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
         raise ValueError(
-            f"Every document must be a string or a row of ids. Received: document {i} is {document!r}"
+            "Every document must be a string or a list of ids. "
+            f"Received: document {i} is {document!r}"
         )
     check_ids(row, tokenizer.vocabulary_size())
     return row.tolist()
 
 
 def _batch(tokens, owners, length):
-    """`(x, y, sample_weight)` of whole rows, from their tokens and one more and the document of each, 0 for padding."""
+    """Return `(x, y, sample_weight)` of whole rows.
+
+    Args:
+        tokens: list of B * T + 1 ints. Token ids of the rows and one more token.
+        owners: list of as many ints. Number of each token's document; 0 at padding.
+        length: int. T.
+    """
     tokens, owners = np.array(tokens, "int32"), np.array(owners, "int32")
     token_ids, next_ids = tokens[:-1].reshape(-1, length), tokens[1:].reshape(-1, length)
     owner, next_owner = owners[:-1].reshape(-1, length), owners[1:].reshape(-1, length)
@@ -98,17 +121,40 @@ def _batch(tokens, owners, length):
 
 
 class PackedDataset(keras.utils.PyDataset):
-    """What `batches` yields, packed once and kept in memory (16 bytes a token): for `fit` on every backend.
+    """Documents packed into full rows, as a dataset for `fit` on every backend.
 
-    ```python
-    model.fit(PackedDataset(texts, model.preprocessor, batch_size=8), epochs=3)
-    ```
+    Documents are packed once, by `packing.batches`, and stay in memory (16 bytes per token).
 
     Args:
-        documents, preprocessor, batch_size, sequence_length: as for `batches`, with the same errors, all of them here.
+        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`.
+        preprocessor: `VaultGemmaCausalLMPreprocessor`.
+        batch_size: int. Rows of a batch, B. The last batch may have fewer.
+        sequence_length: int. Tokens of a row, T. Defaults to that of the preprocessor.
+
+    Raises:
+        ValueError: If a size is not positive, `documents` is a single string or empty, or a
+            document is neither a string nor ids of the vocabulary.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import PackedDataset, VaultGemmaCausalLMPreprocessor
+
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset("vaultgemma_tiny")
+    documents = ["The fox ran.", "The hare slept."]
+    dataset = PackedDataset(documents, preprocessor, batch_size=2, sequence_length=8)
+    x, y, sample_weight = dataset[0]
+    print(len(dataset), x["token_ids"].shape)
+    ```
     """
 
-    def __init__(self, documents, preprocessor, batch_size, sequence_length=None):
+    def __init__(
+        self,
+        documents: Iterable,
+        preprocessor: Any,
+        batch_size: int,
+        sequence_length: int | None = None,
+    ):
         super().__init__()
         self.batches = list(batches(documents, preprocessor, batch_size, sequence_length))
 
@@ -119,21 +165,29 @@ class PackedDataset(keras.utils.PyDataset):
         return self.batches[index]
 
 
-def tensorflow_dataset(documents, preprocessor, batch_size, sequence_length=None):
-    """What `batches` yields as a `tf.data.Dataset`, packed as it is read; on the TensorFlow backend.
+def tensorflow_dataset(
+    documents: Iterable, preprocessor: Any, batch_size: int, sequence_length: int | None = None
+):
+    """Pack documents into a `tf.data.Dataset` as they are read. TensorFlow backend only.
 
     Args:
-        documents, preprocessor, batch_size, sequence_length: as for `batches`. Documents are iterated over anew in each
-            epoch: an iterator lasts for one.
+        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`. It is
+            iterated over once per epoch, so that an iterator lasts for one epoch.
+        preprocessor: `VaultGemmaCausalLMPreprocessor`.
+        batch_size: int. Rows of a batch, B. The last batch may have fewer.
+        sequence_length: int. Tokens of a row, T. Defaults to that of the preprocessor.
+
+    Returns:
+        `tf.data.Dataset` of the batches of `packing.batches`.
 
     Raises:
-        ValueError: on another backend, and as `batches` does.
+        ValueError: On another backend, and as `packing.batches`.
     """
 
     def make_batches():
         return batches(documents, preprocessor, batch_size, sequence_length)
 
-    make_batches()  # It packs nothing yet, but refuses sizes.
+    make_batches()  # Reads no document yet, but checks the arguments.
     rows = keras.KerasTensor((None, sequence_length or preprocessor.sequence_length), "int32")
     return backend.tensorflow_dataset(
         make_batches, ({"token_ids": rows, "padding_mask": rows}, rows, rows)

@@ -1,4 +1,4 @@
-"""The rows of a data file: texts to learn, or prompts with the responses to learn."""
+"""Training records from data files: texts, or prompts and responses."""
 
 import csv
 import json
@@ -11,17 +11,17 @@ import numpy as np
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
 
-HELD_OUT_PART, HELD_OUT_ROWS = 10, 100
-"""One row in so many is held out, and no more rows than so many."""
+HELD_OUT_EVERY, MAX_HELD_OUT = 10, 100
+"""One record in this many is held out, and at most this many records."""
 
 
 class TextRecords(NamedTuple):
-    """Rows of one kind.
+    """Training records of one kind: texts, or prompts and responses.
 
     Attributes:
-        texts: list of strings, none of them blank: whole texts, or responses where there are prompts.
+        texts: list of strings, none of them blank. Whole texts, or the responses to `prompts`.
         prompts: list of as many strings, or None.
-        blank: how many rows had a blank text or response and were left out.
+        blank: int. Number of records that were left out because their text or response was blank.
     """
 
     texts: list
@@ -30,84 +30,90 @@ class TextRecords(NamedTuple):
 
     @property
     def samples(self):
-        """The rows as `VaultGemmaCausalLM.fit` takes them."""
-        return (
-            self.texts
-            if self.prompts is None
-            else {"prompts": self.prompts, "responses": self.texts}
-        )
+        """The records in the form that `VaultGemmaCausalLM.fit` takes."""
+        if self.prompts is None:
+            return self.texts
+        return {"prompts": self.prompts, "responses": self.texts}
 
     def split(self):
-        """(rows to train on, rows to hold out): every tenth is held out, at most 100 of them, evenly spread.
+        """Hold out every tenth record, but at most 100, evenly spread.
+
+        Returns:
+            Tuple `(training, held_out)` of `TextRecords`.
 
         Raises:
-            ValueError: where there are not two rows.
+            ValueError: If there are fewer than two records.
         """
         if len(self.texts) < 2:
             raise ValueError(
-                "Data must have 2 rows or more, of which one is held out, or `validation` must name a file of its own. "
-                f"Received: {len(self.texts)} row"
+                "Data must have at least 2 records, one of which is held out, or `validation` must "
+                f"name a file of its own. Received: {len(self.texts)} record"
             )
-        count = min(max(1, len(self.texts) // HELD_OUT_PART), HELD_OUT_ROWS)
+        count = min(max(1, len(self.texts) // HELD_OUT_EVERY), MAX_HELD_OUT)
         held_out = set(((np.arange(count) + 0.5) * len(self.texts) / count).astype(int).tolist())
-        indices = range(len(self.texts))
-        return self._take([i for i in indices if i not in held_out]), self._take(sorted(held_out))
+        training = [i for i in range(len(self.texts)) if i not in held_out]
+        return self._select(training), self._select(sorted(held_out))
 
-    def _take(self, indices):
+    def _select(self, indices):
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices]
         return TextRecords([self.texts[i] for i in indices], prompts)
 
     def tokenize(self, preprocessor, packed):
-        """Ids and labels, with a warning that says how many rows were cut.
+        """Return token ids and labels. Warns if rows are truncated.
 
         Args:
-            preprocessor: `VaultGemmaCausalLMPreprocessor`, whose `sequence_length` T is that of the result.
-            packed: whether texts follow one another in full rows (packing.py), which cuts none. Pairs have a row each.
+            preprocessor: `VaultGemmaCausalLMPreprocessor`, whose `sequence_length` is T.
+            packed: bool. If True, texts share full rows (see `packing`) and none is truncated. A
+                prompt and its response always have a row of their own.
 
         Returns:
-            `{"x": {"token_ids", "padding_mask"}, "y", "sample_weight"}` for `fit`, NumPy int32 [B, T].
+            Dict of the arguments `x` (a dict of `token_ids` and `padding_mask`), `y` and
+            `sample_weight` of `fit`. All arrays are NumPy int32 of shape `[B, T]`.
         """
         if packed and self.prompts is None:
             batches = list(packing.batches(self.texts, preprocessor, batch_size=64))
-            x = {name: np.concatenate([x[name] for x, _, _ in batches]) for name in batches[0][0]}
-            y, weights = (np.concatenate([batch[i] for batch in batches]) for i in (1, 2))
+            x, y, weights = (
+                {name: np.concatenate([x[name] for x, _, _ in batches]) for name in batches[0][0]},
+                *(np.concatenate([batch[i] for batch in batches]) for i in (1, 2)),
+            )
         else:
             with TruncationCounter() as truncations:
-                pairs = {"prompts": self.prompts, "responses": self.texts}
-                x, y, weights = preprocessor.call(
-                    self.texts if self.prompts is None else pairs, truncations=truncations
-                )
+                x, y, weights = preprocessor.call(self.samples, truncations=truncations)
         return {"x": x, "y": y, "sample_weight": weights}
 
 
 def read_records(path, text_column=None, prompt_column=None, response_column=None):
     """Read a data file, in UTF-8.
 
-    - `.txt`: each text ends at a blank line.
-    - `.jsonl`: an object a line, whose keys are the columns; a text may have blank lines in it.
+    - `.txt`: texts that are separated by blank lines.
+    - `.jsonl`: one object per line, whose keys are the columns.
     - `.csv`: with a header, whose names are the columns.
 
     Args:
-        path: of the file.
-        text_column: of texts to learn; "text" where there is such a column and none is named.
-        prompt_column, response_column: of pairs, of which the response is learnt; "prompt" and "response" where only
-            one of the two is named, or where there are such columns and none is named.
+        path: `pathlib.Path` or string.
+        text_column: string. Column of texts to train on. Defaults to "text" if there is such a
+            column and no column is named.
+        prompt_column: string. Column of prompts. Defaults to "prompt" if only `response_column` is
+            named, or if there are both default columns and no column is named.
+        response_column: string. Column of responses to train on. Defaults to "response" likewise.
 
     Returns:
         `TextRecords`.
 
     Raises:
-        ValueError: for a file that is of another kind, has no row or is malformed, for a column that it has not (with
-            those that it has), for columns of both kinds, or a value that is no string. Lines count from 1.
-        OSError: where it cannot be read.
+        ValueError: If the file is of another kind, malformed or empty, lacks a column (the message
+            lists those that it has), has a value that is no string, or if columns of both kinds are
+            named. Lines are counted from 1.
+        OSError: If the file cannot be read.
     """
     path = Path(path)
     if path.suffix not in READERS:
         raise ValueError(f"Data must be a file named {', '.join(READERS)}. Received: {path}")
     if text_column is not None and (prompt_column is not None or response_column is not None):
         raise ValueError(
-            "Data must be one column of texts, or two of prompts and responses. Received: "
-            f"text_column={text_column!r}, prompt_column={prompt_column!r}, response_column={response_column!r}"
+            "Data must be one column of texts, or two columns of prompts and responses. "
+            f"Received: text_column={text_column!r}, prompt_column={prompt_column!r}, "
+            f"response_column={response_column!r}"
         )
     named = [name for name in (text_column, prompt_column, response_column) if name is not None]
     try:
@@ -115,33 +121,32 @@ def read_records(path, text_column=None, prompt_column=None, response_column=Non
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from error
     if not records:
-        raise ValueError(f"{path} must have one row or more. Received: none")
+        raise ValueError(f"{path} must have at least one record. Received: none")
     if path.suffix == ".txt":
         if named:
             raise ValueError(
-                f"{path} has no columns; those of .jsonl and .csv files have names. Received: {named}"
+                f"{path} has no columns; only .jsonl and .csv files do. Received: {named}"
             )
         return TextRecords([text for _, text in records], None)
-    if named:
-        columns = (
-            [text_column]
-            if text_column is not None
-            else [prompt_column or "prompt", response_column or "response"]
-        )
+    if text_column is not None:
+        columns = [text_column]
+    elif named:
+        columns = [prompt_column or "prompt", response_column or "response"]
     else:
         columns = _default_columns(path, records[0][1])
     values = [
         [_value(path, line, record, column) for column in columns] for line, record in records
     ]
-    kept = [row for row in values if row[-1].strip()]
-    if not kept:
+    filled = [row for row in values if row[-1].strip()]
+    if not filled:
         raise ValueError(
-            f"{path} must have a row whose {columns[-1]!r} is not blank. Received: {len(values)} blank rows"
+            f"{path} must have a record whose {columns[-1]!r} is not blank. "
+            f"Received: {len(values)} blank records"
         )
     return TextRecords(
-        [row[-1] for row in kept],
-        None if len(columns) == 1 else [row[0] for row in kept],
-        len(values) - len(kept),
+        [row[-1] for row in filled],
+        None if len(columns) == 1 else [row[0] for row in filled],
+        len(values) - len(filled),
     )
 
 
@@ -150,21 +155,23 @@ def _default_columns(path, record):
         if set(columns) <= record.keys():
             return columns
     raise ValueError(
-        f"{path} has no column 'text', and no 'prompt' and 'response': name what to learn with `text_column`, or with "
-        f"`prompt_column` and `response_column`. It has the columns {list(record)}"
+        f"{path} must have a column 'text', or 'prompt' and 'response', unless `text_column`, or "
+        "`prompt_column` and `response_column`, name others. "
+        f"Received: the columns {list(record)}"
     )
 
 
 def _value(path, line, record, column):
     if column not in record:
         raise ValueError(
-            f"{path}, line {line}: there is no column {column!r}. It has the columns {list(record)}"
+            f"{path}, line {line}: there is no column {column!r}. "
+            f"Received: the columns {list(record)}"
         )
     if not isinstance(record[column], str):
         raise ValueError(
             f"{path}, line {line}: {column!r} must be a string. Received: {record[column]!r}"
         )
-    # Line breaks of one kind: a file for Windows would teach the model another.
+    # Windows line breaks are other tokens, which the model should not be trained on.
     return record[column].replace("\r\n", "\n")
 
 
@@ -197,7 +204,8 @@ def _read_csv(path):
             for record in reader:
                 if None in record or None in record.values():
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: must have {len(reader.fieldnames)} values, as the header has"
+                        f"{path}, line {reader.line_num}: must have {len(reader.fieldnames)} "
+                        "values, like the header"
                     )
                 yield reader.line_num, record
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Texts, pairs of prompts and responses, and chats, in the forms in which users pass them."""
 
 import numpy as np
 
@@ -6,36 +6,58 @@ from keras_vaultgemma import backend
 
 TURN_START, TURN_END = "<start_of_turn>", "<end_of_turn>"
 
-
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
-"""The roles of a chat, as users write them and as Gemma does."""
+"""Gemma's role for each role that a message may have."""
 
 
-def apply_chat_template(messages, add_generation_prompt=False):
-    """A conversation in Gemma's format: each turn `<start_of_turn>role\\ncontent<end_of_turn>\\n`.
+def apply_chat_template(messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """Format a chat as Gemma was trained on it.
 
-    `<bos>` is not part of the string: tokenizing adds it.
+    Each turn becomes `<start_of_turn>role\\ncontent<end_of_turn>\\n`. `<bos>` is not included,
+    because tokenization adds it.
 
     Args:
-        messages: list of `{"role": …, "content": …}`; roles alternate, "user" first, then "assistant" (or "model").
-        add_generation_prompt: open the model's next turn at the end.
+        messages: list of dicts with the keys `"role"` and `"content"`. Roles alternate, starting
+            with "user"; the other is "assistant" or "model".
+        add_generation_prompt: bool. If True, end with the start of the model's next turn. Defaults
+            to `False`.
+
+    Returns:
+        String.
 
     Raises:
-        ValueError: names the message that is empty of a key, out of turn, or holds a turn marker in its content (which
-            would let one speaker write another's turn).
+        ValueError: If there are no messages, or one of them lacks a key, is out of turn, or has a
+            turn marker in its content, with which one speaker could write the other's turn.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import apply_chat_template
+
+    messages = [{"role": "user", "content": "Who won the race?"}]
+    print(apply_chat_template(messages, add_generation_prompt=True))
+    ```
     """
     return "".join(chat_parts(messages)) + (f"{TURN_START}model\n" if add_generation_prompt else "")
 
 
 def chat_parts(messages):
-    """What `apply_chat_template` joins: strings, by turns what is given and what the model answers.
+    """Split a formatted chat into alternating parts: given text and the model's answers.
 
-    An answer ends with its `<end_of_turn>`. What is given before it is, to the character, what `generate` continues.
+    An answer ends with its `<end_of_turn>`. The text before it equals the prompt that `generate`
+    continues, character by character.
+
+    Args:
+        messages: list of dicts, as for `apply_chat_template`.
+
+    Returns:
+        List of strings, which join to the formatted chat. The first is given text.
+
+    Raises:
+        ValueError: As `apply_chat_template`.
     """
     if not messages:
-        raise ValueError(
-            "`messages` must be a list of one or more messages. Received: an empty one"
-        )
+        raise ValueError("`messages` must be a list of at least one message. Received: none")
     parts = [""]
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
@@ -45,48 +67,65 @@ def chat_parts(messages):
         role, content = ROLES.get(message["role"]), message["content"]
         if role != ("user", "model")[i % 2]:
             raise ValueError(
-                f"`messages[{i}]` must have the role {('user', 'assistant')[i % 2]!r}: Gemma knows no system role, and "
-                f"its turns alternate. Received: role={message['role']!r}"
+                f"`messages[{i}]` must have the role {('user', 'assistant')[i % 2]!r}, because "
+                "Gemma has no system role and its turns alternate. "
+                f"Received: role={message['role']!r}"
             )
         if not isinstance(content, str) or TURN_START in content or TURN_END in content:
             raise ValueError(
-                f"The content of `messages[{i}]` must be a string without {TURN_START} or {TURN_END}. "
-                f"Received: {content!r}"
+                f"The content of `messages[{i}]` must be a string without {TURN_START} or "
+                f"{TURN_END}. Received: {content!r}"
             )
-        opening, said = f"{TURN_START}{role}\n", f"{content.strip()}{TURN_END}"
+        opening, answer = f"{TURN_START}{role}\n", f"{content.strip()}{TURN_END}"
         if role == "model":
             parts[-1] += opening
-            parts += [said, "\n"]
+            parts += [answer, "\n"]
         else:
-            parts[-1] += f"{opening}{said}\n"
+            parts[-1] += f"{opening}{answer}\n"
     return parts
 
 
 def as_chats(x):
-    """(list of chats, whether `x` was a single one) from a chat or a list of chats; (None, False) for anything else."""
+    """Return a chat or a list of chats as a list.
+
+    Args:
+        x: a list of messages, a list of such lists, or anything else.
+
+    Returns:
+        Tuple `(chats, is_single)`. `is_single` is True if `x` was one chat. `(None, False)` if `x`
+        is not of chats.
+    """
     if not isinstance(x, (list, tuple)) or not len(x) or not isinstance(x[0], (dict, list, tuple)):
         return None, False
     return ([x], True) if isinstance(x[0], dict) else (x, False)
 
 
 def as_samples(x):
-    """What the preprocessor is called on, as `(samples, has_end, is_single)`.
+    """Return texts, pairs or chats as samples for training.
+
+    Args:
+        x: a string or a list of strings; a dict of `"prompts"` and `"responses"`; a chat or a list
+            of chats.
 
     Returns:
-        samples: a list of strings for each sample, by turns what is given and what is to be learnt.
-        has_end: whether they end with `<eos>`.
-        is_single: whether `x` was a single sample.
+        Tuple `(samples, has_end, is_single)`. `samples` has a list of strings for each sample,
+        alternating between given text and text to train on. `has_end` is True if samples end with
+        `<eos>`. `is_single` is True if `x` was one sample.
+
+    Raises:
+        ValueError: If a dict has other keys or lists of different lengths, a chat has no answer of
+            the model, or an item is no string.
     """
     if isinstance(x, dict):
         if set(x) != {"prompts", "responses"}:
             raise ValueError(
-                "A dict must have the keys 'prompts' and 'responses', or 'token_ids' and 'padding_mask'. "
-                f"Received: {sorted(x)}"
+                "A dict must have the keys 'prompts' and 'responses', or 'token_ids' and "
+                f"'padding_mask'. Received: {sorted(x)}"
             )
         (prompts, is_single), (responses, _) = as_texts(x["prompts"]), as_texts(x["responses"])
         if len(prompts) != len(responses):
             raise ValueError(
-                "`prompts` and `responses` must be as many as each other. "
+                "`prompts` and `responses` must have the same length. "
                 f"Received: {len(prompts)} prompts and {len(responses)} responses"
             )
         return [list(pair) for pair in zip(prompts, responses, strict=True)], True, is_single
@@ -94,21 +133,28 @@ def as_samples(x):
     if not chats:
         texts, is_single = as_texts(x)
         return [["", text] for text in texts], True, is_single
-    # What follows the last answer teaches nothing.
+    # Text after the last answer has no label, so it is left out.
     samples = [chat_parts(chat)[:-1] for chat in chats]
     for i, parts in enumerate(samples):
         if not parts:
             raise ValueError(
-                f"A chat must have a message of the model to learn. Received: none in chat {i}"
+                f"A chat must have an answer of the model to train on. Received: none in chat {i}"
             )
     return samples, False, is_single
 
 
 def as_texts(x):
-    """(list of strings, whether `x` was a single one) from a string, bytes, a list or tuple or array of them.
+    """Return a string or a sequence of strings as a list.
+
+    Args:
+        x: a string or bytes, or a list, tuple, array or TensorFlow tensor of them.
+
+    Returns:
+        Tuple `(texts, is_single)`. `texts` is a list of strings; `is_single` is True if `x` was one
+        string.
 
     Raises:
-        ValueError: for an empty list or an item that is not a string, which it names.
+        ValueError: If `x` is empty or has an item that is not a string.
     """
     if backend.is_tensorflow(x):
         x = x.numpy()
@@ -122,6 +168,7 @@ def as_texts(x):
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
-                f"Every item must be a string. Received: item {i} is {text!r} ({type(text).__name__})"
+                "Every item must be a string. "
+                f"Received: item {i} is {text!r} ({type(text).__name__})"
             )
     return texts, is_single

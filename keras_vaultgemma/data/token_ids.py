@@ -4,7 +4,17 @@ import numpy as np
 
 
 def pad_rows(rows, length, pad_id=0):
-    """Rows of ids to `(ids, mask)`, int32 [B, length] each, padded on the right; a longer row is cut."""
+    """Pad rows of token ids to one length, on the right.
+
+    Args:
+        rows: list of B lists of ints.
+        length: int. Number of columns T of the result. Longer rows are truncated.
+        pad_id: int. Id that fills the end of short rows. Defaults to 0.
+
+    Returns:
+        Tuple `(token_ids, mask)`, int32 NumPy arrays of shape `[B, T]`. The mask is 1 at tokens and
+        0 at padding.
+    """
     ids = np.full((len(rows), length), pad_id, "int32")
     mask = np.zeros((len(rows), length), "int32")
     for i, row in enumerate(rows):
@@ -14,24 +24,34 @@ def pad_rows(rows, length, pad_id=0):
 
 
 def unpad_rows(ids, mask):
-    """Arrays [B, T] to rows of ids, wherever the padding stands.
+    """Return the token ids of each row without its padding, on whichever side that is.
+
+    Args:
+        ids: int array of shape `[B, T]`.
+        mask: int array of shape `[B, T]`. 0 at padding.
+
+    Returns:
+        List of B lists of ints.
 
     Raises:
-        ValueError: where the two differ in shape or are not two-dimensional.
+        ValueError: If the two arrays differ in shape or are not two-dimensional.
     """
     ids, mask = np.asarray(ids), np.asarray(mask)
     if ids.ndim != 2 or ids.shape != mask.shape:
         raise ValueError(
-            f"`token_ids` and `padding_mask` must both be [batch, length]. Received: {ids.shape} and {mask.shape}"
+            "`token_ids` and `padding_mask` must both have the shape [batch, length]. "
+            f"Received: {ids.shape} and {mask.shape}"
         )
-    return [row[kept.astype(bool)].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return [row[is_token].tolist() for row, is_token in zip(ids, mask.astype(bool), strict=True)]
 
 
 def check_ids(ids, vocabulary_size, what="Token ids"):
-    """Raise ValueError where ids are outside [0, vocabulary_size): a lookup would clamp or wrap them in silence.
+    """Raise ValueError for ids outside the vocabulary, which a lookup would silently clamp or wrap.
 
     Args:
-        what: the ids are, for the error.
+        ids: int array or nested list of any shape.
+        vocabulary_size: int. V; legal ids are from 0 to V - 1.
+        what: string. Subject of the message. Defaults to "Token ids".
     """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
@@ -40,7 +60,12 @@ def check_ids(ids, vocabulary_size, what="Token ids"):
 
 
 def check_lengths(rows, max_length):
-    """Raise ValueError where a row of ids is longer than `max_length`."""
+    """Raise ValueError if a row of token ids is longer than `max_length`.
+
+    Args:
+        rows: list of lists of ints.
+        max_length: int. Largest legal number of tokens.
+    """
     for i, row in enumerate(rows):
         if len(row) > max_length:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""What a preset is, in words, without loading its weights."""
+"""Description of a preset, from its small files."""
 
 import contextlib
+import os
 import textwrap
 from collections import Counter
 
@@ -13,21 +14,34 @@ from keras_vaultgemma.privacy.accounting import SEEDED
 from keras_vaultgemma.privacy.ledger import preset_ledger
 
 WIDTH, LABEL = 100, 26
-"""Columns of a description, and of the names in it."""
+"""Columns of a description, and of the labels in it."""
 
 
-def describe(preset):
-    """Architecture, parameters, tokenizer and privacy of a preset, from its small files.
+def describe(preset: str | os.PathLike) -> str:
+    """Describe the architecture, parameters, tokenizer and privacy of a preset.
+
+    Reads small files only; no weights are downloaded.
 
     Args:
-        preset: a bundled preset's name, a folder, or a handle, of which no weights are downloaded.
+        preset: string or path. The name of a bundled preset, a folder or a handle (`hf://`,
+            `kaggle://`).
 
     Returns:
-        Text of several lines.
+        String of several lines.
 
     Raises:
-        ValueError: for an unknown preset, or one whose config.json does not describe a VaultGemma.
+        ValueError: If the preset does not exist, or its config.json describes no VaultGemma.
+        FileNotFoundError: If the files cannot be downloaded.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import describe
+
+    print(describe("vaultgemma_tiny"))
+    ```
     """
+    preset = os.fspath(preset)
     folder = _find(preset)
     architecture = read_config(folder)
     count = sum(weight.size for weight in weight_map.weight_map(architecture))
@@ -55,7 +69,11 @@ def describe(preset):
 
 
 def _find(preset):
-    """The preset's folder; of a repository that is downloaded file by file, with the vocabulary where it has one."""
+    """Return the folder of a preset, without its weights.
+
+    Hugging Face repositories are downloaded file by file, so the vocabulary is requested as well;
+    a repository without one is described too.
+    """
     if preset.startswith("hf://"):
         with contextlib.suppress(FileNotFoundError):
             return presets.find(preset, "vocabulary")
@@ -64,26 +82,29 @@ def _find(preset):
 
 def _vocabulary(folder):
     if not presets.file(folder, "vocabulary"):
-        return "no vocabulary here"
+        return "no vocabulary"
     tokenizer = VaultGemmaTokenizer.from_preset(folder)
     special = {
         token: tokenizer.token_to_id(token)
         for token in ("<pad>", "<eos>", "<bos>", TURN_START, TURN_END)
     }
-    # SentencePiece gives an unknown piece the id of <unk>.
+    # SentencePiece returns the id of <unk> for an unknown piece.
     known = {token: i for token, i in special.items() if tokenizer.id_to_token(i) == token}
     return {"pieces": tokenizer.vocabulary_size(), **known}
 
 
 def _privacy(metadata):
-    """What the preset says of its training; a preset that says nothing has not said that it is private or is not."""
+    """Return the privacy statement of a preset.
+
+    A preset without one is not described as trained without privacy, because that is not known.
+    """
     if "privacy" not in metadata:
-        return "no statement here"
+        return "no statement"
     return metadata["privacy"] or "not privately trained"
 
 
 def _private_runs(ledger):
-    """A section for the training that a ledger knows of, with the ε that runs on the same data amount to."""
+    """Return a section for the training runs of a ledger, with the total ε of each dataset."""
     plain = ledger.without_privacy()
     if not ledger.runs and not plain:
         return {}
@@ -102,7 +123,7 @@ def _private_runs(ledger):
 
 
 def _table(section):
-    """Lines of a sentence, or of a dict with its values below each other."""
+    """Return the lines of a section, which is a sentence or a dict of labels to values."""
     if not isinstance(section, dict):
         return [f"  {section}"]
     lines = []

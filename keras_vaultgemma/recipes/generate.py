@@ -1,4 +1,4 @@
-"""Continue a prompt with a preset: what `keras-vaultgemma generate` does."""
+"""Generation with a preset, as a function: `keras-vaultgemma generate`."""
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.checkpoints import presets
@@ -19,24 +19,28 @@ def generate(
     stop=(),
     chat=False,
 ):
-    """Continue a prompt.
+    """Load a preset and continue a prompt with it.
 
     Args:
         prompt: string.
-        preset: what `VaultGemmaCausalLM.from_preset` takes.
-        max_new_tokens: int. Fewer are generated where the text or the model's context ends.
-        sampler: string, a key of `samplers.SAMPLERS`.
-        temperature, seed: of the sampler, or None for its defaults.
-        dtype: string, of the weights. Defaults to the preset's.
-        stop: list of strings that end the text.
-        chat: bool. If True, the prompt is a user's turn.
+        preset: string or path, as for `VaultGemmaCausalLM.from_preset`. Defaults to
+            "vaultgemma_tiny".
+        max_new_tokens: int. Largest number of tokens to generate. There are fewer if the text ends
+            or the context of the model is full. Defaults to 64.
+        sampler: string. A key of `samplers.SAMPLERS`. Defaults to "greedy".
+        temperature: float. Temperature of the sampler. Defaults to that of the sampler.
+        seed: int. Seed of the sampler. Defaults to None, for a random one.
+        dtype: string. Dtype of the weights. Defaults to that of the preset.
+        stop: iterable of strings that end the text.
+        chat: bool. If True, the prompt is a user's turn and the reply alone is returned. Defaults
+            to `False`.
 
     Returns:
-        Iterator of strings: the prompt and its continuation as it is generated; in a chat the reply alone.
+        Iterator of strings: the prompt, then its continuation as it is generated.
 
     Raises:
-        ValueError: for an argument out of its range, or a prompt that fills the model's context.
-        KeyboardInterrupt: by the iterator, where the user interrupted generation.
+        ValueError: If an argument is out of its range, or the prompt fills the model's context.
+        KeyboardInterrupt: By the iterator, if the user interrupts generation.
     """
     backend.cache_compilations(presets.cache_home() / "compiled")
     sampler = make_sampler(sampler, temperature=temperature, seed=seed)
@@ -47,8 +51,8 @@ def generate(
     (row,) = read_prompts(inputs, model.preprocessor, model.backbone.vocabulary_size).rows
     if len(row) >= context:
         raise ValueError(
-            f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
-            f"Received: {len(row)} tokens"
+            f"PROMPT must have at most {context - 1} tokens, `<bos>` included, because the model's "
+            f"context has {context}. Received: {len(row)} tokens"
         )
     stream = model.stream(inputs, max_new_tokens=min(max_new_tokens, context - len(row)), stop=stop)
     return _pieces("" if chat else model.preprocessor.detokenize([row])[0], stream)

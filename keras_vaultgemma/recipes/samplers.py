@@ -1,4 +1,4 @@
-"""Samplers by name, for the command line."""
+"""Samplers of keras-hub by name, for the command line."""
 
 SAMPLERS = {
     "greedy": ("GreedySampler", ()),
@@ -8,25 +8,37 @@ SAMPLERS = {
     "beam": ("BeamSampler", ("temperature",)),
     "contrastive": ("ContrastiveSampler", ("temperature",)),
 }
-"""Name of a sampler: its class in `keras_hub.samplers`, and the options that change what it chooses."""
+"""For each name, the class in `keras_hub.samplers` and the options that have an effect on it."""
 
 LARGEST_SEED = 2**31 - 1
-"""The largest seed that all three backends take."""
+"""Largest seed that all three backends accept."""
 
 
 def make_sampler(name, **options):
-    """Return the sampler `name` of `keras_hub.samplers` with those `options` that are not None."""
+    """Create a sampler of keras-hub.
+
+    Args:
+        name: string. A key of `SAMPLERS`.
+        **options: `temperature` and `seed`. None stands for the default of the sampler.
+
+    Returns:
+        `keras_hub.samplers.Sampler`.
+
+    Raises:
+        ValueError: If an option is out of its range or has no effect on the sampler.
+    """
     import keras_hub
 
-    class_name, takes = SAMPLERS[name]
+    class_name, accepted = SAMPLERS[name]
     options = {option: value for option, value in options.items() if value is not None}
     for option, value in options.items():
-        if option not in takes:
-            able = ", ".join(other for other, (_, taken) in SAMPLERS.items() if option in taken)
+        if option not in accepted:
+            samplers = ", ".join(key for key, (_, names) in SAMPLERS.items() if option in names)
             raise ValueError(
-                f"--{option} changes nothing with --sampler {name}; it goes with {able}. Received: --{option} {value}"
+                f"--{option} has no effect with --sampler {name}, only with {samplers}. "
+                f"Received: --{option} {value}"
             )
-    # Not `<= 0`, so that NaN is rejected.
+    # Written so that NaN fails it.
     if not 0 < options.get("temperature", 1.0) < float("inf"):
         raise ValueError(
             f"--temperature must be a number above 0. Received: {options['temperature']}"

@@ -87,7 +87,7 @@ def test_labels_that_count_are_checked(label, weights):
 @pytest.mark.parametrize(
     "weights", [np.array([0, 1]), np.array([[0], [1]]), np.array([[0, 1], [1, 1]])]
 )
-def test_labels_without_weight_may_be_anything(weights):
+def test_labels_of_weight_zero_are_not_checked(weights):
     x, y = {"token_ids": np.array([[1, 9], [2, 3]])}, np.array([[-100, 1], [3, 4]])
     assert prepare_fit_inputs(x, y, weights, None, 10) == (x, y, weights)
 
@@ -96,17 +96,17 @@ def test_labels_without_weight_may_be_anything(weights):
 @pytest.mark.parametrize(
     "make", [lambda: ["a", "b"], Batches, lambda: iter([["a"]])], ids=["texts", "PyDataset", "iter"]
 )
-def test_labels_and_weights_beside_texts_are_refused(make, name):
+def test_labels_with_texts_raise(make, name):
     labels = {"y": None, "sample_weight": None, name: [1, 0]}
     with pytest.raises(
-        ValueError, match=f"^`{name}` must be None beside texts.*Received: {name} of type list"
+        ValueError, match=f"^`{name}` must be None with texts.*Received: {name} of type list"
     ):
         prepare_fit_inputs(make(), preprocess=count_letters, vocabulary_size=10, **labels)
 
 
-def test_no_rows_are_refused():
+def test_no_rows_raise():
     x = {"token_ids": np.zeros((0, 5), int), "padding_mask": np.zeros((0, 5), int)}
-    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+    with pytest.raises(ValueError, match="at least one batch. Received: none"):
         prepare_fit_inputs(x, np.zeros((0, 5), int), None, None, 10)
 
 
@@ -127,15 +127,15 @@ def test_bad_data(tiny, x, message):
         prepare_fit_inputs(x, None, None, tiny.preprocess_samples, 4096)
 
 
-def test_empty_streams_are_refused():
+def test_empty_streams_raise():
     class NoBatches(Batches):
         def __len__(self):
             return 0
 
-    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+    with pytest.raises(ValueError, match="at least one batch. Received: none"):
         prepare_fit_inputs(NoBatches(), None, None, count_letters, 10)
     stream, _, _ = prepare_fit_inputs(iter([]), None, None, count_letters, 10)
-    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+    with pytest.raises(ValueError, match="at least one batch. Received: none"):
         next(stream)
 
 
@@ -143,10 +143,10 @@ def test_empty_streams_are_refused():
     keras.config.backend() != "tensorflow",
     reason="imports TensorFlow, which other backends never do",
 )
-def test_empty_tf_data_is_refused():
+def test_empty_tf_data_raises():
     import tensorflow as tf
 
-    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+    with pytest.raises(ValueError, match="at least one batch. Received: none"):
         prepare_fit_inputs(
             tf.data.Dataset.from_tensor_slices(["a"]).batch(1).take(0),
             None,
@@ -157,15 +157,15 @@ def test_empty_tf_data_is_refused():
 
 
 def test_truncations_are_counted():
-    """Of three labels: the first row just fits, the second is cut, the third is cut before its answer."""
+    """Of three labels: the first row just fits, the second is truncated, the third loses its response."""
     rows, weights = [[1] * 4, [1] * 5, [1] * 9], np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]])
     truncations = TruncationCounter()
     truncations.count(rows, weights)
     truncations.count(rows[:2], weights[:2])
     truncations.count(rows, weights)  # read again
     message = (
-        "3 of 5 rows were longer than sequence_length=3 and were cut; "
-        "of 1 of them the whole answer was cut away, and they teach nothing."
+        "3 of 5 rows were longer than sequence_length=3 and were truncated; "
+        "the whole response was lost in 1 of them."
     )
     with pytest.warns(UserWarning) as caught:
         truncations.report()
@@ -177,7 +177,7 @@ def test_truncations_are_counted():
         truncations.report()
     with (
         pytest.warns(
-            UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were cut\.$"
+            UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were truncated\.$"
         ),
         truncations,
     ):

@@ -221,7 +221,7 @@ def test_arguments_are_refused_at_once(preprocessor, documents, options, message
 @pytest.mark.parametrize(
     "documents, message",
     [
-        ([], "`documents` must have one document or more. Received: none"),
+        ([], "`documents` must have at least one document. Received: none"),
         (["a", None], "document 1 is None"),
         (["a", [["b"]]], r"document 1 is \[\['b'\]\]"),
         ([[5.0]], r"document 0 is \[5.0\]"),

@@ -71,17 +71,17 @@ def test_very_long_values(write):
             {},
             r"must be a file named \.txt, \.jsonl, \.csv\. Received: .*a\.parquet",
         ),
-        ("a.txt", " \n\n\t\n", {}, r"a\.txt must have one row or more\. Received: none"),
-        ("a.csv", "", {}, "one row or more. Received: none"),
-        ("a.csv", "text\n", {}, "one row or more. Received: none"),
-        ("a.jsonl", "\n", {}, "one row or more. Received: none"),
-        ("a.csv", "text\n \n\t\n", {}, "a row whose 'text' is not blank. Received: 2 blank rows"),
+        ("a.txt", " \n\n\t\n", {}, r"a\.txt must have at least one record\. Received: none"),
+        ("a.csv", "", {}, "at least one record. Received: none"),
+        ("a.csv", "text\n", {}, "at least one record. Received: none"),
+        ("a.jsonl", "\n", {}, "at least one record. Received: none"),
+        ("a.csv", "text\n \n\t\n", {}, "a record whose 'text' is not blank. Received: 2 blank records"),
         ("a.txt", "x", {"text_column": "text"}, r"a\.txt has no columns; .* Received: \['text'\]"),
         (
             "a.csv",
             "id,note\n1,x\n",
             {},
-            r"no column 'text', and no 'prompt' and 'response'.*columns \['id', 'note'\]",
+            r"must have a column 'text', or 'prompt' and 'response'.*columns \['id', 'note'\]",
         ),
         (
             "a.csv",
@@ -106,15 +106,15 @@ def test_very_long_values(write):
         ("a.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
         ("a.jsonl", '["x"]\n', {}, r'line 1: must be an object. Received: \["x"\]'),
         ("a.csv", 'text,b\nx,y\n"x,y\n', {}, "not CSV"),
-        ("a.csv", "text,b\nx\n", {}, "line 2: must have 2 values, as the header has"),
-        ("a.csv", "text,b\nx,y,z\n", {}, "line 2: must have 2 values, as the header has"),
+        ("a.csv", "text,b\nx\n", {}, "line 2: must have 2 values, like the header"),
+        ("a.csv", "text,b\nx,y,z\n", {}, "line 2: must have 2 values, like the header"),
         ("a.txt", b"\xff\xfe", {}, r"a\.txt must be text in UTF-8"),
         ("a.csv", b"text\n\xff\n", {}, r"a\.csv must be text in UTF-8"),
         (
             "a.csv",
             "a,b\nx,y\n",
             {"text_column": "a", "prompt_column": "b"},
-            "one column of texts, or two",
+            "one column of texts, or two columns",
         ),
     ],
 )
@@ -123,12 +123,12 @@ def test_bad_files(write, name, content, columns, message):
         read_records(write(name, content), **columns)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "a.txt")
 
 
-def test_every_tenth_row_is_held_out():
+def test_every_tenth_record_is_held_out():
     texts, prompts = [f"t{i}" for i in range(30)], [f"p{i}" for i in range(30)]
     training, held_out = TextRecords(texts, prompts).split()
     assert held_out == TextRecords(["t5", "t15", "t25"], ["p5", "p15", "p25"])
@@ -136,7 +136,7 @@ def test_every_tenth_row_is_held_out():
     assert [p[1:] for p in training.prompts] == [t[1:] for t in training.texts]
     assert [len(part.texts) for part in TextRecords(texts[:2], None).split()] == [1, 1]
     assert [len(part.texts) for part in TextRecords(texts * 100, None).split()] == [2900, 100]
-    with pytest.raises(ValueError, match="2 rows or more.* Received: 1 row"):
+    with pytest.raises(ValueError, match="at least 2 records.* Received: 1 record"):
         TextRecords(["a"], None).split()
 
 
@@ -166,10 +166,10 @@ def test_a_row_for_each_text_and_for_each_pair(tiny):
         np.testing.assert_array_equal(data["sample_weight"], weight)
 
 
-def test_rows_that_are_too_long_are_counted(tiny):
+def test_truncated_rows_are_counted(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
     texts = ["The fox.", "A much longer tale of a hare and a tortoise."]
     with pytest.warns(
-        UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were cut"
+        UserWarning, match="1 of 2 rows were longer than sequence_length=8 and were truncated"
     ):
         TextRecords(texts, None).tokenize(preprocessor, packed=False)

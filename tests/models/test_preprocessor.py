@@ -95,7 +95,7 @@ def test_chats_teach_what_the_model_says(preprocessor):
         ({"prompts": ["a"], "responses": ["b", "c"]}, "Received: 1 prompts and 2 responses"),
         ({"prompts": ["a", 3], "responses": ["b", "c"]}, r"item 1 is 3 \(int\)"),
         ({"prompts": ["a"]}, r"keys 'prompts' and 'responses'.*Received: \['prompts'\]"),
-        ([CHAT, CHAT[:1]], "message of the model to learn. Received: none in chat 1"),
+        ([CHAT, CHAT[:1]], "answer of the model to train on. Received: none in chat 1"),
         ([CHAT, []], "one or more messages"),
         ([CHAT[1:]], "must have the role 'user'"),
     ],

@@ -156,7 +156,7 @@ def test_truncations_are_reported_once():
                 run(data(), **{"batch_size": 2} if name == "texts" else {}, verbose=0)
             messages = [str(w.message) for w in caught if "sequence_length" in str(w.message)]
             assert messages == [
-                f"{count} of 4 rows were longer than sequence_length=24 and were cut."
+                f"{count} of 4 rows were longer than sequence_length=24 and were truncated."
             ], name
 
 
@@ -174,13 +174,13 @@ def test_rows_that_lose_their_answer_are_reported():
 def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
     (name,) = labels
     for call in (tiny.fit, tiny.evaluate):
-        with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+        with pytest.raises(ValueError, match=f"`{name}` must be None with texts"):
             call(LINES[:2], **labels)
-    with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+    with pytest.raises(ValueError, match=f"`{name}` must be None with texts"):
         tiny.fit(
             LINES[:2], validation_data=(LINES[:2], labels.get("y"), labels.get("sample_weight"))
         )
-    with pytest.raises(ValueError, match=f"`{name}` must be None beside texts"):
+    with pytest.raises(ValueError, match=f"`{name}` must be None with texts"):
         tiny.fit(iter([(LINES[:2], labels.get("y"), labels.get("sample_weight"))]))
 
 

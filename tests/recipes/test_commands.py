@@ -114,7 +114,7 @@ def test_samplers(capsys, fake_model, name, sampler, takes):
             capsys, "generate", PROMPT, "--sampler", name, f"--{option}", str(values[option])
         )
         assert error.startswith(
-            f"--{option} changes nothing with --sampler {name}; it goes with random, top_k, top_p"
+            f"--{option} has no effect with --sampler {name}, only with random, top_k, top_p"
         )
         assert error.endswith(f"Received: --{option} {values[option]}")
 
@@ -128,7 +128,7 @@ def test_text_ends_at_the_context(capsys, fake_model, tiny):
     capsys.readouterr()
     error = error_of(capsys, "generate", " a" * (context - 1))
     assert error == (
-        f"PROMPT must have at most {context - 1} tokens, `<bos>` included: the model's context is {context}. "
+        f"PROMPT must have at most {context - 1} tokens, `<bos>` included, because the model's context has {context}. "
         f"Received: {context} tokens"
     )
 
@@ -202,14 +202,17 @@ def test_convert_calls_the_recipe_and_reports_the_target(capsys, monkeypatch, op
 
 def test_convert_fails_in_one_line(capsys, tmp_path):
     assert error_of(capsys, "convert", "vaultgemma_tiny", str(tmp_path)).startswith(
-        f"{tmp_path} exists. Pass overwrite"
+        f"{tmp_path} exists. Pass `overwrite"
     )
     assert "argument --to: invalid choice: 'pt'" in error_of(
         capsys, "convert", "x", "y", "--to", "pt"
     )
     command = ["convert", "vaultgemma_tiny", str(tmp_path / "new"), "--to", "hf"]
     error = error_of(capsys, *command, "--shard-size", "big")
-    assert error == "`shard_size` must be bytes above 0, such as 5000000 or '5GB'. Received: 'big'"
+    assert error == (
+        "`shard_size` must be a positive number of bytes, such as 5000000 or '5GB'. "
+        "Received: shard_size='big'"
+    )
 
 
 def test_epsilon_prints_the_report(capsys):

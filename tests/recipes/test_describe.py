@@ -62,7 +62,7 @@ def test_the_release_needs_no_weights(monkeypatch, tmp_path, no_model):
     assert sections["Architecture"]["layer_types"] == "26 x full_attention"
     assert sections["Parameters"]["count"] == "1,038,741,120"
     assert sections["Parameters"]["in bfloat16"] == "2,077.5 MB"
-    assert sections["Tokenizer"] == {"no vocabulary here": ""}
+    assert sections["Tokenizer"] == {"no vocabulary": ""}
     assert sections["Privacy"]["epsilon"] == "2.0"
     assert sections["Privacy"]["delta"] == "1.1e-10"
     assert sections["Privacy"]["unit"] == "one sequence of 1024 consecutive tokens"
@@ -86,7 +86,7 @@ def test_a_repository_downloads_its_vocabulary(monkeypatch, has_vocabulary, need
     monkeypatch.setattr(presets, "find", find)
     sections = table(describe("hf://org/name"))
     assert asked_for == needs
-    assert ("no vocabulary here" in sections["Tokenizer"]) is not has_vocabulary
+    assert ("no vocabulary" in sections["Tokenizer"]) is not has_vocabulary
     assert ("pieces" in sections["Tokenizer"]) is has_vocabulary
 
 
@@ -134,8 +134,8 @@ def test_other_formats_says_what_is_built_of_them(tmp_path, config, layer_types)
     }
     assert sections["Architecture"] == {**built, "layer_types": layer_types}
     assert sections["Parameters"]["count"] == f"{backbone.count_params():,}"
-    assert sections["Tokenizer"] == {"no vocabulary here": ""}
-    assert sections["Privacy"] == {"no statement here": ""}
+    assert sections["Tokenizer"] == {"no vocabulary": ""}
+    assert sections["Privacy"] == {"no statement": ""}
 
 
 @pytest.mark.parametrize(
