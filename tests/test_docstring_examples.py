@@ -10,10 +10,6 @@ DOCUMENTED = {**OBJECTS, **public_methods()}
 # Public classes and functions whose docstring has no example yet, or one that does not run.
 LACKING = {
     "GenerationOutput",
-    "PackedDataset",
-    "apply_chat_template",
-    "convert",
-    "describe",
 }
 
 

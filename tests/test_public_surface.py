@@ -98,13 +98,6 @@ SIGNATURES = {
     **constructors(),
     **public_methods(),
 }
-# Signatures that have no type hints yet.
-UNTYPED = {
-    "PackedDataset.__init__",
-    "apply_chat_template",
-    "convert",
-    "describe",
-}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -118,8 +111,6 @@ def test_public_signatures_have_type_hints(name):
     ]
     if "return" not in hints:
         missing.append("return")
-    if missing and name in UNTYPED:
-        pytest.skip("has no type hints yet")
     assert not missing
 
 

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from keras_vaultgemma._files import read_json
+from keras_vaultgemma._validation import is_integer
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.layers.hyperparameters import LAYER_TYPES
 
@@ -15,7 +16,7 @@ KERAS = "keras_vaultgemma>VaultGemmaBackbone"
 
 
 def _is_count(value):
-    return type(value) is int and 0 < value < 2**31
+    return is_integer(value, maximum=2**31 - 1)
 
 
 def _is_number(value):
@@ -23,7 +24,7 @@ def _is_number(value):
 
 
 COUNT = ("an integer from 1 to 2147483647", _is_count)
-LAYERS = ("an integer from 1 to 1000", lambda value: _is_count(value) and value <= 1000)
+LAYERS = ("an integer from 1 to 1000", lambda value: is_integer(value, maximum=1000))
 """Bounds the memory that `layer_types` and the weight map take for a hostile config."""
 
 NUMBER = ("a finite number above 0", _is_number)

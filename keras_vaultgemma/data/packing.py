@@ -154,7 +154,7 @@ class PackedDataset(keras.utils.PyDataset):
         preprocessor: Any,
         batch_size: int,
         sequence_length: int | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.batches = list(batches(documents, preprocessor, batch_size, sequence_length))
 
