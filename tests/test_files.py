@@ -1,4 +1,4 @@
-"""New files into a folder: all of them, or none."""
+"""Atomic writes: a folder gets all new files, or none."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ NEW = {
 }
 
 
-def test_new_folder_appears_whole(tmp_path):
+def test_a_new_folder_appears_complete(tmp_path):
     target = tmp_path / "saved"
     with new_folder(target) as folder:
         write(folder, NEW)
@@ -46,7 +46,7 @@ def test_new_folder_appears_whole(tmp_path):
     assert target.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_existing_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
+def test_an_existing_folder_keeps_its_other_files(tmp_path):
     target = tmp_path / "saved"
     write(target, OLD)
     with new_folder(str(target)) as folder:
@@ -57,7 +57,7 @@ def test_existing_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
     assert os.listdir(tmp_path) == ["saved"]
 
 
-def test_relative_folder_and_one_behind_a_link(tmp_path, monkeypatch):
+def test_a_relative_folder_and_a_link_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -72,7 +72,7 @@ def test_relative_folder_and_one_behind_a_link(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("exists", [False, True])
-def test_nothing_changes_where_writing_fails(tmp_path, error, exists):
+def test_nothing_changes_if_writing_fails(tmp_path, error, exists):
     target = tmp_path / "saved"
     if exists:
         write(target, OLD)
@@ -90,7 +90,7 @@ def refuse_link(*_):
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch, has_links):
+def test_nothing_changes_if_any_move_fails(tmp_path, monkeypatch, has_links):
     """New files, replaced ones, a new subfolder and a superseded file: each step fails once, and all are undone."""
     if not has_links:
         monkeypatch.setattr(os, "link", refuse_link)
@@ -128,7 +128,7 @@ def test_nothing_changes_where_moving_fails_at_any_step(tmp_path, monkeypatch, h
 
 
 def test_no_file_is_missing_at_any_moment(tmp_path, monkeypatch):
-    """Whenever the process is killed: each file is the old one or the new one, and the weights that load are whole."""
+    """After a kill at any time each file is the old or the new one, and the weights load."""
     target, moments = tmp_path / "saved", []
     replace, link = os.replace, os.link
 
@@ -157,7 +157,7 @@ def test_no_file_is_missing_at_any_moment(tmp_path, monkeypatch):
     assert "model.weights.h5" not in texts(target)
 
 
-def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):
+def test_a_folder_in_place_of_a_file_raises(tmp_path):
     old = {"a.txt": "old", "config.json/mine.txt": "mine"}
     write(tmp_path / "saved", old)
     with pytest.raises(OSError, match=r"config\.json"), new_folder(tmp_path / "saved") as folder:
@@ -173,8 +173,8 @@ def test_a_folder_where_a_file_must_go_is_left_alone(tmp_path):
         ("model.safetensors", "model.safetensors.index.json"),
     ],
 )
-def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index):
-    """Loaders look for the single file first, and would load the old weights without a word."""
+def test_sharded_weights_supersede_a_single_file(tmp_path, single, index):
+    """Loaders prefer the single file, and would silently load the old weights."""
     write(tmp_path / "saved", {single: "old", "model.bin": "other"})
     with new_folder(tmp_path / "saved") as folder:
         write(folder, {index: "new"})
@@ -182,7 +182,7 @@ def test_weights_in_several_files_supersede_a_single_one(tmp_path, single, index
 
 
 @pytest.mark.parametrize("target", ["file", "file/saved", "file/deep/saved"])
-def test_places_that_cannot_be_saved_to(tmp_path, target):
+def test_targets_that_are_files(tmp_path, target):
     (tmp_path / "file").write_text("mine")
     with (
         pytest.raises(ValueError, match="cannot be saved to") as caught,
@@ -194,7 +194,7 @@ def test_places_that_cannot_be_saved_to(tmp_path, target):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_missing_parents_are_made(tmp_path):
+def test_missing_parents_are_created(tmp_path):
     with new_folder(tmp_path / "a" / "b") as folder:
         (folder / "config.json").write_text("{}")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
@@ -204,7 +204,7 @@ def test_missing_parents_are_made(tmp_path):
     ]
 
 
-def test_parent_that_is_not_writable(tmp_path, monkeypatch):
+def test_a_parent_that_is_not_writable(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -215,9 +215,7 @@ def test_parent_that_is_not_writable(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("obstacle", ["a mounted volume", "a parent that is not writable"])
-def test_existing_folder_that_nothing_can_be_renamed_into_from_beside(
-    tmp_path, monkeypatch, obstacle
-):
+def test_a_target_on_another_file_system_than_its_parent(tmp_path, monkeypatch, obstacle):
     target = tmp_path / "saved"
     write(target, OLD)
     if obstacle == "a mounted volume":

@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib and without."""
+"""Plots, with matplotlib and without."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from keras_vaultgemma._plots import can_plot, new_figure, save_figure
 pytestmark = pytest.mark.any_backend
 
 
-def test_written_whole(tmp_path):
+def test_a_png_is_written(tmp_path):
     from matplotlib import image
 
     path = tmp_path / "new" / "a.png"

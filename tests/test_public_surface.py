@@ -112,7 +112,3 @@ def test_public_signatures_have_type_hints(name):
     if "return" not in hints:
         missing.append("return")
     assert not missing
-
-
-def test_list_of_untyped_signatures_is_current():
-    assert not UNTYPED - set(SIGNATURES)

@@ -1,4 +1,4 @@
-"""config.json as other libraries write it, against the libraries themselves."""
+"""config.json as other libraries write it, compared with the libraries."""
 
 import inspect
 import json
@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_field_is_read_as_transformers_reads_it(tmp_path, case):
+def test_every_field_agrees_with_transformers(tmp_path, case):
     folder = hugging_face(tmp_path, **CASES[case])
     theirs = transformers.VaultGemmaConfig.from_pretrained(folder)
     assert read_config(folder) == dict(
@@ -127,7 +127,7 @@ def test_every_field_is_read_as_transformers_reads_it(tmp_path, case):
     )
 
 
-def test_what_transformers_saves_is_read(tmp_path):
+def test_a_config_that_transformers_saved(tmp_path):
     theirs = transformers.VaultGemmaConfig(
         rope_parameters={"rope_type": "default", "rope_theta": 123.0}
     )
@@ -213,7 +213,7 @@ def test_a_wrong_theta_in_rope_parameters_is_named(tmp_path):
         read_config(hugging_face(tmp_path, rope_theta=1.0, rope_parameters={"rope_theta": "x"}))
 
 
-def test_no_window_where_no_layer_slides(tmp_path):
+def test_the_window_may_be_null_if_no_layer_slides(tmp_path):
     folder = hugging_face(
         tmp_path, num_hidden_layers=2, layer_types=["full_attention"] * 2, sliding_window=None
     )
@@ -369,7 +369,7 @@ def test_a_saved_backbone_is_read_back(tmp_path):
     assert not names_a_class(hugging_face(tmp_path))
 
 
-def test_what_a_config_leaves_out_is_the_backbones_default(tmp_path):
+def test_absent_fields_take_the_backbones_defaults(tmp_path):
     built = VaultGemmaBackbone(**OWN).get_config()
     assert read_config(own_config(tmp_path)) == {k: built[k] for k in KERAS_FIELDS}
 
@@ -411,6 +411,6 @@ def test_the_policy_of_a_keras_preset(tmp_path, dtype, policy):
     assert keras_policy(own_config(tmp_path, dtype=dtype)) == policy
 
 
-def test_a_policy_that_is_no_name_is_refused(tmp_path):
+def test_a_policy_without_a_name_raises(tmp_path):
     with pytest.raises(ValueError, match="`dtype` must be the name of a dtype policy. Received: 5"):
         keras_policy(own_config(tmp_path, dtype=5))

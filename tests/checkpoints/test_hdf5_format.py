@@ -1,4 +1,4 @@
-"""Files that Keras wrote, and files it would not write."""
+"""Weights files that Keras wrote, and files that it would not write."""
 
 import h5py
 import keras
@@ -58,7 +58,7 @@ def virtual(file):
 
 
 @pytest.mark.parametrize("write", [chunked, compressed, unwritten, elsewhere, virtual])
-def test_a_dataset_that_is_not_one_run_of_bytes_is_refused(path, write):
+def test_a_dataset_that_is_not_contiguous_raises(path, write):
     with h5py.File(path, "w") as file:
         write(file)
     with pytest.raises(
@@ -70,7 +70,7 @@ def test_a_dataset_that_is_not_one_run_of_bytes_is_refused(path, write):
 @pytest.mark.parametrize(
     "value", [np.ones(4, "int8"), np.ones(4), np.ones(4, ">f4"), "text", np.zeros(4, "V2")]
 )
-def test_another_dtype_is_refused(path, value):
+def test_another_dtype_raises(path, value):
     with h5py.File(path, "w") as file:
         file["x"] = value
     with pytest.raises(

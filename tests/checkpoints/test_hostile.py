@@ -1,4 +1,4 @@
-"""Checkpoints that somebody damaged, or made on purpose: a clean error or the right weights, at once, for nothing."""
+"""Damaged and hostile checkpoints: a clean error or the right weights, without much time or memory."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from keras_vaultgemma.recipes.convert import convert
 pytestmark = pytest.mark.any_backend
 
 EXAMPLES = 700
-"""For each of three files."""
+"""Number of damaged copies of each of three files."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{format: (folder, its weights by path of the variable)} of a tiny model."""
+    """Return `{format: (folder, {path of the variable: value})}` of a small model."""
 
     root = tmp_path_factory.mktemp("hostile")
     model = VaultGemmaCausalLM(
@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 
 
 def outcome(folder):
-    """The weights, or the error if it is a clean one."""
+    """Return the weights, or the error if it is of a documented type."""
     start = time.process_time()
     tracemalloc.start()
     try:
@@ -203,7 +203,7 @@ def test_json_bombs(folder, bomb):
             (folder / name).write_bytes(kept)
 
 
-def test_a_config_that_asks_for_too_much_is_compared_with_the_file_first(folders, folder):
+def test_sizes_of_a_config_are_checked_against_the_file(folders, folder):
     source = folders["hf"][0]
     for path in source.glob("model*"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -258,8 +258,8 @@ def test_a_pickle_is_not_opened(folder):
     assert not (folder / "owned").exists() and not os.path.exists("owned")
 
 
-def test_what_the_library_writes_is_what_we_read(folders):
-    """The official reader agrees with ours on the files of this test."""
+def test_the_safetensors_library_agrees(folders):
+    """On the undamaged files of this module."""
     source, _ = folders["hf"]
     for path in source.glob("*.safetensors"):
         ours = open_tensors(source)

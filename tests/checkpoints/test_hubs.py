@@ -1,4 +1,4 @@
-"""Handles of hubs: what is downloaded, and what is said where it cannot be."""
+"""Handles of hubs: which files are downloaded, and the errors when they cannot be."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ def test_revision_is_a_branch_tag_or_commit(hub, checkpoints, tmp_path):
     assert (Path(by_name).name, Path(newest).name) == commits
 
 
-def test_no_more_is_downloaded_than_asked_for(hub, tmp_path):
+def test_only_needed_files_are_downloaded(hub, tmp_path):
     env = hub.environment(tmp_path)
     assert content(find("hf://test/open", "config", env=env)["folder"]).keys() == {"config.json"}
     assert content(find("hf://test/open", "weights", env=env)["folder"]).keys() == {
@@ -88,7 +88,7 @@ def test_wrong_hugging_face_handles(hub, tmp_path):
     assert answers == [{"error": "ValueError", "message": message} for message in messages.values()]
 
 
-def test_commit_that_cannot_be_asked_for_fails_at_once(hub, tmp_path):
+def test_an_unreachable_commit_fails_at_once(hub, tmp_path):
     handle = f"hf://test/open@{'a' * 40}"
     start = time.monotonic()
     answer = find(handle, env=hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
@@ -99,7 +99,7 @@ def test_commit_that_cannot_be_asked_for_fails_at_once(hub, tmp_path):
     )
 
 
-def test_download_that_breaks_off_leaves_nothing_half(checkpoints, tmp_path):
+def test_an_interrupted_download_leaves_no_partial_file(checkpoints, tmp_path):
     with HubStub({"test/open": checkpoints}, broken=["model.safetensors"]) as hub:
         env = hub.environment(tmp_path)
         answer = find("hf://test/open", env=env)
@@ -113,7 +113,7 @@ def test_download_that_breaks_off_leaves_nothing_half(checkpoints, tmp_path):
         )
 
 
-def test_file_of_another_size_than_announced_is_not_kept(checkpoints, tmp_path):
+def test_a_file_of_another_size_than_announced_is_deleted(checkpoints, tmp_path):
     with HubStub({"test/open": checkpoints}, resized=["model.safetensors"]) as hub:
         env = hub.environment(tmp_path)
         answer = find("hf://test/open", env=env)
@@ -126,7 +126,7 @@ def test_file_of_another_size_than_announced_is_not_kept(checkpoints, tmp_path):
         assert find("hf://test/open", env=env)["folder"]
 
 
-def test_file_of_another_etag_than_its_content_is_not_kept(checkpoints, tmp_path):
+def test_a_file_whose_content_differs_from_its_etag_is_deleted(checkpoints, tmp_path):
     with HubStub({"test/open": checkpoints}, mistaken=["model.safetensors"]) as hub:
         env = hub.environment(tmp_path)
         answer = find("hf://test/open", env=env)
@@ -158,7 +158,7 @@ def test_repository_without_weights(checkpoints, tmp_path):
 
 @pytest.fixture
 def kaggle_cache(tmp_path, monkeypatch):
-    """What kagglehub leaves behind after a download."""
+    """Create the files that kagglehub caches after a download."""
     backbone = random_backbone(num_layers=1)
     folder = tmp_path / "models/keras/vaultgemma/keras/vault_gemma_1b_en/2"
     backbone.save_to_preset(folder)
@@ -173,7 +173,7 @@ def test_kaggle_preset_in_the_cache_needs_no_network(kaggle_cache):
     assert_same_weights(loaded.get_weights(), backbone.get_weights())
 
 
-def test_kaggle_is_asked_where_hugging_face_has_refused(hub, kaggle_cache, tmp_path):
+def test_kaggle_is_tried_after_hugging_face(hub, kaggle_cache, tmp_path):
     env = hub.environment(tmp_path, KAGGLEHUB_CACHE=os.environ["KAGGLEHUB_CACHE"])
     assert find("vaultgemma_1b", env=env) == {"folder": str(kaggle_cache[1])}
 
@@ -194,7 +194,7 @@ def test_kaggle_without_network(hub, tmp_path):
         (500, OSError, "500 Server"),
     ],
 )
-def test_kaggle_answers_are_explained(monkeypatch, status, error, message):
+def test_errors_of_kaggle_are_explained(monkeypatch, status, error, message):
     kagglehub = pytest.importorskip("kagglehub")
     requests = pytest.importorskip("requests")
     response = requests.Response()

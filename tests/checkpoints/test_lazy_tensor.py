@@ -33,7 +33,7 @@ def stored(tmp_path, value=VALUE, location=PLAIN):
 
 @pytest.mark.parametrize("location", [PLAIN, TRANSPOSED])
 @pytest.mark.parametrize("dtype", [None, *DTYPES, np.dtype("float16")])
-def test_read_gives_memory_of_its_own(tmp_path, location, dtype):
+def test_read_returns_new_memory(tmp_path, location, dtype):
     tensor = stored(tmp_path, np.ascontiguousarray(location.from_variable(VALUE)), location)
     value = tensor.read(dtype)
     assert value.dtype == as_dtype(dtype or "float32")
@@ -65,7 +65,7 @@ def test_strips_of_several_threads_make_up_the_variable(
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 4), (300, 5)])
-def test_memory_is_aligned_for_a_backend_to_take_over(tmp_path, shape):
+def test_memory_is_aligned(tmp_path, shape):
     np.ones(shape, "float32").tofile(tmp_path / "x")
     mapped = np.memmap(tmp_path / "x", "float32", "r", shape=shape)
     tensor = LazyTensor(mapped, Location("x", shape, tuple(range(len(shape)))), shape)
@@ -75,7 +75,7 @@ def test_memory_is_aligned_for_a_backend_to_take_over(tmp_path, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
 @pytest.mark.parametrize("position", [0, 150, 299])
-def test_read_knows_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad, position):
+def test_read_reports_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad, position):
     monkeypatch.setattr(lazy_tensor, "STRIP_BYTES", 1)
     limit = float(ml_dtypes.finfo(DTYPES[dtype]).max)
     value = np.resize(np.array([limit, -limit, 0.0, -0.0], "float32"), (300, 1)).astype(
@@ -104,7 +104,7 @@ def test_read_knows_whether_a_value_is_finite(tmp_path, monkeypatch, dtype, bad,
     assert read(value) is False
 
 
-def test_finite_is_said_of_what_was_read(tmp_path):
+def test_is_finite_describes_the_value_after_the_cast(tmp_path):
     tensor = stored(tmp_path, VALUE * 1e6)
     assert [
         (tensor.read(dtype).dtype.name, tensor.is_finite) for dtype in ("float16", "float32")
@@ -114,20 +114,20 @@ def test_finite_is_said_of_what_was_read(tmp_path):
     ]
 
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+def test_nothing_is_read_before_read(tmp_path):
     tensor = stored(tmp_path)
     (tmp_path / "x").write_bytes(np.ones(12, "float32").tobytes())
     assert tensor.read().tolist() == [[1.0] * 4] * 3
 
 
-def test_read_lets_values_become_infinite(tmp_path):
+def test_read_overflows_to_infinity(tmp_path):
     assert np.isinf(stored(tmp_path, VALUE * 1e6).read("float16"))[1:].all()
 
 
 @pytest.mark.parametrize("size", [1, 32, 2**20])
 @pytest.mark.parametrize("location", [PLAIN, TRANSPOSED])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_join_to_the_other_files_tensor(tmp_path, monkeypatch, size, location, dtype):
+def test_blocks_concatenate_to_the_other_files_tensor(tmp_path, monkeypatch, size, location, dtype):
     monkeypatch.setattr(lazy_tensor, "BLOCK_BYTES", size)
     blocks = list(stored(tmp_path).blocks(location, DTYPES[dtype]))
     assert np.array_equal(
@@ -137,7 +137,7 @@ def test_blocks_join_to_the_other_files_tensor(tmp_path, monkeypatch, size, loca
     assert (len(blocks) > 1) is (size < 2**20)
 
 
-def test_blocks_are_the_same_rows_in_every_dtype(tmp_path, monkeypatch):
+def test_blocks_have_the_same_rows_in_every_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy_tensor, "BLOCK_BYTES", 32)
     for dtype in DTYPES.values():
         tensor = stored(tmp_path, VALUE.astype(dtype))
@@ -145,7 +145,7 @@ def test_blocks_are_the_same_rows_in_every_dtype(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
-def test_a_finite_value_beyond_the_dtype_is_named(tmp_path, source):
+def test_a_value_out_of_the_dtypes_range_raises(tmp_path, source):
     value = VALUE.copy()
     value[1, 1] = -70_000
     tensor = stored(tmp_path, value.astype(DTYPES[source]))
@@ -157,7 +157,7 @@ def test_a_finite_value_beyond_the_dtype_is_named(tmp_path, source):
     assert np.isfinite(block).all()
 
 
-def test_infinity_and_nan_stay_what_they_are(tmp_path):
+def test_infinity_and_nan_are_preserved(tmp_path):
     value = VALUE.copy()
     value[0] = [np.inf, -np.inf, np.nan, 0]
     (block,) = stored(tmp_path, value).blocks(PLAIN, DTYPES["float16"])

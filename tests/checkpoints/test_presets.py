@@ -1,4 +1,4 @@
-"""A preset's name or handle to a folder: bundled, local, from stand-ins for the hubs. Saving whole or not at all."""
+"""Names and handles of presets: bundled, local, and from local stand-ins for the hubs."""
 
 import json
 import time
@@ -39,7 +39,7 @@ def test_release_is_described_by_the_bundled_preset():
     assert privacy["unit"] == "one sequence of 1024 consecutive tokens"
 
 
-def test_bundled_config_is_what_the_release_would_be_read_as(tmp_path):
+def test_the_bundled_config_equals_that_of_the_release(tmp_path):
     release = dict(
         model_type="vaultgemma",
         vocab_size=256000,
@@ -86,9 +86,9 @@ def test_vaultgemma_1b_builds_without_weights():
     assert {v.dtype for v in backbone.weights} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("place", ["vaultgemma_1b", "."])
-def test_weights_in_the_users_folder_are_found(checkpoints, tmp_path, monkeypatch, place):
-    home = tmp_path if place == "vaultgemma_1b" else tmp_path / "vaultgemma_1b"
+@pytest.mark.parametrize("subfolder", ["vaultgemma_1b", "."])
+def test_weights_in_the_users_folder_are_found(checkpoints, tmp_path, monkeypatch, subfolder):
+    home = tmp_path if subfolder == "vaultgemma_1b" else tmp_path / "vaultgemma_1b"
     (tmp_path / "vaultgemma_1b").symlink_to(checkpoints["v2"])
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(home))
     weights = VaultGemmaBackbone.from_preset("vaultgemma_1b").get_weights()
@@ -113,7 +113,7 @@ def test_weights_come_from_hugging_face_once_the_terms_are_accepted(hub, tmp_pat
 
 
 @pytest.mark.parametrize("reason", ["gated", "no network", "HF_HUB_OFFLINE"])
-def test_one_error_names_three_ways_where_no_weights_can_be_had(hub, tmp_path, reason):
+def test_one_error_names_three_ways_to_get_weights(hub, tmp_path, reason):
     changes = {
         "gated": {},
         "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -203,7 +203,7 @@ def test_config_that_is_not_a_json_object(checkpoints, tmp_path, text, message):
     assert f"{tmp_path / 'config.json'} {message}" in str(caught.value)
 
 
-def test_whose_format_a_folder_is_in(checkpoints, tmp_path):
+def test_is_keras(checkpoints, tmp_path):
     assert presets.is_keras(presets.find("vaultgemma_tiny"))
     assert not presets.is_keras(checkpoints["main"])
     for name in (None, 1, "keras_hub>GemmaBackbone"):

@@ -1,4 +1,4 @@
-"""Weights of checkpoints that transformers and keras-hub wrote, tensor by tensor, and checkpoints that do not fit."""
+"""Weights of checkpoints of transformers, keras-hub and this package, and checkpoints that do not fit."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ HUGGING_FACE = {
     "up/weight": "mlp.up_proj.weight",
     "down/weight": "mlp.down_proj.weight",
 }
-"""End of a variable's path: end of the tensor's name. Written out here, and not taken from the map under test."""
+"""End of each variable's path and of its tensor's name, independent of the map under test."""
 
 
 def with_random_norms(model):
@@ -52,7 +52,7 @@ def with_random_norms(model):
 
 @pytest.fixture(scope="module")
 def theirs():
-    """No two widths alike, so that a tensor in the wrong place cannot fit."""
+    """No two widths alike, so that no tensor fits a wrong variable."""
     torch.manual_seed(0)
     config = transformers.VaultGemmaConfig(
         vocab_size=160,
@@ -112,7 +112,7 @@ def assert_values(backbone, values):
 
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
-def test_every_tensor_arrives_in_every_dtype(theirs, tmp_path, source, target):
+def test_every_tensor_loads_in_every_dtype(theirs, tmp_path, source, target):
     state = {
         name: tensor.to(getattr(torch, source)) for name, tensor in theirs.state_dict().items()
     }
@@ -132,8 +132,8 @@ def test_shards_and_their_index(theirs, tmp_path):
     assert_values(VaultGemmaBackbone.from_preset(tmp_path), expected_values(theirs.state_dict()))
 
 
-def test_weights_are_their_own_when_the_file_changes(theirs, folder):
-    """JAX takes over memory that is aligned to 64 bytes without copying it; then so must the test's file be."""
+def test_weights_do_not_change_with_the_file(theirs, folder):
+    """The data of the file are aligned, because JAX adopts only memory aligned to 64 bytes."""
     path = folder / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -145,7 +145,7 @@ def test_weights_are_their_own_when_the_file_changes(theirs, folder):
     assert_values(backbone, expected_values(theirs.state_dict()))
 
 
-def test_a_head_equal_to_the_embedding_is_read(theirs, folder):
+def test_a_head_equal_to_the_embedding_is_accepted(theirs, folder):
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
     assert_values(VaultGemmaBackbone.from_preset(folder), expected_values(theirs.state_dict()))
 
@@ -160,7 +160,7 @@ def test_a_head_with_the_embeddings_nan_is_equal(folder):
         VaultGemmaBackbone.from_preset(folder)
 
 
-def one_bit_less(tensors):
+def next_smaller(tensors):
     return torch.nextafter(tensors[EMBEDDING], torch.zeros(()))
 
 
@@ -199,7 +199,7 @@ WRONG = {
         rf"the entry of {QUERY} must have a dtype of F32",
     ),
     "another head": (
-        lambda t: t.update({"lm_head.weight": one_bit_less(t)}),
+        lambda t: t.update({"lm_head.weight": next_smaller(t)}),
         r"lm_head.weight must be equal to model.embed_tokens.weight.*float32 \(160, 24\) and float32 \(160, 24\)",
     ),
     "a head of another dtype": (

@@ -1,4 +1,4 @@
-"""Files that the safetensors library wrote, and files that somebody broke."""
+"""Safetensors files: those of the safetensors library, and malformed ones."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_file_may_hold_no_tensor(tmp_path):
         {**ENTRY, "data_offsets": {"0": 24, "1": 2}},
     ],
 )
-def test_a_malformed_entry_is_refused(tmp_path, entry):
+def test_a_malformed_entry_raises(tmp_path, entry):
     path = write(tmp_path / SINGLE, {"x": entry}, bytes(24))
     with pytest.raises(
         ValueError,
@@ -126,26 +126,26 @@ def test_tensors_must_fill_the_file(tmp_path):
         (b"[1, 2]", "must hold a JSON object. Received: list"),
     ],
 )
-def test_a_malformed_header_is_refused(tmp_path, header, message):
+def test_a_malformed_header_raises(tmp_path, header, message):
     with pytest.raises(ValueError, match=rf"{SINGLE}.*{message}"):
         open_safetensors(write(tmp_path / SINGLE, header, bytes(24)))
 
 
 @pytest.mark.parametrize("length", [3, 2**20, 2**63, 2**64 - 1])
-def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
+def test_a_header_longer_than_the_file_raises(tmp_path, length):
     with pytest.raises(
         ValueError, match=rf"{SINGLE} is truncated or no safetensors file: 10 bytes.*{length}"
     ):
         open_safetensors(write(tmp_path / SINGLE, b"{}", length=length))
 
 
-def test_a_file_too_short_for_a_header_is_refused(tmp_path):
+def test_a_file_too_short_for_a_header_raises(tmp_path):
     (tmp_path / SINGLE).write_bytes(b"\0\0\0")
     with pytest.raises(ValueError, match=f"{SINGLE} is truncated"):
         open_safetensors(tmp_path / SINGLE)
 
 
-def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
+def test_a_giant_header_raises_before_it_is_read(tmp_path):
     path = write(tmp_path / SINGLE, b"{}", length=MAX_HEADER + 1)
     os.truncate(path, 2 * MAX_HEADER)  # holes: it takes no space
     start = time.process_time()
@@ -156,7 +156,7 @@ def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
     assert time.process_time() - start < 1
 
 
-def test_a_giant_tensor_in_a_small_file_is_refused(tmp_path):
+def test_a_giant_tensor_in_a_small_file_raises(tmp_path):
     size = 10 * 2**30
     path = write(
         tmp_path / SINGLE,

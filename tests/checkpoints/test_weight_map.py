@@ -1,4 +1,4 @@
-"""The table of weights, against the backbone, Keras's own file and names written out here."""
+"""The map of weights, compared with the backbone, with a file of Keras and with literal names."""
 
 import math
 
@@ -17,7 +17,7 @@ from keras_vaultgemma.checkpoints.weight_map import (
 
 pytestmark = pytest.mark.any_backend
 
-# No two widths alike, so that a shape in the wrong place shows.
+# No two widths alike, so that a shape of a wrong variable is noticed.
 SIZES = dict(
     num_layers=2,
     num_query_heads=6,
@@ -58,17 +58,17 @@ def test_paths_and_shapes_are_the_backbones(weights):
 
 
 def test_names_and_shapes_in_the_other_libraries(weights):
-    places = {weight.path: weight.locations for weight in weights}
+    locations = {weight.path: weight.locations for weight in weights}
     ends = ("token_embedding/embeddings", "final_norm/scale")
     hugging_face = ["model.embed_tokens.weight", "model.norm.weight"]
     keras_hub = ["layers/reversible_embedding/vars/0", "layers/rms_normalization/vars/0"]
-    assert [places[path][HUGGING_FACE].name for path in ends] == hugging_face
-    assert [places[path][KERAS_HUB].name for path in ends] == keras_hub
+    assert [locations[path][HUGGING_FACE].name for path in ends] == hugging_face
+    assert [locations[path][KERAS_HUB].name for path in ends] == keras_hub
     for i, suffix in enumerate(("", "_1")):
         for path, (theirs, their_shape, hub, hub_shape) in BLOCK.items():
-            place = places[f"decoder_block_{i}/{path}"]
-            assert place[HUGGING_FACE][:2] == (f"model.layers.{i}.{theirs}.weight", their_shape)
-            assert place[KERAS_HUB][:2] == (
+            location = locations[f"decoder_block_{i}/{path}"]
+            assert location[HUGGING_FACE][:2] == (f"model.layers.{i}.{theirs}.weight", their_shape)
+            assert location[KERAS_HUB][:2] == (
                 f"layers/gemma_decoder_block{suffix}/{hub}/vars/0",
                 hub_shape,
             )
@@ -82,9 +82,9 @@ def test_names_and_values_in_keras_own_file(weights, tmp_path):
     assert saved.keys() == {weight.locations[KERAS].name for weight in weights}
     values = {variable.path: variable.numpy() for variable in backbone.variables}
     for weight in weights:
-        place = weight.locations[KERAS]
+        location = weight.locations[KERAS]
         assert np.array_equal(
-            place.to_variable(saved[place.name], weight.shape), values[weight.path]
+            location.to_variable(saved[location.name], weight.shape), values[weight.path]
         )
 
 
@@ -97,10 +97,10 @@ def test_there_and_back(weights, name):
         assert np.array_equal(weight.locations[name].to_variable(stored, weight.shape), value)
 
 
-def test_heads_lie_side_by_side():
+def test_heads_are_contiguous():
     """Literal: two heads of three channels over a width of two."""
-    place = Location("", (2, 2, 3), (1, 0, 2))
+    location = Location("", (2, 2, 3), (1, 0, 2))
     stored = np.array([[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]])
-    value = place.to_variable(stored, (2, 6))
+    value = location.to_variable(stored, (2, 6))
     assert value.tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
-    assert np.array_equal(place.from_variable(value), stored)
+    assert np.array_equal(location.from_variable(value), stored)

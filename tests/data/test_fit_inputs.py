@@ -8,7 +8,7 @@ from keras_vaultgemma.data.fit_inputs import TruncationCounter, prepare_fit_inpu
 
 
 def count_letters(x, y=0, sample_weight=0):
-    """Stands in for a preprocessor: a batch of texts to the lengths of its texts."""
+    """Preprocess a batch of texts to their lengths."""
     return {"token_ids": np.array([[len(text)] for text in x])}, y, sample_weight
 
 
@@ -65,7 +65,7 @@ def test_ids_pass_unchanged_and_are_checked():
 
 @pytest.mark.parametrize("weights", [None, np.ones(2), np.ones((2, 1)), np.array([[1, 0], [1, 1]])])
 @pytest.mark.parametrize("label", [-100, 10])
-def test_labels_that_count_are_checked(label, weights):
+def test_labels_of_nonzero_weight_are_checked(label, weights):
     x = {"token_ids": np.array([[1, 9], [2, 3]])}
     message = f"^Labels `y` whose sample weight is not 0 must be from 0 to 9. Received: {label}$"
     with pytest.raises(ValueError, match=message):
@@ -177,7 +177,8 @@ def test_truncations_are_counted():
         truncations.report()
     with (
         pytest.warns(
-            UserWarning, match=r"^1 of 1 rows were longer than sequence_length=3 and were truncated\.$"
+            UserWarning,
+            match=r"^1 of 1 rows were longer than sequence_length=3 and were truncated\.$",
         ),
         truncations,
     ):

@@ -107,7 +107,7 @@ def test_batches_are_packed_as_documents_are_read(preprocessor):
 
 
 @pytest.mark.parametrize("sliding", [False, True])
-def test_packed_rows_give_what_each_segment_gives_alone(preprocessor, sliding):
+def test_packed_segments_equal_separate_rows(preprocessor, sliding):
     options = (
         dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=3)
         if sliding
@@ -117,22 +117,25 @@ def test_packed_rows_give_what_each_segment_gives_alone(preprocessor, sliding):
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 128, n).tolist() for n in (4, 9, 1, 14, 0, 6)]
     ((x, y, weights),) = packing.batches(documents, preprocessor, 8, 16)
-    places = [
+    segments = [
         (i, row == n) for i, row in enumerate(x["padding_mask"]) for n in range(1, row.max() + 1)
     ]
-    token_ids, mask = pad_rows([x["token_ids"][i, place] for i, place in places], 16)
-    targets, _ = pad_rows([y[i, place] for i, place in places], 16)
+    token_ids, mask = pad_rows([x["token_ids"][i, segment] for i, segment in segments], 16)
+    targets, _ = pad_rows([y[i, segment] for i, segment in segments], 16)
     packed, alone = (
         to_numpy(model.backbone(x)),
         to_numpy(model.backbone({"token_ids": token_ids, "padding_mask": mask})),
     )
     scored, scored_alone = model.score(**x), model.score(token_ids, mask)
-    for row, (i, place) in enumerate(places):
-        np.testing.assert_allclose(packed[i, place], alone[row, : place.sum()], atol=2e-5)
-        np.testing.assert_allclose(scored[i, place], scored_alone[row, : place.sum()], atol=2e-5)
+    for row, (i, segment) in enumerate(segments):
+        np.testing.assert_allclose(packed[i, segment], alone[row, : segment.sum()], atol=2e-5)
+        np.testing.assert_allclose(
+            scored[i, segment], scored_alone[row, : segment.sum()], atol=2e-5
+        )
     losses = model.score(token_ids, mask, target_ids=targets)
     learnt = [
-        losses[row, : place.sum()][weights[i, place] == 1] for row, (i, place) in enumerate(places)
+        losses[row, : segment.sum()][weights[i, segment] == 1]
+        for row, (i, segment) in enumerate(segments)
     ]
     model.compile()
     loss = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)["loss"]
@@ -140,7 +143,7 @@ def test_packed_rows_give_what_each_segment_gives_alone(preprocessor, sliding):
 
 
 def test_fit_takes_every_form(preprocessor):
-    """An epoch on each, from the same weights, ends in the same weights."""
+    """An epoch on each from the same weights leads to the same weights."""
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     model.compile(keras.optimizers.SGD(1e-3))
     start, ends = [to_numpy(v).copy() for v in model.variables], []
@@ -157,7 +160,7 @@ def test_fit_takes_every_form(preprocessor):
     assert all(not np.array_equal(end, value) for end, value in zip(ends[0], start, strict=True))
 
 
-def test_packed_dataset_is_what_batches_yields(preprocessor):
+def test_packed_dataset_has_the_batches(preprocessor):
     dataset = packing.PackedDataset(TEXTS, preprocessor, 2, 8)
     batches = list(packing.batches(TEXTS, preprocessor, 2, 8))
     assert len(dataset) == dataset.num_batches == len(batches)
@@ -213,7 +216,7 @@ def test_tf_data_needs_tensorflow(preprocessor):
         ),
     ],
 )
-def test_arguments_are_refused_at_once(preprocessor, documents, options, message):
+def test_wrong_arguments_raise_at_once(preprocessor, documents, options, message):
     with pytest.raises(ValueError, match=message):
         packing.batches(documents, preprocessor, **options)
 
@@ -228,6 +231,6 @@ def test_arguments_are_refused_at_once(preprocessor, documents, options, message
         ([[5], [4096]], "from 0 to 4095. Received: 4096"),
     ],
 )
-def test_documents_that_are_refused(preprocessor, documents, message):
+def test_wrong_documents_raise(preprocessor, documents, message):
     with pytest.raises(ValueError, match=message):
         packing.PackedDataset(documents, preprocessor, 1, 8)

@@ -1,4 +1,4 @@
-"""Data files to rows, and rows to ids."""
+"""From data files to records, and from records to token ids."""
 
 import json
 
@@ -75,7 +75,12 @@ def test_very_long_values(write):
         ("a.csv", "", {}, "at least one record. Received: none"),
         ("a.csv", "text\n", {}, "at least one record. Received: none"),
         ("a.jsonl", "\n", {}, "at least one record. Received: none"),
-        ("a.csv", "text\n \n\t\n", {}, "a record whose 'text' is not blank. Received: 2 blank records"),
+        (
+            "a.csv",
+            "text\n \n\t\n",
+            {},
+            "a record whose 'text' is not blank. Received: 2 blank records",
+        ),
         ("a.txt", "x", {"text_column": "text"}, r"a\.txt has no columns; .* Received: \['text'\]"),
         (
             "a.csv",

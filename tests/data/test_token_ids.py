@@ -6,7 +6,7 @@ from keras_vaultgemma.data.token_ids import check_ids, check_lengths, pad_rows, 
 pytestmark = pytest.mark.any_backend
 
 
-def test_pad_and_cut():
+def test_pad_and_truncate():
     token_ids, mask = pad_rows([[5, 6], [7, 8, 9, 10], []], 3, pad_id=1)
     assert token_ids.tolist() == [[5, 6, 1], [7, 8, 9], [1, 1, 1]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
@@ -18,7 +18,7 @@ def test_unpad_takes_padding_on_either_side():
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4)])
-def test_unpad_refuses_shapes(shape):
+def test_unpad_with_wrong_shapes(shape):
     with pytest.raises(ValueError, match=r"must both be \[batch, length\]. Received: \(2, 3\)"):
         unpad_rows(np.zeros((2, 3)), np.zeros(shape))
 

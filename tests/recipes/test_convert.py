@@ -1,4 +1,4 @@
-"""Whole checkpoints there and back, what other libraries make of them, and conversions that fail."""
+"""Conversion of whole checkpoints: round trips, agreement with other libraries, and failures."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ IDS = np.array([[2, *range(300, 315)]], "int32")
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """(transformers' model with every feature of the class, bfloat16, its folder with a vocabulary)."""
+    """Return a bfloat16 model of transformers with all its features, and its folder."""
     torch.manual_seed(0)
     config = transformers.VaultGemmaConfig(
         vocab_size=4096,
@@ -132,7 +132,7 @@ def test_transformers_generates_the_same_text(tiny, tmp_path):
 
 
 def test_keras_hub_to_both(tmp_path):
-    """keras-hub's own Gemma with its post-norms off: equal logits in this package and in transformers."""
+    """keras-hub's Gemma has the same logits in this package and in transformers."""
     tokenizer = keras_hub.models.GemmaTokenizer(proto=str(VOCABULARY))
     sizes = dict(num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=24, head_dim=10)
     hub = keras_hub.models.GemmaBackbone(
@@ -294,7 +294,7 @@ def test_a_model_without_vocabulary(theirs, tmp_path):
 
 
 def test_a_handle_is_recorded_with_its_commit(theirs, tmp_path):
-    """A stand-in for Google's repository: its name alone earns no privacy statement."""
+    """Another model under the name of Google's repository gets no privacy statement."""
     code = (
         "import json; from keras_vaultgemma import convert; "
         "print(json.dumps(convert('hf://google/vaultgemma-1b@main', 'new')))"
@@ -432,7 +432,7 @@ def test_a_difference_fails_the_conversion(tmp_path, monkeypatch):
     ("source", "to"), [("hf", "keras"), ("keras", "hf"), ("keras_hub", "keras")]
 )
 def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
-    """Of 10 MB; once before it is measured, for what is imported on the way."""
+    """Of a model of 10 MB. Converted once before, so that imports are not measured."""
     sizes = dict(
         num_layers=2, num_query_heads=4, num_key_value_heads=4, hidden_dim=256, head_dim=64
     )
@@ -452,7 +452,7 @@ def test_no_more_than_a_block_is_in_memory(tmp_path, monkeypatch, source, to):
     assert 4 * model.count_params() > 10e6 and peak < 3e6
 
 
-STOPS = """
+STOP_BEFORE_THE_END = """
 import sys, time
 from keras_vaultgemma.recipes import convert
 
@@ -469,7 +469,10 @@ convert.convert("vaultgemma_tiny", sys.argv[1], to=sys.argv[2])
 def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
     target = tmp_path / "new"
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPS, target, to], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", STOP_BEFORE_THE_END, target, to],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     try:
         assert process.stdout.readline() == "written\n"
@@ -483,7 +486,7 @@ def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
     assert open_values(target)
 
 
-def test_the_tool_is_the_command(tiny, tmp_path):
+def test_the_tool_runs_the_command(tiny, tmp_path):
     count = tiny.backbone.count_params()
     command = [
         sys.executable,
@@ -533,7 +536,7 @@ class Terminal(io.StringIO):
     ],
 )
 def test_the_progress_bar(tmp_path, monkeypatch, stream, progress, is_shown):
-    """Only on a terminal, in bytes, and all of them: hashed, written, hashed again."""
+    """Only on a terminal. It ends at 100 %: every byte is hashed, written and hashed again."""
     monkeypatch.setattr(sys, "stderr", stream)
     convert(TINY, tmp_path / "new", progress=progress)
     shown = stream.getvalue() if stream else ""

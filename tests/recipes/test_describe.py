@@ -1,4 +1,4 @@
-"""What `keras-vaultgemma info` says of presets."""
+"""Descriptions of presets, as `keras-vaultgemma info` prints them."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.any_backend
 
 
 def table(text):
-    """{section: {name: value}} of a description, and `{section: {sentence: ""}}` where a section is a sentence."""
+    """Parse a description: `{section: {label: value}}`, or `{section: {sentence: ""}}`."""
     sections, section = {}, None
     for line in text.splitlines():
         if line.startswith("  "):
@@ -26,7 +26,7 @@ def table(text):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Fail where a backbone is built."""
+    """Fail if a backbone is built."""
 
     def walk(self, *args, **kwargs):
         raise AssertionError("built a model")
@@ -123,7 +123,7 @@ KERAS_HUB = dict(
         (KERAS_HUB, "2 x full_attention"),
     ],
 )
-def test_other_formats_says_what_is_built_of_them(tmp_path, config, layer_types):
+def test_other_formats(tmp_path, config, layer_types):
     (tmp_path / "config.json").write_text(json.dumps(config))
     sections = table(describe(str(tmp_path)))
     backbone = VaultGemmaBackbone.from_preset(tmp_path, load_weights=False)
