@@ -107,11 +107,11 @@ def test_nothing_changes_if_any_move_fails(tmp_path, monkeypatch, has_links):
         write(target, old)
         moves = []
 
-        def fail_at_step(source, place, moves=moves, step=step):
-            moves.append(place)
+        def fail_at_step(source, destination, moves=moves, step=step):
+            moves.append(destination)
             if len(moves) == step + 1:
                 raise OSError(5, "Input/output error")
-            replace(source, place)
+            replace(source, destination)
 
         monkeypatch.setattr(os, "replace", fail_at_step)
         try:
@@ -205,10 +205,10 @@ def test_missing_parents_are_created(tmp_path):
 
 
 def test_a_parent_that_is_not_writable(tmp_path, monkeypatch):
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", fail)
     expected = pytest.raises(PermissionError, match="saved cannot be saved to: Permission denied")
     with expected, new_folder(tmp_path / "saved"):
         pytest.fail("nothing should be written")

@@ -58,7 +58,7 @@ def convert(
             the logits of transformers and this package where transformers and torch are installed.
             Defaults to `False`.
         overwrite: bool. If True, replace the model in an existing `target`. Other files in it are
-            kept. Defaults to `False`.
+            left unchanged. Defaults to `False`.
         progress: bool. If True, show a progress bar on standard error if that is a terminal.
             Defaults to `True`.
 

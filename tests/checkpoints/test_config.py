@@ -90,7 +90,7 @@ CASES = {
     "theta in both": dict(
         rope_theta=1.0, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
     ),
-    "theta beside rope_parameters": dict(
+    "theta next to rope_parameters": dict(
         rope_theta=777.0, rope_parameters={"rope_type": "default"}
     ),
     "rope_parameters null": dict(rope_parameters=None),

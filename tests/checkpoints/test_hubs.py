@@ -200,10 +200,10 @@ def test_errors_of_kaggle_are_explained(monkeypatch, status, error, message):
     response = requests.Response()
     response.status_code = status
 
-    def refuse(handle):
+    def fail(handle):
         raise requests.HTTPError(f"{status} Server Error", response=response)
 
-    monkeypatch.setattr(kagglehub, "model_download", refuse)
+    monkeypatch.setattr(kagglehub, "model_download", fail)
     with pytest.raises(error, match=f"^kaggle://a/b/keras/c .*{message}"):
         presets.find("kaggle://a/b/keras/c")
 

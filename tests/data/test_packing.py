@@ -133,13 +133,13 @@ def test_packed_segments_equal_separate_rows(preprocessor, sliding):
             scored[i, segment], scored_alone[row, : segment.sum()], atol=2e-5
         )
     losses = model.score(token_ids, mask, target_ids=targets)
-    learnt = [
+    labelled = [
         losses[row, : segment.sum()][weights[i, segment] == 1]
         for row, (i, segment) in enumerate(segments)
     ]
     model.compile()
     loss = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)["loss"]
-    assert loss == pytest.approx(np.concatenate(learnt).mean(), rel=1e-5)
+    assert loss == pytest.approx(np.concatenate(labelled).mean(), rel=1e-5)
 
 
 def test_fit_takes_every_form(preprocessor):
@@ -185,7 +185,7 @@ def test_tf_data(preprocessor):
     assert dataset.element_spec[0]["padding_mask"].shape.as_list() == [None, 8]
 
 
-@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="what other backends say")
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="the other backends raise")
 def test_tf_data_needs_tensorflow(preprocessor):
     with pytest.raises(ValueError, match="needs the TensorFlow backend. Received: the backend"):
         packing.tensorflow_dataset(TEXTS, preprocessor, 2)
