@@ -12,7 +12,7 @@ backbone keeps segments apart by it.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -21,9 +21,15 @@ from keras_vaultgemma import backend
 from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.token_ids import check_ids
 
+if TYPE_CHECKING:
+    from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
+
 
 def batches(
-    documents: Iterable, preprocessor: Any, batch_size: int, sequence_length: int | None = None
+    documents: Iterable,
+    preprocessor: "VaultGemmaCausalLMPreprocessor",
+    batch_size: int,
+    sequence_length: int | None = None,
 ) -> Iterator[tuple]:
     """Pack documents into batches as they are read.
 
@@ -151,7 +157,7 @@ class PackedDataset(keras.utils.PyDataset):
     def __init__(
         self,
         documents: Iterable,
-        preprocessor: Any,
+        preprocessor: "VaultGemmaCausalLMPreprocessor",
         batch_size: int,
         sequence_length: int | None = None,
     ) -> None:
@@ -166,7 +172,10 @@ class PackedDataset(keras.utils.PyDataset):
 
 
 def tensorflow_dataset(
-    documents: Iterable, preprocessor: Any, batch_size: int, sequence_length: int | None = None
+    documents: Iterable,
+    preprocessor: "VaultGemmaCausalLMPreprocessor",
+    batch_size: int,
+    sequence_length: int | None = None,
 ):
     """Pack documents into a `tf.data.Dataset` as they are read. TensorFlow backend only.
 
