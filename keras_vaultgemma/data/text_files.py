@@ -71,11 +71,10 @@ class TextRecords(NamedTuple):
             `sample_weight` of `fit`. All arrays are NumPy int32 of shape `[B, T]`.
         """
         if packed and self.prompts is None:
-            batches = list(packing.batches(self.texts, preprocessor, batch_size=64))
-            x, y, weights = (
-                {name: np.concatenate([x[name] for x, _, _ in batches]) for name in batches[0][0]},
-                *(np.concatenate([batch[i] for batch in batches]) for i in (1, 2)),
-            )
+            batches = packing.batches(self.texts, preprocessor, batch_size=64)
+            inputs, labels, label_weights = zip(*batches, strict=True)
+            x = {name: np.concatenate([batch[name] for batch in inputs]) for name in inputs[0]}
+            y, weights = np.concatenate(labels), np.concatenate(label_weights)
         else:
             with TruncationCounter() as truncations:
                 x, y, weights = preprocessor.call(self.samples, truncations=truncations)

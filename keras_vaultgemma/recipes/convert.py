@@ -84,7 +84,7 @@ def convert(
     folder = presets.find(source)
     _check_target(folder, target, overwrite)
     hyperparameters, values = _open(folder)
-    dtype = DTYPES[dtype] if dtype else widest(value.dtype for value in values.values())
+    new_dtype = DTYPES[dtype] if dtype else widest(value.dtype for value in values.values())
     vocabulary = presets.file(folder, "vocabulary")
     preprocessor = VaultGemmaCausalLMPreprocessor.from_preset(folder) if vocabulary else None
     weights = weight_map.weight_map(hyperparameters)
@@ -93,7 +93,7 @@ def convert(
     # Each byte of the source is hashed; each byte of the target is written, hashed and, with
     # `verify`, compared.
     source_size = sum(path.stat().st_size for path in model_files(folder))
-    total = source_size + (3 if verify else 2) * parameter_count * dtype.itemsize
+    total = source_size + (3 if verify else 2) * parameter_count * new_dtype.itemsize
     with (
         new_folder(target) as new,
         _progress_bar(total, progress) as bar,
@@ -103,18 +103,20 @@ def convert(
         # everything else together.
         source_digests = executor.submit(digests, folder, bar.update)
         if to == "keras":
-            write_keras_config(new, hyperparameters, dtype, preprocessor)
-            write_keras_weights(new, hyperparameters, values, dtype, bar.update)
+            write_keras_config(new, hyperparameters, new_dtype, preprocessor)
+            write_keras_weights(new, hyperparameters, values, new_dtype, bar.update)
         else:
-            write_hugging_face_config(new, hyperparameters, dtype, preprocessor, vocabulary)
+            write_hugging_face_config(new, hyperparameters, new_dtype, preprocessor, vocabulary)
             tensors = [
                 (weight.locations[weight_map.HUGGING_FACE], values[weight.path])
                 for weight in weights
             ]
-            write_tensors(new, tensors, dtype, _parse_size(shard_size or SHARD_SIZE), bar.update)
+            write_tensors(
+                new, tensors, new_dtype, _parse_size(shard_size or SHARD_SIZE), bar.update
+            )
         if verify:
-            verify_conversion(folder, new, dtype, bar.update)
-        metadata = new_metadata(source, folder, source_digests.result(), parameter_count, dtype)
+            verify_conversion(folder, new, new_dtype, bar.update)
+        metadata = new_metadata(source, folder, source_digests.result(), parameter_count, new_dtype)
         training = _copy_ledger(folder, new)
         card = model_card(to, metadata, hyperparameters, vocabulary is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")
