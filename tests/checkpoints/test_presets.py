@@ -179,7 +179,7 @@ def test_folder_without_config(tmp_path):
 def test_folder_without_weights(checkpoints, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoints["main"] / "config.json").read_bytes())
     with pytest.raises(
-        FileNotFoundError, match=r"has no weights: none of model\.weights\.h5, .* is there"
+        FileNotFoundError, match=r"has no weights: none of model\.weights\.h5, .* exists"
     ):
         VaultGemmaBackbone.from_preset(tmp_path)
     assert presets.find(tmp_path, "config") == tmp_path

@@ -212,7 +212,7 @@ def test_tf_data_needs_tensorflow(preprocessor):
         (
             "one text",
             dict(batch_size=1),
-            "`documents` must be an iterable of strings.*Received: 'one text'",
+            "`documents` must be an iterable of strings.*Received: documents='one text'",
         ),
     ],
 )

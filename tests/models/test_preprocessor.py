@@ -96,7 +96,7 @@ def test_chats_teach_what_the_model_says(preprocessor):
         ({"prompts": ["a", 3], "responses": ["b", "c"]}, r"item 1 is 3 \(int\)"),
         ({"prompts": ["a"]}, r"keys 'prompts' and 'responses'.*Received: \['prompts'\]"),
         ([CHAT, CHAT[:1]], "answer of the model to train on. Received: none in chat 1"),
-        ([CHAT, []], "one or more messages"),
+        ([CHAT, []], "at least one message"),
         ([CHAT[1:]], "must have the role 'user'"),
     ],
 )
