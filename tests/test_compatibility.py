@@ -32,7 +32,8 @@ from keras_vaultgemma import (
     finetune,
     lora,
 )
-from keras_vaultgemma.privacy import accounting, ledger
+from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma.privacy.ledger import FILE, read_ledger
 
 SAVED = Path(__file__).parent / "fixtures/saved_by_0_1_0"
 RUNS = SAVED / "runs" / backend.NAME
@@ -103,7 +104,7 @@ def test_what_a_task_generates_and_scores(task):
 
 
 def test_a_backbone_in_bfloat16():
-    backbone = VaultGemmaBackbone.from_preset(SAVED / "bfloat16_backbone")
+    backbone = VaultGemmaBackbone.from_preset(SAVED / "bfloat16_backbone", dtype="bfloat16")
     assert {v.dtype for v in backbone.weights} == {"bfloat16"}
     check(load("bfloat16_backbone", dtype="float32"), "bfloat16_backbone")
     for one, two in zip(backbone.weights, load().backbone.weights, strict=True):
@@ -171,7 +172,7 @@ def test_an_adapter_and_a_preset_with_a_ledger():
 
 
 def test_a_ledger_whose_last_line_is_torn():
-    found, expected = ledger.read(SAVED / "ledger" / ledger.FILE), TEXT["ledger"]
+    found, expected = read_ledger(SAVED / "ledger" / FILE), TEXT["ledger"]
     (stated, plain), runs = found
     assert (stated["epsilon"], stated["unit"]) == (2.0, "one sequence")
     assert found.without_privacy() == expected["without_privacy"] and plain["steps"] == 7
@@ -231,7 +232,7 @@ def test_an_interrupted_private_run_ends_as_it_did(tmp_path, home):
     # A step that may have been released before the kill counts, and is done again.
     assert spent.steps == expected["steps"] == 10
     assert spent.epsilon == pytest.approx(expected["epsilon"], rel=1e-5)
-    assert model.privacy.ledger == ledger.read(folder / ledger.FILE)
+    assert model.privacy.ledger == read_ledger(folder / FILE)
 
 
 def test_an_interrupted_fine_tuning_ends_as_it_did(tmp_path, monkeypatch):

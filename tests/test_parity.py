@@ -55,6 +55,21 @@ CONFIGURATIONS = {
     "other theta and epsilon": dict(
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3
     ),
+    "everything unlike at once": dict(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        query_pre_attn_scalar=7,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=5,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=9.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0},
+        rms_norm_eps=1e-5,
+    ),
 }
 PROMPTS = [[2, 17, 5, 99, 250, 31, 8], [2, 4], [2, *range(40, 75)], [9]]
 
