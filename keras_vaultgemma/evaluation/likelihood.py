@@ -68,7 +68,7 @@ def measure(
         `Likelihood`.
 
     Raises:
-        ValueError: If no label counts that stands for text.
+        ValueError: If no label of nonzero weight stands for text.
 
     Example:
 

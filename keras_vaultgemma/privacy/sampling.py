@@ -57,10 +57,10 @@ class PrivateBatches(keras.utils.PyDataset):
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
 
     Attributes:
-        run_identity: dict of the properties that must be equal for an interrupted run to resume. The
-            number of batches is not among them.
-        run_identity_comparisons: dict of functions `(saved, current)` that compare those of the
-            properties that need not be equal.
+        run_identity: dict of the properties that must be equal for an interrupted run to resume.
+            The number of batches is not among them.
+        run_identity_comparisons: dict of functions `(saved, current)` for the properties that need
+            not be equal.
     """
 
     def __init__(

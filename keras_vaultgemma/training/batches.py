@@ -33,7 +33,7 @@ class Batches(keras.utils.PyDataset):
         seed: int. The argument.
         steps: int. Number of batches in an epoch.
         offset: int. Number of batches that the current epoch skips.
-        unit: string. What `indices` returns indices of, "rows" or "batches".
+        unit: string. "rows" or "batches", the items that `indices` refers to.
 
     Raises:
         ValueError: If an argument is out of range, or the data cannot be read at any position, as

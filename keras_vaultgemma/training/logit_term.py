@@ -1,4 +1,4 @@
-"""A term of a sum of matrix products that makes the logits, with its gradients."""
+"""One of the matrix products whose sum is the logits, with its gradients."""
 
 from typing import NamedTuple
 
