@@ -19,9 +19,9 @@ def merge(model: keras.Model) -> None:
     A copy of the weights that change stays in host memory for `unmerge`: 0.12 GB for query and
     value of VaultGemma 1B in bfloat16, and as much as the model itself if every layer is a target.
 
-    With a float32 base, the merged model computes the same up to rounding. In bfloat16, W + s A B is
-    rounded to 8 significant bits, and the rounding error can exceed the update itself. An int8 base
-    is dequantized, added to and requantized with new scales.
+    With a float32 base, the merged model computes the same up to rounding. In bfloat16, W + s A B
+    is rounded to 8 significant bits, and the rounding error can exceed the update itself. An int8
+    base is dequantized, added to and requantized with new scales.
 
     Args:
         model: `VaultGemmaCausalLM` or `VaultGemmaBackbone`.
