@@ -170,7 +170,8 @@ def test_a_checkpoint_of_other_rows_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="belongs to another run: its data had fingerprint = "):
         train(tmp_path, rows=some_rows(ROWS, seed=9))
     with pytest.raises(
-        ValueError, match=f"belongs to another run: its data had rows = {ROWS}. Received: {ROWS - 1}"
+        ValueError,
+        match=f"belongs to another run: its data had rows = {ROWS}. Received: {ROWS - 1}",
     ):
         train(tmp_path, rows=some_rows(ROWS - 1))
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "another home"))
