@@ -23,7 +23,10 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "generate x --max-new-tokens many",
             "argument --max-new-tokens: invalid int value: 'many'",
         ),
-        ("generate x --max-new-tokens 0", "`max_new_tokens` must be None or a positive integer. Received: max_new_tokens=0"),
+        (
+            "generate x --max-new-tokens 0",
+            "`max_new_tokens` must be None or a positive integer. Received: max_new_tokens=0",
+        ),
         ("generate x --max 3", "unrecognized arguments: --max 3"),
         ("generate x --dtype float31", "argument --dtype: invalid choice: 'float31'"),
         ("generate x --sampler oracle", "argument --sampler: invalid choice: 'oracle'"),

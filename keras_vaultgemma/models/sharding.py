@@ -78,7 +78,7 @@ def layout_map(device_mesh, hyperparameters, model_axis="model", data_axis="batc
         sizes = ", ".join(f"{PARTS[part]}={hyperparameters[PARTS[part]]}" for part in whole)
         warnings.warn(
             f"The {devices} devices of the mesh's axis {model_axis!r} do not divide {sizes}, so "
-            f"{' and '.join(whole)} is replicated on each of them. The rest is sharded.",
+            f"each of them holds all of {' and '.join(whole)}. The rest is sharded.",
             stacklevel=3,
         )
     layouts = keras.distribution.LayoutMap(device_mesh)

@@ -94,7 +94,9 @@ def test_one_row_of_int8_is_exact_at_the_largest_products(shape):
         assert found.shape == (1, 1, width) and (found == size * 127**2).all()
 
 
-@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX reports the memory of a compiled function")
+@pytest.mark.skipif(
+    backend.NAME != "jax", reason="only JAX reports the memory of a compiled function"
+)
 @pytest.mark.parametrize(
     "function, dtype, rows, transposed",
     [

@@ -60,7 +60,9 @@ def test_several_results_and_integers():
     np.testing.assert_array_equal(gradients(total, [variable])[0], [12, 12])
 
 
-@pytest.mark.skipif(backend.NAME != "jax", reason="only JAX reports the memory of a compiled function")
+@pytest.mark.skipif(
+    backend.NAME != "jax", reason="only JAX reports the memory of a compiled function"
+)
 def test_one_layer_is_in_memory_at_a_time():
     import jax
 
