@@ -96,6 +96,23 @@ def reshape(x, shape):
     return keras.ops.reshape(x, shape) if NAME == "tensorflow" else x.reshape(shape)
 
 
+def rms_normalize(x, epsilon):
+    """Return `x` divided by its root mean square over the last axis.
+
+    On PyTorch this is one operation instead of five, 53 times a token.
+
+    Args:
+        x: float32 tensor [..., D].
+        epsilon: float. Added to the mean square.
+    """
+    if NAME == "torch":
+        import torch
+
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=epsilon)
+    mean_square = keras.ops.mean(x * x, axis=-1, keepdims=True)
+    return x * keras.ops.rsqrt(mean_square + epsilon)
+
+
 def is_argmax(x, index):
     """Return True for each row where `index` is the argmax, the first of equal values.
 

@@ -90,17 +90,15 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         if self.quantization_mode != "int8":
             return super().quantized_call(x, training=training)
         product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
-        return self._add_update(product, x, training)
+        return ops.cast(self._add_update(product, x, training), self.compute_dtype)
 
     def _add_update(self, product, x, training):
-        if self.lora_enabled:
-            if training and self.lora_dropout:
-                x = keras.random.dropout(
-                    ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed
-                )
-            update = low_rank_matmul(x, *self.lora_factors, self.lora_scale)
-            product = ops.cast(product, "float32") + update
-        return ops.cast(product, self.compute_dtype)
+        if not self.lora_enabled:
+            return product
+        if training and self.lora_dropout:
+            x = keras.random.dropout(ops.cast(x, "float32"), self.lora_dropout, seed=self.lora_seed)
+        update = low_rank_matmul(x, *self.lora_factors, self.lora_scale)
+        return ops.cast(ops.cast(product, "float32") + update, self.compute_dtype)
 
     def quantize(self, mode=None, type_check=True, config=None):
         if self.weight is not None and mode in self.variable_serialization_spec:

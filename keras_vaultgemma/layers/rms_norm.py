@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_vaultgemma import backend
+
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
 class RMSNorm(keras.layers.Layer):
@@ -41,8 +43,7 @@ class RMSNorm(keras.layers.Layer):
         )
 
     def call(self, x):
-        x = ops.cast(x, "float32")
-        x = x * ops.rsqrt(ops.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        x = backend.rms_normalize(ops.cast(x, "float32"), self.epsilon)
         return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
