@@ -81,17 +81,20 @@ def jax_matmul(x, kernel, transposed, dtype, min_rows=1):
 
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count < min_rows:
+    # A symbolic number of rows is taken for many.
+    is_few = isinstance(count, int) and count <= MAX_FEW_ROWS
+    if is_few and count < min_rows:
         # The barrier keeps XLA from seeing that the two rows are equal.
         rows = jax.lax.optimization_barrier(jax.numpy.concatenate([rows, rows]))
-    if transposed and rows.dtype != "int8" and 1 < len(rows) <= MAX_FEW_ROWS and is_jax_cpu():
+    if transposed and rows.dtype != "int8" and is_few and len(rows) > 1 and is_jax_cpu():
         axes = (((1,), (1,)), ((), ()))
         product = jax.lax.dot_general(kernel, rows, axes, preferred_element_type=dtype)
         # The barrier keeps XLA from swapping the operands.
         product = jax.lax.optimization_barrier(product).T[:count]
     else:
         axes = (((1,), (1 if transposed else 0,)), ((), ()))
-        product = jax.lax.dot_general(rows, kernel, axes, preferred_element_type=dtype)[:count]
+        product = jax.lax.dot_general(rows, kernel, axes, preferred_element_type=dtype)
+        product = product[:count] if is_few else product
     return product.reshape(*x.shape[:-1], product.shape[1])
 
 

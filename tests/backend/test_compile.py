@@ -43,12 +43,14 @@ def test_variables_are_updated_in_the_middle_of_an_epoch():
 def test_the_first_compilation_cache_is_used(tmp_path):
     import jax
 
+    configured = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         for folder in ("compiled", "other"):
             backend.cache_compilations(tmp_path / folder)
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", configured)
 
 
 @pytest.mark.parametrize("widths, traces", [((3, 3, 3), 1), ((3, 3, 4), 3)])
