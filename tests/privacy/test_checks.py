@@ -1,4 +1,4 @@
-"""Each refusal, through `compile` and `fit` as users meet it, with its one sentence."""
+"""Everything that private training rejects, in `compile` and `fit`, with its message."""
 
 import contextlib
 
@@ -42,7 +42,7 @@ def fitted(model=None, loss="mse", dpsgd_arguments=None, data=None, **arguments)
     return model.fit(x, y, **{"batch_size": 8, "verbose": 0, **arguments})
 
 
-def test_nothing_is_refused_here():
+def test_a_private_fit_reports_unprotected_metrics_and_epsilon():
     history = fitted().history
     assert set(history) == {
         "unprotected_loss",
@@ -70,7 +70,7 @@ def test_optimizers(message):
 def test_float16():
     with pytest.raises(
         ValueError,
-        match="float16 do not give: use float32 or mixed_bfloat16. Received: .* in float16",
+        match="nor float16: use float32 or mixed_bfloat16. Received: .* in float16",
     ):
         dense(keras.layers.Dense(2, dtype="mixed_float16")).compile("sgd", "mse", privacy=dpsgd())
 
@@ -84,19 +84,19 @@ def test_several_steps_at_once():
 
 def test_batch_normalization():
     with pytest.raises(
-        ValueError, match="BatchNormalization mixes the rows of a batch and keeps their mean"
+        ValueError, match="BatchNormalization mixes the rows of a batch and stores their mean"
     ):
         dense(keras.layers.BatchNormalization()).compile("sgd", "mse", privacy=dpsgd())
 
 
 SEVERAL_ROWS = (
-    "`microbatch_size` must be 1 or None unless .* each by itself.* Received: microbatch_size=4"
+    "`microbatch_size` must be 1 or None unless .* gradient of each .* Received: microbatch_size=4"
 )
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)])
-def test_several_rows_with_layers_that_give_each_copy_every_row(shape):
-    """Kernels [4, 3, 2] broadcast against rows [4, 3] and [4, 4, 3] without a complaint."""
+def test_several_rows_with_layers_that_would_mix_them(shape):
+    """Kernels of shape [4, 3, 2] would broadcast against rows of shape [4, 3] and [4, 4, 3] without an error."""
     inputs = keras.Input(shape)
     model = Private(inputs, keras.layers.Dense(2)(inputs))
     data = (np.ones((ROWS, *shape), "float32"), np.ones((ROWS, *shape[:-1], 2), "float32"))
@@ -114,8 +114,8 @@ OWN = {
 
 
 @pytest.mark.parametrize("own", OWN)
-def test_several_rows_with_a_loss_or_metric_of_ones_own(own):
-    """They give one number for all rows of a microbatch."""
+def test_several_rows_with_a_custom_loss_or_metric(own):
+    """They return one number for all rows of a microbatch."""
     model = VaultGemmaCausalLM(random_backbone(**SMALL))
     model.backbone.enable_lora(2)
     x = packed(1)
@@ -132,7 +132,7 @@ def test_several_rows_with_a_loss_or_metric_of_ones_own(own):
             model.fit(x, x["token_ids"], batch_size=8, verbose=0)
 
 
-def test_several_rows_of_weights_that_have_no_copies():
+def test_several_rows_with_weights_that_are_not_lora_factors():
     model = language_model()
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
     with pytest.raises(ValueError, match=SEVERAL_ROWS):
@@ -161,10 +161,10 @@ class SeveralRowLosses(RowLosses):
         return keras.ops.sum(losses), losses
 
 
-def test_several_rows_of_a_model_that_can(monkeypatch):
+def test_several_rows_of_a_model_that_supports_them(monkeypatch):
     monkeypatch.setattr(
         mechanism, "sum_rounding", lambda rows, size: 0.0
-    )  # which depends on the microbatch
+    )  # ρ depends on the microbatch
     found = []
     for size in (1, 4):
         model, rng = Several(), np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_several_rows_of_a_model_that_can(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["a generic model", "VaultGemma"])
 @pytest.mark.parametrize("before", ["nothing", "a compile without privacy"])
-def test_nothing_is_trained_after_a_compile_that_was_refused(kind, before):
+def test_nothing_is_trained_after_a_rejected_compile(kind, before):
     model = dense() if kind == "a generic model" else VaultGemmaCausalLM(random_backbone(**SMALL))
     loss = dict(loss="mse") if kind == "a generic model" else {}
     x, y = (
@@ -218,7 +218,7 @@ class Remembers(keras.layers.Layer):
         return x
 
 
-def test_layers_that_remember():
+def test_layers_that_store_values_of_rows():
     with pytest.raises(
         ValueError, match="layers that store nothing about the rows. Received: .*mean"
     ):
@@ -227,15 +227,15 @@ def test_layers_that_remember():
 
 @pytest.mark.parametrize("kind", ["metrics", "weighted_metrics"])
 @pytest.mark.parametrize("metric", ["mae", keras.metrics.MeanAbsoluteError(name="error")])
-def test_metrics_without_the_mark(kind, metric):
+def test_metrics_without_the_prefix(kind, metric):
     with pytest.raises(
         ValueError,
-        match="not covered by the guarantee, and their names must begin with 'unprotected_'",
+        match="not covered by the guarantee, so their names must begin with 'unprotected_'",
     ):
         dense().compile("sgd", "mse", privacy=dpsgd(), **{kind: [metric]})
 
 
-def test_metrics_with_the_mark_are_told():
+def test_metrics_with_the_prefix_are_reported():
     model = dense()
     metric = keras.metrics.MeanAbsoluteError(name="unprotected_error")
     model.compile(keras.optimizers.SGD(0.0), "mse", privacy=dpsgd(), metrics=[metric])
@@ -258,15 +258,15 @@ def test_metrics_with_the_mark_are_told():
 def test_arguments_of_fit(argument):
     (name,) = argument
     with pytest.raises(
-        ValueError, match=f"Private training takes no `{name}`: .* Received: {name}="
+        ValueError, match=f"`{name}` must be None in private training: .* Received: {name}="
     ):
         fitted(**argument)
 
 
-def test_validation_that_nobody_called_public():
+def test_validation_data_must_be_declared_public():
     data = (np.ones((4, 3), "float32"), np.ones((4, 2), "float32"))
     with pytest.raises(
-        ValueError, match=r"say `DPSGD\(public_validation=True\)` where the rows are public"
+        ValueError, match=r"If the data are public, set `DPSGD\(public_validation=True\)`"
     ):
         fitted(validation_data=data)
     history = fitted(validation_data=data, dpsgd_arguments=dict(public_validation=True)).history
@@ -279,7 +279,7 @@ def test_validation_that_nobody_called_public():
 def test_weights_saved_without_their_ledger(kind, tmp_path):
     with pytest.raises(
         ValueError,
-        match=f"must come with their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}",
+        match=f"need their ledger: use `TrainingCheckpoint`. Received: {kind.__name__}",
     ):
         fitted(callbacks=[kind(str(tmp_path / "weights.weights.h5"))])
 
@@ -292,7 +292,7 @@ def test_decisions_by_unprotected_metrics(kind):
         fitted(callbacks=[kind(monitor="unprotected_loss")])
 
 
-def test_a_batch_of_the_users_own():
+def test_train_on_batch():
     model = dense()
     model.compile("sgd", "mse", privacy=dpsgd())
     with pytest.raises(ValueError, match="samples its batches itself, in `fit`"):
@@ -306,7 +306,7 @@ def test_sample_weights_beyond_one(weight):
 
 
 def contrast(y, predicted):
-    """Each prediction against the mean of the batch: a number for each row, and none of a row's own."""
+    """One value per row, which depends on the mean of the batch."""
     return keras.ops.mean((predicted - keras.ops.mean(predicted, axis=0)) ** 2 + y, axis=-1)
 
 
@@ -315,12 +315,12 @@ def contrast(y, predicted):
 )
 def test_losses_that_mix_rows(loss):
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
-    with pytest.raises(ValueError, match="a loss of which each row has its own"):
+    with pytest.raises(ValueError, match="a loss with one value per row"):
         fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32")))
 
 
 @pytest.mark.parametrize("loss", ["mse", keras.losses.Huber(), keras.losses.mean_absolute_error])
-def test_losses_that_do_not(loss):
+def test_losses_that_do_not_mix_rows(loss):
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
     assert np.isfinite(
         fitted(loss=loss, data=(x, np.ones((ROWS, 2), "float32"))).history["unprotected_loss"][0]
@@ -329,7 +329,7 @@ def test_losses_that_do_not(loss):
 
 def test_regularizers():
     with pytest.raises(
-        ValueError, match="regularizers and `add_loss` are none: use the optimizer's `weight_decay`"
+        ValueError, match="without regularizers and `add_loss`: use the optimizer's `weight_decay`"
     ):
         fitted(dense(keras.layers.Dense(2, kernel_regularizer="l2")))
 
@@ -340,7 +340,7 @@ def language_model(**changes):
     return model
 
 
-def test_data_that_cannot_be_drawn_by_row():
+def test_a_generator():
     ids = {"token_ids": np.ones((8, 5), "int32"), "padding_mask": np.ones((8, 5), "int32")}
     with pytest.raises(ValueError, match="draws its rows one by one"):
         language_model().fit(batch for batch in [(ids, ids["token_ids"])])
@@ -381,7 +381,7 @@ def test_a_strategy_of_tensorflow(inside):
         fitted(model)
 
 
-@pytest.mark.skipif(backend.NAME != "torch", reason="XLA compiles steps as they are")
+@pytest.mark.skipif(backend.NAME != "torch", reason="torch.compile is PyTorch's")
 def test_a_compiler_of_pytorch():
     model = dense()
     model.compile(keras.optimizers.SGD(0.1), "mse", privacy=dpsgd(), jit_compile=True)
@@ -399,7 +399,7 @@ def packed(count):
 def test_packed_rows():
     x, model = packed(3), language_model()
     with pytest.raises(
-        ValueError, match=r'say `DPSGD\(unit="sequence"\)`.* Received: 3 documents in a row'
+        ValueError, match=r'set `DPSGD\(unit="sequence"\)`.* Received: 3 documents in a row'
     ):
         model.fit(x, x["token_ids"], batch_size=8, verbose=0)
     model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)

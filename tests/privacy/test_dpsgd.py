@@ -50,18 +50,18 @@ def test_arguments_out_of_range(arguments, message):
         DPSGD(**arguments)
 
 
-def test_every_fit_has_a_secret_of_its_own():
+def test_every_call_returns_a_new_secret():
     settings = DPSGD(epsilon=1)
     assert settings.secret() != settings.secret() and len(settings.secret()) == 16
 
 
-def test_a_known_secret_is_in_the_mechanism():
+def test_the_mechanism_of_a_seeded_run_is_marked():
     assert DPSGD(epsilon=1).mechanism == "DP-SGD with truncated Poisson sampling"
     seeded = DPSGD(epsilon=1, seed_for_tests=0).mechanism
     assert seeded == "NOT private, seeded for tests: DP-SGD with truncated Poisson sampling"
 
 
-def test_a_known_secret_warns():
+def test_a_seed_repeats_and_warns():
     with pytest.warns(NotPrivateWarning, match="NOT private"):
         one = DPSGD(epsilon=1, seed_for_tests=3).secret()
     with pytest.warns(NotPrivateWarning):
@@ -72,7 +72,7 @@ def test_a_known_secret_warns():
 
 def test_the_docstring_states_the_guarantee():
     """Mechanism, unit, neighbours, what is released and what is not covered, with references."""
-    said = DPSGD.__doc__
+    docstring = DPSGD.__doc__
     for words in (
         "**Guarantee.**",
         "zero-out neighbours",
@@ -81,7 +81,7 @@ def test_the_docstring_states_the_guarantee():
         "**Unit.**",
         "Not covered",
     ):
-        assert words in said
+        assert words in docstring
     for words in (
         "hyperparameters",
         "metrics",
@@ -90,4 +90,4 @@ def test_the_docstring_states_the_guarantee():
         "arxiv.org/abs/2411.04205",
         "arxiv.org/abs/2510.15001",
     ):
-        assert words in said
+        assert words in docstring

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 
-def test_the_budget_is_kept_and_told():
+def test_epsilon_stays_within_the_budget_and_is_reported():
     model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None, seed_for_tests=None))
     history = fit(model, epochs=2)
     spent = model.privacy.spent()
@@ -60,9 +60,8 @@ def test_the_budget_is_kept_and_told():
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
-    """In `spent`, the ledger, saved presets and what `info` tells; and so does all that it is composed with."""
-
+def test_a_seeded_run_is_reported_as_not_private(tmp_path):
+    """In `spent`, the ledger, saved presets and `info`, together with all runs that it composes with."""
     model = tiny_model(extend_budget=True)
     model.fit(LINES, batch_size=2, verbose=0)
     assert model.privacy.spent().is_private
@@ -80,21 +79,21 @@ def test_a_run_of_a_known_seed_says_that_it_is_not_private(tmp_path):
         "NOT private" in model.privacy.ledger.describe()[1]
         and "NOT" not in model.privacy.ledger.describe()[0]
     )
-    said = " ".join(describe(str(tmp_path / "preset")).split())
-    assert f"NOT private, seeded for tests: ε = {spent.epsilon:g} at δ" in said
+    description = " ".join(describe(str(tmp_path / "preset")).split())
+    assert f"NOT private, seeded for tests: ε = {spent.epsilon:g} at δ" in description
 
 
 @pytest.mark.parametrize(
     "budget", [dict(epsilon=2.0, noise_multiplier=None), dict(noise_multiplier=1.0)]
 )
-def test_a_second_fit_needs_leave(budget):
+def test_a_second_fit_needs_extend_budget(budget):
     model = language_model(4, dpsgd=budget)
     fit(model)
     first = model.privacy.spent()
     with pytest.raises(ValueError, match=r"budget for these rows is used up.*extend_budget=True"):
         fit(model)
     assert model.privacy.spent() == first
-    # Other rows are another matter.
+    # Other data have a budget of their own.
     fit(model, some_rows(ROWS, seed=9))
     assert model.privacy.spent().steps == 4 and len(model.privacy.ledger.spent()) == 2
     model.compile(
@@ -105,8 +104,8 @@ def test_a_second_fit_needs_leave(budget):
     assert model.privacy.spent().steps == 8 and model.privacy.spent().epsilon > first.epsilon
 
 
-def test_what_is_left_of_a_budget_can_be_used():
-    """After half of the steps a second `fit` gets noise for the rest of ε, or the rest of the steps."""
+def test_the_rest_of_a_budget_can_be_used():
+    """After half of the steps, a second `fit` is calibrated to the rest of ε, or does the rest of the steps."""
 
     def stop_after(count):
         return keras.callbacks.LambdaCallback(
@@ -143,8 +142,8 @@ def test_steps_within_a_limit(limit, expected):
         assert _steps_within(exact, [], steps, 1e-5) == count
 
 
-def test_another_fit_draws_other_rows_and_other_noise(monkeypatch):
-    """With a fixed seed, too: the sampler is keyed by the steps that the optimizer has done."""
+def test_a_second_fit_draws_other_rows_and_other_noise(monkeypatch):
+    """Even with a fixed seed, because the sampler is keyed by the optimizer's step number."""
     seen = []
     draw = sampling.sample_rows
     monkeypatch.setattr(
@@ -163,7 +162,7 @@ def test_another_fit_draws_other_rows_and_other_noise(monkeypatch):
     assert len({secret for secret, _ in seen}) == 2
 
 
-def test_an_error_in_the_middle_is_counted():
+def test_steps_before_an_error_are_counted():
     model = language_model(4)
 
     def fail(batch, logs):
@@ -175,7 +174,7 @@ def test_an_error_in_the_middle_is_counted():
     assert model.privacy.spent().steps == 3 and model.privacy.run is None
 
 
-def test_a_ledger_that_cannot_be_written_stops_everything(tmp_path):
+def test_nothing_is_trained_if_the_ledger_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     model = language_model(4, dpsgd=dict(ledger=tmp_path / "file" / "ledger.jsonl"))
     before = values(model)
@@ -185,8 +184,8 @@ def test_a_ledger_that_cannot_be_written_stops_everything(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-def test_the_ledger_travels(tmp_path):
-    """With the preset, with the adapter, and into what is converted from it."""
+def test_the_ledger_is_saved_with_the_weights(tmp_path):
+    """In presets, adapters and converted checkpoints."""
     from keras_vaultgemma.recipes.describe import describe
 
     model = tiny_model()
@@ -201,7 +200,7 @@ def test_the_ledger_travels(tmp_path):
     model.save_to_preset(tmp_path / "preset")
     again = VaultGemmaCausalLM.from_preset(tmp_path / "preset")
     assert again.privacy.ledger == found
-    # It goes on counting on the same data, from then on, too.
+    # Later runs on the same data compose with the loaded ones.
     again.backbone.enable_lora(4)
     again.preprocessor.sequence_length = 24
     again.compile(
@@ -218,16 +217,16 @@ def test_the_ledger_travels(tmp_path):
     )
     metadata = json.loads((tmp_path / "converted" / "metadata.json").read_text())
     assert FILE in metadata["files"]
-    said = describe(str(tmp_path / "preset"))
+    description = describe(str(tmp_path / "preset"))
     assert (
-        "Private training" in said
-        and f"ε = {model.privacy.spent().epsilon:g} at δ = 0.0001" in said
+        "Private training" in description
+        and f"ε = {model.privacy.spent().epsilon:g} at δ = 0.0001" in description
     )
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-def test_data_is_known_again_whatever_is_made_of_it():
-    """By the texts themselves, in any order and cut at any length."""
+def test_texts_are_recognised_in_any_form():
+    """In any order, container and sequence length."""
     model = tiny_model(extend_budget=True)
     model.fit(LINES, batch_size=2, verbose=0)
     model.preprocessor.sequence_length = 16
@@ -236,7 +235,7 @@ def test_data_is_known_again_whatever_is_made_of_it():
     assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 6
 
 
-def test_ids_are_known_again_whatever_their_dtype_and_weights():
+def test_ids_are_recognised_with_any_dtype_and_weights():
     model = language_model(4, dpsgd=dict(extend_budget=True))
     x, y, weight = some_rows(ROWS)
     fit(model, (x, y, weight))
@@ -247,7 +246,7 @@ def test_ids_are_known_again_whatever_their_dtype_and_weights():
     assert len(model.privacy.ledger.spent()) == 2
 
 
-def test_a_run_that_begins_while_another_is_planned_spends_no_budget_twice(tmp_path, monkeypatch):
+def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path, monkeypatch):
     path, prepare = tmp_path / FILE, fit_module._prepare
 
     def slowly(*args):
@@ -281,16 +280,16 @@ def train(run):
     model = VaultGemmaCausalLM(random_backbone(**SMALL))
     model.backbone.enable_lora(2)
     model.compile(keras.optimizers.SGD(0.1), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4))
-    def say(batch, logs):
-        open(f"{folder}/{run}.begun", "a").write(".")  # a byte for each step that may have released something
-    begun = keras.callbacks.LambdaCallback(on_train_batch_end=say)
+    def report(batch, logs):
+        open(f"{folder}/{run}.begun", "a").write(".")  # one byte for each step that may have released something
+    begun = keras.callbacks.LambdaCallback(on_train_batch_end=report)
     x, y, weight = some_rows(400)
     callbacks = [TrainingCheckpoint(f"{folder}/{run}", save_freq=1), begun]
     model.fit(x, y, sample_weight=weight, batch_size=2, epochs=9, verbose=0, callbacks=callbacks)
 
 rng = random.Random(7)
 for run in range(count):
-    child = os.fork()  # of a process that has imported everything and computed nothing yet
+    child = os.fork()  # a process that has imported everything and computed nothing yet
     if not child:
         train(run)
         os._exit(0)
@@ -305,7 +304,7 @@ for run in range(count):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("kills", [10, pytest.param(30, marks=pytest.mark.long)])
 def test_kill_minus_nine_at_random_points(tmp_path, kills):
-    """No step that was done is missing in the ledger; its ε is that of as many steps or more."""
+    """The ledger counts at least the steps that were done, so that ε is never under-reported."""
     (tmp_path / "runs").mkdir()
     command = [
         sys.executable,

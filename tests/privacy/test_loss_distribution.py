@@ -12,13 +12,13 @@ pytestmark = pytest.mark.any_backend
 
 
 def randomized_response(interval):
-    """The answer is true with probability e^h / (1 + e^h): losses of ± h, and after T steps a binomial distribution."""
+    """Losses of ± h: the answer is true with probability e^h / (1 + e^h). T steps have a binomial distribution."""
     p = 1 / (1 + math.exp(-interval))
     return LossDistribution(interval, -1, np.array([1 - p, 0, p]), 0.0)
 
 
 def binomial_delta(interval, count, epsilon):
-    """δ(ε) of randomized response, summed up term by term."""
+    """δ(ε) of randomized response, summed term by term."""
     p = 1 / (1 + math.exp(-interval))
     total = 0.0
     for k in range(count + 1):
@@ -44,8 +44,8 @@ def test_randomized_response(interval, count, epsilon):
         assert epsilon - 1e-9 <= found <= epsilon + 3 * ROUND_OFF / slope + 1e-9
 
 
-def test_the_error_stays_relative_to_delta_in_a_million_steps():
-    """Where a plain Fourier transform has an error of 1e-10, δ is 4e-15."""
+def test_the_error_is_relative_to_delta_in_a_million_steps():
+    """δ is as small as 4e-15, where a plain Fourier transform has an error of 1e-10."""
     from scipy import stats
 
     interval, count = 1e-3, 10**6
@@ -60,7 +60,7 @@ def test_the_error_stays_relative_to_delta_in_a_million_steps():
 
 
 def random_distribution(seed, start, size, infinite):
-    """Of a pair (P, Q): E[e^-loss] is 1 - Q's mass where P has none, so at most 1."""
+    """A random distribution of the loss of a pair (P, Q), for which E[e^-loss] is at most 1."""
     rng = np.random.default_rng(seed)
     losses = (start + np.arange(size)) * 0.1
     probabilities = rng.exponential(size=size)
@@ -93,7 +93,7 @@ def test_infinite_losses():
     assert loss_distribution.delta(parts, 5.0) == pytest.approx(1 - (1 - 1e-6) ** 100, rel=1e-5)
 
 
-def test_nothing_released_costs_nothing():
+def test_no_steps_and_steps_without_loss():
     assert loss_distribution.epsilon([], 1e-5) == 0
     assert loss_distribution.delta([], 0.0) == 0
     parts = [(LossDistribution(1e-3, 0, np.array([1.0]), 0.0), 1000)]

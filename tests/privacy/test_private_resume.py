@@ -1,4 +1,4 @@
-"""A private `fit` that is killed and started again: what it may still do, and what counts."""
+"""A private `fit` that is killed and resumed: its weights, its budget and its ledger."""
 
 import shutil
 
@@ -26,7 +26,7 @@ class Killed(Exception):
 
 
 def train(folder, dpsgd=None, killed_at=None, each=lambda: None, **arguments):
-    """A model after a `fit` with a checkpoint of each step; killed in a step that is written down, from 1 on."""
+    """Return a model after a `fit` with a checkpoint after each step, killed when step `killed_at` (from 1) begins."""
     model, begun = language_model(4, dpsgd=dpsgd), []
 
     def begin(batch, logs):
@@ -44,8 +44,8 @@ def train(folder, dpsgd=None, killed_at=None, each=lambda: None, **arguments):
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
-    """Weights and the rows that were drawn; to the bit on JAX and TensorFlow."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, rank):
+    """Bit for bit on JAX and TensorFlow."""
 
     def train(folder, killed_at=None):
         model = language_model(
@@ -65,21 +65,21 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, rank):
         fit(model, epochs=2, callbacks=callbacks)
         return model
 
-    straight = train(tmp_path / "straight")
-    for killed_at in (3, 3):  # the second time of what was left
+    uninterrupted = train(tmp_path / "uninterrupted")
+    for killed_at in (3, 3):  # The second time, of the remaining steps.
         with pytest.raises(Killed):
             train(tmp_path / "killed", killed_at)
     resumed = train(tmp_path / "killed")
     tolerance = 1e-6 if backend.NAME == "torch" else 0
-    for one, two in zip(values(straight), values(resumed), strict=True):
+    for one, two in zip(values(uninterrupted), values(resumed), strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=tolerance)
-    # What was written down before it was done counts, though it was done again.
-    assert straight.privacy.spent().steps == 8 and resumed.privacy.spent().steps == 8 + 2
+    # The steps that were killed are in the ledger and count, and were done again.
+    assert uninterrupted.privacy.spent().steps == 8 and resumed.privacy.spent().steps == 8 + 2
     assert resumed.privacy.ledger == read_ledger(tmp_path / "killed" / ledger.FILE)
 
 
-def test_a_resumed_budget_is_kept(tmp_path):
-    """Steps that a killed run may have released count: the rest gets the noise that still keeps to ε."""
+def test_a_resumed_run_stays_within_the_budget(tmp_path):
+    """Steps that a killed run may have released count, and the noise of the others is calibrated to the rest of ε."""
     dpsgd = dict(epsilon=2.0, noise_multiplier=None)
 
     def stop(batch, logs):
@@ -105,7 +105,7 @@ def test_a_resumed_budget_is_kept(tmp_path):
     "dpsgd", [BUDGET, {}, dict(BUDGET, extend_budget=True)], ids=["epsilon", "noise", "extended"]
 )
 def test_a_finished_run_returns_at_once(tmp_path, dpsgd):
-    """With its weights, and nothing more is released; a budget that is used up is no matter."""
+    """It has its weights and releases nothing, even if the budget is used up."""
     first = train(tmp_path, dpsgd)
     again = train(tmp_path, dpsgd)
     assert again.privacy.spent() == first.privacy.spent() and again.privacy.spent().steps == 4
@@ -114,7 +114,7 @@ def test_a_finished_run_returns_at_once(tmp_path, dpsgd):
 
 
 def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path):
-    """The ledger has its last step, which may have been released, and nothing of the budget is left for another."""
+    """The ledger counts the last step, which may have been released, and the budget does not suffice for another."""
     with pytest.raises(Killed):
         train(tmp_path, BUDGET, killed_at=4)
     saved = dict(read_state_arrays(tmp_path / checkpoint.FILE, "weight"))
@@ -129,19 +129,19 @@ def test_a_run_that_is_killed_in_its_last_step_ends_with_the_checkpoint(tmp_path
 
 
 @pytest.mark.parametrize("lost", ["deleted", "another", "older", "left behind"])
-def test_a_checkpoint_without_its_ledger_is_refused(tmp_path, lost):
-    """What its weights have released would not be counted, and the plan would be shorter all the same."""
-    folder, kept, dpsgd = tmp_path / "run", [], {}
+def test_a_checkpoint_without_its_ledger_is_rejected(tmp_path, lost):
+    """The steps of its weights would not be counted."""
+    folder, saved, dpsgd = tmp_path / "run", [], {}
     path = folder / ledger.FILE
     with pytest.raises(Killed):
-        train(folder, killed_at=3, each=lambda: kept.append(path.read_bytes()))
+        train(folder, killed_at=3, each=lambda: saved.append(path.read_bytes()))
     whole = path.read_bytes()
     if lost == "deleted":
         path.unlink()
     elif lost == "another":
         dpsgd["ledger"] = tmp_path / "another.jsonl"
     elif lost == "older":
-        path.write_bytes(kept[0])
+        path.write_bytes(saved[0])
     else:
         folder = tmp_path / "copy"
         folder.mkdir()
@@ -163,8 +163,8 @@ def test_more_epochs(tmp_path, dpsgd):
     assert TrainingCheckpoint(tmp_path).position == {"epoch": 3, "batch": 0, "is_finished": False}
 
 
-def test_a_checkpoint_of_other_rows_is_refused(tmp_path, monkeypatch):
-    """Of as many, too; but where another key makes it impossible to tell, they count as the same."""
+def test_a_checkpoint_of_other_data_is_rejected(tmp_path, monkeypatch):
+    """Also of data of the same size. Under another key, which makes them incomparable, they count as the same."""
     with pytest.raises(Killed):
         train(tmp_path, killed_at=3)
     with pytest.raises(ValueError, match="belongs to another run: its data had fingerprint = "):

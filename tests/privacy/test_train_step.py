@@ -1,4 +1,4 @@
-"""Private training inside `fit`: what a step does, what is counted, and where it ends."""
+"""The private training step inside `fit`, against a plain loop over rows."""
 
 import keras
 import numpy as np
@@ -37,22 +37,22 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_a_step_is_what_the_docstring_says(rank):
-    """Drawn rows, clipped one by one in a plain loop, plus the noise of their seeds, over the expected number."""
+def test_a_step_equals_a_plain_loop_over_rows(rank):
+    """The sum of the clipped gradients of the drawn rows, plus the noise of its seeds, over the expected batch size."""
     model, rows, secret = language_model(rank), some_rows(ROWS), fixed_secret(5)
     for v in model.trainable_variables if rank else ():
         v.assign(np.random.default_rng(len(v.path)).normal(0, 0.3, v.shape))
     before = values(model)
-    drawn = sample_rows(secret, 0, ROWS, BATCH / ROWS, model_room(1.0))
+    drawn = sample_rows(secret, 0, ROWS, BATCH / ROWS, max_batch_size(1.0))
     assert 0 < len(drawn) < ROWS
     found, losses = plain_gradients(model, take(rows, drawn))
-    rounding = float(to_numpy(mechanism.sum_rounding(min(model_room(1.0), ROWS), 1)))
+    rounding = float(to_numpy(mechanism.sum_rounding(min(max_batch_size(1.0), ROWS), 1)))
     clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING) / (1 + rounding))
     seeds = [
         ops.convert_to_tensor(noise_seed(secret, 0, i).view("int32")) for i in range(len(before))
     ]
     noise = [to_numpy(backend.normal(seed, v.shape)) for seed, v in zip(seeds, before, strict=True)]
-    # SGD with rate 1, of which an epoch's first step is looked at.
+    # The first step of an epoch, with SGD of learning rate 1.
     seen = []
     look = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: (
@@ -66,13 +66,13 @@ def test_a_step_is_what_the_docstring_says(rank):
     np.testing.assert_allclose(seen[0][1]["unprotected_loss"], np.mean(losses), rtol=1e-5)
 
 
-def model_room(noise, microbatch=1):
+def max_batch_size(noise, microbatch=1):
     steps = planning.plan(ROWS, BATCH, 1, 1e-4, noise_multiplier=noise, microbatch=microbatch)
     return steps.max_batch_size
 
 
 def test_steps_without_any_gradient_are_pure_noise():
-    """Rows whose tokens do not count have no gradient: what the weights move by has the noise's deviation."""
+    """Rows with weights of 0 have no gradient, so the updates have the standard deviation of the noise."""
     x, y, weight = some_rows(ROWS)
     model = language_model(dpsgd=dict(noise_multiplier=2.0))
     before, epochs = values(model), 3
@@ -88,7 +88,7 @@ def test_steps_without_any_gradient_are_pure_noise():
 
 
 def test_empty_batches_are_steps():
-    """On average one row of 2,000 is drawn: a third of the batches is empty, and is noised and counted as any other."""
+    """With one expected row of 2,000 a third of the batches is empty, and is noised and counted like any other."""
     rows, seen = take(some_rows(4), [0, 1, 2, 3] * 500), []
     model = language_model(4)
     moved = keras.callbacks.LambdaCallback(
@@ -105,7 +105,7 @@ def test_empty_batches_are_steps():
     assert counts.count(0) > 5
     steps = [np.abs(new - old).max() for new, old in zip(seen[1:], seen, strict=False)]
     assert min(steps) > 0 and model.privacy.spent().steps == 30
-    # Of a step without rows the update is the noise of its seed, σ C, over the one row that is expected.
+    # The update of a step without rows is the noise of its seed, σ C, over the one expected row.
     for i in [i for i in range(1, 30) if counts[i] == 0]:
         seed = ops.convert_to_tensor(noise_seed(fixed_secret(5), i, 0).view("int32"))
         np.testing.assert_allclose(
@@ -117,7 +117,7 @@ def test_empty_batches_are_steps():
     "data", [LINES, PAIRS, CHATS, TwoTexts()], ids=["texts", "pairs", "chats", "dataset"]
 )
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-def test_whatever_fit_takes(data):
+def test_all_kinds_of_text_data(data):
     model = tiny_model()
     history = model.fit(data, batch_size=2, verbose=0).history
     assert np.isfinite(history["unprotected_loss"]).all() and model.privacy.spent().steps == 2
@@ -125,8 +125,8 @@ def test_whatever_fit_takes(data):
     assert isinstance(model.generate("Once upon", max_new_tokens=2), str)
 
 
-def test_a_loss_and_metrics_of_ones_own():
-    """They get logits, a row at a time."""
+def test_a_custom_loss_and_metric():
+    """They get the logits of one row at a time."""
     metric = keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model = language_model(4, compile_arguments=dict(loss=loss, weighted_metrics=[metric]))
@@ -158,25 +158,25 @@ def test_gradient_checkpointing_changes_nothing(changes):
 
 
 def dropping_model(**arguments):
-    """Adapters with dropout and without privacy's noise to speak of, all of whose factors matter."""
+    """A model of adapters with dropout, none of whose factors is zero."""
     model = language_model(4, lora_arguments=dict(dropout=0.5), **arguments)
     for v in model.trainable_variables:
         v.assign(np.random.default_rng(len(v.path)).normal(0, 0.2, v.shape))
     return model
 
 
-def test_dropout_draws_anew_for_each_microbatch():
-    """Were its masks the same for the same row, two of it would have twice the gradient of one."""
+def test_dropout_draws_new_masks_for_each_microbatch():
+    """With equal masks, two copies of a row would have twice the gradient of one."""
     model, rows = dropping_model(), take(some_rows(1), [0, 0])
-    backend.seed_global_generator(1)  # PyTorch's dropout draws from it
+    backend.seed_global_generator(1)  # The generator of PyTorch's dropout.
     one = sum_of(model, rows, 1).gradients
     backend.seed_global_generator(1)
     two = sum_of(model, rows, 2).gradients
     assert distance([2 * g for g in one], two) > 0.1 * C
 
 
-def test_seeds_of_layers_tell_nothing_of_how_many_rows_were_drawn():
-    """Checkpoints save them: two runs that draw other numbers of rows leave the same ones."""
+def test_the_seeds_of_layers_do_not_reveal_how_many_rows_were_drawn():
+    """Checkpoints save these seeds: runs that drew different numbers of rows end with the same ones."""
     left, drawn = [], []
     for secret in (5, 6):
         model = language_model(
@@ -186,15 +186,17 @@ def test_seeds_of_layers_tell_nothing_of_how_many_rows_were_drawn():
         left.append(
             [to_numpy(v).tolist() for v in model.non_trainable_variables if "seed" in v.path]
         )
-        room = model.privacy.ledger.runs[0][0].max_batch_size
-        steps = [sample_rows(fixed_secret(secret), i, ROWS, BATCH / ROWS, room) for i in range(4)]
+        largest = model.privacy.ledger.runs[0][0].max_batch_size
+        steps = [
+            sample_rows(fixed_secret(secret), i, ROWS, BATCH / ROWS, largest) for i in range(4)
+        ]
         drawn.append(sum(map(len, steps)))
     assert drawn[0] != drawn[1]
     assert len(left[0]) > 0 and left[0] == left[1]
 
 
 def test_dropout_follows_the_seeds_of_the_step():
-    """The same seeds give the same masks, others give others."""
+    """Equal seeds give equal masks, and different seeds different ones."""
     model, rows = dropping_model(), keras.tree.map_structure(ops.convert_to_tensor, some_rows(1))
     found = []
     for seed in (1, 2, 1):
@@ -217,8 +219,8 @@ def test_dropout_differs_from_step_to_step():
 
 
 @pytest.mark.parametrize("base", ["bfloat16", "int8", "mixed_bfloat16"])
-def test_other_bases(base):
-    """float32 factors over a base of 16 or 8 bits: the noise is of the same size, whatever computes."""
+def test_low_precision_bases(base):
+    """The standard deviation of the noise of float32 factors does not depend on the base's dtype."""
     keras.utils.set_random_seed(1)
     model = VaultGemmaCausalLM(
         random_backbone(**SMALL, dtype="float32" if base == "int8" else base)
@@ -238,7 +240,7 @@ def test_other_bases(base):
     np.testing.assert_allclose(moved.std(), 50 * C / BATCH * 4**0.5, rtol=0.1)
 
 
-def test_without_privacy_all_is_as_before():
+def test_training_without_privacy_after_private_training():
     model = language_model(4)
     fit(model)
     model.compile(keras.optimizers.SGD(0.1))
@@ -247,11 +249,11 @@ def test_without_privacy_all_is_as_before():
         x, y, sample_weight=weight, batch_size=BATCH, verbose=0, shuffle=True
     ).history
     assert set(history) == {"loss", "sparse_categorical_accuracy"}
-    assert model.privacy.spent().steps == 4, "what was spent stays on record"
+    assert model.privacy.spent().steps == 4, "the record keeps what was spent"
     model.train_on_batch(x, y)
 
 
-def test_evaluation_says_nothing_of_training():
+def test_evaluation_has_no_metrics_of_training():
     model = language_model(4)
     x, y, weight = some_rows(ROWS)
     fit(model)
@@ -263,7 +265,7 @@ def test_evaluation_says_nothing_of_training():
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_microbatches_change_nothing(size, monkeypatch):
-    """But for Bmax, which is a multiple of them, and with rows enough for all of it never matters, and for rounding."""
+    """Except for rounding, and for Bmax, which no batch of these runs reaches."""
     monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)
     models = [language_model(4, dpsgd=dict(microbatch_size=m)) for m in (1, size)]
     for model in models:
