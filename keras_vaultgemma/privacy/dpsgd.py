@@ -1,9 +1,13 @@
 """The settings of private training, `compile(privacy=DPSGD(...))`, and the guarantee they give."""
 
-import math
-import numbers
 import os
 
+from keras_vaultgemma._validation import (
+    check_choice,
+    check_exactly_one,
+    check_integer,
+    check_number,
+)
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.seeds import fixed_secret, new_secret
 
@@ -115,32 +119,15 @@ class DPSGD:
         ledger: str | os.PathLike | None = None,
         seed_for_tests: int | None = None,
     ) -> None:
-        if (epsilon is None) == (noise_multiplier is None):
-            raise ValueError(
-                "Exactly one of `epsilon` and `noise_multiplier` must be given. "
-                f"Received: epsilon={epsilon}, noise_multiplier={noise_multiplier}"
-            )
-        if epsilon is not None and not 0 < epsilon <= accounting.LARGEST_EPSILON:
-            raise ValueError(
-                f"`epsilon` must be above 0 and at most {accounting.LARGEST_EPSILON:g}. "
-                f"Received: epsilon={epsilon}"
-            )
+        check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
+        largest = accounting.LARGEST_EPSILON
+        check_number("epsilon", epsilon, above=0, maximum=largest, allow_none=True)
+        check_number("noise_multiplier", noise_multiplier, above=0, allow_none=True)
+        check_number("clip_norm", clip_norm, above=0)
         if delta is not None:
             accounting.check_delta(delta)
-        for name, value in dict(clip_norm=clip_norm, noise_multiplier=noise_multiplier).items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be above 0 and finite. Received: {name}={value}")
-        if unit not in UNITS:
-            raise ValueError(
-                f"`unit` must be one of {', '.join(map(repr, UNITS))}. Received: unit={unit!r}"
-            )
-        is_integer = isinstance(microbatch_size, numbers.Integral)
-        is_integer = is_integer and not isinstance(microbatch_size, bool)
-        if microbatch_size is not None and not (is_integer and microbatch_size > 0):
-            raise ValueError(
-                "`microbatch_size` must be a positive integer or None. "
-                f"Received: microbatch_size={microbatch_size!r}"
-            )
+        check_choice("unit", unit, UNITS)
+        check_integer("microbatch_size", microbatch_size, allow_none=True)
         self.epsilon, self.noise_multiplier = epsilon, noise_multiplier
         self.delta, self.clip_norm = delta, clip_norm
         self.unit, self.microbatch_size = unit, microbatch_size

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.any_backend
             dict(epsilon=1, noise_multiplier=1),
             "Exactly one of .* Received: epsilon=1, noise_multiplier=1",
         ),
-        (dict(epsilon=0), "`epsilon` must be above 0 and at most 100. Received: epsilon=0"),
+        (dict(epsilon=0), "`epsilon` must be None or a number above 0 and at most 100. Received: epsilon=0"),
         (dict(epsilon=101), "Received: epsilon=101"),
         (dict(epsilon=float("nan")), "Received: epsilon=nan"),
         (
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.any_backend
         (dict(epsilon=1, delta=1.0), "Received: delta=1.0"),
         (
             dict(noise_multiplier=0),
-            "`noise_multiplier` must be above 0 and finite. Received: noise_multiplier=0",
+            "`noise_multiplier` must be None or a finite number above 0. Received: noise_multiplier=0",
         ),
         (dict(noise_multiplier=float("inf")), "Received: noise_multiplier=inf"),
         (
             dict(epsilon=1, clip_norm=0),
-            "`clip_norm` must be above 0 and finite. Received: clip_norm=0",
+            "`clip_norm` must be a finite number above 0. Received: clip_norm=0",
         ),
         (dict(epsilon=1, clip_norm=float("nan")), "Received: clip_norm=nan"),
         (
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.any_backend
         ),
         (
             dict(epsilon=1, microbatch_size=0),
-            "`microbatch_size` must be a positive integer or None. Received: .*=0",
+            "`microbatch_size` must be None or a positive integer. Received: .*=0",
         ),
         (dict(epsilon=1, microbatch_size=True), "Received: microbatch_size=True"),
     ],
