@@ -35,7 +35,7 @@ def quantized_backbone(dtype, mode, **changes):
 def test_equals_the_call_by_keras(dtype, mode):
     backbone = quantized_backbone(dtype, mode)
     block = backbone.transformer_layers[0]
-    x = backbone.embed(TOKEN_IDS) + 0.1
+    x = backbone.embedding_scale(backbone.token_embedding(TOKEN_IDS)) + 0.1
     layers = [block.attention_norm, block.mlp_norm, block.attention.query, block.gate, block.up]
     for layer in layers:
         found, expected = call_layer(layer, x), layer(x)
