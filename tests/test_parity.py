@@ -74,7 +74,10 @@ CONFIGURATIONS = {
 PROMPTS = [[2, 17, 5, 99, 250, 31, 8], [2, 4], [2, *range(40, 75)], [9]]
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS)
+ALL_AT_ONCE = pytest.param("everything unlike at once", marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=[*list(CONFIGURATIONS)[:-1], ALL_AT_ONCE])
 def pair(request, tmp_path_factory):
     """(transformers' model, this package's model) of one checkpoint."""
     import torch
