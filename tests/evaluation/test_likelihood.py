@@ -50,7 +50,7 @@ def test_only_responses_count(tiny):
     assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.filterwarnings("ignore:.*were truncated")
 def test_truncated_labels_do_not_count(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
     pairs = TextRecords(

@@ -139,7 +139,7 @@ def test_turn_markers_are_single_tokens(tokenizer):
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "one or more messages"),
+        ([], "at least one message. Received: none"),
         ([{"role": "user"}], r"`messages\[0\]` must be a dict with 'role' and 'content'"),
         (["Hello"], r"`messages\[0\]` must be a dict.*'Hello'"),
         (

@@ -164,7 +164,7 @@ def test_rows_that_lose_their_answer_are_reported():
     model = small_with_text(24)
     pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
     with pytest.warns(
-        UserWarning, match="2 of 2 rows.*; of 1 of them the whole answer was cut away"
+        UserWarning, match="2 of 2 rows.*truncated; the whole response was lost in 1 of them"
     ):
         loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
     assert np.isfinite(loss)
@@ -249,13 +249,13 @@ def test_an_embedding_in_int4_has_no_loss(call):
 def test_fit_refuses_no_rows(model):
     x = {"token_ids": np.zeros((0, 5), "int32"), "padding_mask": np.zeros((0, 5), "int32")}
     for call in (model.fit, model.evaluate):
-        with pytest.raises(ValueError, match="one batch or more. Received: none"):
+        with pytest.raises(ValueError, match="at least one batch. Received: none"):
             call(x, np.zeros((0, 5), "int32"))
 
 
 @pytest.mark.parametrize("x", [iter([]), (batch for batch in [])])
 def test_empty_streams(tiny, x):
-    with pytest.raises(ValueError, match="one batch or more. Received: none"):
+    with pytest.raises(ValueError, match="at least one batch. Received: none"):
         tiny.fit(x)
 
 

@@ -24,7 +24,6 @@ from privacy_cases import (
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
 from keras_vaultgemma.privacy import accounting, sampling
-from keras_vaultgemma.privacy import fit as fit_module
 from keras_vaultgemma.privacy.fit import _steps_within
 from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
@@ -246,23 +245,20 @@ def test_ids_are_recognised_with_any_dtype_and_weights():
     assert len(model.privacy.ledger.spent()) == 2
 
 
-def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path, monkeypatch):
-    path, prepare = tmp_path / FILE, fit_module._prepare
+def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path):
+    path, model = tmp_path / FILE, language_model(4, dpsgd=dict(ledger=tmp_path / FILE))
+    prepare = model.private_training.prepare
 
-    def slowly(*args):
+    def after_another_run(*args):
         other = language_model(4)
         fit(other)
         OpenRun(path, other.privacy.ledger.runs[0][0], other.privacy.ledger).close()
         prepare(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "_prepare", lambda *args: (patch.undo(), slowly(*args)))
-        model = language_model(4, dpsgd=dict(ledger=path))
-        with pytest.raises(
-            ValueError,
-            match="must have one writer. Received: a run that began while this one was pl",
-        ):
-            fit(model)
+    model.private_training.prepare = after_another_run
+    message = "must have one writer. Received: a run that began while this one was planned"
+    with pytest.raises(ValueError, match=message):
+        fit(model)
     with pytest.raises(ValueError, match="`spent` needs a private run"):
         model.privacy.spent()
 
