@@ -42,10 +42,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
-def pytest_collection_finish():
-    """Leave what is imported out of all garbage collections, because Keras collects whenever a layer is quantized."""
-    gc.collect()
+@pytest.fixture(autouse=True, scope="session")
+def quick_garbage_collection():
+    """Keras collects garbage whenever a layer is quantized; all generations take half a second where three backends are
+    imported. What is imported is left out of all collections, and `gc.collect()` has the youngest two generations."""
+    import keras
+
+    keras.utils.set_random_seed(0)  # which imports TensorFlow
+    collect = gc.collect
+    collect()
     gc.freeze()
+    gc.collect = lambda generation=1: collect(generation)
+    yield
+    gc.collect = collect
 
 
 @pytest.fixture(autouse=True)
