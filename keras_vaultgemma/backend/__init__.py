@@ -8,6 +8,7 @@ need it there.
 """
 
 # First, because it selects the backend before Keras is imported.
+from keras_vaultgemma.backend.recording import record_step
 from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
 
 # isort: split
@@ -78,6 +79,7 @@ __all__ = [
     "multiply_no_nan",
     "normal",
     "per_device",
+    "record_step",
     "remat",
     "reshape",
     "rms_normalize",

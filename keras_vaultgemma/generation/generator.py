@@ -48,12 +48,30 @@ class Generator:
             True: self.compile(self._choose_adjusted, donate=(1,)),
         }
         self._decode = {
-            False: self.compile(_loop(self._step_plain), donate=(0,)),
-            True: self.compile(_loop(self._step_adjusted), donate=(0,)),
+            False: self.compile(self._loop(self._step_plain, run_eagerly), donate=(0,)),
+            True: self.compile(self._loop(self._step_adjusted, run_eagerly), donate=(0,)),
         }
 
     def _compile_function(self, function, **options):
         return backend.compile_function(function, self.variables, **options)
+
+    def _loop(self, step, run_eagerly):
+        """Return a function that repeats `step` until all rows have ended or slot `until`."""
+        if run_eagerly or self.rule is None:  # another sampler may do more than tensor operations
+            begin = lambda: step  # noqa: E731
+        else:
+            begin = backend.record_step(step, self.variables)
+
+        def decode(state, controls, until):
+            step = begin()
+
+            def continues(state):
+                return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
+
+            (state,) = ops.while_loop(continues, lambda state: (step(state, controls),), (state,))
+            return state
+
+        return decode
 
     def generate(self, rows, limits, stop_token_ids=(), settings=Settings(), ends=None):  # noqa: B008
         """Continue each row of ids.
@@ -246,19 +264,6 @@ class Generator:
 
 def _uncompiled(function, **options):
     return function
-
-
-def _loop(step):
-    """Return a function that runs `step` until every row has ended or slot `until` is reached."""
-
-    def decode(state, controls, until):
-        def continues(state):
-            return ops.logical_and(ops.any(state.remaining > 0), state.slot < until)
-
-        (state,) = ops.while_loop(continues, lambda state: (step(state, controls),), (state,))
-        return state
-
-    return decode
 
 
 def _int(x):
