@@ -86,7 +86,7 @@ class PrivacySpent(NamedTuple):
         steps: int. Number of steps that the guarantee covers.
         mechanism: str. Description of the mechanism.
         unit: str. Description of what is protected, such as "one row of at most 256 tokens".
-        neighbouring: str. Relation of the two data sets that cannot be told apart.
+        neighbouring: str. Relation of the two datasets that cannot be distinguished.
 
     Example:
 

@@ -55,8 +55,8 @@ class DPSGD:
     - floating-point arithmetic: the noise consists of float32 numbers of a statistical generator
       (`privacy/seeds.py`).
 
-    No row is protected from whoever knows the secret of a run's random numbers: 128 bits from the
-    operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`).
+    No row is protected from a person who knows the secret of a run's random numbers: 128 bits from
+    the operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`).
 
     Args:
         epsilon: float in (0, 100]. The budget ε that all steps planned by `fit` stay within,

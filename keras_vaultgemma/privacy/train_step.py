@@ -11,7 +11,7 @@ from keras_vaultgemma import backend
 from keras_vaultgemma.privacy import checks, mechanism
 
 STATISTICS = ("loss", "clipped_share", "not_finite_rows")
-"""What a step reports of its rows, without protection."""
+"""Statistics of its rows that a step reports without protection."""
 
 
 class RowLosses:
@@ -59,7 +59,7 @@ class RowLosses:
 
 
 class PrivateTraining:
-    """What a trainer holds while it is compiled with `privacy=DPSGD(...)`.
+    """Private training of a model that is compiled with `privacy=DPSGD(...)`; its trainer holds it.
 
     Args:
         model: compiled `keras.Model`.

@@ -1,1 +1,1 @@
-"""What each command does, as a function."""
+"""The commands as functions."""
