@@ -38,8 +38,8 @@ class Trainer:
         Args:
             privacy: `DPSGD`, which states the guarantee, or None to train without privacy. Defaults
                 to None.
-            steps: object with `train(data)` and `test(data)`, which return logs, and `metrics`; it
-                replaces Keras's training and test step. Defaults to None.
+            steps: object that replaces Keras's training and test step. It has `train(data)` and
+                `test(data)`, which return logs, `results()` and `metrics`. Defaults to None.
 
         Raises:
             ValueError: If private training does not support the optimizer, a layer or a metric.
@@ -66,6 +66,8 @@ class Trainer:
         return [*super().metrics, *own]
 
     def get_metrics_result(self):
+        if self._steps is not None:
+            return self._steps.results()
         # The metrics of private steps are reported by these steps alone.
         private = self.private_training.metrics if self.private_training is not None else []
         names = {metric.name for metric in private}

@@ -69,13 +69,22 @@ class NextTokenSteps:
         added = sum(ops.sum(loss) for loss in self._model.losses)
         return mean + added, (is_correct, weights)
 
+    def results(self):
+        """Return `{name: value}` of the metrics so far."""
+        return {metric.name: metric.result() for metric in (self._loss_tracker, *self.metrics)}
+
+    @property
+    def _loss_tracker(self):
+        """Keras's metric of the loss."""
+        return next(metric for metric in self._model.metrics if metric.name == "loss")
+
     def _report(self, data, loss, statistics):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        tracker = next(metric for metric in self._model.metrics if metric.name == "loss")
-        tracker.update_state(loss, sample_weight=ops.shape(keras.tree.flatten(x)[0])[0])
+        rows = ops.shape(keras.tree.flatten(x)[0])[0]
+        self._loss_tracker.update_state(loss, sample_weight=rows)
         for metric in self.metrics:
             metric.update_state(*statistics)
-        return {metric.name: metric.result() for metric in (tracker, *self.metrics)}
+        return self.results()
 
 
 def flat_weights(y, sample_weight=None):
