@@ -8,7 +8,6 @@ need it there.
 """
 
 # First, because it selects the backend before Keras is imported.
-from keras_vaultgemma.backend.recording import record_step
 from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
 
 # isort: split
@@ -30,6 +29,7 @@ from keras_vaultgemma.backend.compile import (
 )
 from keras_vaultgemma.backend.int8_cpu import int8_matmul
 from keras_vaultgemma.backend.matmul import matmul, take_rows
+from keras_vaultgemma.backend.recording import record_step
 from keras_vaultgemma.backend.sharding import (
     all_gathered,
     check_distribution_support,
