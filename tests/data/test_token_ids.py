@@ -19,7 +19,9 @@ def test_unpad_takes_padding_on_either_side():
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4)])
 def test_unpad_with_wrong_shapes(shape):
-    with pytest.raises(ValueError, match=r"must both have the shape \[batch, length\]. Received: \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"must both have the shape \[batch, length\]. Received: \(2, 3\)"
+    ):
         unpad_rows(np.zeros((2, 3)), np.zeros(shape))
 
 

@@ -134,8 +134,14 @@ def test_generate_and_fit_on_tf_data():
     "options, message",
     [
         (dict(max_length=5, max_new_tokens=5), "one of `max_length` and `max_new_tokens`"),
-        (dict(max_new_tokens=0), "`max_new_tokens` must be None or a positive integer. Received: max_new_tokens=0"),
-        (dict(max_length=-1), "`max_length` must be None or a positive integer. Received: max_length=-1"),
+        (
+            dict(max_new_tokens=0),
+            "`max_new_tokens` must be None or a positive integer. Received: max_new_tokens=0",
+        ),
+        (
+            dict(max_length=-1),
+            "`max_length` must be None or a positive integer. Received: max_length=-1",
+        ),
         (
             dict(stop_token_ids="eos"),
             "`stop_token_ids` must be 'auto', None or a list of ids. Received: stop_token_ids='eos'",

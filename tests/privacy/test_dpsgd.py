@@ -16,7 +16,10 @@ pytestmark = pytest.mark.any_backend
             dict(epsilon=1, noise_multiplier=1),
             "Exactly one of .* Received: epsilon=1, noise_multiplier=1",
         ),
-        (dict(epsilon=0), "`epsilon` must be None or a number above 0 and at most 100. Received: epsilon=0"),
+        (
+            dict(epsilon=0),
+            "`epsilon` must be None or a number above 0 and at most 100. Received: epsilon=0",
+        ),
         (dict(epsilon=101), "Received: epsilon=101"),
         (dict(epsilon=float("nan")), "Received: epsilon=nan"),
         (

@@ -229,7 +229,9 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
         pytest.raises(FloatingPointError) as error,
     ):
         run(data, tmp_path / "run")
-    assert "Epoch 1, batch " in str(error.value) and "are restored to their state before it" in str(error.value)
+    assert "Epoch 1, batch " in str(error.value) and "are restored to their state before it" in str(
+        error.value
+    )
     assert str(error.value).endswith(f"These are in {tmp_path}/run/adapter")
     assert all(np.isfinite(value).all() for value in factors(tmp_path / "run").values())
     assert report(tmp_path / "run")["after"]["bits_per_byte"] > 0
