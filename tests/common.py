@@ -1,16 +1,18 @@
 """Small models that several tests build."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
 import numpy as np
 
 import keras_vaultgemma
-from keras_vaultgemma import VaultGemmaBackbone
+from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 from keras_vaultgemma.cli import main
 
 RELEASE_LIKE = dict(
@@ -38,7 +40,25 @@ IDS = {
 
 def random_backbone(**changes):
     """A small backbone with weights large enough to make every part of it matter."""
-    return VaultGemmaBackbone(**{**RELEASE_LIKE, **changes})
+    return VaultGemmaBackbone(**{**RELEASE_LIKE, "num_layers": 2, **changes})
+
+
+@functools.cache
+def _one_layer_preset():
+    tiny = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    changes = dict(num_layers=1, layer_types=["full_attention"])
+    backbone = VaultGemmaBackbone.from_config({**tiny.backbone.get_config(), **changes})
+    values = {v.path: v for v in tiny.backbone.variables}
+    for v in backbone.variables:
+        v.assign(values[v.path])
+    folder = tempfile.TemporaryDirectory()
+    VaultGemmaCausalLM(backbone, tiny.preprocessor).save_to_preset(f"{folder.name}/one_layer")
+    return folder
+
+
+def one_layer_preset():
+    """Folder of the bundled preset with its first layer alone, which compiles in a third of the time."""
+    return f"{_one_layer_preset().name}/one_layer"
 
 
 def to_numpy(x):

@@ -43,12 +43,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_garbage_collection():
+def quick_process():
     """Keras collects garbage whenever a layer is quantized; all generations take half a second where three backends are
     imported. What is imported is left out of all collections, and `gc.collect()` has the youngest two generations."""
     import keras
 
     keras.utils.set_random_seed(0)  # which imports TensorFlow
+    if keras.config.backend() == "tensorflow" and not os.environ.get("FULL_OPTIMIZATION"):
+        import tensorflow as tf
+
+        # Grappler takes a fifth of the time of compiling a small model.
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     collect = gc.collect
     collect()
     gc.freeze()
@@ -70,7 +75,7 @@ def model():
 
     from keras_vaultgemma import VaultGemmaCausalLM
 
-    return VaultGemmaCausalLM(random_backbone())
+    return VaultGemmaCausalLM(random_backbone(num_layers=1))
 
 
 @pytest.fixture(scope="session")

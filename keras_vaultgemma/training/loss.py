@@ -180,10 +180,9 @@ def _chunked_cross_entropy(terms, targets, weights, cap, with_gradient, chunk_si
 
 def _loop_over_chunks(terms, targets, weights, cap, with_gradient, chunk_size):
     """Return the results of `_chunk_cross_entropy` of N tokens, `chunk_size` at a time."""
-    count = ops.shape(targets)[0]
-    if isinstance(count, int):
-        # Chunks of nearly equal size, because the padding of the last one is computed as well.
-        chunk_size = -(-count // -(-count // chunk_size))
+    count = ops.shape(targets)[0]  # a tensor where TensorFlow does not know the batch size
+    # Chunks of nearly equal size, because the padding of the last one is computed as well.
+    chunk_size = -(-count // -(-count // chunk_size))
     padded = -(-count // chunk_size) * chunk_size
     position = ops.arange(count, dtype="int32")
     # A stable sort that puts the tokens of weight 0 last.

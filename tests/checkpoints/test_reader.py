@@ -461,7 +461,7 @@ def test_keras_hub_post_norms_raise(tmp_path):
 def own_preset(tmp_path_factory):
     """(backbone, its folder, which no test may change)."""
     backbone, folder = (
-        random_backbone(num_key_value_heads=2),
+        random_backbone(num_layers=3, num_key_value_heads=2),
         tmp_path_factory.mktemp("preset") / "own",
     )
     backbone.save_to_preset(folder)
@@ -523,7 +523,7 @@ def test_only_keras_loads_a_quantized_preset(tmp_path):
 
 
 def test_only_keras_loads_a_sharded_preset(tmp_path):
-    random_backbone().save_to_preset(tmp_path / "shards", max_shard_size=0.0002)
+    random_backbone(num_layers=3).save_to_preset(tmp_path / "shards", max_shard_size=0.0002)
     assert len(list((tmp_path / "shards").glob("*.h5"))) > 1
     with pytest.raises(
         KerasOnly, match="must have its weights in one file, model.weights.h5. Received: several"

@@ -51,7 +51,8 @@ def weights():
 
 def test_paths_and_shapes_are_the_backbones(weights):
     expected = {
-        variable.path: tuple(variable.shape) for variable in random_backbone(**SIZES).variables
+        variable.path: tuple(variable.shape)
+        for variable in random_backbone(**{**RELEASE_LIKE, **SIZES}).variables
     }
     assert {weight.path: weight.shape for weight in weights} == expected
     assert sum(weight.size for weight in weights) == sum(map(math.prod, expected.values()))
@@ -76,7 +77,7 @@ def test_names_and_shapes_in_the_other_libraries(weights):
 
 
 def test_names_and_values_in_keras_own_file(weights, tmp_path):
-    backbone = random_backbone(**SIZES)
+    backbone = random_backbone(**{**RELEASE_LIKE, **SIZES})
     backbone.save_weights(tmp_path / "model.weights.h5")
     saved = open_hdf5(tmp_path / "model.weights.h5")
     assert saved.keys() == {weight.locations[KERAS].name for weight in weights}

@@ -152,7 +152,7 @@ def content(path):
 
 
 def build(tiny, dtype, has_text, **changes):
-    backbone = random_backbone(dtype=dtype, name=BACKBONE_NAME, **changes)
+    backbone = random_backbone(**{**RELEASE_LIKE, **changes}, dtype=dtype, name=BACKBONE_NAME)
     preprocessor = tiny.preprocessor if has_text else None
     return VaultGemmaCausalLM(backbone, preprocessor, name=TASK_NAME)
 

@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import keras
 import keras_hub
@@ -26,6 +26,34 @@ def sampler(name, **kwargs):
     return keras_hub.samplers.get({"class_name": name, "config": kwargs})
 
 
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return VaultGemmaCausalLM(random_backbone(num_layers=1))
+
+
+@cache
+def greedy_generator(model):
+    """One generator for all tests of a model, because compiling it takes most of a test's time."""
+    return Generator(model, keras_hub.samplers.GreedySampler())
+
+
+RANDOM = {"random": {}, "top_k": dict(k=4), "top_p": dict(p=0.7)}
+
+
+@cache
+def shared_random_generator(model, name):
+    return Generator(model, OWN() if name == "own" else sampler(name, **RANDOM[name]))
+
+
+def random_generator(model, name, seed=0):
+    """The model's only generator of a sampler, which begins again with a seed."""
+    generator = shared_random_generator(model, name)
+    (state,) = generator.sampler.variables
+    state.assign([seed, 0])
+    return generator
+
+
 @pytest.fixture(params=[dict(num_layers=2), SLIDING])
 def backbone(request):
     return random_backbone(num_key_value_heads=2, **request.param)
@@ -40,13 +68,13 @@ def test_greedy_equals_the_naive_loop(backbone):
 
 
 def test_eager_equals_compiled(model):
-    greedy = keras_hub.samplers.GreedySampler()
-    expected = Generator(model, greedy).generate(ROWS[:2], [5, 5]).tokens
-    assert Generator(model, greedy, run_eagerly=True).generate(ROWS[:2], [5, 5]).tokens == expected
+    eager = Generator(model, keras_hub.samplers.GreedySampler(), run_eagerly=True)
+    expected = greedy_generator(model).generate(ROWS[:2], [5, 5]).tokens
+    assert eager.generate(ROWS[:2], [5, 5]).tokens == expected
 
 
 def test_rows_stop_at_their_own_limit(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     full = generator.generate(ROWS, [8] * 4).tokens
     assert generator.generate(ROWS, [0, 8, 3, 1]).tokens == [
         full[0][:0],
@@ -58,7 +86,7 @@ def test_rows_stop_at_their_own_limit(model):
 
 
 def test_rows_stop_at_a_stop_id_and_the_others_continue(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     full = generator.generate(ROWS, [12] * 4).tokens
     stop = full[2][4]
     expected = [cut_after_stop(row, [stop]) for row in full]
@@ -81,7 +109,7 @@ def test_decoding_ends_with_the_last_row(model):
 
 
 def test_more_stop_ids_than_one_block(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     full = generator.generate(ROWS[:1], [6]).tokens[0]
     others = [i for i in range(128) if i not in full][:9]
     assert generator.generate(ROWS[:1], [6], [*others, full[3]]).tokens[0] == cut_after_stop(
@@ -89,24 +117,26 @@ def test_more_stop_ids_than_one_block(model):
     )
 
 
-@pytest.mark.parametrize(
-    "name, config", [("random", {}), ("top_k", dict(k=4)), ("top_p", dict(p=0.7))]
-)
-def test_a_seed_repeats_and_the_next_call_continues(model, name, config):
-    def generator(seed):
-        return Generator(model, sampler(name, seed=seed, **config))
-
-    first, second = generator(1), generator(1)
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_seed_repeats_and_the_next_call_continues(model, name):
+    first = random_generator(model, name, seed=1)
     a, b = first.generate(ROWS, [10] * 4).tokens, first.generate(ROWS, [10] * 4).tokens
     assert a != b
-    assert [second.generate(ROWS, [10] * 4).tokens for _ in range(2)] == [a, b]
-    assert generator(2).generate(ROWS, [10] * 4).tokens != a
+    again = random_generator(model, name, seed=1)
+    assert [again.generate(ROWS, [10] * 4).tokens for _ in range(2)] == [a, b]
+    assert random_generator(model, name, seed=2).generate(ROWS, [10] * 4).tokens != a
+
+
+def test_the_seed_is_that_of_the_sampler(model):
+    new = Generator(model, sampler("random", seed=7)).generate(ROWS, [10] * 4).tokens
+    assert new == random_generator(model, "random", seed=7).generate(ROWS, [10] * 4).tokens
 
 
 def test_sampling_follows_the_distribution(model):
     """Frequencies of the first token over many draws: within four standard deviations of its probabilities."""
     row, draws = [2, 17, 5], 2000
-    found = Generator(model, sampler("random", seed=3)).generate([row] * draws, [1] * draws).tokens
+    generator = random_generator(model, "random", seed=3)
+    found = generator.generate([row] * draws, [1] * draws).tokens
     logits = reference.logits(model.backbone, row)[-1]
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -115,7 +145,7 @@ def test_sampling_follows_the_distribution(model):
 
 
 def test_low_temperature_is_greedy(model):
-    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
+    greedy = greedy_generator(model).generate(ROWS, [6] * 4).tokens
     assert (
         Generator(model, sampler("random", seed=0, temperature=1e-4)).generate(ROWS, [6] * 4).tokens
         == greedy
@@ -134,7 +164,7 @@ def test_a_custom_sampler(model):
             allowed = keras.ops.arange(probabilities.shape[-1]) != self.forbidden
             return keras.ops.argmax(keras.ops.where(allowed, probabilities, 0.0), axis=-1)
 
-    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [4]).tokens[0]
+    greedy = greedy_generator(model).generate(ROWS[:1], [4]).tokens[0]
     found = Generator(model, Never(greedy[0])).generate(ROWS[:1], [4]).tokens[0]
     assert greedy[0] not in found
     logits = reference.logits(model.backbone, ROWS[0])[-1]
@@ -168,16 +198,13 @@ def test_log_probs_are_those_of_the_model(model):
             np.testing.assert_allclose(log_probs, expected[range(len(tokens)), tokens], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, config", [("greedy", {}), ("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
-)
-def test_the_compiled_loop_equals_the_eager_one(model, monkeypatch, name, config):
+@pytest.mark.parametrize("name", ["greedy", *RANDOM])
+def test_the_compiled_loop_equals_the_eager_one(model, monkeypatch, name):
     """With the sampler's own seed, and with every option."""
     settings = Settings(seed=5, repetition_penalty=1.3, min_p=0.01, logit_bias={7: -2.0})
     for options in ({}, dict(settings=settings)):
-        eager, compiled = (
-            Generator(model, sampler(name, **config), run_eagerly=e) for e in (True, False)
-        )
+        eager = Generator(model, sampler(name, **RANDOM.get(name, {})), run_eagerly=True)
+        compiled = greedy_generator(model) if name == "greedy" else random_generator(model, name)
         # On PyTorch steps are recorded after a few calls.
         monkeypatch.setattr(recording, "EAGER_CALLS", 2)
         expected, found = (g.generate(ROWS, [12, 5, 12, 9], **options) for g in (eager, compiled))
@@ -187,7 +214,7 @@ def test_the_compiled_loop_equals_the_eager_one(model, monkeypatch, name, config
 
 
 def test_finish_reasons(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     tokens = generator.generate(ROWS, [6] * 4).tokens
     found = generator.generate(ROWS, [6, 0, 6, 6], [tokens[0][3]])
     assert found.finish_reasons[:2] == ["stop", "length"]
@@ -196,11 +223,9 @@ def test_finish_reasons(model):
     ]
 
 
-@pytest.mark.parametrize(
-    "name, config", [("random", {}), ("top_k", dict(k=9)), ("top_p", dict(p=0.9))]
-)
-def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name, config):
-    generator = Generator(model, sampler(name, seed=0, **config))
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name):
+    generator = random_generator(model, name)
     settings = Settings(seed=7)
     alone = [generator.generate([row], [10], settings=settings).tokens[0] for row in ROWS]
     assert generator.generate(ROWS, [10] * 4, settings=settings).tokens == alone
@@ -211,15 +236,26 @@ def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name, config):
 
 
 def test_a_seed_does_not_advance_the_sampler(model):
-    first, second = (Generator(model, sampler("random", seed=1)) for _ in range(2))
-    first.generate(ROWS, [5] * 4, settings=Settings(seed=9))
-    assert first.generate(ROWS, [5] * 4).tokens == second.generate(ROWS, [5] * 4).tokens
+    generator = random_generator(model, "random", seed=1)
+    expected = generator.generate(ROWS, [5] * 4).tokens
+    random_generator(model, "random", seed=1).generate(ROWS, [5] * 4, settings=Settings(seed=9))
+    assert generator.generate(ROWS, [5] * 4).tokens == expected
 
 
-@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 1), (OWN, 2)])
-def test_a_random_sampler_is_usable_after_an_interrupt(model, kind, draws):
+@pytest.mark.parametrize("name, draws", [("top_k", 1), ("own", 2)])
+def test_a_random_sampler_is_usable_after_an_interrupt(model, name, draws):
     """Ctrl-C is raised while Python waits for a step, whose arguments are donated by then."""
-    interrupted, other = (Generator(model, kind(seed=1)) for _ in range(2))
+
+    def texts(generator):
+        return [
+            generator.generate(ROWS, [6] * 4, settings=settings).tokens
+            for settings in (Settings(seed=4), Settings())
+        ]
+
+    generator = random_generator(model, name, seed=1)
+    generator.generate(ROWS[:1], [2])
+    expected = texts(generator)
+    interrupted = random_generator(model, name, seed=1)
     decode = interrupted._decode[False]
 
     def interrupt(*args):
@@ -232,17 +268,14 @@ def test_a_random_sampler_is_usable_after_an_interrupt(model, kind, draws):
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     interrupted._decode[False] = decode
-    other.generate(ROWS[:1], [2])
     (state,) = interrupted.sampler.variables
     assert to_numpy(state).tolist() == [1, draws]
-    for settings in (Settings(seed=4), Settings()):
-        expected = other.generate(ROWS, [6] * 4, settings=settings)
-        assert interrupted.generate(ROWS, [6] * 4, settings=settings).tokens == expected.tokens
+    assert texts(interrupted) == expected
 
 
-@pytest.mark.parametrize("kind, draws", [(keras_hub.samplers.TopKSampler, 3), (OWN, 14)])
-def test_calls_between_the_steps_of_a_stream_draw_new_numbers(model, kind, draws):
-    generator = Generator(model, kind(seed=1))
+@pytest.mark.parametrize("name, draws", [("top_k", 3), ("own", 14)])
+def test_calls_between_the_steps_of_a_stream_draw_new_numbers(model, name, draws):
+    generator = random_generator(model, name, seed=1)
     stream, texts = generator.stream(ROWS[:1], [4], interval=1), []
     next(stream)
     for _ in range(2):
@@ -263,7 +296,7 @@ def test_repetition_penalty_counts_the_prompt_and_new_tokens(model):
         seen = sorted(set(expected))
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         expected.append(int(logits.argmax()))
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     settings = Settings(repetition_penalty=penalty)
     assert (
         generator.generate([row, ROWS[2]], [12, 3], settings=settings).tokens[0]
@@ -272,7 +305,7 @@ def test_repetition_penalty_counts_the_prompt_and_new_tokens(model):
 
 
 def test_logit_bias_forbids_and_forces(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     plain = generator.generate(ROWS, [4] * 4).tokens
     forbidden = {row[0]: -np.inf for row in plain}
     found = generator.generate(ROWS, [4] * 4, settings=Settings(logit_bias=forbidden)).tokens
@@ -284,9 +317,9 @@ def test_logit_bias_forbids_and_forces(model):
 
 
 def test_min_p_of_one_is_greedy(model):
-    greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6] * 4).tokens
+    greedy = greedy_generator(model).generate(ROWS, [6] * 4).tokens
     assert (
-        Generator(model, sampler("random", seed=0))
+        random_generator(model, "random")
         .generate(ROWS, [6] * 4, settings=Settings(min_p=1.0))
         .tokens
         == greedy
@@ -294,7 +327,7 @@ def test_min_p_of_one_is_greedy(model):
 
 
 def test_stream_yields_the_tokens_of_generate(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     expected = generator.generate(ROWS, [9, 2, 5, 9])
     parts = list(generator.stream(ROWS, [9, 2, 5, 9], interval=1))
     assert [[len(row) for row in new] for new, _ in parts] == [[1] * 4] * 2 + [[1, 0, 1, 1]] * 3 + [
@@ -308,7 +341,7 @@ def test_stream_yields_the_tokens_of_generate(model):
 
 
 def test_rows_end_where_the_callback_returns_true(model):
-    generator = Generator(model, keras_hub.samplers.GreedySampler())
+    generator = greedy_generator(model)
     full = generator.generate(ROWS, [20] * 4).tokens
     found = generator.generate(
         ROWS, [20] * 4, ends=lambda i, row: (i == 1 and len(row) >= 3) or i == 3

@@ -57,11 +57,12 @@ def test_contrastive_search_equals_the_written_out_one(model):
     k, alpha, row = 4, 0.6, list(ROWS[0])
 
     def hidden(row):
-        x = {"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}
-        states = to_numpy(model.backbone(x))
-        return states[0] / np.linalg.norm(states[0], axis=-1, keepdims=True), to_numpy(model(x))[
-            0, -1
-        ]
+        mask = np.arange(16)[None] < len(row)  # one length, because each is compiled
+        x = {"token_ids": np.resize(row, (1, 16)) * mask, "padding_mask": mask.astype("int32")}
+        states = model.backbone(x)
+        logits = to_numpy(model.logits(states))[0, len(row) - 1]
+        states = to_numpy(states)[0, : len(row)]
+        return states / np.linalg.norm(states, axis=-1, keepdims=True), logits
 
     for _ in range(8):
         logits = hidden(row)[1].astype("float64")

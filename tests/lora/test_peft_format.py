@@ -24,7 +24,7 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 def base(tmp_path_factory):
     """Return our model, and a folder with the same weights for transformers."""
     folder = tmp_path_factory.mktemp("base")
-    model = VaultGemmaCausalLM(random_backbone())
+    model = VaultGemmaCausalLM(random_backbone(num_layers=3))
     model.save_to_preset(folder / "keras")
     convert(folder / "keras", folder / "hf", to="hf", progress=False)
     return model, folder / "hf"

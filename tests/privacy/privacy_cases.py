@@ -1,8 +1,10 @@
 """Models, data and plain computations that the tests of privacy share."""
 
+import functools
+
 import keras
 import numpy as np
-from common import LINES, random_backbone, to_numpy, value_and_gradients
+from common import LINES, one_layer_preset, random_backbone, to_numpy, value_and_gradients
 from keras import ops
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
@@ -28,6 +30,13 @@ def private_model(lora=False, clip_norm=C, **changes):
     settings = privacy.DPSGD(noise_multiplier=1.0, clip_norm=clip_norm, delta=1e-5)
     model.compile(keras.optimizers.SGD(1.0), privacy=settings)
     return model
+
+
+@functools.cache
+def shared(name):
+    """One of `MODELS`, which no test may change, and its compiled functions."""
+    keras.utils.set_random_seed(0)
+    return private_model(**MODELS[name])
 
 
 def some_rows(count, length=9, vocabulary_size=48, seed=0):
@@ -58,21 +67,23 @@ def sum_of(model, rows, count=None, size=1):
 
 
 def compiled(model):
-    if not hasattr(model, "_compiled_sum"):
-        model._compiled_sum = {}
-    if model.private_training.microbatch not in model._compiled_sum:
+    training = model.private_training
+    return compiled_sum(model, training.microbatch, training.settings.clip_norm)
 
-        def function(rows, count):
-            clipped, _ = model.private_training.clipped_sum(rows, count)
-            return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
 
-        run = backend.compile_function(
-            function, [*model.variables, *model.metrics_variables], jit_compile=False
-        )
-        model._compiled_sum[model.private_training.microbatch] = lambda rows, count: run(
-            keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
-        )
-    return model._compiled_sum[model.private_training.microbatch]
+@functools.cache
+def compiled_sum(model, microbatch, clip_norm):
+    """Compile the sum with the model's microbatch and clipping norm, which are the arguments."""
+
+    def function(rows, count):
+        clipped, _ = model.private_training.clipped_sum(rows, count)
+        return clipped.gradients, clipped.loss, clipped.clipped, clipped.not_finite
+
+    variables = [*model.variables, *model.metrics_variables]
+    run = backend.compile_function(function, variables, jit_compile=False)
+    return lambda rows, count: run(
+        keras.tree.map_structure(ops.convert_to_tensor, rows), ops.convert_to_tensor(count)
+    )
 
 
 def plain_gradients(model, rows):
@@ -147,7 +158,7 @@ def values(model):
 
 
 def tiny_model(**settings):
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     model.preprocessor.sequence_length = 24
     model.backbone.enable_lora(4)
     settings = {"noise_multiplier": 1.0, "delta": 1e-4, **settings}

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from common import LINES
+from common import LINES, one_layer_preset
 from privacy_cases import (
     BATCH,
     ROWS,
@@ -191,7 +191,7 @@ def test_the_ledger_is_saved_with_the_weights(tmp_path):
     model.fit(LINES, batch_size=2, verbose=0)
     found = model.privacy.ledger
     lora.save_adapter(model, tmp_path / "adapter")
-    fresh = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    fresh = VaultGemmaCausalLM.from_preset(one_layer_preset())
     lora.load_adapter(fresh, tmp_path / "adapter")
     assert fresh.privacy.ledger == found and fresh.privacy.spent() == model.privacy.spent()
 

@@ -18,6 +18,7 @@ from privacy_cases import (
     plain_gradients,
     plain_sum,
     private_model,
+    shared,
     some_rows,
     sum_of,
     take,
@@ -28,13 +29,13 @@ from keras_vaultgemma.privacy import mechanism
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_to_a_plain_loop_over_rows(name):
-    model, rows = private_model(**MODELS[name]), some_rows(7)
+def test_equal_to_a_plain_loop_over_rows(monkeypatch, name):
+    model, rows = shared(name), some_rows(7)
     found, losses = plain_gradients(model, rows)
     _, norms = plain_sum(found)
-    model.private_training.settings.clip_norm = clip_norm = float(
-        np.mean(np.sort(norms)[3:5])
-    )  # four rows are below it, three above
+    # Four rows are below it, three above.
+    clip_norm = float(np.mean(np.sort(norms)[3:5]))
+    monkeypatch.setattr(model.private_training.settings, "clip_norm", clip_norm)
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
     for size in (1, 3) if "LoRA" in name else (1,):
         clipped = sum_of(model, rows, size=size)
@@ -57,7 +58,7 @@ def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
     monkeypatch.setattr(
         mechanism, "sum_rounding", lambda rows, size: 0.0
     )  # ρ depends on the capacity
-    model, rows = private_model(**MODELS[name]), some_rows(6)
+    model, rows = private_model(**MODELS[name]), some_rows(6)  # a sum without ρ of its own
     for size in (1, 4) if name == "LoRA" else (1,):
         few, cut = (
             sum_of(model, take(rows, range(3)), size=size),
@@ -72,7 +73,7 @@ def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_changes_the_sum_by_at_most_c(name):
     """The bound holds strictly, in float32, in 50 cases for each of 4 models."""
-    model = private_model(**MODELS[name])
+    model = shared(name)
 
     @settings(max_examples=50, deadline=None, derandomize=True)
     @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 5))
@@ -207,7 +208,7 @@ def test_bfloat16_is_equal_to_a_plain_loop_over_rows(name):
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(size):
     """It is the first row of its microbatch, with a weight that overflows, and the rows next to it are unchanged."""
-    model, (x, y, weight) = private_model(**MODELS["LoRA"]), some_rows(6)
+    model, (x, y, weight) = shared("LoRA"), some_rows(6)
     rows = (x, y, weight.astype("float32"))
     finite = sum_of(model, take(rows, range(1, 6)), size=1)
     rows[2][0, 0] = np.inf
@@ -262,7 +263,7 @@ def test_the_standard_deviation_of_the_noise():
 @pytest.mark.parametrize("name", ["full, both caps", "LoRA"])
 def test_equal_to_jax_privacy(name):
     clipping = pytest.importorskip("jax_privacy.clipping")
-    model, (x, y, weight) = private_model(**MODELS[name]), some_rows(6)
+    model, (x, y, weight) = shared(name), some_rows(6)
     fixed = [(v, v.value) for v in model.non_trainable_variables]
 
     def loss(values, rows):
@@ -288,26 +289,28 @@ import keras, numpy as np
 from keras_vaultgemma import VaultGemmaCausalLM, privacy
 model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
 model.preprocessor.sequence_length = 32
-if sys.argv[2] == "lora":
-    model.backbone.enable_lora(4)
-    for v in model.trainable_variables:
-        v.assign(np.random.default_rng(sum(map(ord, v.path))).normal(0, 0.02, v.shape))
-model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=1.0, clip_norm=0.5))
-rows = keras.utils.unpack_x_y_sample_weight(model.preprocessor(sys.argv[3:]))
-model.private_training.microbatch = 2 if sys.argv[2] == "lora" else 1
-rows = keras.tree.map_structure(keras.ops.convert_to_tensor, rows)
-clipped, _ = model.private_training.clipped_sum(rows, keras.ops.convert_to_tensor(np.int32(len(sys.argv) - 3)))
-np.savez(sys.argv[1], *[keras.ops.convert_to_numpy(g.detach() if hasattr(g, "detach") else g) for g in clipped.gradients])
+rows = keras.utils.unpack_x_y_sample_weight(model.preprocessor(sys.argv[2:]))
+rows, found = keras.tree.map_structure(keras.ops.convert_to_tensor, rows), []
+for microbatch in (1, 2):
+    if microbatch == 2:
+        model.backbone.enable_lora(4)
+        for v in model.trainable_variables:
+            v.assign(np.random.default_rng(sum(map(ord, v.path))).normal(0, 0.02, v.shape))
+    model.compile(keras.optimizers.SGD(1.0), privacy=privacy.DPSGD(noise_multiplier=1.0, clip_norm=0.5))
+    model.private_training.microbatch = microbatch
+    clipped, _ = model.private_training.clipped_sum(rows, keras.ops.convert_to_tensor(np.int32(len(sys.argv) - 2)))
+    found += [keras.ops.convert_to_numpy(g.detach() if hasattr(g, "detach") else g) for g in clipped.gradients]
+np.savez(sys.argv[1], *found)
 """
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="the test itself runs all three backends")
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_three_backends_agree(tmp_path, kind):
+def test_three_backends_agree(tmp_path):
+    """On the sum of all weights' gradients, one row at a time, and on that of LoRA factors, two at a time."""
     found = []
     for name in backend.BACKENDS:
         path = tmp_path / f"{name}.npz"
-        command = [sys.executable, "-c", DUMP, str(path), kind, *LINES]
+        command = [sys.executable, "-c", DUMP, str(path), *LINES]
         subprocess.run(command, env={**os.environ, "KERAS_BACKEND": name}, check=True)
         found.append([*np.load(path).values()])
     for other in found[1:]:

@@ -159,7 +159,7 @@ def test_keras_hub_to_both(tmp_path):
 
 
 def test_adapters_are_exported_merged(tmp_path):
-    backbone = random_backbone()
+    backbone = random_backbone(num_layers=3)
     backbone.enable_lora(3)
     layers = [
         getattr(block.attention, name)
@@ -193,7 +193,7 @@ def test_adapters_are_exported_merged(tmp_path):
 
 
 def test_float32_adapters_over_a_bfloat16_base_are_rounded_once(tmp_path):
-    backbone = random_backbone(dtype="bfloat16")
+    backbone = random_backbone(num_layers=3, dtype="bfloat16")
     backbone.enable_lora(3)
     query = backbone.transformer_layers[1].attention.query
     random = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from common import LINES, to_numpy
+from common import LINES, one_layer_preset, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, backend, finetune
 from keras_vaultgemma.data import text_files
@@ -27,9 +27,8 @@ def data(tmp_path):
 
 
 def run(data, output, **options):
-    return finetune(
-        data, output, **{"epochs": 2, "batch_size": 2, "sequence_length": 32, **options}
-    )
+    defaults = {"preset": one_layer_preset(), "epochs": 2, "batch_size": 2, "sequence_length": 32}
+    return finetune(data, output, **{**defaults, **options})
 
 
 def report(folder):
@@ -57,14 +56,14 @@ def test_an_adapter(data, tmp_path):
         "run.json",
     ]
 
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     before = measured(model, data)
     adapters.load_adapter(model, output / "adapter")
     after = measured(model, data)
     assert figures["before"]["nats"] == pytest.approx(before.nats, rel=1e-5)
     assert figures["after"]["nats"] == pytest.approx(after.nats, rel=1e-5)
     assert text.splitlines() == [
-        f"vaultgemma_tiny on {data}: 11 rows to train on, 1 held out",
+        f"{one_layer_preset()} on {data}: 11 rows to train on, 1 held out",
         f"Held out, before: {before}",
         f"Held out, after:  {after}",
         f"{output}/adapter: for lora.load_adapter(model, folder)",
@@ -111,7 +110,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 def factors(folder):
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     adapters.load_adapter(model, folder / "adapter")
     return {v.path: to_numpy(v) for v in model.trainable_variables}
 
@@ -164,7 +163,7 @@ def test_a_private_run(data, tmp_path, monkeypatch):
         line.endswith("zero-out neighbours); metrics are not covered")
         and "one row of at most 32 tokens" in line
     )
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     adapters.load_adapter(model, tmp_path / "run" / "adapter")
     spent = model.privacy.spent()
     assert (
@@ -205,7 +204,7 @@ def test_a_private_run_that_is_killed(data, tmp_path, monkeypatch, written):
         run(data, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "adapter").exists()
     text = run(data, tmp_path / "run", **options)
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     adapters.load_adapter(model, tmp_path / "run" / "adapter")
     spent = model.privacy.spent()
     # Killed in step 5 after step 4 was saved: two steps are done after that, of which one is done again.

@@ -142,7 +142,8 @@ def trained(
 ):
     """Return weights and logs after one step of SGD, with our loss (`auto`) or with Keras's."""
     keras.utils.set_random_seed(0)
-    model = VaultGemmaCausalLM(random_backbone(dtype=dtype, **dict(backbone_options)))
+    backbone = random_backbone(dtype=dtype, **{"num_layers": 1, **dict(backbone_options)})
+    model = VaultGemmaCausalLM(backbone)
     if mode:
         model.quantize("int8", config=mode)
     if lora_rank:
@@ -174,7 +175,7 @@ def trained(
 @pytest.mark.parametrize(
     "options",
     [
-        dict(),
+        dict(backbone_options=dict(num_layers=2)),
         dict(backbone_options=dict(final_logit_soft_cap=3.0, attention_logit_soft_cap=2.0)),
         dict(lora_rank=2, backbone_options=dict(num_key_value_heads=2)),
         dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
@@ -223,12 +224,13 @@ def test_mixed_precision():
 
 def random_weights(dtype):
     keras.utils.set_random_seed(0)
-    return random_backbone(dtype=dtype).trainable_variables
+    return random_backbone(num_layers=1, dtype=dtype).trainable_variables
 
 
 def test_gradient_checkpointing_changes_no_result():
-    weights, logs = trained(True, gradient_checkpointing=True)
-    expected_weights, expected_logs = trained(True)
+    two_layers = dict(num_layers=2)
+    weights, logs = trained(True, two_layers, gradient_checkpointing=True)
+    expected_weights, expected_logs = trained(True, two_layers)
     for value, expected in zip(weights, expected_weights, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(logs["loss"], expected_logs["loss"], rtol=1e-6)
@@ -321,7 +323,7 @@ def test_gradients_with_an_int8_table_are_straight_through(rounds_rows):
 @pytest.mark.parametrize("config", [None, WEIGHTS_ALONE], ids=["int8", "weights_alone"])
 def test_int8_model_fits_its_adapter(config):
     keras.utils.set_random_seed(0)
-    model = VaultGemmaCausalLM(random_backbone())
+    model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     model.quantize("int8", config=config)
     model.backbone.enable_lora(4)
     model.compile(keras.optimizers.Adam(0.01))
@@ -350,13 +352,41 @@ def test_no_array_holds_all_logits():
     assert not {(N, V), (V, N), (40, V), (V, 40)} & shapes
 
 
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="other backends know all shapes")
+def test_a_chunk_has_no_more_tokens_than_a_batch_of_unknown_size(monkeypatch):
+    """`fit` compiles for any batch size if the last batch is smaller than the others."""
+    import tensorflow as tf
+
+    sizes, logits = [], LogitTerm.logits
+
+    def count(self):
+        tf.numpy_function(lambda rows: sizes.append(len(rows)), [self.rows], [])
+        return logits(self)
+
+    monkeypatch.setattr(LogitTerm, "logits", count)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, D)), tf.TensorSpec((None,), tf.int32)])
+    def losses(rows, targets):
+        terms = [LogitTerm(rows, TABLE, is_trained=True)]
+        return loss.cross_entropy(terms, targets, ops.ones_like(targets), chunk_size=30)[1]
+
+    for count_of_rows, expected in ((N, [19, 19]), (7, [7]), (1, [1])):
+        sizes.clear()
+        found = losses(ROWS[:count_of_rows], TARGETS[:count_of_rows])
+        probabilities = np.exp(ROWS @ TABLE.T)
+        probabilities /= probabilities.sum(1, keepdims=True)
+        plainly = -np.log(probabilities[np.arange(N), TARGETS])[:count_of_rows]
+        np.testing.assert_allclose(to_numpy(found), plainly, rtol=1e-5, atol=1e-5)
+        assert sizes == expected
+
+
 @pytest.mark.skipif(backend.NAME == "torch", reason="PyTorch has no compiler that could undo it")
 def test_the_compiled_function_recomputes():
     """A compiler that eliminates the recomputation as a common subexpression saves no memory."""
 
     def products(gradient_checkpointing):
         keras.utils.set_random_seed(0)
-        backbone = random_backbone()
+        backbone = random_backbone(num_layers=1)
         backbone.gradient_checkpointing = gradient_checkpointing
         variables = backbone.trainable_variables
 
@@ -366,8 +396,8 @@ def test_the_compiled_function_recomputes():
 
         return len(re.findall(r"= \S+ dot\(", optimized(total, [to_numpy(v) for v in variables])))
 
-    # The seven projections of each of three layers.
-    assert products(True) >= products(False) + 21
+    # The seven projections of the layer.
+    assert products(True) >= products(False) + 7
 
 
 def optimized(total, arrays):
