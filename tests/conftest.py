@@ -1,7 +1,9 @@
 """Fixtures that several tests share, and what keeps the suite fast.
 
-Markers: `any_backend` for tests that no backend changes (they run on the first backend of `make test` only), `long` for
-tests that only `make test-all` runs.
+Markers: `any_backend` for tests that no backend changes, which run on the first backend only; `first_backend` for tests
+in which a model trains or generates, but which are not about that: they run on the first backend of `make test`, and on
+all of `make test-all`, as tests marked `every_backend` of a file so marked do in both; `long` for tests that only
+`make test-all` runs.
 """
 
 import gc
@@ -34,6 +36,8 @@ test_audit test_parity test_commands test_accounting test_hostile test_reader te
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "any_backend: no backend changes the result; runs on one")
+    config.addinivalue_line("markers", "first_backend: runs on one, and on all in `make test-all`")
+    config.addinivalue_line("markers", "every_backend: an exception to `first_backend`")
     config.addinivalue_line("markers", "long: runs in `make test-all` only")
 
 
@@ -44,8 +48,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_process():
-    """Keras collects garbage whenever a layer is quantized; all generations take half a second where three backends are
-    imported. What is imported is left out of all collections, and `gc.collect()` has the youngest two generations."""
+    """Settings of a worker's process that save time and change no result.
+
+    Keras collects garbage whenever a layer is quantized; all generations take half a second where three backends are
+    imported. What is imported is left out of all collections, `gc.collect()` has the youngest two generations, and
+    the oldest, to which compiled functions add millions of objects, is hardly ever collected.
+    """
     import keras
 
     keras.utils.set_random_seed(0)  # which imports TensorFlow
@@ -57,6 +65,7 @@ def quick_process():
     collect = gc.collect
     collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 1000)
     gc.collect = lambda generation=1: collect(generation)
     yield
     gc.collect = collect

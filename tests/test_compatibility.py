@@ -120,11 +120,13 @@ def test_a_quantized_task():
     check(model, "int8")
 
 
+@pytest.mark.first_backend
 def test_a_task_in_several_files():
     assert len(list((SAVED / "shards").glob("*.weights.h5"))) > 1
     same_weights(load("shards"), load())
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("folder", ["converted_to_hf", "converted_to_keras"])
 def test_a_converted_task(folder):
     model = VaultGemmaCausalLM.from_preset(SAVED / folder)
@@ -134,6 +136,7 @@ def test_a_converted_task(folder):
     )
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("to", ["hf", "keras"])
 def test_a_conversion_writes_the_same_values(to, tmp_path):
     """Of a file that was converted, again: the file of weights is the same to the byte for "hf"."""
@@ -235,6 +238,7 @@ def test_an_interrupted_private_run_ends_as_it_did(tmp_path, home):
     assert model.privacy.ledger == read_ledger(folder / FILE)
 
 
+@pytest.mark.first_backend
 def test_an_interrupted_fine_tuning_ends_as_it_did(tmp_path, monkeypatch):
     folder = copy_of("finetune", tmp_path)
     monkeypatch.chdir(SAVED)  # The option `preset` is compared as it was given.

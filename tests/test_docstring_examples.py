@@ -29,6 +29,7 @@ def test_there_is_an_example(name):
     assert examples(OBJECTS[name])
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("name", parameters(name for name, x in DOCUMENTED.items() if examples(x)))
 def test_examples_run(name, tmp_path, monkeypatch):
     """All blocks of a docstring share one namespace, in an empty folder."""

@@ -41,7 +41,7 @@ def compile_function(function, variables, donate=(), jit_compile=True):
         import tensorflow as tf
 
         is_narrow = any(v.dtype in ("bfloat16", "float16", "int8") for v in variables)
-        return tf.function(function, jit_compile=jit_compile or is_narrow)
+        return tf.function(function, jit_compile=jit_compile or is_narrow, autograph=False)
 
     import torch
 

@@ -142,6 +142,7 @@ def test_packed_segments_equal_separate_rows(preprocessor, sliding):
     assert loss == pytest.approx(np.concatenate(labelled).mean(), rel=1e-5)
 
 
+@pytest.mark.first_backend
 def test_fit_takes_every_form(preprocessor):
     """An epoch on each from the same weights leads to the same weights."""
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))

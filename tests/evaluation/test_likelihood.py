@@ -19,6 +19,7 @@ def test_perplexity_and_bits_per_byte():
     assert math.isnan(Likelihood(math.nan, 10, 20).perplexity)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("texts", [LINES, ["한국 𒀀𒁀 <table>\n\n\n a   b\t1234 <0x41>", "<bos>"]])
 def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
     data = TextRecords(texts, None).tokenize(tiny.preprocessor, packed=True)
@@ -50,6 +51,7 @@ def test_only_responses_count(tiny):
     assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.first_backend
 @pytest.mark.filterwarnings("ignore:.*were truncated")
 def test_truncated_labels_do_not_count(tiny):
     preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)

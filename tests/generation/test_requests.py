@@ -62,6 +62,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(tiny):
     )
 
 
+@pytest.mark.first_backend
 def test_a_stop_string_does_not_begin_in_the_prompt(tiny):
     full = tiny.generate(PROMPTS[0], max_new_tokens=8)
     at = len(PROMPTS[0])
@@ -70,6 +71,7 @@ def test_a_stop_string_does_not_begin_in_the_prompt(tiny):
         assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=8, stop=stop)) == full[at:]
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("is_random", [False, True])
 def test_stop_strings_with_prompt_lookup_and_with_a_seed(tiny, is_random):
     options = dict(seed=3) if is_random else dict(prompt_lookup=True)
@@ -89,6 +91,7 @@ def test_stop_strings_with_prompt_lookup_and_with_a_seed(tiny, is_random):
         assert len(stream.ids) == len(log_probs) <= 30
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "stop, expected",
     [
@@ -140,6 +143,7 @@ def test_log_probs_and_finish_reasons(tiny):
     assert tiny.generate(PROMPTS[0], max_new_tokens=2, return_finish_reason=True).log_probs is None
 
 
+@pytest.mark.first_backend
 def test_ids_end_with_the_token_that_completes_a_stop_string(tiny):
     row = tiny.preprocessor.tokenize_prompts(PROMPTS[:1])[0]
     ids = tiny.generate(row, max_new_tokens=20, strip_prompt=True)
@@ -167,6 +171,7 @@ def test_stream_joined_is_generate(tiny, kwargs):
     assert len(pieces) > 3 or kwargs
 
 
+@pytest.mark.first_backend
 def test_stream_of_a_chat_and_of_a_search(tiny):
     assert "".join(tiny.stream(CHAT, max_new_tokens=15)) == tiny.generate(CHAT, max_new_tokens=15)
     # Force the end of the turn after it began to answer.
@@ -177,6 +182,7 @@ def test_stream_of_a_chat_and_of_a_search(tiny):
     assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=5)) == continuation(tiny, PROMPTS[0], 5)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("stop", [(), ">", "<end", "story"])
 def test_the_end_of_turn_is_not_part_of_a_reply(tiny, writes, stop):
     row = list(map(int, tiny.preprocessor.tokenizer("A reply.<end_of_turn>")))
@@ -190,6 +196,7 @@ def test_the_end_of_turn_is_not_part_of_a_reply(tiny, writes, stop):
     assert "".join(stream) == "A reply." and stream.finish_reason == "stop" and stream.ids == row
 
 
+@pytest.mark.first_backend
 def test_the_end_of_turn_is_text_where_it_is_no_stop_id(tiny):
     end = tiny.preprocessor.tokenizer.end_of_turn_id
     options = dict(max_new_tokens=3, stop_token_ids=None, logit_bias={end: 1e4})

@@ -31,6 +31,7 @@ def test_beam_search_finds_what_a_full_search_finds(model):
     assert found == [[int(i) for i in best]]
 
 
+@pytest.mark.first_backend
 def test_one_beam_is_greedy_for_rows_of_different_lengths(model):
     greedy = (
         Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6, 5, 4, 3]).tokens
@@ -96,6 +97,7 @@ def test_settings_are_rejected(model):
         )
 
 
+@pytest.mark.first_backend
 def test_finish_reasons_and_no_tokens(model):
     search = SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1))
     tokens = search.generate(ROWS[:1], [3]).tokens

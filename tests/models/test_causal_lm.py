@@ -45,6 +45,7 @@ def test_max_length_counts_the_prompt(tiny):
     assert len(ids[0]) == 12
 
 
+@pytest.mark.first_backend
 def test_chat_comes_back_as_the_reply(tiny):
     chat = [{"role": "user", "content": "Tell me a story."}]
     reply = tiny.generate(chat, max_new_tokens=6)
@@ -56,6 +57,7 @@ def test_chat_comes_back_as_the_reply(tiny):
     assert tiny.generate([chat, chat], max_new_tokens=6) == [reply] * 2
 
 
+@pytest.mark.first_backend
 def test_text_stops_at_eos_and_chat_also_at_the_end_of_the_turn(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -188,6 +190,7 @@ def test_save_and_reload_to_the_bit(tmp_path, dtype):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preset"]
 
 
+@pytest.mark.first_backend
 def test_reload_after_fine_tuning(tmp_path):
     model = load_tiny()
     model.fit(LINES, batch_size=4, verbose=0)
@@ -214,12 +217,14 @@ def test_int8(tmp_path):
     assert again.generate("Once upon a time", max_new_tokens=8) == text
 
 
+@pytest.mark.first_backend
 def test_load_without_weights():
     model = load_tiny(load_weights=False)
     assert not np.array_equal(logits_of(model), logits_of(load_tiny()))
     assert model.backbone.count_params() == 2_754_240
 
 
+@pytest.mark.first_backend
 def test_nothing_is_left_of_a_save_that_fails(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -231,12 +236,14 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.first_backend
 def test_unwritable_target(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be saved to"):
         load_tiny().save_to_preset(tmp_path / "file" / "preset")
 
 
+@pytest.mark.first_backend
 def test_a_folder_without_vocabulary_needs_preprocessor_none(tmp_path):
     model = VaultGemmaCausalLM(random_backbone())
     model.save_to_preset(tmp_path / "preset")
@@ -246,6 +253,7 @@ def test_a_folder_without_vocabulary_needs_preprocessor_none(tmp_path):
     np.testing.assert_array_equal(logits_of(again), logits_of(model))
 
 
+@pytest.mark.first_backend
 def test_hugging_face_folder_with_vocabulary(tmp_path, tiny):
     import transformers
 

@@ -62,6 +62,7 @@ def small_with_text(sequence_length):
     return VaultGemmaCausalLM(random_backbone(vocabulary_size=4096, num_layers=1), preprocessor)
 
 
+@pytest.mark.first_backend
 def test_loss_on_answers_alone():
     """The loss of pairs and of chats is the mean over the answers' tokens, as `score` gives them."""
     model = small_with_text(32)
@@ -121,6 +122,7 @@ class InTwo(keras.utils.PyDataset):
         return self.data[rows]
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("data", [PAIRS, CHATS], ids=["pairs", "chats"])
 def test_pairs_and_chats_in_a_dataset(data):
     """The same training as on all of them in memory."""

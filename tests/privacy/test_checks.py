@@ -113,6 +113,7 @@ OWN = {
 }
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("own", OWN)
 def test_several_rows_with_a_custom_loss_or_metric(own):
     """They return one number for all rows of a microbatch."""

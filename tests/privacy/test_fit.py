@@ -31,11 +31,13 @@ from keras_vaultgemma.recipes.convert import convert
 from keras_vaultgemma.recipes.describe import describe
 
 pytestmark = [
+    pytest.mark.first_backend,
     pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
 
 
+@pytest.mark.every_backend
 def test_epsilon_stays_within_the_budget_and_is_reported():
     model = language_model(4, dpsgd=dict(epsilon=2.0, noise_multiplier=None, seed_for_tests=None))
     history = fit(model, epochs=2)
@@ -141,6 +143,7 @@ def test_steps_within_a_limit(limit, expected):
         assert _steps_within(exact, [], steps, 1e-5) == count
 
 
+@pytest.mark.every_backend
 def test_a_second_fit_draws_other_rows_and_other_noise(monkeypatch):
     """Even with a fixed seed, because the sampler is keyed by the optimizer's step number."""
     seen = []
@@ -161,6 +164,7 @@ def test_a_second_fit_draws_other_rows_and_other_noise(monkeypatch):
     assert len({secret for secret, _ in seen}) == 2
 
 
+@pytest.mark.every_backend
 def test_steps_before_an_error_are_counted():
     model = language_model(4)
 

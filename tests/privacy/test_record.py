@@ -11,6 +11,7 @@ from keras_vaultgemma.recipes.convert import convert
 from keras_vaultgemma.recipes.describe import describe
 
 
+@pytest.mark.first_backend
 def test_spent_during_a_run_and_after_it():
     record = PrivacyRecord(Ledger(({"epsilon": 2.0},)))
     record.begin(OpenRun(None, a_run(), record.ledger))
@@ -29,6 +30,7 @@ def test_spent_during_a_run_and_after_it():
     assert record.spent().steps == 3 and record.spent(1e-3).epsilon < record.spent(1e-5).epsilon
 
 
+@pytest.mark.first_backend
 def test_runs_on_different_data_are_separate():
     record = PrivacyRecord()
     for dataset, steps in ((DATA, 3), (OTHER_DATA, 5)):
@@ -88,6 +90,7 @@ def test_training_without_privacy_is_recorded(tmp_path):
     )
 
 
+@pytest.mark.first_backend
 def test_training_without_privacy_is_recorded_after_private_pre_training():
     model = language_model(4)
     model.privacy.add(Ledger(({"epsilon": 2.0},)))

@@ -113,6 +113,7 @@ def test_empty_batches_are_steps():
         )
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "data", [LINES, PAIRS, CHATS, TwoTexts()], ids=["texts", "pairs", "chats", "dataset"]
 )

@@ -12,7 +12,8 @@ from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM
 from keras_vaultgemma.training.checkpoint import resumable
 from keras_vaultgemma.training.state import assign_values, copy_values, state_variables, write_state
 
-TOLERANCE = 1e-6 if keras.config.backend() == "torch" else 0
+# PyTorch's sums depend on the alignment of memory, TensorFlow's on which thread is first.
+TOLERANCE = 0 if keras.config.backend() == "jax" else 1e-6
 ROWS = np.random.default_rng(0).integers(3, 32, (10, 7))
 IDS = {"token_ids": ROWS[:, :-1], "padding_mask": np.ones((10, 6), "int32")}
 LABELS = ROWS[:, 1:]

@@ -134,6 +134,7 @@ def test_interrupted_with_several_steps_per_execution(tmp_path):
     assert_survives(executing_two_steps(), tmp_path, [4], save_freq=2, **data)
 
 
+@pytest.mark.first_backend
 def test_interrupted_on_a_dataset(tmp_path):
     assert_survives(fresh(small), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
 
@@ -162,6 +163,7 @@ def test_interrupted_with_dropout_and_metrics(tmp_path):
     assert_survives(with_dropout(), tmp_path, [1, 5])
 
 
+@pytest.mark.first_backend
 def test_interrupted_with_early_stopping(tmp_path):
     model = fresh(overfitting)
     data = {"validation_data": (IDS, LABELS[::-1]), "epochs": 9}
@@ -205,6 +207,7 @@ def test_a_finished_run_is_not_repeated(tmp_path):
     assert int(to_numpy(model.optimizer.iterations)) == 9
 
 
+@pytest.mark.first_backend
 def test_a_run_that_was_stopped_early_remains_stopped(tmp_path):
     model = fresh(overfitting)
     callbacks = [keras.callbacks.EarlyStopping("loss", patience=0, min_delta=100)]
@@ -215,6 +218,7 @@ def test_a_run_that_was_stopped_early_remains_stopped(tmp_path):
     assert_equal(copy_values(state(model)), end)
 
 
+@pytest.mark.first_backend
 def test_resuming_prints_the_position(tmp_path, capsys):
     model = fresh(small)
     with pytest.raises(InterruptedError):
@@ -228,6 +232,7 @@ def test_resuming_prints_the_position(tmp_path, capsys):
 # Invalid checkpoints and folders.
 
 
+@pytest.mark.first_backend
 def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
     """Training continues, and the last complete checkpoint remains."""
     model = fresh(small)
@@ -258,6 +263,7 @@ def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.first_backend
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
@@ -286,6 +292,7 @@ def test_a_truncated_checkpoint_raises(saved_run):
     assert_equal(copy_values(state(model)), before)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "make, data, message",
     [
@@ -311,6 +318,7 @@ def test_a_checkpoint_of_another_run_raises(saved_run, make, data, message):
         fit(make(), saved_run, **data)
 
 
+@pytest.mark.first_backend
 def test_other_metrics_raise(tmp_path):
     with pytest.raises(InterruptedError):
         fit(with_dropout(), tmp_path, callbacks=[Interrupt(2)])
@@ -327,6 +335,7 @@ def test_save_freq_out_of_range_raises(save_freq):
         TrainingCheckpoint("run", save_freq)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -390,6 +399,7 @@ def test_a_schedule_sets_the_learning_rate_of_each_step(two_steps):
         np.testing.assert_allclose(to_numpy(v), two_steps[f"weight/{i}"], atol=1e-6)
 
 
+@pytest.mark.first_backend
 def test_early_stopping_restores_the_best_weights():
     model = fresh(overfitting)
     data = (IDS, LABELS[::-1])

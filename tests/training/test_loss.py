@@ -250,8 +250,8 @@ def test_fit_evaluate_and_score_do_not_call_the_head(model, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 5)
     x = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     model.compile(keras.optimizers.SGD(0.1))
-    model.fit(x, IDS, verbose=0)
-    model.evaluate(x, IDS, verbose=0)
+    model.fit(x, IDS, batch_size=4, verbose=0)
+    model.evaluate(x, IDS, batch_size=4, verbose=0)
     model.score(IDS)
     assert len(sizes) >= 3 and set(sizes) == {5}
 
