@@ -15,7 +15,7 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:gli
 demo: $(READY)
 	@$(BIN)/python tools/demo.py $(BACKENDS)
 
-# What a change needs (tests/conftest.py explains the markers). `make test ROOM=privacy BACKEND=torch` runs one folder of tests/ on one backend.
+# What a change needs (CONTRIBUTING.md explains the markers). `make test ROOM=privacy BACKEND=torch` runs one folder of tests/ on one backend.
 test: lint
 	@$(call run_tests,not long,not long and (not first_backend or every_backend) and ,)
 

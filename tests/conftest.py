@@ -1,9 +1,6 @@
 """Fixtures that several tests share, and what keeps the suite fast.
 
-Markers: `any_backend` for tests that no backend changes, which run on the first backend only; `first_backend` for tests
-in which a model trains or generates, but which are not about that: they run on the first backend of `make test`, and on
-all of `make test-all`, as tests marked `every_backend` of a file so marked do in both; `long` for tests that only
-`make test-all` runs.
+CONTRIBUTING.md explains the markers.
 """
 
 import gc
