@@ -145,6 +145,7 @@ def test_caps_and_windows_matter_in_these_configurations(pair):
             setattr(backbone, name, old)
 
 
+@pytest.mark.first_backend
 def test_greedy_ids_equal_transformers(pair):
     import torch
 

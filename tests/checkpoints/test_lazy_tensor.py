@@ -181,6 +181,7 @@ def test_equal_bits(monkeypatch):
     a[2, 3] = np.nan
     assert equal_bits(a, a.copy())
     assert not equal_bits(a, a.astype("float32"))
+    assert not equal_bits(a, a.view("float16"))
     assert not equal_bits(a, a[:2])
     b = a.copy()
     b[2, 2] = -b[2, 2]

@@ -99,6 +99,9 @@ def test_rejected_drafts_change_nothing(model, monkeypatch):
 def test_draft():
     assert draft([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
     assert draft([1, 2, 7, 1, 2, 8, 1, 2], 3) == [8, 1, 2]  # the latest of equal matches
+    # A longer match comes before a later one.
+    assert draft([1, 2, 7, 3, 2, 8, 1, 2], 1) == [7]
+    assert draft([4, 1, 2, 7, 1, 2, 8, 4, 1, 2], 1) == [7]
     assert draft([3, 5, 4, 5], 7) == [4, 5]  # a match of one
     assert draft([5, 5], 4) == [5]
     assert draft([1, 2, 3], 4) == []

@@ -168,6 +168,9 @@ def test_top_p_tells_neighbouring_float32_apart(call):
     probabilities = np.array([[0.25, larger, 0.25, 0.1875]], "float32")
     found = call(lambda x: sampling.top_p(x, 0.25), probabilities)
     np.testing.assert_array_equal(found, [[0, larger, 0, 0]])
+    # It reaches p alone, also exactly.
+    found = call(lambda x: sampling.top_p(x, float(larger)), probabilities)
+    np.testing.assert_array_equal(found, [[0, larger, 0, 0]])
     # The next ones are equal, and both stay.
     np.testing.assert_array_equal(
         call(lambda x: sampling.top_p(x, 0.3), probabilities), [[0.25, larger, 0.25, 0]]

@@ -3,14 +3,14 @@ import keras_hub
 import numpy as np
 import pytest
 import reference
-from common import IDS, LINES, random_backbone, to_numpy
+from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
 from keras_vaultgemma.generation.state import Generated
 
 
-def load_tiny(**kwargs):
-    return VaultGemmaCausalLM.from_preset("vaultgemma_tiny", **kwargs)
+def load(**kwargs):
+    return VaultGemmaCausalLM.from_preset(one_layer_preset(), **kwargs)
 
 
 def logits_of(model):
@@ -120,7 +120,7 @@ def test_sampler_of_compile_is_used(model):
 def test_generate_and_fit_on_tf_data():
     import tensorflow as tf
 
-    model = load_tiny()
+    model = load()
     dataset = tf.data.Dataset.from_tensor_slices(LINES).batch(2)
     assert model.generate(dataset, max_new_tokens=4, strip_prompt=True) == model.generate(
         LINES, max_new_tokens=4, strip_prompt=True
@@ -180,7 +180,7 @@ def test_generate_sees_new_weights(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_save_and_reload_to_the_bit(tmp_path, dtype):
-    model = load_tiny(dtype=dtype)
+    model = load(dtype=dtype)
     assert {v.dtype for v in model.backbone.variables} == {dtype}
     model.save_to_preset(str(tmp_path / "preset"))
     again = keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset"), dtype=dtype)
@@ -192,7 +192,7 @@ def test_save_and_reload_to_the_bit(tmp_path, dtype):
 
 @pytest.mark.first_backend
 def test_reload_after_fine_tuning(tmp_path):
-    model = load_tiny()
+    model = load()
     model.fit(LINES, batch_size=4, verbose=0)
     model.save_to_preset(tmp_path / "preset")
     np.testing.assert_array_equal(
@@ -203,8 +203,8 @@ def test_reload_after_fine_tuning(tmp_path):
 
 
 def test_int8(tmp_path):
-    exact = logits_of(load_tiny())
-    model = load_tiny()
+    exact = logits_of(load())
+    model = load()
     model.quantize("int8")
     kinds = {v.dtype for v in model.backbone.variables if len(v.shape) == 2}
     assert "int8" in kinds
@@ -219,9 +219,9 @@ def test_int8(tmp_path):
 
 @pytest.mark.first_backend
 def test_load_without_weights():
-    model = load_tiny(load_weights=False)
-    assert not np.array_equal(logits_of(model), logits_of(load_tiny()))
-    assert model.backbone.count_params() == 2_754_240
+    model = load(load_weights=False)
+    assert not np.array_equal(logits_of(model), logits_of(load()))
+    assert model.backbone.count_params() == load().backbone.count_params()
 
 
 @pytest.mark.first_backend
@@ -229,7 +229,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    model = load_tiny()
+    model = load()
     monkeypatch.setattr(model.backbone, "save_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_to_preset(tmp_path / "preset")
@@ -240,7 +240,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, monkeypatch):
 def test_unwritable_target(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be saved to"):
-        load_tiny().save_to_preset(tmp_path / "file" / "preset")
+        load().save_to_preset(tmp_path / "file" / "preset")
 
 
 @pytest.mark.first_backend

@@ -139,6 +139,7 @@ def test_pairs_and_chats_in_a_dataset(data):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
+@pytest.mark.first_backend
 def test_truncations_are_reported_once():
     model = small_with_text(24)
     count = sum(len(row) > 24 for row in model.preprocessor.tokenize_prompts(LINES))
@@ -186,7 +187,7 @@ def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
         tiny.fit(iter([(LINES[:2], labels.get("y"), labels.get("sample_weight"))]))
 
 
-@pytest.mark.parametrize("label", [-100, 10**6])
+@pytest.mark.parametrize("label", [-100, pytest.param(10**6, marks=pytest.mark.first_backend)])
 def test_labels_without_weight_may_be_anything(label):
     """Loss, accuracy, score and the step, which is the gradient, are those with a label of the vocabulary."""
     x = {"token_ids": IDS["token_ids"], "padding_mask": np.ones((2, 5), "int32")}

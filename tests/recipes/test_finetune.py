@@ -118,7 +118,6 @@ def factors(folder):
     return {v.path: to_numpy(v) for v in model.trainable_variables}
 
 
-@pytest.mark.every_backend
 def test_a_killed_run_goes_on(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", save_freq=2)
     checkpoint = recipe.TrainingCheckpoint

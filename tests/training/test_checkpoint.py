@@ -139,6 +139,7 @@ def test_interrupted_on_a_dataset(tmp_path):
     assert_survives(fresh(small), tmp_path, [2, 4], x=Batches(), y=None, steps_per_epoch=4)
 
 
+@pytest.mark.first_backend
 def test_interrupted_on_a_dataset_with_workers(tmp_path):
     """To build a loss that the user passed, Keras reads a batch before the first epoch."""
 

@@ -320,6 +320,7 @@ def test_gradients_with_an_int8_table_are_straight_through(rounds_rows):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("config", [None, WEIGHTS_ALONE], ids=["int8", "weights_alone"])
 def test_int8_model_fits_its_adapter(config):
     keras.utils.set_random_seed(0)
