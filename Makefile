@@ -6,7 +6,8 @@ BACKENDS := jax torch tensorflow
 READY := $(VENV)/.ready
 export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 0
-# Huge pages for all objects: where the host of a virtual machine is slow to map small ones, tests take a third of the time.
+# Huge pages for all objects, and freed memory kept: on a virtual machine whose host was slow to map small pages, a test
+# took a third of the time.
 export PYTHONMALLOC = malloc
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=4294967296
 

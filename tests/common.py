@@ -39,7 +39,7 @@ IDS = {
 
 
 def random_backbone(**changes):
-    """A small backbone with weights large enough to make every part of it matter."""
+    """A backbone of `RELEASE_LIKE` with two layers and weights large enough to make every part of it matter."""
     return VaultGemmaBackbone(**{**RELEASE_LIKE, "num_layers": 2, **changes})
 
 

@@ -23,7 +23,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     A process can be killed at any time. If the same script runs again, training continues after the
     last saved batch, and the final weights are those of a run without interruption: bit for bit on
-    JAX, and within 1e-6 on TensorFlow, whose sums depend on the order in which threads end, and on
+    JAX; within 1e-6 on TensorFlow, where now and then a run differs in the last bit, and on
     PyTorch, whose sums depend on the alignment of memory.
 
     The checkpoint contains the trainable weights, the optimizer's variables (step count, moments,

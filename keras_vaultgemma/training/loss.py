@@ -181,9 +181,12 @@ def _chunked_cross_entropy(terms, targets, weights, cap, with_gradient, chunk_si
 def _loop_over_chunks(terms, targets, weights, cap, with_gradient, chunk_size):
     """Return the results of `_chunk_cross_entropy` of N tokens, `chunk_size` at a time."""
     count = ops.shape(targets)[0]  # a tensor where TensorFlow does not know the batch size
+    chunks = -(-count // chunk_size)
+    if not isinstance(count, int):
+        chunks = ops.maximum(chunks, 1)  # an empty batch
     # Chunks of nearly equal size, because the padding of the last one is computed as well.
-    chunk_size = -(-count // -(-count // chunk_size))
-    padded = -(-count // chunk_size) * chunk_size
+    chunk_size = -(-count // chunks)
+    padded = chunks * chunk_size
     position = ops.arange(count, dtype="int32")
     # A stable sort that puts the tokens of weight 0 last.
     order = ops.cast(ops.argsort(ops.where(weights > 0, position, position + count)), "int32")

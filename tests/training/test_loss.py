@@ -371,7 +371,7 @@ def test_a_chunk_has_no_more_tokens_than_a_batch_of_unknown_size(monkeypatch):
         terms = [LogitTerm(rows, TABLE, is_trained=True)]
         return loss.cross_entropy(terms, targets, ops.ones_like(targets), chunk_size=30)[1]
 
-    for count_of_rows, expected in ((N, [19, 19]), (7, [7]), (1, [1])):
+    for count_of_rows, expected in ((N, [19, 19]), (7, [7]), (1, [1]), (0, [])):
         sizes.clear()
         found = losses(ROWS[:count_of_rows], TARGETS[:count_of_rows])
         probabilities = np.exp(ROWS @ TABLE.T)
