@@ -199,7 +199,7 @@ COMMANDS = {
             "--private": _flag("differential privacy for each row; needs --epsilon or --noise"),
             "--epsilon": _value("ε", "privacy budget of all steps together", float),
             "--noise": _value("σ", "noise multiplier", float, dest="noise_multiplier"),
-            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1 for N rows)", float),
+            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--clip-norm": _value(
                 "C", f"largest L2 norm of a row's gradient {DEFAULT}", float, default=1.0
             ),
@@ -216,7 +216,7 @@ COMMANDS = {
                 "σ", "noise multiplier, to compute ε", float, dest="noise_multiplier"
             ),
             "--epsilon": _value("ε", "privacy budget, to compute the noise multiplier", float),
-            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1)", float),
+            "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--png": _value("FILE", "plot of ε against steps and of σ against ε"),
         },
     ),

@@ -20,6 +20,7 @@ from keras_vaultgemma.backend.autodiff import (
     remat,
     while_loop,
 )
+from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positions, rotate_left
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
@@ -28,7 +29,7 @@ from keras_vaultgemma.backend.compile import (
     update_variables,
 )
 from keras_vaultgemma.backend.int8_cpu import int8_matmul
-from keras_vaultgemma.backend.matmul import matmul, take_rows
+from keras_vaultgemma.backend.matmul import matmul, sum_of_squares, take_rows
 from keras_vaultgemma.backend.recording import record_step
 from keras_vaultgemma.backend.sharding import (
     all_gathered,
@@ -53,12 +54,13 @@ from keras_vaultgemma.backend.tf_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.training import loss_gradients, normal, test_step, train_step
+from keras_vaultgemma.backend.training import loss_gradients, test_step, train_step
 
 __all__ = [
     "BACKENDS",
     "HAS_FUSED_ATTENTION",
     "NAME",
+    "add_float64_noise",
     "add_in_place",
     "all_gathered",
     "as_argument",
@@ -69,6 +71,7 @@ __all__ = [
     "fused",
     "fused_attention",
     "gradients",
+    "in_blocks",
     "in_tensorflow_graph",
     "int8_matmul",
     "is_argmax",
@@ -77,14 +80,16 @@ __all__ = [
     "loss_gradients",
     "matmul",
     "multiply_no_nan",
-    "normal",
     "per_device",
+    "positions",
     "record_step",
     "remat",
     "reshape",
     "rms_normalize",
+    "rotate_left",
     "schedule_after",
     "seed_global_generator",
+    "sum_of_squares",
     "take_rows",
     "tensorflow_dataset",
     "test_step",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 
+from keras_vaultgemma.backend.autodiff import fused
 from keras_vaultgemma.backend.selection import NAME
 
 MAX_FEW_ROWS = 64
@@ -160,3 +161,23 @@ def _is_intel():
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return "Intel" in platform.processor()
+
+
+def sum_of_squares(x):
+    """Return the sums of squares along the last axis, in the full precision of the dtype.
+
+    It is not a product of vectors, which accelerators may round to TF32 or bfloat16.
+    """
+    if NAME == "torch":
+        import torch
+
+        return torch.linalg.vector_norm(x, dim=-1).square_()  # does not materialise the squares
+    if NAME == "tensorflow":
+        if not _has_tensorflow_gpu():  # full precision, without materialising the squares
+            return keras.ops.einsum("...i,...i->...", x, x)
+        return fused(_sum_of_squares)(x)
+    return _sum_of_squares(x)
+
+
+def _sum_of_squares(x):
+    return keras.ops.sum(keras.ops.square(x), axis=-1)

@@ -1,7 +1,6 @@
-"""Training and test steps written once for all backends, and the noise of private ones."""
+"""Training and test steps written once for all backends."""
 
 import keras
-import numpy as np
 
 from keras_vaultgemma.backend.autodiff import without_gradients
 from keras_vaultgemma.backend.selection import NAME
@@ -107,35 +106,3 @@ def _jax_loss_gradients(model, trained, loss):
     for i, value in zip(changed, after, strict=True):
         others[i].assign(value)
     return found, tensors
-
-
-def normal(seed, shape):
-    """Return independent standard normal deviates, float32.
-
-    The same seed gives the same deviates on the same backend. The generator reads all bits of the
-    seed: Philox on TensorFlow and PyTorch, XLA's default generator of the device on JAX. On PyTorch
-    the deviates are NumPy's, because `torch.Generator` on a CPU reads 32 bits of a seed.
-
-    Args:
-        seed: int32 tensor [4].
-        shape: tuple of ints.
-
-    References:
-        - [Salmon et al., 2011](https://doi.org/10.1145/2063384.2063405)
-    """
-    if NAME == "jax":
-        import jax
-
-        # Because JAX's other generators have keys of 64 bits.
-        key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, "uint32"), impl="rbg")
-        return jax.random.normal(key, shape, "float32")
-    if NAME == "tensorflow":
-        import tensorflow as tf
-
-        pairs = tf.bitcast(tf.reshape(seed, (2, 2)), "int64")
-        return tf.random.stateless_normal(shape, pairs, dtype="float32", alg="philox")
-    import torch
-
-    key = np.ascontiguousarray(seed.cpu().numpy()).view("<u8")
-    deviates = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, "float32")
-    return torch.from_numpy(np.asarray(deviates)).to(seed.device)

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from keras_vaultgemma._files import check_link, ignore_progress
+from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes
 
 BFLOAT16 = DTYPES["bfloat16"]
@@ -33,7 +34,7 @@ def open_hdf5(path):
     tensors = {}
 
     def visit(name, item):
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and not name.endswith(presets.LEDGER):
             tensors[name] = _map(path, name, item)
 
     try:

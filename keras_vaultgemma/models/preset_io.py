@@ -8,6 +8,8 @@ it is built from them. That is all the four subclasses of `PresetIO` define.
 import os
 from typing import Any, Self
 
+import numpy as np
+
 from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma.checkpoints import presets
@@ -128,6 +130,13 @@ class PreprocessorIO(PresetIO):
 class _ModelIO(PresetIO):
     """`PresetIO` of what has weights, and so a privacy ledger that belongs to them."""
 
+    def save_to_preset(self, preset_dir: str | os.PathLike, **kwargs: Any) -> None:
+        # keras-hub would reject a file of weights that has anything else in it.
+        with self.privacy.in_its_own_file():
+            super().save_to_preset(preset_dir, **kwargs)
+
+    save_to_preset.__doc__ = PresetIO.save_to_preset.__doc__
+
     def _save_more(self, folder):
         self.privacy.ledger.write(folder)
 
@@ -141,6 +150,26 @@ class BackboneIO(_ModelIO):
         if not hasattr(self, "_privacy_record"):
             self._privacy_record = PrivacyRecord()
         return self._privacy_record
+
+    def save_own_variables(self, store):
+        """Write the ledger into every file that Keras writes weights into, but for presets."""
+        super().save_own_variables(store)
+        if self.privacy.is_in_weights:
+            store[presets.LEDGER] = np.frombuffer(self.privacy.everything.lines(), "uint8")
+
+    def load_own_variables(self, store):
+        """Read the ledger that comes with weights."""
+        saved = {name: store[name] for name in [*store.keys()]}
+        lines = saved.pop(presets.LEDGER, None)
+        super().load_own_variables(saved)
+        if lines is not None:
+            self.privacy.add_copied(np.array(lines).tobytes(), "weights")
+        else:
+            self.privacy.add_unknown("`load_weights` of a file without a ledger")
+
+    def set_weights(self, weights):
+        super().set_weights(weights)
+        self.privacy.add_unknown("`set_weights`")
 
     @classmethod
     def _required_files(cls, load_weights, kwargs):
@@ -165,12 +194,19 @@ class BackboneIO(_ModelIO):
             backbone = cls(**arguments, initial_values=values)
         if load_weights:
             warn_if_not_finite(backbone, values)
-            backbone.privacy.add(preset_ledger(folder, preset, backbone.count_params()))
+            # Instead of what keras-hub's loading has recorded, which does not know the preset.
+            backbone._privacy_record = PrivacyRecord(
+                preset_ledger(folder, preset, backbone.count_params())
+            )
         return backbone
 
 
 class CausalLMIO(_ModelIO):
     """`PresetIO` of a causal language model."""
+
+    def set_weights(self, weights):
+        super().set_weights(weights)
+        self.privacy.add_unknown("`set_weights`")
 
     @classmethod
     def _required_files(cls, load_weights, kwargs):

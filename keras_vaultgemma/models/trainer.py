@@ -47,14 +47,16 @@ class Trainer:
         self.private_training, self._steps = None, None
         try:
             super().compile(*args, **kwargs)
+            metrics = kwargs.get("metrics"), kwargs.get("weighted_metrics")
             if privacy is not None:
-                checks.check_model(self, (kwargs.get("metrics"), kwargs.get("weighted_metrics")))
+                checks.check_model(self, metrics)
         except BaseException:
             self.compiled = False  # or `fit` would run half-configured, past the failed check
             raise
         self._steps = steps
         if privacy is not None:
             self.private_training = self._make_private_training(privacy)
+            self.private_training.compiled_metrics = metrics
 
     def _make_private_training(self, settings):
         return PrivateTraining(self, settings)
@@ -92,7 +94,8 @@ class Trainer:
                 "Private training samples its batches itself, in `fit`. "
                 "Received: a batch to train on"
             )
-        return super().train_on_batch(*args, **kwargs)
+        with plain_fit(self, {}):
+            return super().train_on_batch(*args, **kwargs)
 
     def fit(self, x=None, y=None, **arguments):
         """Train the model, like `keras.Model.fit`.

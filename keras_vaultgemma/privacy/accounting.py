@@ -18,7 +18,8 @@ mechanism (Abadi et al.). If more than Bmax records are drawn, a record that tak
 another one, which doubles the sensitivity (Chua et al.). dp-accounting computes an upper bound of
 the distribution of this loss on a grid (Doroshenko et al.), and `loss_distribution` composes the
 steps. The grid interval of 1e-3 raises ε by 0.6 % for VaultGemma's 100,000 steps (1.722 instead of
-1.711) and by less for fewer steps. VaultGemma's report accounts in the same way.
+1.711, if its data are 13e12 / 1024 sequences) and by less for fewer such steps. VaultGemma's report
+accounts in the same way.
 
 **Limits.** σ, q and the number of steps are accounted for as if they had been fixed in advance. To
 stop, or to calibrate the noise for the rest of a budget, after seeing outcomes is fully adaptive
@@ -87,6 +88,8 @@ class PrivacySpent(NamedTuple):
         mechanism: str. Description of the mechanism.
         unit: str. Description of what is protected, such as "one row of at most 256 tokens".
         neighbouring: str. Relation of the two datasets that cannot be distinguished.
+        uncovered: str. What the guarantee does not cover: steps without privacy, and weights that
+            came without a ledger. "" if it covers everything.
 
     Example:
 
@@ -112,6 +115,7 @@ class PrivacySpent(NamedTuple):
     mechanism: str
     unit: str
     neighbouring: str
+    uncovered: str = ""
 
     @property
     def is_private(self) -> bool:

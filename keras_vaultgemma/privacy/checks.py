@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.training.checkpoint import all_callbacks
 
 UNPROTECTED = "unprotected_"
 """Prefix of the names of metrics on private records, which no noise protects."""
@@ -15,6 +16,8 @@ UNPROTECTED = "unprotected_"
 
 def check_model(model, metrics):
     """Raise ValueError if a compiled model cannot be trained privately.
+
+    `fit` checks again what can be set after `compile`.
 
     Args:
         model: compiled `keras.Model`.
@@ -91,7 +94,7 @@ def check_fit(arguments, public_validation):
             "cover metrics on it. If the data are public, set `DPSGD(public_validation=True)`. "
             "Received: validation_data"
         )
-    for callback in keras.tree.flatten(arguments.get("callbacks") or []):
+    for callback in _with_parts(all_callbacks(arguments)):
         if isinstance(
             callback, (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
         ):
@@ -111,6 +114,17 @@ def check_fit(arguments, public_validation):
             "Private training runs on one device, where each row is clipped and counted once. "
             f"Received: {type(distribution).__name__}"
         )
+
+
+def _with_parts(callbacks):
+    """Return callbacks and those that they hold, in attributes of any name."""
+    found = list(callbacks)
+    for callback in found:  # which grows
+        values = [value for name, value in vars(callback).items() if name != "_model"]
+        for part in keras.tree.flatten(values):
+            if isinstance(part, keras.callbacks.Callback) and not any(part is c for c in found):
+                found.append(part)
+    return found
 
 
 def check_execution(model):

@@ -13,6 +13,10 @@ from keras_vaultgemma.privacy.seeds import fixed_secret, new_secret
 
 UNITS = ("row", "sequence")
 
+CLIP_NORMS = (1e-8, 1e8)
+"""Smallest and largest clipping norm, whose squares float32 represents, split over a billion
+coordinates."""
+
 
 class DPSGD:
     """Differentially private stochastic gradient descent, for `model.compile(privacy=...)`.
@@ -52,8 +56,8 @@ class DPSGD:
       took from the rows;
     - the duration of a step, which depends on the number of rows it sampled;
     - the masks of dropout on PyTorch, whose generator takes only 31 bits of the secret;
-    - floating-point arithmetic: the noise consists of float32 numbers of a statistical generator
-      (`privacy/seeds.py`).
+    - an attacker who can predict the statistical, not cryptographic, generator of the noise
+      (`privacy/noise.py`).
 
     No row is protected from a person who knows the secret of a run's random numbers: 128 bits from
     the operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`).
@@ -62,8 +66,9 @@ class DPSGD:
         epsilon: float in (0, 100]. The budget ε that all steps planned by `fit` stay within,
             together with earlier runs on the same data that the model's ledger knows of. Exactly
             one of `epsilon` and `noise_multiplier` is required.
-        delta: float in (0, 1). Defaults to N^-1.1.
-        clip_norm: float above 0. The norm C that gradients are clipped to. Defaults to 1.
+        delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5). A warning says if N δ is above 0.5.
+        clip_norm: float from 1e-8 to 1e8. The norm C that gradients are clipped to. Outside this
+            range squares of float32 numbers underflow or overflow. Defaults to 1.
         noise_multiplier: float above 0. The noise multiplier σ.
         unit: string, "row" or "sequence". Defaults to "row".
         microbatch_size: int or None. Rows that are computed together. More than 1 requires that the
@@ -123,7 +128,7 @@ class DPSGD:
         largest = accounting.LARGEST_EPSILON
         check_number("epsilon", epsilon, above=0, maximum=largest, allow_none=True)
         check_number("noise_multiplier", noise_multiplier, above=0, allow_none=True)
-        check_number("clip_norm", clip_norm, above=0)
+        check_number("clip_norm", clip_norm, minimum=CLIP_NORMS[0], maximum=CLIP_NORMS[1])
         if delta is not None:
             accounting.check_delta(delta)
         check_choice("unit", unit, UNITS)

@@ -27,34 +27,39 @@ KEY_SIZE = 32
 def key(folder: Path | None = None) -> bytes:
     """Return the user's key, and create it if there is none.
 
+    A file of another length, which a full disk or a crash may leave, is replaced: fingerprints
+    under its key count as the same data as all others from then on.
+
     Args:
         folder: `pathlib.Path`. Folder of the key file, which only the user can read. Defaults to
             `presets.cache_home()`.
 
     Returns:
         bytes of length 32.
-
-    Raises:
-        ValueError: If the file has another length.
     """
     path = (presets.cache_home() if folder is None else folder) / KEY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        content = path.read_bytes()
-    else:
-        content = os.urandom(KEY_SIZE)
-        with open(descriptor, "wb") as file:
-            file.write(content)
+    if not _is_key(path):
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.urandom(KEY_SIZE))
             file.flush()
             os.fsync(file.fileno())
-    if len(content) != KEY_SIZE:
-        raise ValueError(
-            f"{path} must have {KEY_SIZE} bytes; remove it to create a new key. "
-            f"Received: {len(content)} bytes"
-        )
-    return content
+        try:
+            if path.exists():  # of another length
+                new.replace(path)
+            else:
+                os.link(new, path)  # unless another process has just created it
+        except FileExistsError:
+            pass
+        finally:
+            new.unlink(missing_ok=True)
+    return path.read_bytes()
+
+
+def _is_key(path):
+    return path.is_file() and path.stat().st_size == KEY_SIZE
 
 
 def fingerprint(records, key: bytes) -> str:

@@ -5,14 +5,14 @@ import warnings
 from pathlib import Path
 
 import keras
-from keras import ops
 
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.privacy import accounting, checks, fingerprint, planning
+from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
 from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.privacy.sampling import PrivateBatches, as_rows
-from keras_vaultgemma.training.checkpoint import checkpoint_of
+from keras_vaultgemma.training.checkpoint import all_callbacks, checkpoint_of
 from keras_vaultgemma.training.state import read_state_metadata
 
 DEFAULT_BATCH_SIZE = 32
@@ -34,11 +34,9 @@ def plain_fit(model, arguments):
     Yields:
         The arguments, unchanged.
     """
-    before = _iterations(model)
-    try:
+    before = iterations(model)
+    with model.privacy.count_plain_steps(lambda: iterations(model) - before):
         yield arguments
-    finally:
-        model.privacy.add_plain_steps(_iterations(model) - before)
 
 
 @contextlib.contextmanager
@@ -63,6 +61,7 @@ def private_fit(training, arguments, records=None):
     model, settings, record = training.model, training.settings, training.model.privacy
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     checks.check_fit(arguments, settings.public_validation)
+    checks.check_model(model, training.compiled_metrics)
     checks.check_execution(model)
     rows = as_rows(*(arguments.pop(name, None) for name in ("x", "y", "sample_weight")))
     checks.check_rows(rows, settings.unit)
@@ -99,22 +98,23 @@ def private_fit(training, arguments, records=None):
         len(model.trainable_variables),
         microbatch,
         settings.secret(),
-        _iterations(model),
+        iterations(model),
         dataset,
         len(training.seeds),
     )
     if is_cut_short and not run.planned_steps:
         # A resumed run that does no step ends where it begins.
         arguments["epochs"] = saved["position"]["epoch"]
+    counting = counting_callback(record, is_cut_short, per_epoch, done)
     arguments |= {
         "shuffle": False,
         "steps_per_epoch": per_epoch,
         "callbacks": [
-            _Counting(record, is_cut_short, per_epoch, done),
-            *keras.tree.flatten(arguments.get("callbacks") or []),
+            counting,
+            *all_callbacks(arguments),
         ],
     }
-    opened = OpenRun(path, run, record.history)
+    opened = OpenRun(path, run, record.everything)
     if {*opened.ledger.runs[:-1]} != {*record.ledger.runs}:
         opened.close()
         raise ValueError(
@@ -123,8 +123,22 @@ def private_fit(training, arguments, records=None):
     record.begin(opened)
     try:
         yield arguments
+        _check_updates(opened, counting.updates())
     finally:
         record.end()
+
+
+def _check_updates(run, updates):
+    """Raise RuntimeError if there were more updates than a run counts, and count them."""
+    counted = run.done
+    for _ in range(updates - counted):
+        run.release()
+    if updates > counted:
+        raise RuntimeError(
+            "Private training needs one update of the weights in each step. "
+            f"Received: {updates} updates in {counted} steps. They count in the ledger, but some "
+            "were done before they were written there"
+        )
 
 
 def _microbatch(training, rows, batch_size):
@@ -142,13 +156,16 @@ def _microbatch(training, rows, batch_size):
 def _plan(record, settings, dataset, unit, shape, done, is_resumed):
     """Return a `Run` and True if it ends before the requested number of steps."""
     delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
+    planning.warn_of_large_delta(shape["rows"], delta)
     earlier = record.ledger.on(dataset)
     spent = accounting.epsilon(earlier, delta) if earlier else 0.0
     requested = max(
         0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
     )
     epsilon, noise = settings.epsilon, settings.noise_multiplier
-    budget = record.budgets.get(dataset) if epsilon is None else epsilon
+    budget = epsilon
+    if epsilon is None and not is_resumed:  # a resumed run does what was planned
+        budget = record.ledger.budget(dataset)
     is_used_up = budget is not None and spent >= USED_UP * budget
     if is_used_up and settings.extend_budget:
         epsilon, noise, is_used_up = None, noise or earlier[-1].noise_multiplier, False
@@ -168,7 +185,8 @@ def _plan(record, settings, dataset, unit, shape, done, is_resumed):
         )
         steps = steps._replace(count=0)
     if epsilon is None and not settings.extend_budget:
-        budget = record.budgets.setdefault(dataset, accounting.epsilon([*earlier, steps], delta))
+        if budget is None:
+            budget = accounting.epsilon([*earlier, steps], delta)
         steps = steps._replace(count=_steps_within(budget, earlier, steps, delta))
     if steps.count == 0 < requested:
         if not is_resumed:
@@ -187,6 +205,7 @@ def _plan(record, settings, dataset, unit, shape, done, is_resumed):
         dataset=dataset,
         package_version=__version__,
         mechanism=settings.mechanism,
+        budget=None if settings.extend_budget or settings.epsilon is not None else budget,
     )
     return run, steps.count < requested
 
@@ -226,7 +245,7 @@ def _checkpoint_facts(arguments):
 def _check_ledger(ledger, path, saved):
     """Raise ValueError if a ledger lacks a step that a checkpoint's weights come from."""
     callbacks = saved["memories"] if saved else {}
-    expected = callbacks.get(f"{_Counting.__name__} 0", {}).get("counted", {})
+    expected = callbacks.get(COUNTING, {}).get("counted", {})
     counts = {run.name: count for run, count in ledger.runs}
     if any(count > counts.get(name, 0) for name, count in expected.items()):
         found = sum(min(count, counts.get(name, 0)) for name, count in expected.items())
@@ -235,11 +254,6 @@ def _check_ledger(ledger, path, saved):
             f"weights come from. Received: {found} of them. Put the ledger that was written with "
             "the checkpoint there, or give this run another folder"
         )
-
-
-def _iterations(model):
-    """Return how many steps a model's optimizer has done."""
-    return int(ops.convert_to_numpy(model.optimizer.iterations)) if model.optimizer else 0
 
 
 def _steps_done(arguments, per_epoch, saved):
@@ -251,52 +265,3 @@ def _steps_done(arguments, per_epoch, saved):
         if position["is_finished"]:
             epoch, batch = arguments["epochs"], 0
     return epoch * per_epoch + batch
-
-
-class _Counting(keras.callbacks.Callback):
-    """Callback that writes each step into the ledger before it is done, and ends `fit` with the
-    budget.
-
-    A `TrainingCheckpoint` saves its `counted` under the name of this class, which therefore stays.
-
-    Args:
-        record: `PrivacyRecord` with an open run.
-        is_cut_short: bool. True if the run ends before `fit` would.
-        per_epoch: int. Steps of an epoch.
-        done: int. Steps before the first one of this `fit`.
-
-    Attributes:
-        counted: dict `{name: steps}` of the runs that the weights come from.
-    """
-
-    kept = ("counted",)
-
-    def __init__(self, record, is_cut_short, per_epoch, done):
-        super().__init__()
-        self.counted = {}
-        self._record, self._is_cut_short = record, is_cut_short
-        self._per_epoch, self._done = per_epoch, done
-
-    def on_epoch_begin(self, epoch, logs=None):
-        first, before = divmod(self._done, self._per_epoch)
-        self._left = self._per_epoch - (before if epoch == first else 0)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if batch >= self._left:
-            # A resumed epoch has fewer steps than Keras expects, and each step must be counted.
-            raise StopIteration
-        self._record.run.release()
-        self.counted = {run.name: count for run, count in self._record.ledger.runs}
-
-    def on_train_batch_end(self, batch, logs=None):
-        run = self._record.run
-        if self._is_cut_short and run.done >= run.run.planned_steps:
-            warnings.warn(
-                f"The budget for these rows ends after {run.done} more steps, and so does `fit`",
-                stacklevel=2,
-            )
-            self.model.stop_training = True
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs is not None:
-            logs["epsilon"] = self._record.spent().epsilon

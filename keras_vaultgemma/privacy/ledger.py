@@ -26,22 +26,19 @@ the two, which fingerprints cannot reveal.
 
 import json
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from keras_vaultgemma._files import check_link, parse_json, read_json
-from keras_vaultgemma._validation import check_integer
+from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.privacy import accounting, fingerprint
+from keras_vaultgemma.privacy import accounting, fingerprint, statements
 from keras_vaultgemma.privacy.accounting import PrivacySpent, Steps
 
 FILE = presets.LEDGER
 BLOCKS = 100
 """Number of blocks that the planned steps are reserved in."""
-
-WITHOUT_PRIVACY = "without privacy"
 
 
 class Run(NamedTuple):
@@ -62,6 +59,7 @@ class Run(NamedTuple):
             with `DPSGD(seed_for_tests=...)`.
         neighbouring: str. Relation of neighbouring data sets.
         name: str. Unique name.
+        budget: float or None. ε that later runs with a given noise multiplier keep within.
     """
 
     rows: int
@@ -77,6 +75,7 @@ class Run(NamedTuple):
     mechanism: str = accounting.MECHANISM
     neighbouring: str = accounting.NEIGHBOURING
     name: str = ""
+    budget: float | None = None
 
     def steps(self, count: int) -> Steps:
         """Return `accounting.Steps` of `count` steps of this run."""
@@ -94,8 +93,8 @@ class Ledger(NamedTuple):
     """The content of a ledger file.
 
     Attributes:
-        statements: tuple of dicts, as metadata.json has under "privacy" or as `plain_training`
-            returns them.
+        statements: tuple of dicts, as metadata.json has under "privacy" or as `statements` returns
+            them.
         runs: tuple of pairs `(Run, count)`, with the number of steps that may have been released.
     """
 
@@ -109,6 +108,15 @@ class Ledger(NamedTuple):
             for run, count in self.runs
             if fingerprint.may_be_equal(run.dataset, dataset)
         ]
+
+    def budget(self, dataset: str) -> float | None:
+        """Return the ε that runs with a given noise multiplier on these data keep within."""
+        budgets = [
+            run.budget
+            for run, _ in self.runs
+            if run.budget is not None and fingerprint.may_be_equal(run.dataset, dataset)
+        ]
+        return budgets[-1] if budgets else None
 
     def spent(self, delta: float | None = None) -> dict[str, PrivacySpent]:
         """Return the guarantee of each data set.
@@ -145,7 +153,7 @@ class Ledger(NamedTuple):
         )
         return accounting.spent(
             self.on(dataset), delta or min(run.delta for run in runs), units, mechanisms
-        )
+        )._replace(uncovered=self.without_privacy())
 
     def describe(self) -> list[str]:
         """Return one sentence about each run, in order."""
@@ -158,9 +166,12 @@ class Ledger(NamedTuple):
         ]
 
     def without_privacy(self) -> str:
-        """Describe the training that no guarantee covers; "" if there was none."""
-        steps = sum(entry["steps"] for entry in self.statements if _is_plain_training(entry))
-        return f"{steps:,} steps, whose records no guarantee covers" if steps else ""
+        """Describe what no guarantee covers: steps without privacy, and weights from elsewhere.
+
+        Returns:
+            str. "" if there was none.
+        """
+        return statements.describe_uncovered(self.statements)
 
     def write(self, folder: str | Path) -> None:
         """Write the file of a saved model, unless the ledger is empty."""
@@ -183,30 +194,15 @@ class Ledger(NamedTuple):
         return b"".join(entry_line(content) for content in lines)
 
 
-def plain_training(steps: int) -> dict:
-    """Return the statement that one call of `fit` did some steps without privacy."""
-    # The name keeps two calls with equal numbers of steps apart.
-    return {"training": WITHOUT_PRIVACY, "steps": steps, "name": uuid.uuid4().hex}
-
-
-def _is_plain_training(statement):
-    # Every type is checked, because the metadata.json of others may state anything.
-    return (
-        isinstance(statement, dict)
-        and statement.get("training") == WITHOUT_PRIVACY
-        and isinstance(statement.get("steps"), int)
-    )
-
-
 def combine_ledgers(*ledgers: Ledger) -> Ledger:
     """Return the union of ledgers; a run in several of them has the largest number of steps."""
-    statements: list[dict] = []
+    stated: list[dict] = []
     runs: dict[str, tuple[Run, int]] = {}
     for ledger in ledgers:
-        statements += [statement for statement in ledger.statements if statement not in statements]
+        stated += [statement for statement in ledger.statements if statement not in stated]
         for run, count in ledger.runs:
             runs[run.name] = (run, max(count, runs.get(run.name, (run, 0))[1]))
-    return Ledger(tuple(statements), tuple(runs.values()))
+    return Ledger(tuple(stated), tuple(runs.values()))
 
 
 def preset_ledger(
@@ -255,7 +251,7 @@ def parse_ledger(content: bytes, path: str | Path) -> Ledger:
     Raises:
         ValueError: If a complete line is invalid.
     """
-    statements, runs, counts, latest = [], {}, {}, None
+    stated, runs, counts, latest = [], {}, {}, None
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line:
             continue
@@ -269,7 +265,7 @@ def parse_ledger(content: bytes, path: str | Path) -> Ledger:
         try:
             kind = entry.pop("kind")
             if kind == "statement":
-                statements.append(entry)
+                stated.append(entry)
             elif kind == "run":
                 run = _parse_run(entry)
                 if run.name in runs:
@@ -288,7 +284,7 @@ def parse_ledger(content: bytes, path: str | Path) -> Ledger:
             raise ValueError(
                 f"{path}, line {number} is not an entry of a privacy ledger: {message}"
             ) from error
-    return Ledger(tuple(statements), tuple((run, counts[name]) for name, run in runs.items()))
+    return Ledger(tuple(stated), tuple((run, counts[name]) for name, run in runs.items()))
 
 
 def entry_line(content: dict) -> bytes:
@@ -306,6 +302,7 @@ def _parse_run(entry):
     run = Run(**entry)
     accounting.check_steps(run.steps(run.planned_steps))
     accounting.check_delta(run.delta)
+    check_number("budget", run.budget, minimum=0, allow_none=True)
     for name in ("unit", "dataset", "mechanism", "name"):
         value = getattr(run, name)
         if not isinstance(value, str):

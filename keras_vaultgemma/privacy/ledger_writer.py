@@ -3,8 +3,10 @@
 Every step is in the ledger before it releases anything.
 """
 
+import contextlib
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from keras_vaultgemma._files import check_link, sync_folder
@@ -16,10 +18,11 @@ from keras_vaultgemma.privacy.ledger import (
     Run,
     combine_ledgers,
     entry_line,
-    plain_training,
+    parse_ledger,
     read_ledger,
     run_entry,
 )
+from keras_vaultgemma.privacy.statements import is_plain_training, plain_training, unknown_history
 
 try:
     import fcntl
@@ -35,8 +38,8 @@ class PrivacyRecord:
 
     Attributes:
         dataset: str or None. Fingerprint of the data of the last private `fit`.
-        budgets: dict. The ε that `fit` keeps within, for each fingerprint.
         run: `OpenRun` during a private `fit`, else None.
+        is_in_weights: bool. True if files of weights get the ledger.
 
     Example:
 
@@ -58,23 +61,24 @@ class PrivacyRecord:
     def __init__(self, ledger: Ledger | None = None):
         self._ledger, self._plain = ledger or Ledger(), Ledger()
         self.dataset: str | None = None
-        self.budgets: dict[str, float] = {}
+        self._running: Callable[[], tuple[dict, ...]] = tuple
         self.run: OpenRun | None = None
+        self.is_in_weights = True
 
     @property
     def ledger(self) -> Ledger:
-        """`Ledger` of all runs that the weights come from and all statements about them."""
-        if self.run is not None:
-            return self.run.ledger
-        return self.history if self._ledger != Ledger() else self._ledger
+        """`Ledger` of all runs that the weights come from and all statements about them.
+
+        It says nothing about training without privacy that no guarantee preceded.
+        """
+        return self.everything if self._ledger != Ledger() or self.run else Ledger()
 
     @property
-    def history(self) -> Ledger:
-        """`Ledger` that a run begins with.
-
-        Unlike `ledger`, it has training without privacy even if no guarantee preceded it.
-        """
-        return combine_ledgers(self._ledger, self._plain)
+    def everything(self) -> Ledger:
+        """`Ledger` with all that is known about the weights, which every copy of them carries."""
+        if self.run is not None:
+            return self.run.ledger
+        return combine_ledgers(self._ledger, self._plain, Ledger(self._running()))
 
     def spent(self, delta: float | None = None) -> PrivacySpent:
         """Return the guarantee of all steps done so far on the data of the last private `fit`.
@@ -104,10 +108,51 @@ class PrivacyRecord:
         """Add the ledger of weights that were loaded into the model."""
         self._ledger = combine_ledgers(self._ledger, ledger)
 
-    def add_plain_steps(self, count: int) -> None:
-        """Add a number of steps of training without privacy."""
-        if count > 0:
-            self._plain = combine_ledgers(self._plain, Ledger((plain_training(count),)))
+    def add_copied(self, content: bytes, source: str) -> None:
+        """Add the `everything` of weights that were copied into the model, as its lines.
+
+        Args:
+            content: bytes.
+            source: str. Name of the source for error messages.
+        """
+        ledger = parse_ledger(content, source)
+        if ledger.runs or not all(map(is_plain_training, ledger.statements)):
+            self.add(ledger)
+        else:
+            self._plain = combine_ledgers(self._plain, ledger)
+
+    def add_unknown(self, source: str) -> None:
+        """Add weights whose ledger did not come with them.
+
+        Args:
+            source: str. How they came.
+        """
+        if self.run is None:  # else a callback brings back weights of the run itself
+            self.add(Ledger((unknown_history(source),)))
+
+    @contextlib.contextmanager
+    def in_its_own_file(self) -> Iterator[None]:
+        """Context in which the ledger is saved next to the weights, not with them."""
+        self.is_in_weights = False
+        try:
+            yield
+        finally:
+            self.is_in_weights = True
+
+    @contextlib.contextmanager
+    def count_plain_steps(self, steps: Callable[[], int]) -> Iterator[None]:
+        """Context of training without privacy.
+
+        Args:
+            steps: function that returns the number of steps so far.
+        """
+        name = uuid.uuid4().hex
+        self._running = lambda: (plain_training(steps(), name),) if steps() > 0 else ()
+        try:
+            yield
+        finally:
+            self._plain = combine_ledgers(self._plain, Ledger(self._running()))
+            self._running = tuple
 
     def begin(self, run: "OpenRun") -> None:
         """Begin a private run; `ledger` counts its steps from here on."""

@@ -15,11 +15,14 @@ well, rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
 - `ROUNDING` covers the norm of a row and the product of gradient and factor. Squares are summed in
   stages of at most `STAGE` numbers, so that a norm is accurate to 4e-4.
 - ρ (`sum_rounding`) covers the sum over rows, which may be rounded in opposite directions at every
-  addition with the record and without it. It is 1e-3 for 128 rows that are computed one by one,
-  0.06 for 1,000 rows, and 0.008 for 1,000 rows that are computed 8 at a time.
+  addition with the record and without it. The sum of more than about 250 rows is carried as a pair
+  of float32 numbers, its rounded value and the rest of it, so that ρ is small for any number: 0.004
+  for 250 rows, 0.008 for 65,536.
 
 `clipped_sum` returns the sensitivity C together with the sum, and `noised_mean` scales the noise by
 it; no other function decides how much noise is needed.
+
+The noise is added to the pair before it is rounded (`privacy/noise.py`).
 
 A row whose gradient or loss is not finite contributes nothing, like a row that was not sampled, and
 is counted.
@@ -28,17 +31,20 @@ References:
     - [Abadi et al., 2016](https://arxiv.org/abs/1607.00133)
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.privacy.noise import add_noise
+from keras_vaultgemma.privacy.pairs import UNIT, add_pairs
 
 ROUNDING = 2.0**-10
 """Fraction of the clipping norm that covers the rounding of a row's norm and clipped gradient."""
 
-UNIT = 2.0**-24
-"""Unit round-off u of float32: the largest relative error of one addition."""
+PLAIN_ROUNDING = 2.0**-8
+"""Largest ρ of a plain sum; a sum of pairs takes longer and needs another buffer."""
 
 STAGE = 2**12
 """Largest number of squares that are summed in one stage."""
@@ -57,6 +63,8 @@ class ClippedSum(NamedTuple):
         clipped: float32 scalar. Number of rows whose gradient was longer than the clipping norm.
         not_finite: float32 scalar. Number of rows that were left out because their gradient or
             loss is not finite.
+        rests: list of float32 tensors, or empty. What rounding to float32 removed from `gradients`;
+            it enters the noised sum as well.
     """
 
     gradients: list
@@ -64,6 +72,7 @@ class ClippedSum(NamedTuple):
     loss: Any
     clipped: Any
     not_finite: Any
+    rests: Sequence = ()
 
 
 def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
@@ -86,18 +95,23 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
     Returns:
         Tuple `(ClippedSum, state)`.
     """
-    longest = clip_norm / (1 + sum_rounding(rows, size))
+    longest, in_pairs = clip_norm / (1 + sum_rounding(rows, size)), needs_pairs(rows, size)
 
-    def add_microbatch(start, total, statistics, state):
+    def add_microbatch(start, total, rest, statistics, state):
         gradients, losses, state = row_gradients(start, state)
         is_present = start + ops.arange(size, dtype="int32") < count
         gradients = [ops.cast(gradient, "float32") for gradient in gradients]
         factors, is_finite, norms = clip_factors(gradients, losses, is_present, longest)
-        total = list(total)
+        total, rest = list(total), list(rest)
         for i in range(len(total)):
-            # Added in place, and each gradient is dropped at once, to save the memory of a copy.
-            total[i] = backend.add_in_place(total[i], _weighted_sum(gradients[i], factors))
-            gradients[i] = None
+            # Each gradient is dropped at once, to save its memory.
+            scaled, gradients[i] = _scaled(gradients[i], factors), None
+            if in_pairs:
+                total[i], rest[i] = backend.in_blocks(_add_rows, [total[i], rest[i]], scaled)
+            else:
+                total[i] = backend.add_in_place(
+                    total[i], scaled[0] if size == 1 else ops.sum(scaled, axis=0)
+                )
         present, used = ops.cast(is_present, "float32"), ops.cast(is_finite, "float32")
         new = [
             ops.sum(ops.where(is_finite, losses, 0.0)),
@@ -107,42 +121,70 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
         return (
             start + size,
             total,
+            rest,
             [old + update for old, update in zip(statistics, new, strict=True)],
             list(state),
         )
 
-    zeros = [backend.zeros(shape) for shape in shapes]
+    total = [backend.zeros(shape) for shape in shapes]
+    rest = [backend.zeros(shape) for shape in shapes] if in_pairs else []
     start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
-    _, total, statistics, state = backend.while_loop(
-        lambda start, *_: start < count, add_microbatch, (start, zeros, statistics, list(state))
+    _, total, rest, statistics, state = backend.while_loop(
+        lambda start, *_: start < count,
+        add_microbatch,
+        (start, total, rest, statistics, list(state)),
     )
-    return ClippedSum(list(total), clip_norm, *statistics), list(state)
+    return ClippedSum(list(total), clip_norm, *statistics, list(rest)), list(state)
+
+
+def needs_pairs(rows, size):
+    """Return True if a plain sum would be rounded by more than `PLAIN_ROUNDING`.
+
+    Args:
+        rows, size: as in `sum_rounding`.
+    """
+    return not isinstance(rows, int) or _plain_rounding(rows, size) > PLAIN_ROUNDING
 
 
 def sum_rounding(rows, size):
     """Return ρ: the increase of the sum's sensitivity by rounding, relative to the longest row c.
 
-    A term that goes through d additions enters the computed sum with a factor 1 + δ in each
-    coordinate, |δ| <= γ_d = d u / (1 - d u), with u = `UNIT` (Higham, section 4.2). The Euclidean
-    error of the computed sum is therefore at most the sum of γ_d c over the rows, and the
-    difference of two computed sums is off by at most twice that. With n microbatches of m rows, a
-    row of the j-th microbatch goes through at most m - 1 additions within it, in whatever order,
-    and n - j + 1 additions after it.
+    Let n rows of norm c or less be summed in microbatches of m, and let u be `UNIT`.
+
+    **A plain sum.** A term that goes through d additions enters the computed sum with a factor
+    1 + δ in each coordinate, |δ| <= γ_d = d u / (1 - d u) (Higham, section 4.2). A row of the j-th
+    of n / m microbatches goes through at most m - 1 additions within it, in whatever order, and
+    n / m - j + 1 after it. The computed sum is off by at most the sum of γ_d c over the rows.
+
+    **A sum of pairs.** `add_pairs` is exact up to 5 u^2 (|x| + |y|) in each coordinate. The rows of
+    a microbatch are added by halves, on at most log2(n) levels, and the total of j rows is at most
+    j c. In all, the pair is off by at most 8 u^2 n^2 c. Rounding the products of gradients and
+    factors, or the total to one number, changes it by at most n u c.
+
+    The difference of two computed sums, with and without a record, is off by at most twice that.
 
     Args:
-        rows: int or int32 scalar. Largest number of rows that are summed.
+        rows: int or int32 scalar. n, the largest number of rows that are summed. The sum of a
+            number that is not known when the step is compiled is one of pairs.
         size: int. m, the number of rows of a microbatch.
 
     Returns:
-        float32 scalar.
+        float or float32 scalar.
 
     References:
         - [Higham, 2002](https://doi.org/10.1137/1.9780898718027): Accuracy and Stability of
           Numerical Algorithms
     """
-    n = ops.cast(-(-rows // size), "float32")
-    additions = n * size * (size - 1 + (n + 1) / 2)
-    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + n))
+    if not needs_pairs(rows, size):
+        return _plain_rounding(rows, size)
+    rounded = ops.cast(rows, "float32") * UNIT
+    return 2 * (rounded + 8 * rounded**2)
+
+
+def _plain_rounding(rows, size):
+    count = -(-rows // size)
+    additions = count * size * (size - 1 + (count + 1) / 2)
+    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + count))
 
 
 def clip_factors(gradients, losses, is_present, clip_norm):
@@ -173,7 +215,7 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
     """Return what a step releases: the noised sum, divided by the expected number of rows.
 
     Args:
-        clipped: `ClippedSum`.
+        clipped: `ClippedSum`. Its tensors are used up: PyTorch writes over them.
         noise_multiplier: float. σ; the standard deviation of the noise is σ times the sensitivity
             of the sum.
         seeds: int32 tensor of shape `[n, 4]`. Seed of the noise of each of n variables, none of
@@ -185,12 +227,25 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
     """
     deviation = noise_multiplier * clipped.sensitivity
     noised = []
-    for i, gradient in enumerate(clipped.gradients):
+    for i, total in enumerate(clipped.gradients):
         # In sequence and after the sum, because the noise of all variables at once would need the
         # memory of another gradient.
-        seed = backend.schedule_after(seeds[i], noised[-1] if noised else gradient)
-        noised.append((gradient + deviation * backend.normal(seed, gradient.shape)) / expected_rows)
+        seed = backend.schedule_after(seeds[i], noised[-1]) if noised else seeds[i]
+        rest = clipped.rests[i] if clipped.rests else None
+        noised.append(add_noise(total, rest, deviation, seed) / expected_rows)
     return noised
+
+
+def _add_rows(start, total, rest, rows):
+    """Return the pair of a sum with the rows of a microbatch, of shape `[R, ...]`."""
+    rests = ops.zeros_like(rows)
+    while rows.shape[0] > 1:
+        half = rows.shape[0] // 2
+        if rows.shape[0] % 2:
+            total, rest = add_pairs(total, rest, rows[-1], rests[-1])
+        first, second = slice(half), slice(half, 2 * half)
+        rows, rests = add_pairs(rows[first], rests[first], rows[second], rests[second])
+    return add_pairs(total, rest, rows[0], rests[0])
 
 
 def _squared_norms(x):
@@ -198,9 +253,7 @@ def _squared_norms(x):
 
     One long chain of additions would lose the small terms.
     """
-    x = _in_stages(x if len(x.shape) > 1 else x[:, None])
-    # einsum, because TensorFlow and PyTorch would materialise the squares.
-    sums = ops.einsum("...i,...i->...", x, x)
+    sums = backend.sum_of_squares(_in_stages(x if len(x.shape) > 1 else x[:, None]))
     while len(sums.shape) > 1:
         sums = ops.sum(_in_stages(sums), axis=-1)
     return sums
@@ -214,8 +267,7 @@ def _in_stages(x):
     return ops.reshape(x, (*x.shape[:-1], -1, STAGE))
 
 
-def _weighted_sum(x, factors):
-    """Return the sum over r of `factors[r] * x[r]`; a factor of 0 also cancels inf and NaN."""
+def _scaled(x, factors):
+    """Return `factors[r] * x[r]`; a factor of 0 also cancels inf and NaN."""
     factors = ops.reshape(factors, (-1, *[1] * (len(x.shape) - 1)))
-    x = backend.multiply_no_nan(x, factors)
-    return x[0] if x.shape[0] == 1 else ops.sum(x, axis=0)
+    return backend.multiply_no_nan(x, factors)

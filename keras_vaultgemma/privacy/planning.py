@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 
 from keras_vaultgemma._validation import check_exactly_one, check_integer, check_number
@@ -10,6 +11,11 @@ from keras_vaultgemma.privacy.accounting import LARGEST_EPSILON, Steps
 
 TRUNCATION_COST = 0.01
 """Largest relative increase of ε that the truncation of large batches may cause."""
+
+LARGEST_DEFAULT_DELTA = 1e-5
+
+LARGEST_SHARE = 0.5
+"""Largest N δ without a warning."""
 
 PRECISION = 1e-3
 """Relative error of a calibrated noise multiplier."""
@@ -94,7 +100,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def default_delta(rows: int) -> float:
-    """Return δ = N^-1.1.
+    """Return δ = min(N^-1.1, `LARGEST_DEFAULT_DELTA`).
 
     It is below 1 / N, because a mechanism that publishes one random record satisfies δ = 1 / N.
 
@@ -105,7 +111,18 @@ def default_delta(rows: int) -> float:
         ValueError: If `rows` is below 2.
     """
     check_integer("rows", rows, 2)
-    return float(rows) ** -1.1
+    return min(float(rows) ** -1.1, LARGEST_DEFAULT_DELTA)
+
+
+def warn_of_large_delta(rows: int, delta: float) -> None:
+    """Warn if N δ is above `LARGEST_SHARE`: δ then allows publishing that share of a record."""
+    if rows * delta > LARGEST_SHARE:
+        warnings.warn(
+            f"`delta` should be far below 1 / N for N = {rows:,} records: a mechanism that "
+            "publishes N δ records at random satisfies any ε at this δ. "
+            f"Received: delta={delta:g}, N δ = {rows * delta:.2g}",
+            stacklevel=2,
+        )
 
 
 def choose_max_batch_size(steps: Steps, delta: float, microbatch: int) -> int:

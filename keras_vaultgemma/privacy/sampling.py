@@ -113,8 +113,8 @@ def as_rows(x, y=None, sample_weight=None):
     """Return training data as nested NumPy arrays, whose rows can be drawn one by one.
 
     Args:
-        x: nested arrays or tensors of shape `[N, ...]`, or a `keras.utils.PyDataset`, which is read
-            once, batch by batch.
+        x: nested arrays or tensors of shape `[N, ...]`, or a `keras.utils.PyDataset`, each batch of
+            which is read twice and must be equal both times.
         y: nested arrays or tensors of shape `[N, ...]`, or None. Defaults to None.
         sample_weight: array or tensor of shape `[N, ...]`, or None. Defaults to None.
 
@@ -123,18 +123,36 @@ def as_rows(x, y=None, sample_weight=None):
 
     Raises:
         ValueError: If the rows cannot be drawn one by one, as those of a generator or a
-            `tf.data.Dataset`.
+            `tf.data.Dataset`, or if those of a dataset change.
     """
     if isinstance(x, keras.utils.PyDataset):
         if x.num_batches is None:
             raise ValueError(
                 "A `keras.utils.PyDataset` for private training must have a length. Received: none"
             )
-        batches = [
-            _as_arrays(*keras.utils.unpack_x_y_sample_weight(x[i])) for i in range(x.num_batches)
-        ]
+        batches = [_batch(x, i) for i in range(x.num_batches)]
         return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
     return _as_arrays(x, y, sample_weight)
+
+
+def _batch(dataset, index):
+    """Return a batch of a dataset as arrays, which must be the same each time it is read."""
+    once, again = (
+        _as_arrays(*keras.utils.unpack_x_y_sample_weight(dataset[index])) for _ in range(2)
+    )
+    same = keras.tree.map_structure(
+        lambda a, b: a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"),
+        once,
+        again,
+    )
+    if not all(keras.tree.flatten(same)):
+        raise ValueError(
+            "A `keras.utils.PyDataset` for private training must have the same rows whenever it is "
+            "read, without shuffling and augmentation: private training draws its rows itself, and "
+            "the ledger recognises them by their values. "
+            f"Received: batch {index}, which differed when it was read again"
+        )
+    return once
 
 
 def _as_arrays(*parts):

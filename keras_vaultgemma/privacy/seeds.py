@@ -16,14 +16,11 @@ its default seeds have 30 bits and two of its streams coincide on PyTorch. A gen
 all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, two are equal with probability
 1e-5.
 
-**Not covered.** The generators of the backends are statistical, not cryptographic, and their normal
-deviates are float32 numbers, whose gaps in the last bits may reveal something (Mironov). Both
-attacks need the exact bits of the noised sums, which the optimizer's float32 update of the weights
-rounds away.
+**Not covered.** The generators that turn seeds into noise (`privacy/noise.py`) are statistical and
+not cryptographic.
 
 References:
     - [RFC 2104](https://www.rfc-editor.org/rfc/rfc2104): HMAC
-    - [Mironov, 2012](https://doi.org/10.1145/2382196.2382264): floating-point noise
 """
 
 import hashlib

@@ -69,9 +69,11 @@ class PrivateTraining:
     Attributes:
         metrics: list of metrics that `step` updates. None of them is protected by noise.
         microbatch: int. Rows that are computed together.
+        compiled_metrics: nested metrics that the user gave to `compile`.
     """
 
     def __init__(self, model, settings, row_losses=None):
+        self.compiled_metrics = None
         self.model, self.settings = model, settings
         self.row_losses = RowLosses(model) if row_losses is None else row_losses
         self.metrics = [keras.metrics.Mean(name=checks.UNPROTECTED + name) for name in STATISTICS]

@@ -148,7 +148,7 @@ def _copy_ledger(folder, new):
     ledger = preset_ledger(folder)
     training = [f"trained privately since: {run}" for run in ledger.describe()]
     if plain := ledger.without_privacy():
-        training.append(f"trained without privacy since: {plain}")
+        training.append(f"without privacy since: {plain}")
     if training:  # A guarantee without any run is already in the metadata.
         ledger.write(new)
     return training

@@ -28,7 +28,7 @@ def privacy_budget(
         noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
             Exactly one of `noise_multiplier` and `epsilon` must be given.
         epsilon: float in (0, 100]. Budget of the run.
-        delta: float in (0, 1). Defaults to N^-1.1.
+        delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5).
         png: str. File for a plot of ε against steps and of σ against ε. Defaults to None, which
             plots nothing.
 
@@ -52,6 +52,7 @@ def privacy_budget(
     figure = None if png is None else new_figure((9, 3.6))
     chosen = planning.default_delta(rows) if delta is None else delta
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
+    planning.warn_of_large_delta(rows, chosen)
     spent = accounting.epsilon([steps], chosen)
     advantage = accounting.delta([steps], 0.0)
     right = accounting.round_up(50 + 50 * advantage, 3)
@@ -60,7 +61,7 @@ def privacy_budget(
         save_figure(figure, png)
     lines = [
         f"ε = {accounting.round_up(spent):g} at δ = {chosen:.3g}"
-        f"{' (N^-1.1)' if delta is None else ''}, "
+        f"{' (the default)' if delta is None else ''}, "
         f"with noise multiplier σ = {steps.noise_multiplier:.4g}, after {steps.count:,} steps",
         "",
         f"An attacker who sees the trained model, knows all other records and guesses if one "

@@ -115,14 +115,26 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         )
 
 
+def all_callbacks(arguments):
+    """Return the callbacks in a dict of arguments of `fit`, also those inside a `CallbackList`."""
+
+    def expand(value):
+        for callback in keras.tree.flatten(value or []):
+            if isinstance(callback, keras.callbacks.CallbackList):
+                yield from expand(callback.callbacks)
+            else:
+                yield callback
+
+    return list(expand(arguments.get("callbacks")))
+
+
 def checkpoint_of(arguments):
     """Return the `TrainingCheckpoint` among the callbacks in a dict of arguments of `fit`, or None.
 
     Raises:
         ValueError: If there is more than one.
     """
-    callbacks = keras.tree.flatten(arguments.get("callbacks") or [])
-    checkpoints = [callback for callback in callbacks if isinstance(callback, TrainingCheckpoint)]
+    checkpoints = [c for c in all_callbacks(arguments) if isinstance(c, TrainingCheckpoint)]
     if len(checkpoints) > 1:
         raise ValueError(
             "`callbacks` must contain at most one TrainingCheckpoint. "

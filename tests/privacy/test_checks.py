@@ -82,6 +82,88 @@ def test_several_steps_at_once():
         dense().compile("sgd", "mse", privacy=dpsgd(), steps_per_execution=2)
 
 
+SET_LATER = {
+    "steps_per_execution=4": lambda model: setattr(model, "steps_per_execution", 4),
+    "gradient_accumulation_steps=4": lambda model: setattr(
+        model.optimizer, "gradient_accumulation_steps", 4
+    ),
+    "LossScaleOptimizer": lambda model: setattr(
+        model, "optimizer", keras.optimizers.LossScaleOptimizer(model.optimizer)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", SET_LATER)
+def test_what_is_set_after_compile(message):
+    model = dense()
+    model.compile(keras.optimizers.SGD(0.1), "mse", privacy=dpsgd())
+    SET_LATER[message](model)
+    with pytest.raises(ValueError, match=f"Received: {message}"):
+        model.fit(np.ones((ROWS, 3)), np.ones((ROWS, 2)), batch_size=8, verbose=0)
+    assert not model.privacy.ledger.runs
+
+
+class TwoUpdates(Private):
+    """A step that updates the weights twice, and would be counted once."""
+
+    def train_step(self, *args):
+        if backend.NAME != "jax":
+            super().train_step(*args)
+            return super().train_step(*args)
+        state, data = args
+        return super().train_step(super().train_step(state, data)[1], data)
+
+
+def test_updates_that_are_not_steps():
+    inputs = keras.Input((3,))
+    model = TwoUpdates(inputs, keras.layers.Dense(2)(inputs))
+    with pytest.raises(RuntimeError, match="Received: 10 updates in 5 steps"):
+        fitted(model)
+    assert model.privacy.spent().steps == 10
+
+
+class Wrapper(keras.callbacks.Callback):
+    def __init__(self, callback):
+        super().__init__()
+        self.parts = {"inner": [callback]}
+
+
+HIDDEN = {
+    "list": lambda callback: keras.callbacks.CallbackList([callback]),
+    "list in a list": lambda callback: [
+        keras.callbacks.CallbackList([keras.callbacks.CallbackList([callback])])
+    ],
+    "attribute": Wrapper,
+    "attribute of an attribute": lambda callback: [Wrapper(Wrapper(callback))],
+}
+
+
+@pytest.mark.first_backend
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_callbacks_inside_others(hidden):
+    for callback, message in (
+        (keras.callbacks.ModelCheckpoint("x.keras"), "Received: ModelCheckpoint"),
+        (keras.callbacks.EarlyStopping("unprotected_loss"), "Received: EarlyStopping"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fitted(callbacks=HIDDEN[hidden](callback))
+
+
+@pytest.mark.first_backend
+def test_callbacks_of_a_list_are_called():
+    seen = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
+    fitted(callbacks=keras.callbacks.CallbackList([callback]))
+    assert len(seen) == 1 and "epsilon" in seen[0]
+
+
+@pytest.mark.parametrize("clip_norm", [0, 1e-22, 1e-9, 1e9, float("nan")])
+@pytest.mark.any_backend
+def test_clipping_norms_whose_squares_underflow(clip_norm):
+    with pytest.raises(ValueError, match="`clip_norm` must be .* Received: clip_norm="):
+        dpsgd(clip_norm=clip_norm)
+
+
 def test_batch_normalization():
     with pytest.raises(
         ValueError, match="BatchNormalization mixes the rows of a batch and stores their mean"

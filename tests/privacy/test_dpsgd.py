@@ -34,7 +34,7 @@ pytestmark = pytest.mark.any_backend
         (dict(noise_multiplier=float("inf")), "Received: noise_multiplier=inf"),
         (
             dict(epsilon=1, clip_norm=0),
-            "`clip_norm` must be a finite number above 0. Received: clip_norm=0",
+            "`clip_norm` must be a number from 1e-08 to 1e.08. Received: clip_norm=0",
         ),
         (dict(epsilon=1, clip_norm=float("nan")), "Received: clip_norm=nan"),
         (

@@ -1,5 +1,8 @@
 """Fingerprints of data sets, and the key that protects them."""
 
+import os
+import stat
+
 import numpy as np
 import pytest
 
@@ -77,10 +80,11 @@ def test_the_key_is_created_once_and_only_its_user_can_read_it(tmp_path, monkeyp
     assert fingerprint.key(tmp_path) != key
 
 
-def test_a_damaged_key(tmp_path):
-    (tmp_path / fingerprint.KEY_FILE).write_bytes(b"short")
-    with pytest.raises(
-        ValueError,
-        match=r"dataset_fingerprint.key must have 32 bytes; remove it .* Received: 5 bytes",
-    ):
-        fingerprint.key(tmp_path)
+@pytest.mark.parametrize("content", [b"", b"short", bytes(33)])
+def test_a_damaged_key_is_replaced(tmp_path, content):
+    """A full disk or a crash must not lock the user out."""
+    path = tmp_path / fingerprint.KEY_FILE
+    path.write_bytes(content)
+    key = fingerprint.key(tmp_path)
+    assert len(key) == 32 and fingerprint.key(tmp_path) == path.read_bytes() == key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and os.listdir(tmp_path) == [path.name]

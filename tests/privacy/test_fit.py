@@ -203,11 +203,12 @@ def test_the_ledger_is_saved_with_the_weights(tmp_path):
     model.save_to_preset(tmp_path / "preset")
     again = VaultGemmaCausalLM.from_preset(tmp_path / "preset")
     assert again.privacy.ledger == found
-    # Later runs on the same data compose with the loaded ones.
+    # Later runs on the same data compose with the loaded ones, and the budget is still the same.
     again.backbone.enable_lora(4)
     again.preprocessor.sequence_length = 24
     again.compile(
-        keras.optimizers.Adam(1e-3), privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4)
+        keras.optimizers.Adam(1e-3),
+        privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4, extend_budget=True),
     )
     again.fit(LINES, batch_size=2, verbose=0)
     assert again.privacy.spent().steps == 4 and len(again.privacy.ledger.spent()) == 1

@@ -12,11 +12,11 @@ from keras_vaultgemma.privacy.ledger import (
     Ledger,
     combine_ledgers,
     parse_ledger,
-    plain_training,
     preset_ledger,
     read_ledger,
 )
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
+from keras_vaultgemma.privacy.statements import plain_training
 
 pytestmark = pytest.mark.any_backend
 

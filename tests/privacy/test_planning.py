@@ -127,12 +127,18 @@ def test_epochs_are_rounded_up():
 
 
 def test_default_delta():
-    assert planning.default_delta(1000) == pytest.approx(1000**-1.1)
-    assert planning.default_delta(2) < 0.5
+    assert planning.default_delta(10**6) == pytest.approx(10**-6.6)
+    assert planning.default_delta(180) == planning.default_delta(2) == 1e-5
     with pytest.raises(
         ValueError, match="`rows` must be an integer of at least 2. Received: rows=1"
     ):
         planning.default_delta(1)
+
+
+def test_a_delta_that_allows_publishing_a_record():
+    with pytest.warns(UserWarning, match="`delta` should be far below 1 / N for N = 180 records"):
+        planning.warn_of_large_delta(180, 0.0033)
+    planning.warn_of_large_delta(180, 1e-5)
 
 
 @pytest.mark.parametrize(

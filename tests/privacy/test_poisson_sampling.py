@@ -239,3 +239,24 @@ def test_data_without_rows_is_rejected(data):
         match="draws its rows one by one: data must be strings, arrays or a `keras.utils.PyData",
     ):
         as_rows(data)
+
+
+class Changing(keras.utils.PyDataset):
+    """Rows that are shuffled or augmented anew whenever they are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.rng.normal(size=(4, 3)), np.ones((4, 2))
+
+
+def test_a_dataset_whose_rows_change():
+    with pytest.raises(
+        ValueError, match="must have the same rows whenever .* batch 0, which differed"
+    ):
+        as_rows(Changing())

@@ -1,3 +1,7 @@
+import copy
+import pickle
+
+import h5py
 import keras
 import pytest
 from ledger_cases import DATA, OTHER_DATA, a_run
@@ -84,10 +88,7 @@ def test_training_without_privacy_is_recorded(tmp_path):
     assert preset_ledger(tmp_path / "saved") == found
     assert "without privacy           20 steps, whose records" in describe(str(tmp_path / "saved"))
     convert(tmp_path / "saved", tmp_path / "converted", to="hf", progress=False)
-    assert (
-        "- trained without privacy since: 20 steps"
-        in (tmp_path / "converted" / "README.md").read_text()
-    )
+    assert "- without privacy since: 20 steps" in (tmp_path / "converted" / "README.md").read_text()
 
 
 @pytest.mark.first_backend
@@ -108,3 +109,112 @@ def test_training_without_privacy_is_recorded_after_private_pre_training():
 def test_spent_needs_a_run():
     with pytest.raises(ValueError, match="`spent` needs a private run"):
         PrivacyRecord(Ledger(({"epsilon": 2.0},))).spent()
+
+
+def retrained(copy):
+    """The guarantee after another run of four steps on the same rows."""
+    copy.compile(keras.optimizers.SGD(0.1), privacy=DPSGD(noise_multiplier=1.0, extend_budget=True))
+    fit(copy)
+    return copy.privacy.spent(1e-5)
+
+
+def via_file(model, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
+
+
+def via_weights(model, folder):
+    model.save_weights(folder / "model.weights.h5")
+    copy_ = language_model(4)
+    copy_.load_weights(folder / "model.weights.h5")
+    return copy_
+
+
+def via_backbone(model, folder):
+    model.backbone.save_weights(folder / "model.weights.h5")
+    copy_ = language_model(4)
+    copy_.backbone.load_weights(folder / "model.weights.h5")
+    return copy_
+
+
+COPIES = {
+    "save": via_file,
+    "save_weights": via_weights,
+    "backbone": via_backbone,
+    "deepcopy": lambda model, folder: copy.deepcopy(model),
+    "pickle": lambda model, folder: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.usefixtures("own_key")
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_of_weights_carry_their_ledger(tmp_path, way):
+    model = language_model(4, dpsgd=dict(seed_for_tests=None))
+    fit(model)
+    copied = COPIES[way](model, tmp_path)
+    assert copied.privacy.ledger == model.privacy.ledger and copied.privacy.spent().uncovered == ""
+    assert retrained(copied) == retrained(model)
+    assert retrained(copied).steps == 12
+
+
+@pytest.mark.usefixtures("own_key")
+def test_copies_carry_training_without_privacy(tmp_path):
+    model = language_model(4)
+    model.compile(keras.optimizers.SGD(0.1))
+    fit(model)
+    x, y, weight = some_rows(2)
+    model.train_on_batch(x, y, weight)
+    copied = via_weights(model, tmp_path)
+    assert copied.privacy.ledger == model.privacy.ledger == Ledger()
+    assert retrained(copied).uncovered == "5 steps, whose records no guarantee covers"
+
+
+def by_set_weights(model, copied, folder):
+    copied.set_weights(model.get_weights())
+
+
+def by_set_weights_of_the_backbone(model, copied, folder):
+    copied.backbone.set_weights(model.backbone.get_weights())
+
+
+def by_an_old_file(model, copied, folder):
+    """One that no ledger was written into."""
+    path = folder / "model.weights.h5"
+    model.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        found = []
+        file.visit(lambda name: found.append(name) if name.endswith(FILE) else None)
+        assert len(found) == 1
+        del file[found[0]]
+    copied.load_weights(path)
+
+
+@pytest.mark.usefixtures("own_key")
+@pytest.mark.parametrize(
+    "move",
+    [by_set_weights, by_set_weights_of_the_backbone, by_an_old_file],
+    ids=lambda f: f.__name__,
+)
+def test_weights_of_unknown_history(tmp_path, move):
+    """Where the ledger cannot travel with the weights, the next guarantee says so."""
+    model, copied = (language_model(4, dpsgd=dict(seed_for_tests=None)) for _ in range(2))
+    fit(model)
+    move(model, copied, tmp_path)
+    assert "weights of unknown history (`" in retrained(copied).uncovered
+    copied.save_to_preset(tmp_path / "saved")
+    assert "weights of unknown history" in preset_ledger(tmp_path / "saved").without_privacy()
+
+
+@pytest.mark.usefixtures("own_key")
+def test_weights_that_a_callback_brings_back_are_known():
+    model = language_model(4, dpsgd=dict(seed_for_tests=None))
+    keep = {}
+
+    def on_epoch_end(epoch, logs):
+        keep.setdefault("weights", model.get_weights())
+
+    back = keras.callbacks.LambdaCallback(
+        on_epoch_end=on_epoch_end, on_train_end=lambda logs: model.set_weights(keep["weights"])
+    )
+    fit(model, epochs=2, callbacks=[back])
+    assert model.privacy.spent().uncovered == "" and model.privacy.spent().steps == 8
