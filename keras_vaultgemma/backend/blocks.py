@@ -1,7 +1,6 @@
 """Elementwise arithmetic on tensors that are too large to be computed operation by operation."""
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -13,16 +12,13 @@ from keras_vaultgemma.backend.selection import NAME
 BLOCK = 2**17
 """Elements of PyTorch's blocks, whose temporaries fit into the cache of a core."""
 
-PART = 2**20
-"""Smallest number of elements that TensorFlow computes in a thread of its own."""
-
 
 def in_blocks(function, buffers, *args, **parameters):
-    """Return `function(start, *buffers, *args)`, computed in blocks by all threads.
+    """Return `function(start, *buffers, *args)`, reading and writing large tensors once.
 
-    PyTorch computes a block operation by operation within the cache, and writes the result over the
-    buffers. TensorFlow fuses the operations, for one thread a block. JAX does both by itself, and
-    there is one block.
+    XLA fuses the operations on JAX and, by `fused`, on TensorFlow, and there is one block. PyTorch
+    computes operation by operation, on a CPU block by block within the cache, in all threads, and
+    writes the result over the buffers.
 
     Args:
         function: callable of the index of a block's first element, of buffers and of arguments. It
@@ -35,24 +31,13 @@ def in_blocks(function, buffers, *args, **parameters):
     Returns:
         Tuple of tensors like `buffers`.
     """
-    if NAME == "jax":
-        return function(0, *buffers, *args, **parameters)
-    shape = buffers[0].shape
-    size = math.prod(shape)
-    flat = [keras.ops.reshape(x, (-1,)) for x in buffers]
-    args = [keras.ops.reshape(x, (*x.shape[: len(x.shape) - len(shape)], -1)) for x in args]
-    if NAME == "tensorflow":
-        threads = os.cpu_count() or 1
-        length = max(PART, -(-size // threads))
-        parts = [
-            fused(function)(
-                start, *[x[..., start : start + length] for x in [*flat, *args]], **parameters
-            )
-            for start in range(0, size, length)
-        ]
-        columns = zip(*parts, strict=True)
-        return tuple(keras.ops.reshape(keras.ops.concatenate(column), shape) for column in columns)
+    if NAME != "torch" or buffers[0].device.type != "cpu":
+        return fused(function)(0, *buffers, *args, **parameters)
     import torch
+
+    shape, size = buffers[0].shape, buffers[0].numel()
+    flat = [x.reshape(-1) for x in buffers]
+    args = [x.reshape(*x.shape[: x.ndim - len(shape)], -1) for x in args]
 
     @torch.no_grad()  # which holds for one thread
     def compute(start):

@@ -14,9 +14,9 @@ def iterations(model):
     return int(ops.convert_to_numpy(model.optimizer.iterations)) if model.optimizer else 0
 
 
-def counting_callback(*args):
-    """Return a `_Counting` callback."""
-    return _Counting(*args)
+def counting_callback(record, is_cut_short, per_epoch, done):
+    """Return a `_Counting` callback, whose class keeps its name for the sake of old checkpoints."""
+    return _Counting(record, is_cut_short, per_epoch, done)
 
 
 class _Counting(keras.callbacks.Callback):

@@ -53,6 +53,8 @@ def key(folder: Path | None = None) -> bytes:
                 os.link(new, path)  # unless another process has just created it
         except FileExistsError:
             pass
+        except OSError:  # The file system has no links.
+            new.replace(path)
         finally:
             new.unlink(missing_ok=True)
     return path.read_bytes()

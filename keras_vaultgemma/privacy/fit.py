@@ -90,8 +90,7 @@ def private_fit(training, arguments, records=None):
         is_resumed=bool(saved and done),
     )
 
-    training.prepare(rows, microbatch)
-    arguments["x"] = PrivateBatches(
+    arguments["x"] = batches = PrivateBatches(
         rows,
         run.steps(0),
         arguments["epochs"] * per_epoch,
@@ -102,6 +101,7 @@ def private_fit(training, arguments, records=None):
         dataset,
         len(training.seeds),
     )
+    training.prepare(rows, microbatch, batches.capacity)
     if is_cut_short and not run.planned_steps:
         # A resumed run that does no step ends where it begins.
         arguments["epochs"] = saved["position"]["epoch"]

@@ -61,7 +61,7 @@ class PrivacyRecord:
     def __init__(self, ledger: Ledger | None = None):
         self._ledger, self._plain = ledger or Ledger(), Ledger()
         self.dataset: str | None = None
-        self._running: Callable[[], tuple[dict, ...]] = tuple
+        self._running: Callable[[], tuple[dict, ...]] | None = None
         self.run: OpenRun | None = None
         self.is_in_weights = True
 
@@ -78,7 +78,8 @@ class PrivacyRecord:
         """`Ledger` with all that is known about the weights, which every copy of them carries."""
         if self.run is not None:
             return self.run.ledger
-        return combine_ledgers(self._ledger, self._plain, Ledger(self._running()))
+        running = Ledger(self._running()) if self._running else Ledger()
+        return combine_ledgers(self._ledger, self._plain, running)
 
     def spent(self, delta: float | None = None) -> PrivacySpent:
         """Return the guarantee of all steps done so far on the data of the last private `fit`.
@@ -127,7 +128,8 @@ class PrivacyRecord:
         Args:
             source: str. How they came.
         """
-        if self.run is None:  # else a callback brings back weights of the run itself
+        # During `fit` a callback brings back weights of the run itself, as `EarlyStopping` does.
+        if self.run is None and self._running is None:
             self.add(Ledger((unknown_history(source),)))
 
     @contextlib.contextmanager
@@ -151,8 +153,11 @@ class PrivacyRecord:
         try:
             yield
         finally:
-            self._plain = combine_ledgers(self._plain, Ledger(self._running()))
-            self._running = tuple
+            # After an error in a step Keras has dropped the variables on JAX, and with them the
+            # weights; asking for the steps would hide the error.
+            with contextlib.suppress(TypeError):
+                self._plain = combine_ledgers(self._plain, Ledger(self._running()))
+            self._running = None
 
     def begin(self, run: "OpenRun") -> None:
         """Begin a private run; `ledger` counts its steps from here on."""

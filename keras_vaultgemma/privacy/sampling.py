@@ -57,6 +57,7 @@ class PrivateBatches(keras.utils.PyDataset):
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
 
     Attributes:
+        capacity: int. Number of rows of all batches, drawn or zeros.
         run_identity: dict of the properties that must be equal for an interrupted run to resume.
             The number of batches is not among them.
         run_identity_comparisons: dict of functions `(saved, current)` for the properties that need
@@ -72,7 +73,7 @@ class PrivateBatches(keras.utils.PyDataset):
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
         self._layers = layers
         self._secret, self._first_step = secret, first_step
-        self._capacity = -(-min(steps.max_batch_size, steps.rows) // microbatch) * microbatch
+        self.capacity = -(-min(steps.max_batch_size, steps.rows) // microbatch) * microbatch
 
     def __len__(self):
         return self._length
@@ -90,7 +91,7 @@ class PrivateBatches(keras.utils.PyDataset):
         layer_seeds = [layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
 
         def take(array):
-            taken = np.zeros((self._capacity, *array.shape[1:]), array.dtype)
+            taken = np.zeros((self.capacity, *array.shape[1:]), array.dtype)
             taken[: len(drawn)] = array[drawn]
             return taken
 

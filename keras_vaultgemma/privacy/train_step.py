@@ -69,6 +69,7 @@ class PrivateTraining:
     Attributes:
         metrics: list of metrics that `step` updates. None of them is protected by noise.
         microbatch: int. Rows that are computed together.
+        capacity: int or None. Largest number of rows of any batch. None means that of the inputs.
         compiled_metrics: nested metrics that the user gave to `compile`.
     """
 
@@ -77,21 +78,24 @@ class PrivateTraining:
         self.model, self.settings = model, settings
         self.row_losses = RowLosses(model) if row_losses is None else row_losses
         self.metrics = [keras.metrics.Mean(name=checks.UNPROTECTED + name) for name in STATISTICS]
-        self.microbatch, self._row_shapes = 1, None
+        self.microbatch, self.capacity, self._row_shapes = 1, None, None
 
-    def prepare(self, rows, microbatch):
-        """Get ready for a run: set the microbatch and build the metrics.
+    def prepare(self, rows, microbatch, capacity):
+        """Get ready for a run: set the sizes and build the metrics.
 
         Args:
             rows: nested arrays, the training data.
             microbatch: int. Rows that are computed together.
+            capacity: int. Number of rows of all batches.
         """
         model = self.model
         shapes = [array.shape[1:] for array in keras.tree.flatten(rows)]
-        if (microbatch, shapes) != (self.microbatch, self._row_shapes):
-            # The compiled step contains both; TensorFlow, given another shape, would retrace it
+        sizes = microbatch, capacity, shapes
+        if sizes != (self.microbatch, self.capacity, self._row_shapes):
+            # The compiled step contains them; TensorFlow, given another shape, would retrace it
             # with an unknown one.
-            self.microbatch, self._row_shapes, model.train_function = microbatch, shapes, None
+            self.microbatch, self.capacity, self._row_shapes = sizes
+            model.train_function = None
         # Keras would build metrics from the first batch, whose structure is another one here.
         x, y, *weight = keras.tree.map_structure(
             lambda array: ops.convert_to_tensor(array[:1]), rows
@@ -200,7 +204,8 @@ class PrivateTraining:
         start, shapes = [backend.value_of(v) for v in states], [tuple(v.shape) for v in trained]
         for i, variable in enumerate([] if seeds is None else self.seeds):
             start[i] = ops.cast(seeds[i], variable.dtype)
-        rows = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        # TensorFlow does not know the number of rows of a batch while it traces the step.
+        rows = self.capacity or ops.shape(keras.tree.flatten(inputs)[0])[0]
         return mechanism.clipped_sum(
             row_gradients, shapes, count, rows, size, self.settings.clip_norm, start
         )

@@ -4,6 +4,7 @@ import pytest
 from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma.models.trainer import Trainer
 
 
 def load():
@@ -288,3 +289,23 @@ def test_mixed_precision_trains():
     )
     assert {v.dtype for v in model.backbone.variables} == {"float32"}
     assert all(not np.array_equal(before[v.path], to_numpy(v)) for v in model.backbone.variables)
+
+
+class AnyModel(Trainer, keras.Model):
+    """A model that is no language model."""
+
+
+class Fails(keras.layers.Layer):
+    def call(self, x, training=None):
+        if training:
+            raise ValueError("an error of the user's own")
+        return x
+
+
+def test_an_error_in_a_step_is_not_hidden():
+    """Although Keras drops the optimizer's variables on JAX, which are asked for the number of steps."""
+    inputs = keras.Input((3,))
+    model = AnyModel(inputs, Fails()(keras.layers.Dense(2)(inputs)))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="an error of the user's own"):
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)

@@ -69,6 +69,16 @@ def max_batch_size(noise, microbatch=1):
     return steps.max_batch_size
 
 
+def test_a_small_run_sums_plainly(monkeypatch):
+    """The number of rows is known while the step is compiled, also on TensorFlow, whose batches do not tell it."""
+    seen, rounding = [], mechanism.sum_rounding
+    monkeypatch.setattr(
+        mechanism, "sum_rounding", lambda rows, size: seen.append(rows) or rounding(rows, size)
+    )
+    fit(language_model(4))
+    assert set(seen) == {min(max_batch_size(1.0), ROWS)}
+
+
 def test_steps_without_any_gradient_are_pure_noise():
     """Rows with weights of 0 have no gradient, so the updates have the standard deviation of the noise."""
     x, y, weight = some_rows(ROWS)
