@@ -81,6 +81,17 @@ def _epsilon(options):
     return privacy_budget(**_arguments(options))
 
 
+def _ledger(options):
+    """List the private runs on this machine, the records that they share, and ε of each and in all.
+
+    A run counts with all other runs on the same records, whatever model they trained. If nothing
+    that was learned in a run was or ever will be seen by others, delete its folder to forget it.
+    """
+    from keras_vaultgemma.recipes.private_runs import private_runs
+
+    return private_runs(**_arguments(options))
+
+
 def _select_backend():
     # First, because this package selects the Keras backend before Keras is imported.
     import keras_vaultgemma.backend  # noqa: F401
@@ -200,6 +211,7 @@ COMMANDS = {
             "--epsilon": _value("ε", "privacy budget of all steps together", float),
             "--noise": _value("σ", "noise multiplier", float, dest="noise_multiplier"),
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
+            "--extend-budget": _flag("go on where earlier runs on these rows used the budget up"),
             "--clip-norm": _value(
                 "C", f"largest L2 norm of a row's gradient {DEFAULT}", float, default=1.0
             ),
@@ -219,6 +231,11 @@ COMMANDS = {
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--png": _value("FILE", "plot of ε against steps and of σ against ε"),
         },
+    ),
+    "ledger": Command(
+        _ledger,
+        "list the private runs on this machine, and ε in all",
+        {"--delta": _value("δ", "δ of every ε (default: the smallest of the runs)", float)},
     ),
 }
 

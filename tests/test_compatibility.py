@@ -166,10 +166,7 @@ def test_an_adapter_and_a_preset_with_a_ledger():
     for loaded in (model, merged):
         check(loaded, "adapter_private")
         spent = loaded.privacy.spent()
-        assert "1 steps" in spent.uncovered and spent._replace(uncovered="")._asdict() == {
-            **TEXT["private"],
-            "uncovered": "",
-        }
+        assert "1 steps" in spent.uncovered and TEXT["private"].items() <= spent._asdict().items()
         assert not spent.is_private
         assert "1 steps" in loaded.privacy.ledger.without_privacy()
 

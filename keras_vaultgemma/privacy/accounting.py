@@ -90,6 +90,10 @@ class PrivacySpent(NamedTuple):
         neighbouring: str. Relation of the two datasets that cannot be distinguished.
         uncovered: str. What the guarantee does not cover: steps without privacy, and weights that
             came without a ledger. "" if it covers everything.
+        epsilon_of_all_runs: float or None. ε, at the same δ, for a person whose record was in all
+            runs that the model's ledger and this machine know, whatever their data. None if it is
+            the guarantee of a ledger alone.
+        all_runs: int. Number of these runs.
 
     Example:
 
@@ -116,6 +120,8 @@ class PrivacySpent(NamedTuple):
     unit: str
     neighbouring: str
     uncovered: str = ""
+    epsilon_of_all_runs: float | None = None
+    all_runs: int = 0
 
     @property
     def is_private(self) -> bool:

@@ -46,9 +46,11 @@ class DPSGD:
     **Not covered** is whatever else is learned from the rows and published:
 
     - the choice of hyperparameters, of the best of several runs, or of a checkpoint by looking at
-      results on the rows. Each run on the rows counts, and the ledger composes the runs it knows
-      of. It recognises strings by their contents and token ids by their values: the same rows as
-      both, or as ids truncated at two lengths, are two datasets to it;
+      results on the rows. Each run on the rows counts: `spent` composes the runs of this model and
+      those of other models that this machine knows of (`privacy/machine_ledger.py`). Strings are
+      recognised by their contents and token ids by their values: the same rows as both, or as ids
+      truncated at two lengths, are two datasets. Rows in common with a run on another dataset are a
+      warning, and `spent().epsilon_of_all_runs` is ε for a person whose record was in all runs;
     - the metrics that `fit` reports. They are named "unprotected_..." for that reason, and a
       checkpoint stores them, too;
     - a `fit` without `privacy` on the same model, before or after. The ledger counts its steps;
@@ -64,12 +66,13 @@ class DPSGD:
 
     Args:
         epsilon: float in (0, 100]. The budget ε that all steps planned by `fit` stay within,
-            together with earlier runs on the same data that the model's ledger knows of. Exactly
-            one of `epsilon` and `noise_multiplier` is required.
+            together with earlier runs on the same data that the model's ledger or this machine
+            knows of. Exactly one of `epsilon` and `noise_multiplier` is required.
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5). A warning says if N δ is above 0.5.
         clip_norm: float from 1e-8 to 1e8. The norm C that gradients are clipped to. Outside this
             range squares of float32 numbers underflow or overflow. Defaults to 1.
-        noise_multiplier: float above 0. The noise multiplier σ.
+        noise_multiplier: float above 0. The noise multiplier σ. The budget is then the ε of the
+            first run of this model on the data.
         unit: string, "row" or "sequence". Defaults to "row".
         microbatch_size: int or None. Rows that are computed together. More than 1 requires that the
             model computes each of them separately, as it does with LoRA on projections and the
@@ -83,7 +86,7 @@ class DPSGD:
             without one the ledger stays in memory. One run at a time may write it, and a checkpoint
             resumes only with the ledger that was written with it.
         seed_for_tests: int or None. Makes the run repeatable and NOT private, as a warning, the
-            ledger and `spent` report.
+            ledger and `spent` report. This machine does not remember such a run.
 
     Raises:
         ValueError: If an argument is out of its range; from `compile` and `fit`, if private

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 
 from keras_vaultgemma._version import __version__
-from keras_vaultgemma.privacy import accounting, checks, fingerprint, planning
+from keras_vaultgemma.privacy import accounting, checks, fingerprint, machine_ledger, planning
 from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
 from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
@@ -58,6 +58,18 @@ def private_fit(training, arguments, records=None):
             writing the ledger.
         OSError: If the ledger cannot be written.
     """
+    arguments, run, counting = _begin(training, arguments, records)
+    record = training.model.privacy
+    record.begin(run)
+    try:
+        yield arguments
+        _check_updates(run, counting.updates())
+    finally:
+        record.end()
+
+
+def _begin(training, arguments, records):
+    """Return the arguments of `keras.Model.fit`, the `OpenRun` and the callback that counts."""
     model, settings, record = training.model, training.settings, training.model.privacy
     arguments = {"epochs": 1, "initial_epoch": 0, **arguments}
     checks.check_fit(arguments, settings.public_validation)
@@ -79,9 +91,13 @@ def private_fit(training, arguments, records=None):
     done = _steps_done(arguments, per_epoch, saved)
     if records is None:
         records = fingerprint.rows_of(keras.tree.flatten(rows[:2]))  # without the weights
-    dataset = fingerprint.fingerprint(records, fingerprint.key())
+    sketch = fingerprint.RowSketch(key := fingerprint.key())
+    dataset = fingerprint.fingerprint(sketch.watch(records), key)
+    # A budget holds for all that is learned from these data; without one, other models go on.
+    has_budget = settings.epsilon is not None and settings.seed_for_tests is None
+    known = record.known() if has_budget else record.ledger
     run, is_cut_short = _plan(
-        record,
+        known,
         settings,
         dataset,
         training.row_losses.unit(rows, settings.unit),
@@ -114,18 +130,36 @@ def private_fit(training, arguments, records=None):
             *all_callbacks(arguments),
         ],
     }
-    opened = OpenRun(path, run, record.everything)
-    if {*opened.ledger.runs[:-1]} != {*record.ledger.runs}:
+    sketched = None
+    if settings.seed_for_tests is None:
+        sketched = sketch.values()
+        _warn_of_common_rows(record.ledger, run, sketched)
+    opened = OpenRun(path, run, record.everything, sketched)
+    is_overtaken = has_budget and len(record.known().on(dataset)) > len(known.on(dataset)) + 1
+    if {*opened.ledger.runs[:-1]} != {*record.ledger.runs} or is_overtaken:
         opened.close()
         raise ValueError(
-            f"{path} must have one writer. Received: a run that began while this one was planned"
+            f"{path or 'A budget'} must have one writer. Received: a run that began while this one "
+            "was planned"
         )
-    record.begin(opened)
-    try:
-        yield arguments
-        _check_updates(opened, counting.updates())
-    finally:
-        record.end()
+    return arguments, opened, counting
+
+
+def _warn_of_common_rows(ledger, run, sketched):
+    """Warn if the guarantee of a run is not that of all runs on this machine with its records."""
+    on_these_data = {one.name for one, _ in ledger.runs if one.dataset == run.dataset}
+    found = [
+        (one, count)
+        for one, count in machine_ledger.in_common(
+            sketched, run.dataset, machine_ledger.read_runs()
+        )
+        if one.run.name not in on_these_data and one.steps
+    ]
+    if found:
+        earlier = machine_ledger.as_ledger([one for one, _ in found])
+        steps = [*machine_ledger.steps_of(earlier), *ledger.on(run.dataset)]
+        steps.append(run.steps(run.planned_steps))
+        warnings.warn(machine_ledger.describe_common(found, steps, run.delta), stacklevel=2)
 
 
 def _check_updates(run, updates):
@@ -153,11 +187,11 @@ def _microbatch(training, rows, batch_size):
     return min(losses.rows_at_once(rows), max(1, batch_size // 4))
 
 
-def _plan(record, settings, dataset, unit, shape, done, is_resumed):
+def _plan(known, settings, dataset, unit, shape, done, is_resumed):
     """Return a `Run` and True if it ends before the requested number of steps."""
     delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
     planning.warn_of_large_delta(shape["rows"], delta)
-    earlier = record.ledger.on(dataset)
+    earlier = known.on(dataset)
     spent = accounting.epsilon(earlier, delta) if earlier else 0.0
     requested = max(
         0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
@@ -165,7 +199,7 @@ def _plan(record, settings, dataset, unit, shape, done, is_resumed):
     epsilon, noise = settings.epsilon, settings.noise_multiplier
     budget = epsilon
     if epsilon is None and not is_resumed:  # a resumed run does what was planned
-        budget = record.ledger.budget(dataset)
+        budget = known.budget(dataset)
     is_used_up = budget is not None and spent >= USED_UP * budget
     if is_used_up and settings.extend_budget:
         epsilon, noise, is_used_up = None, noise or earlier[-1].noise_multiplier, False
@@ -214,7 +248,7 @@ def _used_up(spent, budget, delta):
     return (
         f"The budget for these rows is used up: ε = {accounting.round_up(spent):g} of "
         f"{accounting.round_up(budget):g} at δ = {delta:g}. `DPSGD(extend_budget=True)` continues "
-        "and reports the larger ε"
+        "and reports the larger ε; `keras-vaultgemma ledger` lists the runs on this machine"
     )
 
 

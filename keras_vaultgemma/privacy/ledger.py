@@ -21,7 +21,7 @@ has it).
 
 Runs on the same data compose. Runs on different data are accounted for separately, each with the ε
 of a record of its own data. A record that is in both data sets is protected by the composition of
-the two, which fingerprints cannot reveal.
+the two, which fingerprints cannot reveal; `machine_ledger` finds such records on this machine.
 """
 
 import json
@@ -101,6 +101,11 @@ class Ledger(NamedTuple):
     statements: tuple[dict, ...] = ()
     runs: tuple[tuple[Run, int], ...] = ()
 
+    @property
+    def datasets(self) -> list[str]:
+        """Fingerprints of the data of the runs, each once."""
+        return list(dict.fromkeys(run.dataset for run, _ in self.runs))
+
     def on(self, dataset: str) -> list[Steps]:
         """Return the steps of all runs that are, or may be, on the data with this fingerprint."""
         return [
@@ -127,10 +132,7 @@ class Ledger(NamedTuple):
         Returns:
             Dict from fingerprint to `PrivacySpent`.
         """
-        return {
-            dataset: self.spent_on(dataset, delta)
-            for dataset in dict.fromkeys(run.dataset for run, _ in self.runs)
-        }
+        return {dataset: self.spent_on(dataset, delta) for dataset in self.datasets}
 
     def spent_on(self, dataset: str, delta: float | None = None) -> PrivacySpent:
         """Return the guarantee of all runs that are, or may be, on one data set.

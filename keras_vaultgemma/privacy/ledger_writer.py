@@ -11,7 +11,7 @@ from pathlib import Path
 
 from keras_vaultgemma._files import check_link, sync_folder
 from keras_vaultgemma._validation import check_number
-from keras_vaultgemma.privacy import accounting
+from keras_vaultgemma.privacy import accounting, machine_ledger
 from keras_vaultgemma.privacy.accounting import PrivacySpent
 from keras_vaultgemma.privacy.ledger import (
     Ledger,
@@ -22,12 +22,8 @@ from keras_vaultgemma.privacy.ledger import (
     read_ledger,
     run_entry,
 )
+from keras_vaultgemma.privacy.locks import lock
 from keras_vaultgemma.privacy.statements import is_plain_training, plain_training, unknown_history
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class PrivacyRecord:
@@ -84,8 +80,9 @@ class PrivacyRecord:
     def spent(self, delta: float | None = None) -> PrivacySpent:
         """Return the guarantee of all steps done so far on the data of the last private `fit`.
 
-        For a model that was loaded it is that of the data of the latest run. `ledger.spent()`
-        returns the guarantees of all data sets.
+        It covers everything that was learned from these data: by this model, and by other models
+        on this machine. For a model that was loaded the data are those of the latest run.
+        `ledger.spent()` returns the guarantees of this model alone, for all its data sets.
 
         Args:
             delta: float in (0, 1). Defaults to the smallest δ of the runs on these data.
@@ -103,7 +100,22 @@ class PrivacyRecord:
                 "`spent` needs a private run: `compile(privacy=DPSGD(...))` and `fit`. "
                 "Received: a model without private runs"
             )
-        return self.ledger.spent_on(self.dataset or runs[-1][0].dataset, delta)
+        known = self.known()
+        spent = known.spent_on(self.dataset or runs[-1][0].dataset, delta)
+        epsilon = accounting.epsilon(machine_ledger.steps_of(known), spent.delta)
+        return spent._replace(
+            uncovered=self.ledger.without_privacy(),
+            epsilon_of_all_runs=accounting.round_up(epsilon),
+            all_runs=sum(count > 0 for _, count in known.runs),
+        )
+
+    def known(self) -> Ledger:
+        """Return the `Ledger` of the model with all other runs that this machine knows."""
+        others = [one for one in machine_ledger.read_runs() if not self._is_running_here(one.run)]
+        return combine_ledgers(self.ledger, machine_ledger.as_ledger(others))
+
+    def _is_running_here(self, run):
+        return self.run is not None and self.run.run.name == run.name
 
     def add(self, ledger: Ledger) -> None:
         """Add the ledger of weights that were loaded into the model."""
@@ -178,6 +190,8 @@ class OpenRun:
         run: `Run`. It is given a new unique name.
         history: `Ledger` of the model at the beginning of the run. Entries that the file lacks are
             written first. Defaults to None.
+        rows: sketch of the records (`fingerprint.RowSketch`), with which the run is also written to
+            the ledger of this machine. Defaults to None, which does not.
 
     Attributes:
         run: `Run` with its name.
@@ -189,27 +203,26 @@ class OpenRun:
         OSError: If the file cannot be written. No step may be released then.
     """
 
-    def __init__(self, path, run: Run, history: Ledger | None = None):
+    def __init__(self, path, run: Run, history: Ledger | None = None, rows=None):
         accounting.check_steps(run.steps(run.planned_steps))
         accounting.check_delta(run.delta)
         check_number("clip_norm", run.clip_norm, above=0)
         self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
-        self._history, self._file = history or Ledger(), None
-        if path is not None:
-            self._open(Path(path))
+        self._history, self._file, self._copy = history or Ledger(), None, None
+        try:
+            if path is not None:
+                self._open(Path(path))
+            if rows is not None:
+                self._copy = _open_locked(machine_ledger.new_folder(self.run, rows, path))
+                _append(self._copy, entry_line(run_entry(self.run)))
+        except BaseException:
+            self._close_files()
+            raise
 
     def _open(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_link(path)
-        self._file = path.open("ab")
-        try:
-            self._begin(path)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _begin(self, path):
-        _lock(self._file, path)
+        self._file = _open_locked(path)
         history, saved = self._history, read_ledger(path)
         self._history = combine_ledgers(saved, history)
         counts = {run.name: count for run, count in saved.runs}
@@ -219,9 +232,8 @@ class OpenRun:
         )
         # A torn line is ended first, so that the next entry begins a line of its own.
         is_torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._write(
-            (b"\n" if is_torn else b"") + missing.lines(counts) + entry_line(run_entry(self.run))
-        )
+        start = (b"\n" if is_torn else b"") + missing.lines(counts)
+        _append(self._file, start + entry_line(run_entry(self.run)))
         sync_folder(path.parent)
 
     @property
@@ -239,10 +251,9 @@ class OpenRun:
 
     def close(self) -> None:
         """End the run, which then counts exactly the steps that were released."""
-        if self._file is not None:
+        if self._file is not None or self._copy is not None:
             self._write(entry_line({"kind": "end", "run": self.run.name, "steps": self.done}))
-            self._file.close()
-            self._file = None
+            self._close_files()
 
     def __enter__(self):
         return self
@@ -251,26 +262,31 @@ class OpenRun:
         self.close()
 
     def _write(self, content):
-        if self._file is None:
-            return
-        self._file.write(content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        for file in (self._file, self._copy):
+            if file is not None:
+                _append(file, content)
+
+    def _close_files(self):
+        for file in (self._file, self._copy):
+            if file is not None:
+                file.close()
+        self._file = self._copy = None
 
 
-def _lock(file, path):
-    """Lock a file until it is closed.
+def _open_locked(path):
+    """Open a file to append to it, and lock it: two writers would each spend a budget's rest."""
+    file = path.open("ab")
+    if lock(file):
+        return file
+    file.close()
+    raise ValueError(
+        f"{path} must have one writer at a time. Received: a second run while another run is "
+        "writing to it"
+    )
 
-    Two runs that write to it at once would each spend what is left of a budget.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"{path} must have one writer at a time. Received: a second run while another run is "
-            "writing to it"
-        ) from error
-    except OSError:
-        pass  # The file system has no locks.
+
+def _append(file, content):
+    """Write to the end of a file, and to the disk."""
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())

@@ -60,6 +60,7 @@ class FinetuneConfig:
         delta: float, as for `privacy.DPSGD`.
         noise_multiplier: float, as for `privacy.DPSGD`.
         clip_norm: float, as for `privacy.DPSGD`.
+        extend_budget: bool, as for `privacy.DPSGD`.
 
     Raises:
         ValueError: If an option is out of its range or contradicts another.
@@ -87,6 +88,7 @@ class FinetuneConfig:
     delta: float | None = None
     noise_multiplier: float | None = None
     clip_norm: float = 1.0
+    extend_budget: bool = False
 
     def __post_init__(self):
         check_integer("lora_rank", self.lora_rank, minimum=0)
@@ -97,9 +99,9 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and not self.lora_rank:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in ("epsilon", "delta", "noise_multiplier"):
+        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget"):
             value = getattr(self, name)
-            if value is not None and not self.private:
+            if value not in (None, False) and not self.private:
                 raise ValueError(
                     f"`{name}` goes with private=True (--private). Received: {name}={value}"
                 )
@@ -126,7 +128,11 @@ class FinetuneConfig:
         if not self.private:
             return None
         return DPSGD(
-            self.epsilon, self.delta, self.clip_norm, noise_multiplier=self.noise_multiplier
+            self.epsilon,
+            self.delta,
+            self.clip_norm,
+            noise_multiplier=self.noise_multiplier,
+            extend_budget=self.extend_budget,
         )
 
 
@@ -160,8 +166,8 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         **options: See `recipes.finetune.FinetuneConfig`: `preset`, `validation`, `text_column`,
             `prompt_column`, `response_column`, `packed`, `lora_rank`, `epochs`, `batch_size`,
             `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
-            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier` and
-            `clip_norm`.
+            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
+            `clip_norm` and `extend_budget`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
@@ -281,8 +287,14 @@ def _default_batch_size(config, rows):
 
 def _describe_spent(spent):
     kind = "Private" if spent.is_private else "NOT private"
-    return (
+    lines = [
         f"{kind}: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after "
         f"{spent.steps:,} steps ({spent.mechanism}, {spent.neighbouring} neighbours); metrics are "
         "not covered"
-    )
+    ]
+    if spent.all_runs > 1:
+        lines.append(
+            f"For a person whose record was in all {spent.all_runs:,} private runs that this "
+            f"machine knows: ε = {spent.epsilon_of_all_runs:g}"
+        )
+    return "\n".join(lines)

@@ -24,9 +24,17 @@ RESUMABLE_OPTIONS = (
     "png",
     "merge",
     "gradient_checkpointing",
+    "extend_budget",
 )
 """Options that may change when a run resumes. The checkpoint recognises its training data by their
 contents."""
+
+
+UNPROTECTED = (
+    "Losses and accuracies below, and curves.png, were computed on private records without noise. "
+    "No guarantee covers them: do not publish them with the model"
+)
+"""What a private run says at the top of its run.json."""
 
 
 def begin_run(folder, options):
@@ -103,7 +111,9 @@ def finish_run(folder, options, model, outcome):
 
 
 def _write(folder, options, **figures):
-    text = json.dumps(_plain({"options": options, **figures}), indent=2, allow_nan=False) + "\n"
+    content = {"unprotected": UNPROTECTED} if options.get("private") else {}
+    content |= _plain({"options": options, **figures})
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (folder / RUN).write_text(text, encoding="utf-8")
 
 

@@ -115,7 +115,7 @@ def retrained(copy):
     """The guarantee after another run of four steps on the same rows."""
     copy.compile(keras.optimizers.SGD(0.1), privacy=DPSGD(noise_multiplier=1.0, extend_budget=True))
     fit(copy)
-    return copy.privacy.spent(1e-5)
+    return copy.privacy.ledger.spent_on(copy.privacy.dataset, 1e-5)
 
 
 def via_file(model, folder):
@@ -147,6 +147,7 @@ COPIES = {
 
 
 @pytest.mark.usefixtures("own_key")
+@pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_of_weights_carry_their_ledger(tmp_path, way):
     model = language_model(4, dpsgd=dict(seed_for_tests=None))
@@ -189,6 +190,7 @@ def by_an_old_file(model, copied, folder):
     copied.load_weights(path)
 
 
+@pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
 @pytest.mark.usefixtures("own_key")
 @pytest.mark.parametrize(
     "move",

@@ -177,10 +177,16 @@ def test_a_private_run(data, tmp_path, monkeypatch):
     )
     assert {"unprotected_loss", "epsilon"} < report(tmp_path / "run")["history"].keys()
     assert "val_loss" not in report(tmp_path / "run")["history"]
+    assert "No guarantee covers them" in report(tmp_path / "run")["unprotected"]
     # The same rows, cut elsewhere, are the same rows: both runs together are what counts.
+    options["sequence_length"] = 16
+    with pytest.raises(ValueError, match="budget for these rows is used up"):
+        run(data, tmp_path / "other", **options)
     lines = (tmp_path / "run" / "adapter" / "privacy_ledger.jsonl").read_text().splitlines()
     fingerprint = json.loads(lines[0])["dataset"]
-    run(data, tmp_path / "other", **{**options, "sequence_length": 16})
+    with pytest.warns(UserWarning, match="Earlier private runs on this machine"):
+        text = run(data, tmp_path / "other", **options, extend_budget=True)
+    assert "For a person whose record was in all 2 private runs that this machine knows" in text
     lines = (tmp_path / "other" / "adapter" / "privacy_ledger.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["dataset"] == fingerprint
 
