@@ -45,7 +45,7 @@ class Run(NamedTuple):
     """The facts of a private run, known when it begins.
 
     Attributes:
-        rows: int. N, the number of records in the data set.
+        rows: int. N, the number of records in the data set: of rows, or of users.
         sampling_probability: float. q.
         max_batch_size: int or None. Bmax.
         noise_multiplier: float. σ.
@@ -159,7 +159,8 @@ class Ledger(NamedTuple):
         """Return one sentence about each run, in order."""
         return [
             f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, "
-            f"clipping norm {run.clip_norm:g}, on {run.rows:,} rows, each drawn with probability "
+            f"clipping norm {run.clip_norm:g}, on {run.rows:,} "
+            f"{'users' if is_of_users(run.unit) else 'rows'}, each drawn with probability "
             f"{run.sampling_probability:.4g} per step; unit: {run.unit}; "
             f"neighbours: {run.neighbouring}; data {run.dataset}"
             for run, count in self.runs
@@ -192,6 +193,11 @@ class Ledger(NamedTuple):
             lines += [] if run.name in begun else [run_entry(run)]
             lines += [{"kind": "end", "run": run.name, "steps": count}]
         return b"".join(entry_line(content) for content in lines)
+
+
+def is_of_users(unit: str) -> bool:
+    """Return True if what a run protects is a user (`DPSGD(unit="user")`) and not a row."""
+    return unit.startswith("one user")
 
 
 def combine_ledgers(*ledgers: Ledger) -> Ledger:
