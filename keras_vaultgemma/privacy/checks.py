@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.privacy.ledger import is_of_users
+from keras_vaultgemma.privacy.statements import is_of_users
 from keras_vaultgemma.training.checkpoint import all_callbacks
 
 UNPROTECTED = "unprotected_"
@@ -231,8 +231,8 @@ def warn_of_other_units(units, unit):
     others = [other for other in units if is_of_users(other) != is_of_users(unit)]
     if others:
         warnings.warn(
-            f"An earlier run on these rows protected {others[0]}, this one protects {unit}. Their ε "
-            "together holds for a person with a single row; for others it is larger",
+            f"An earlier run on these rows protected {others[0]}, this one protects {unit}. Their "
+            "ε together holds for a person with a single row; for others it is larger",
             stacklevel=2,
         )
 

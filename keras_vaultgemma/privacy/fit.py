@@ -8,8 +8,8 @@ import keras
 
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.privacy import accounting, checks, fingerprint, planning
-from keras_vaultgemma.privacy.groups import Groups, group_labels
 from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
+from keras_vaultgemma.privacy.groups import Groups, group_labels
 from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.privacy.sampling import PrivateBatches, as_rows

@@ -13,6 +13,7 @@ import numpy as np
 from keras_vaultgemma.privacy.fingerprint import fingerprint
 from keras_vaultgemma.privacy.sampling import random_bits
 
+
 class Groups:
     """Partition of the rows of a dataset into users.
 

@@ -160,7 +160,7 @@ class Ledger(NamedTuple):
         return [
             f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, "
             f"clipping norm {run.clip_norm:g}, on {run.rows:,} "
-            f"{'users' if is_of_users(run.unit) else 'rows'}, each drawn with probability "
+            f"{'users' if statements.is_of_users(run.unit) else 'rows'}, each drawn with probability "
             f"{run.sampling_probability:.4g} per step; unit: {run.unit}; "
             f"neighbours: {run.neighbouring}; data {run.dataset}"
             for run, count in self.runs
@@ -193,11 +193,6 @@ class Ledger(NamedTuple):
             lines += [] if run.name in begun else [run_entry(run)]
             lines += [{"kind": "end", "run": run.name, "steps": count}]
         return b"".join(entry_line(content) for content in lines)
-
-
-def is_of_users(unit: str) -> bool:
-    """Return True if what a run protects is a user (`DPSGD(unit="user")`) and not a row."""
-    return unit.startswith("one user")
 
 
 def combine_ledgers(*ledgers: Ledger) -> Ledger:

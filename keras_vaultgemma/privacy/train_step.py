@@ -90,10 +90,10 @@ class RowLosses:
         predicted = self.model(x, training=True)
         losses = []
         for i in range(is_counted.shape[0]):
-            row = [
-                None if part is None else keras.tree.map_structure(lambda t, i=i: t[i : i + 1], part)
-                for part in (x, y, predicted, sample_weight)
-            ]
+            row = keras.tree.map_structure(
+                lambda part, i=i: None if part is None else part[i : i + 1],
+                (x, y, predicted, sample_weight),
+            )
             # Keras averages over rows in ways that depend on the loss, but one row is its own mean.
             loss = self._loss_of_row(is_counted[i], *row)
             losses.append(ops.where(is_counted[i], ops.cast(loss, "float32"), 0.0))

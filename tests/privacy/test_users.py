@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import LINES, random_backbone, to_numpy, value_and_gradients
+from common import LINES, to_numpy, value_and_gradients
 from keras import ops
 from privacy_cases import (
     BATCH,
@@ -20,8 +20,7 @@ from privacy_cases import (
     values,
 )
 
-from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, backend, privacy
-from keras_vaultgemma.data import packing
+from keras_vaultgemma import TrainingCheckpoint, backend, privacy
 from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.privacy import accounting, groups, mechanism
 from keras_vaultgemma.privacy.sampling import PrivateBatches, sample_rows
@@ -185,12 +184,12 @@ def test_the_rows_of_a_user():
     for label, i in of_label.items():
         used = rows[i][is_drawn[i]]
         assert set(LABELS[rows[i]]) == {label}
-        assert len(used) == len(set(used)) == min(K, (LABELS == label).sum())
+        assert len(used) == len(set(used)) == min(K, (label == LABELS).sum())
     counts = np.zeros(COUNT)
     for step in range(600):
         found, is_drawn = parts.select(secret, step, users)
         np.add.at(counts, found[is_drawn], 1)
-    expected = np.array([min(1, K / (LABELS == label).sum()) for label in LABELS])
+    expected = np.array([min(1, K / (label == LABELS).sum()) for label in LABELS])
     assert (counts[expected == 1] == 600).all()
     deviation = np.sqrt(600 * expected * (1 - expected))
     assert (np.abs(counts - 600 * expected) <= 4.5 * deviation).all()
@@ -212,7 +211,9 @@ def test_accounting_ledger_and_unit_are_of_users():
     assert spent.unit == "one user of at most 3 rows of at most 9 tokens"
     steps = accounting.Steps(4, USERS, BATCH / USERS, run.max_batch_size, 1.0)
     assert spent.epsilon == accounting.round_up(accounting.epsilon([steps], 1e-4))
-    assert f"on {USERS} users, each drawn with probability 0.6" in model.privacy.ledger.describe()[0]
+    assert (
+        f"on {USERS} users, each drawn with probability 0.6" in model.privacy.ledger.describe()[0]
+    )
 
 
 @pytest.mark.first_backend
@@ -244,7 +245,9 @@ def test_the_same_rows_in_other_groups_are_the_same_data():
 
 @pytest.mark.first_backend
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
-@pytest.mark.parametrize("labels", [["a", "b", "a", "b"], np.array([1, 2, 1, 2]), (7, "7 ", "x", b"x")])
+@pytest.mark.parametrize(
+    "labels", [["a", "b", "a", "b"], np.array([1, 2, 1, 2]), (7, "7 ", "x", b"x")]
+)
 def test_texts_with_labels_of_all_kinds(labels):
     model = tiny_model(unit="user", max_rows_per_group=2)
     history = model.fit(LINES, groups=labels, batch_size=1, verbose=0).history
@@ -293,7 +296,10 @@ class Private(Trainer, keras.Model):
 def test_any_model_loss_and_metric(weighted):
     """The mean of Keras's own loss over a user's rows, one by one; rows that fill the shape enter no metric."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(COUNT, 3)).astype("float32"), rng.normal(size=(COUNT, 2)).astype("float32")
+    x, y = (
+        rng.normal(size=(COUNT, 3)).astype("float32"),
+        rng.normal(size=(COUNT, 2)).astype("float32"),
+    )
     weight = rng.integers(0, 2, COUNT).astype("float32") if weighted else None
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,))
@@ -303,7 +309,9 @@ def test_any_model_loss_and_metric(weighted):
         keras.optimizers.SGD(1.0),
         "mse",
         metrics=metrics,
-        privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-4, clip_norm=C, seed_for_tests=5, **USER),
+        privacy=privacy.DPSGD(
+            noise_multiplier=1.0, delta=1e-4, clip_norm=C, seed_for_tests=5, **USER
+        ),
     )
 
     def loss(x, y):
@@ -363,7 +371,10 @@ def test_what_fit_rejects(message):
     rows = {
         "plain": (x, y, weight),
         "heavy": (x, y, 2 * weight),
-        "packed": take(({**x, "padding_mask": np.tile(np.array([1] * 4 + [2] * 5), (COUNT, 1))}, y, weight), [0, 1]),
+        "packed": take(
+            ({**x, "padding_mask": np.tile(np.array([1] * 4 + [2] * 5), (COUNT, 1))}, y, weight),
+            [0, 1],
+        ),
     }[arguments.pop("rows")]
     model = user_model()
     with pytest.raises(ValueError, match=message):
