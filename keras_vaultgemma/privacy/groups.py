@@ -27,7 +27,7 @@ class Groups:
     """
 
     def __init__(self, labels, max_rows):
-        numbers_of: dict[str, int] = {}
+        numbers_of = {}
         users = np.array([numbers_of.setdefault(label, len(numbers_of)) for label in labels])
         self.max_rows, self.sizes = max_rows, np.bincount(users)
         self._rows = np.argsort(users, kind="stable")

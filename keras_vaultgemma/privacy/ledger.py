@@ -160,8 +160,8 @@ class Ledger(NamedTuple):
         return [
             f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, "
             f"clipping norm {run.clip_norm:g}, on {run.rows:,} "
-            f"{'users' if statements.is_of_users(run.unit) else 'rows'}, each drawn with probability "
-            f"{run.sampling_probability:.4g} per step; unit: {run.unit}; "
+            f"{'users' if statements.is_of_users(run.unit) else 'rows'}, each drawn with "
+            f"probability {run.sampling_probability:.4g} per step; unit: {run.unit}; "
             f"neighbours: {run.neighbouring}; data {run.dataset}"
             for run, count in self.runs
         ]

@@ -96,10 +96,12 @@ def describe_group_privacy(runs: Sequence[Steps], delta: float, size: int) -> st
         delta: float in (0, 1).
         size: int. Number of the user's rows.
     """
-    value = accounting.round_up(group_epsilon(runs, delta, size))
+    value = group_epsilon(runs, delta, size)
+    largest = accounting.LARGEST_EPSILON
+    told = f"above {largest:g}" if value > largest else f"{accounting.round_up(value):g}"
     return (
         "If single rows were drawn and clipped instead, with the same probability, noise and "
-        f"steps, group privacy would give a user with {size:,} rows ε = {value:g} at "
+        f"steps, group privacy would give a user with {size:,} rows an ε of {told} at "
         f"δ = {delta:.3g}"
     )
 
