@@ -148,7 +148,7 @@ def test_a_step_of_fit_releases_the_loop_over_users_and_noise():
 
 
 def test_a_user_changes_the_sum_by_the_clipping_norm_at_most():
-    """All nine rows of one user lose their labels, or are others. Rows by themselves would change it by more."""
+    """All nine rows of one user lose their labels, or are others."""
     rows, others = some_rows(COUNT), some_rows(COUNT, seed=1)
     own = LABELS == "p4"
     assert own.sum() == 9
@@ -158,7 +158,7 @@ def test_a_user_changes_the_sum_by_the_clipping_norm_at_most():
         array[own] = other[own]
         return array
 
-    small = 0.3  # so that the user's gradient is clipped
+    small = 0.1  # so that the user's gradient is clipped
     removed = keras.tree.map_structure(changed, rows, (rows[0], rows[1], 0 * rows[2]))
     replaced = keras.tree.map_structure(changed, rows, others)
     whole, less, other = (
@@ -167,12 +167,6 @@ def test_a_user_changes_the_sum_by_the_clipping_norm_at_most():
     )
     assert 0.9 * small < USERS * distance(whole, less) <= small + 1e-5
     assert 0.2 * small < USERS * distance(whole, other) <= 2 * small + 1e-5
-    by_row = dict(unit="row", max_rows_per_group=None, clip_norm=small)
-    whole, less = (
-        first_step(user_model(2, 2, dpsgd=by_row), data, labels=None, batch_size=COUNT)[0]
-        for data in (rows, removed)
-    )
-    assert COUNT * distance(whole, less) > 2 * small
 
 
 @pytest.mark.any_backend
