@@ -41,7 +41,9 @@ class NextTokenRowLosses(RowLosses):
     def user_losses(self, is_drawn, x, y=None, sample_weight=None):
         users = is_drawn.shape[0]
         weights = ops.cast(ops.reshape(is_drawn, (-1, 1)), "float32")
-        weights = weights * ops.cast(1.0 if sample_weight is None else sample_weight, "float32")
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, "float32")
+            weights = weights * ops.reshape(sample_weight, (y.shape[0], -1))
         weights = ops.broadcast_to(weights, y.shape)
         tokens = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
         rows = ops.sum(ops.cast(ops.reshape(tokens, (users, -1)) > 0, "float32"), axis=1)
