@@ -179,6 +179,8 @@ COMMANDS = {
             "--text-column": _value("NAME", 'texts to train on (default: "text", if present)'),
             "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
             "--response-column": _value("NAME", 'responses to train on (default: "response")'),
+            "--group-column": _value("NAME", "user of each row; --private then protects users"),
+            "--max-rows-per-group": _value("K", "rows of a user in a step (default: 4)", int),
             "--no-packing": _flag(
                 "truncate each text to a row of its own", "store_const", dest="packed", const=False
             ),
@@ -186,7 +188,9 @@ COMMANDS = {
                 "R", f"rank of the adapter; 0 trains all weights {DEFAULT}", int, default=8
             ),
             "--epochs": _value("N", f"in total; more continue a run {DEFAULT}", int, default=1),
-            "--batch-size": _value("N", "rows per step (default: 8, or 128 with --private)", int),
+            "--batch-size": _value(
+                "N", "rows, or users, per step (default: 8, or 128 with --private)", int
+            ),
             "--learning-rate": _value(
                 "RATE", "of Adam (default: 1e-3; 1e-4 for all weights)", float
             ),
@@ -222,6 +226,9 @@ COMMANDS = {
         "plan private training: noise and ε",
         {
             "--rows": _value("N", "rows in the dataset; each is protected", int, required=True),
+            "--max-rows-per-group": _value(
+                "K", "--rows and --batch count users, of at most K rows in a step each", int
+            ),
             "--batch": _value("B", "expected rows per step", int, dest="batch_size", required=True),
             "--epochs": _value("E", "expected number of times a row is drawn", int, required=True),
             "--noise": _value(

@@ -1,6 +1,7 @@
 """Training records from data files: texts, or prompts and responses."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -22,11 +23,13 @@ class TextRecords(NamedTuple):
         texts: list of strings, none of them blank. Whole texts, or the responses to `prompts`.
         prompts: list of as many strings, or None.
         blank: int. Number of records that were left out because their text or response was blank.
+        groups: list of as many strings, the labels of the users whose records they are, or None.
     """
 
     texts: list
     prompts: list | None
     blank: int = 0
+    groups: list | None = None
 
     @property
     def samples(self):
@@ -38,25 +41,33 @@ class TextRecords(NamedTuple):
     def split(self):
         """Hold out every tenth record, but at most 100, evenly spread.
 
+        With `groups`, all records of every tenth user, but of at most 100, are held out.
+
         Returns:
             Tuple `(training, held_out)` of `TextRecords`.
 
         Raises:
             ValueError: If there are fewer than two records.
         """
-        if len(self.texts) < 2:
+        owners = range(len(self.texts)) if self.groups is None else self.groups
+        users = [*dict.fromkeys(owners)]
+        if len(users) < 2:
+            kind = "record" if self.groups is None else "user"
             raise ValueError(
-                "Data must have at least 2 records, one of which is held out, or `validation` must "
-                f"name a file of its own. Received: {len(self.texts)} record"
+                f"Data must have at least 2 {kind}s, one of which is held out, or `validation` "
+                f"must name a file of its own. Received: {len(users)} {kind}"
             )
-        count = min(max(1, len(self.texts) // HELD_OUT_EVERY), MAX_HELD_OUT)
-        held_out = set(((np.arange(count) + 0.5) * len(self.texts) / count).astype(int).tolist())
-        training = [i for i in range(len(self.texts)) if i not in held_out]
-        return self._select(training), self._select(sorted(held_out))
+        count = min(max(1, len(users) // HELD_OUT_EVERY), MAX_HELD_OUT)
+        spread = ((np.arange(count) + 0.5) * len(users) / count).astype(int).tolist()
+        held_out = {users[i] for i in spread}
+        training = [i for i, owner in enumerate(owners) if owner not in held_out]
+        unseen = [i for i, owner in enumerate(owners) if owner in held_out]
+        return self._select(training), self._select(unseen)
 
     def _select(self, indices):
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices]
-        return TextRecords([self.texts[i] for i in indices], prompts)
+        groups = None if self.groups is None else [self.groups[i] for i in indices]
+        return TextRecords([self.texts[i] for i in indices], prompts, groups=groups)
 
     def tokenize(self, preprocessor, packed):
         """Return token ids and labels. Warns if rows are truncated.
@@ -81,7 +92,9 @@ class TextRecords(NamedTuple):
         return {"x": x, "y": y, "sample_weight": weights}
 
 
-def read_records(path, text_column=None, prompt_column=None, response_column=None):
+def read_records(
+    path, text_column=None, prompt_column=None, response_column=None, group_column=None
+):
     """Read a data file, in UTF-8.
 
     - `.txt`: texts that are separated by blank lines.
@@ -95,6 +108,8 @@ def read_records(path, text_column=None, prompt_column=None, response_column=Non
         prompt_column: string. Column of prompts. Defaults to "prompt" if only `response_column` is
             named, or if there are both default columns and no column is named.
         response_column: string. Column of responses to train on. Defaults to "response" likewise.
+        group_column: string. Column of strings or integers, the labels of the users whose records
+            they are. Defaults to None.
 
     Returns:
         `TextRecords`.
@@ -122,6 +137,7 @@ def read_records(path, text_column=None, prompt_column=None, response_column=Non
     if not records:
         raise ValueError(f"{path} must have at least one record. Received: none")
     if path.suffix == ".txt":
+        named += [] if group_column is None else [group_column]
         if named:
             raise ValueError(
                 f"{path} has no columns; only .jsonl and .csv files do. Received: {named}"
@@ -136,7 +152,8 @@ def read_records(path, text_column=None, prompt_column=None, response_column=Non
     values = [
         [_value(path, line, record, column) for column in columns] for line, record in records
     ]
-    filled = [row for row in values if row[-1].strip()]
+    is_filled = [bool(row[-1].strip()) for row in values]
+    filled = [*itertools.compress(values, is_filled)]
     if not filled:
         raise ValueError(
             f"{path} must have a record whose {columns[-1]!r} is not blank. "
@@ -146,6 +163,12 @@ def read_records(path, text_column=None, prompt_column=None, response_column=Non
         [row[-1] for row in filled],
         None if len(columns) == 1 else [row[0] for row in filled],
         len(values) - len(filled),
+        None
+        if group_column is None
+        else [
+            _label(path, line, record, group_column)
+            for line, record in itertools.compress(records, is_filled)
+        ],
     )
 
 
@@ -160,12 +183,27 @@ def _default_columns(path, record):
     )
 
 
-def _value(path, line, record, column):
+def _check_column(path, line, record, column):
     if column not in record:
         raise ValueError(
             f"{path}, line {line}: there is no column {column!r}. "
             f"Received: the columns {list(record)}"
         )
+
+
+def _label(path, line, record, column):
+    _check_column(path, line, record, column)
+    label = record[column]
+    if type(label) not in (str, int) or not str(label).strip():
+        raise ValueError(
+            f"{path}, line {line}: {column!r} must be a string or an integer that is not blank, "
+            f"because every row must belong to a user. Received: {label!r}"
+        )
+    return str(label).strip()
+
+
+def _value(path, line, record, column):
+    _check_column(path, line, record, column)
     if not isinstance(record[column], str):
         raise ValueError(
             f"{path}, line {line}: {column!r} must be a string. Received: {record[column]!r}"

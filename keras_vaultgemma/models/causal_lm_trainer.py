@@ -130,6 +130,7 @@ class CausalLMTrainer(Trainer):
         batch_size: int | None = None,
         sample_weight: Any = None,
         validation_data: Any = None,
+        groups: Any = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Train on next-token prediction, like `keras.Model.fit`.
@@ -145,11 +146,14 @@ class CausalLMTrainer(Trainer):
                 - `{"token_ids", "padding_mask"}` with labels `y`, which may have any value where
                   `sample_weight` is 0.
             y: labels for token ids. The other forms have their own.
-            batch_size: int. Rows of a batch; in private training their expected number. Defaults
-                to 32.
+            batch_size: int. Rows of a batch; in private training their expected number, or that of
+                users with `DPSGD(unit="user")`. Defaults to 32.
             sample_weight: weights of the labels of token ids.
             validation_data: data of the form of `x`, or a tuple `(x, y)` or
                 `(x, y, sample_weight)`.
+            groups: list or array of strings or integers with one label per row, in the order of the
+                rows: the person whose row it is. Only for private training with
+                `DPSGD(unit="user")`, which needs it. Defaults to None.
             **kwargs: Other arguments of `keras.Model.fit`.
 
         Returns:
@@ -202,6 +206,7 @@ class CausalLMTrainer(Trainer):
                 batch_size=batch_size,
                 sample_weight=sample_weight,
                 validation_data=validation_data,
+                groups=groups,
                 **kwargs,
             )
             return self._fit(arguments, records)

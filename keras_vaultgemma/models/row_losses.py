@@ -13,7 +13,8 @@ MICROBATCH_TOKENS = 2048
 class NextTokenRowLosses(RowLosses):
     """Losses of single rows with the default loss of a causal language model.
 
-    A row's loss is the mean over its tokens that count, each times its weight.
+    A row's loss is the mean over its tokens that count, each times its weight; a user's loss is the
+    mean over the rows that have such a token.
     """
 
     @property
@@ -23,6 +24,11 @@ class NextTokenRowLosses(RowLosses):
         factors = [v for layer in layers if layer.takes_row_factors for v in layer.lora_factors]
         return {id(v) for v in self.model.trainable_variables} <= {id(v) for v in factors}
 
+    @property
+    def takes_user_variables(self):
+        """True if `takes_row_variables`."""
+        return self.takes_row_variables
+
     def rows_at_once(self, rows):
         return max(1, MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1])
 
@@ -30,11 +36,19 @@ class NextTokenRowLosses(RowLosses):
         return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
 
     def losses(self, x, y=None, sample_weight=None):
-        weights = ops.ones(ops.shape(y), "float32")
+        return self.user_losses(ops.ones((y.shape[0], 1), "bool"), x, y, sample_weight)
+
+    def user_losses(self, is_drawn, x, y=None, sample_weight=None):
+        users = is_drawn.shape[0]
+        weights = ops.cast(ops.reshape(is_drawn, (-1, 1)), "float32")
         if sample_weight is not None:
-            weights = ops.cast(sample_weight, "float32")
-        count = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
-        weights = weights / ops.maximum(count, 1.0)
+            sample_weight = ops.cast(sample_weight, "float32")
+            weights = weights * ops.reshape(sample_weight, (y.shape[0], -1))
+        weights = ops.broadcast_to(weights, y.shape)
+        tokens = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
+        rows = ops.sum(ops.cast(ops.reshape(tokens, (users, -1)) > 0, "float32"), axis=1)
+        weights = weights / ops.maximum(tokens, 1.0)
+        weights = ops.reshape(weights, (users, -1)) / ops.maximum(rows, 1.0)[:, None]
         total, losses, _ = token_losses(
             self.model.backbone.token_embedding,
             self.model.hidden_states(x, training=True),

@@ -100,7 +100,8 @@ class Trainer:
     def fit(self, x=None, y=None, **arguments):
         """Train the model, like `keras.Model.fit`.
 
-        In private training `batch_size` is the expected number of records in a batch.
+        In private training `batch_size` is the expected number of rows in a batch, or of users with
+        `DPSGD(unit="user")`, which needs another argument: `groups`, the label of each row's user.
 
         Raises:
             ValueError: If private training does not support the data or an argument, or a budget is
@@ -116,6 +117,7 @@ class Trainer:
             records: list of strings or bytes, the training examples before preprocessing, or None.
         """
         if self.private_training is None:
+            checks.check_groups(arguments.pop("groups", None), unit=None)
             run = plain_fit(self, arguments)
         else:
             run = private_fit(self.private_training, arguments, records)

@@ -4,10 +4,13 @@ Each check guards an assumption of the privacy proof (`mechanism`, `accounting`)
 only protected values leave the training.
 """
 
+import warnings
+
 import keras
 import numpy as np
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.privacy.statements import is_of_users
 from keras_vaultgemma.training.checkpoint import all_callbacks
 
 UNPROTECTED = "unprotected_"
@@ -161,13 +164,13 @@ def check_rows(rows, unit):
 
     Args:
         rows: nested arrays, as `sampling.as_rows` returns them.
-        unit: str. "row" or "sequence", the unit of privacy.
+        unit: str. "row", "sequence" or "user", the unit of privacy.
     """
     mask = rows[0].get("padding_mask") if isinstance(rows[0], dict) else None
-    if unit == "row" and mask is not None and mask.max(initial=0) > 1:
+    if unit != "sequence" and mask is not None and mask.max(initial=0) > 1:
         raise ValueError(
             "A packed row has several documents, possibly of several people, but the guarantee "
-            "protects one row. Train on one document per row, or set "
+            f"protects one {unit}. Train on one document per row, or set "
             '`DPSGD(unit="sequence")` if the packed sequence is what is to be protected. '
             f"Received: {int(mask.max())} documents in a row"
         )
@@ -176,6 +179,61 @@ def check_rows(rows, unit):
         raise ValueError(
             "`sample_weight` must be from 0 to 1 in private training, so that no record counts "
             f"more than once. Received: {weights.min()} to {weights.max()}"
+        )
+
+
+def check_groups(groups, unit):
+    """Raise ValueError if rows have labels of users without `unit="user"`, or the reverse.
+
+    Args:
+        groups: labels, or None.
+        unit: str. "row", "sequence" or "user", the unit of privacy; None without privacy.
+    """
+    if groups is not None and unit != "user":
+        received = "no `privacy`" if unit is None else f"unit={unit!r}"
+        raise ValueError(
+            '`groups` must be None unless `compile` got `DPSGD(unit="user")`, because nothing else '
+            f"protects persons. Received: `groups` and {received}"
+        )
+    if groups is None and unit == "user":
+        raise ValueError(
+            '`DPSGD(unit="user")` needs `groups` in `fit`: for each row, the label of the person '
+            "whose row it is. Received: groups=None"
+        )
+
+
+def check_users(count, batch_size):
+    """Raise ValueError for too few users.
+
+    Args:
+        count: int. Number of users.
+        batch_size: int. Expected number of users in a batch.
+    """
+    if count < 2:
+        raise ValueError(
+            "`groups` must name at least 2 users, because one user's data cannot hide among those "
+            f"of others. Received: {count} user"
+        )
+    if batch_size > count:
+        raise ValueError(
+            f"`batch_size`, the expected number of users in a step, must be at most {count}, the "
+            f"number of users. Received: batch_size={batch_size}"
+        )
+
+
+def warn_of_other_units(units, unit):
+    """Warn if earlier runs on the same rows protected rows and this one users, or the reverse.
+
+    Args:
+        units: iterable of str. Descriptions of what the earlier runs protected.
+        unit: str. Description of what this run protects.
+    """
+    others = [other for other in units if is_of_users(other) != is_of_users(unit)]
+    if others:
+        warnings.warn(
+            f"An earlier run on these rows protected {others[0]}, this one protects {unit}. Their "
+            "ε together holds for a person with a single row; for others it is larger",
+            stacklevel=2,
         )
 
 

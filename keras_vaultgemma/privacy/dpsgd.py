@@ -11,7 +11,10 @@ from keras_vaultgemma._validation import (
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.seeds import fixed_secret, new_secret
 
-UNITS = ("row", "sequence")
+UNITS = ("row", "sequence", "user")
+
+DEFAULT_MAX_ROWS = 4
+"""Default of `max_rows_per_group`. Each sampled user takes the time of as many rows."""
 
 CLIP_NORMS = (1e-8, 1e8)
 """Smallest and largest clipping norm, whose squares float32 represents, split over a billion
@@ -39,9 +42,20 @@ class DPSGD:
     also in runs that were killed (`privacy/ledger.py`).
 
     **Unit.** What is protected is one row of the data given to `fit`: a string, a pair, a chat. A
-    person who contributed several rows is protected less: the guarantees of their rows compose.
-    Rows that several documents are packed into are rejected, unless `unit="sequence"` states that
-    the packed sequence is what shall be protected.
+    person who contributed several rows is protected less (`privacy/group_privacy.py` says how much
+    less). Rows that several documents are packed into are rejected, unless `unit="sequence"` states
+    that the packed sequence is what shall be protected.
+
+    **Users.** With `unit="user"` what is protected is all rows of one person, however many:
+    `fit(..., groups=labels)` says whose row each one is. In all of the above, a user takes the
+    place of a row: N is the number of users, each is sampled with probability q = batch_size / N,
+    and D' has a user whose gradient is zero in every step. From a sampled user with more than
+    k = `max_rows_per_group` rows, k are drawn at random, afresh in each step. The gradient of the
+    mean of their losses is clipped to C, so that a step's sum changes by at most C with the user,
+    whatever k is (`privacy/groups.py`, `privacy/train_step.py`). A label that splits a person into
+    two users, or a row about a person under another one's label, is not protected against. A run
+    that protects rows and one that protects users on the same data compose for persons with one
+    row only, and `fit` warns of it.
 
     **Not covered** is whatever else is learned from the rows and published:
 
@@ -56,7 +70,7 @@ class DPSGD:
     - a `fit` without `privacy` on the same model, before or after. The ledger counts its steps;
     - validation on rows that are not public, and anything that the vocabulary or the preprocessing
       took from the rows;
-    - the duration of a step, which depends on the number of rows it sampled;
+    - the duration of a step, which depends on the number of rows or users it sampled;
     - the masks of dropout on PyTorch, whose generator takes only 31 bits of the secret;
     - an attacker who can predict the statistical, not cryptographic, generator of the noise
       (`privacy/noise.py`).
@@ -73,10 +87,16 @@ class DPSGD:
             range squares of float32 numbers underflow or overflow. Defaults to 1.
         noise_multiplier: float above 0. The noise multiplier σ. The budget is then the ε of the
             first run of this model on the data.
-        unit: string, "row" or "sequence". Defaults to "row".
-        microbatch_size: int or None. Rows that are computed together. More than 1 requires that the
-            model computes each of them separately, as it does with LoRA on projections and the
-            default loss. Defaults to as many as pay off.
+        unit: string, "row", "sequence" or "user". "user" needs `groups` in `fit`. Defaults to
+            "row".
+        max_rows_per_group: int. k, the number of rows that a user contributes to a step at most,
+            only with `unit="user"`. A step takes the time and memory of k rows for each user, also
+            for those who have fewer, because a shape that follows the data would depend on them.
+            More rows average out more of a user's own gradient noise; more users in a batch, for
+            the same time, average out more of the privacy noise. Defaults to 4.
+        microbatch_size: int or None. Rows, or users, that are computed together. More than 1
+            requires that the model computes each of them separately, as it does with LoRA on
+            projections and the default loss. Defaults to as many as pay off.
         extend_budget: bool. If True, another `fit` on the same data may exceed the budget; `spent`
             and the ledger report by how much. Defaults to False.
         public_validation: bool. States that validation data given to `fit` is public, so that its
@@ -121,6 +141,7 @@ class DPSGD:
         *,
         noise_multiplier: float | None = None,
         unit: str = "row",
+        max_rows_per_group: int | None = None,
         microbatch_size: int | None = None,
         extend_budget: bool = False,
         public_validation: bool = False,
@@ -135,10 +156,19 @@ class DPSGD:
         if delta is not None:
             accounting.check_delta(delta)
         check_choice("unit", unit, UNITS)
+        check_integer("max_rows_per_group", max_rows_per_group, allow_none=True)
+        if unit == "user":
+            max_rows_per_group = max_rows_per_group or DEFAULT_MAX_ROWS
+        elif max_rows_per_group is not None:
+            raise ValueError(
+                '`max_rows_per_group` goes with `unit="user"`. '
+                f"Received: max_rows_per_group={max_rows_per_group}, unit={unit!r}"
+            )
         check_integer("microbatch_size", microbatch_size, allow_none=True)
         self.epsilon, self.noise_multiplier = epsilon, noise_multiplier
         self.delta, self.clip_norm = delta, clip_norm
         self.unit, self.microbatch_size = unit, microbatch_size
+        self.max_rows_per_group = max_rows_per_group
         self.extend_budget, self.public_validation = extend_budget, public_validation
         self.ledger, self.seed_for_tests = ledger, seed_for_tests
 

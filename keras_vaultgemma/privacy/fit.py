@@ -9,6 +9,7 @@ import keras
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.privacy import accounting, checks, fingerprint, machine_ledger, planning
 from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
+from keras_vaultgemma.privacy.groups import Groups, group_labels
 from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.privacy.sampling import PrivateBatches, as_rows
@@ -75,13 +76,20 @@ def _begin(training, arguments, records):
     checks.check_fit(arguments, settings.public_validation)
     checks.check_model(model, training.compiled_metrics)
     checks.check_execution(model)
+    groups = arguments.pop("groups", None)
+    checks.check_groups(groups, settings.unit)
     rows = as_rows(*(arguments.pop(name, None) for name in ("x", "y", "sample_weight")))
     checks.check_rows(rows, settings.unit)
     checks.check_losses(model, rows)
     count = len(keras.tree.flatten(rows)[0])
     batch_size = arguments.pop("batch_size", None) or DEFAULT_BATCH_SIZE
+    unit = settings.unit
+    if groups is not None:
+        groups = Groups(group_labels(groups, count), settings.max_rows_per_group)
+        count, unit = len(groups), f"user of at most {groups.max_rows} rows"
+        checks.check_users(count, batch_size)
     per_epoch = planning.steps_per_epoch(count, batch_size)
-    microbatch = _microbatch(training, rows, batch_size)
+    microbatch = _microbatch(training, rows, batch_size, groups is not None)
 
     path = _ledger_path(settings, arguments)
     if path is not None and path.exists():
@@ -91,6 +99,7 @@ def _begin(training, arguments, records):
     done = _steps_done(arguments, per_epoch, saved)
     if records is None:
         records = fingerprint.rows_of(keras.tree.flatten(rows[:2]))  # without the weights
+        records = records if groups is None else [*records]  # which are read twice
     sketch = fingerprint.RowSketch(key := fingerprint.key())
     dataset = fingerprint.fingerprint(sketch.watch(records), key)
     # A budget holds for all that is learned from these data; without one, other models go on.
@@ -100,7 +109,7 @@ def _begin(training, arguments, records):
         known,
         settings,
         dataset,
-        training.row_losses.unit(rows, settings.unit),
+        training.row_losses.unit(rows, unit),
         dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=microbatch),
         done,
         is_resumed=bool(saved and done),
@@ -116,8 +125,12 @@ def _begin(training, arguments, records):
         iterations(model),
         dataset,
         len(training.seeds),
+        groups,
     )
-    training.prepare(rows, microbatch, batches.capacity)
+    if groups is not None:
+        batches.run_identity["users"] = groups.fingerprint(records, fingerprint.key())
+        batches.run_identity_comparisons["users"] = fingerprint.may_be_equal
+    training.prepare(rows, microbatch, batches.capacity, settings.max_rows_per_group)
     if is_cut_short and not run.planned_steps:
         # A resumed run that does no step ends where it begins.
         arguments["epochs"] = saved["position"]["epoch"]
@@ -175,16 +188,18 @@ def _check_updates(run, updates):
         )
 
 
-def _microbatch(training, rows, batch_size):
-    """Return how many rows are computed together."""
+def _microbatch(training, rows, batch_size, are_users):
+    """Return how many rows or users are computed together."""
     size, losses = training.settings.microbatch_size, training.row_losses
-    checks.check_microbatch(size, losses.takes_row_variables)
+    takes_several = losses.takes_user_variables if are_users else losses.takes_row_variables
+    checks.check_microbatch(size, takes_several)
     if size is not None:
         return size
-    if not losses.takes_row_variables:
+    if not takes_several:
         return 1
     # At most a quarter of a batch, because the last microbatch of a step is rarely full.
-    return min(losses.rows_at_once(rows), max(1, batch_size // 4))
+    rows_at_once = losses.rows_at_once(rows) // (training.settings.max_rows_per_group or 1)
+    return max(1, min(rows_at_once, batch_size // 4))
 
 
 def _plan(known, settings, dataset, unit, shape, done, is_resumed):
@@ -192,6 +207,8 @@ def _plan(known, settings, dataset, unit, shape, done, is_resumed):
     delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
     planning.warn_of_large_delta(shape["rows"], delta)
     earlier = known.on(dataset)
+    units = (run.unit for run, _ in known.runs if fingerprint.may_be_equal(run.dataset, dataset))
+    checks.warn_of_other_units(units, unit)
     spent = accounting.epsilon(earlier, delta) if earlier else 0.0
     requested = max(
         0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done

@@ -45,7 +45,7 @@ class Run(NamedTuple):
     """The facts of a private run, known when it begins.
 
     Attributes:
-        rows: int. N, the number of records in the data set.
+        rows: int. N, the number of records in the data set: of rows, or of users.
         sampling_probability: float. q.
         max_batch_size: int or None. Bmax.
         noise_multiplier: float. σ.
@@ -161,8 +161,9 @@ class Ledger(NamedTuple):
         """Return one sentence about each run, in order."""
         return [
             f"{count:,} steps of {run.mechanism}, noise multiplier {run.noise_multiplier:.4g}, "
-            f"clipping norm {run.clip_norm:g}, on {run.rows:,} rows, each drawn with probability "
-            f"{run.sampling_probability:.4g} per step; unit: {run.unit}; "
+            f"clipping norm {run.clip_norm:g}, on {run.rows:,} "
+            f"{'users' if statements.is_of_users(run.unit) else 'rows'}, each drawn with "
+            f"probability {run.sampling_probability:.4g} per step; unit: {run.unit}; "
             f"neighbours: {run.neighbouring}; data {run.dataset}"
             for run, count in self.runs
         ]

@@ -8,6 +8,13 @@ a batch of sampled rows, a step releases
 where B is the expected number of sampled rows, because the actual number is private. Every row is
 one training record. All of it is computed in float32, whatever the model computes in.
 
+**Users.** With `DPSGD(unit="user")` a record is a user: i runs over the sampled users, B is their
+expected number, and g_i is the gradient of the mean loss of at most k of user i's rows. In all that
+follows, read "user" for "row": g_i depends on nothing but the user's own rows and on random bits
+that belong to this user and step (`privacy/groups.py`). For each value of these bits the step is
+the one above, with the same bound C for all of the user's rows together, so that (ε, δ) holds for
+each value and therefore on average over them.
+
 **Sensitivity.** Replacing one record by a record without a gradient changes the sum by at most C in
 the Euclidean norm, because only the term of this record changes. To make this hold in float32 as
 well, rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
@@ -25,7 +32,7 @@ it; no other function decides how much noise is needed.
 The noise is added to the pair before it is rounded (`privacy/noise.py`).
 
 A row whose gradient or loss is not finite contributes nothing, like a row that was not sampled, and
-is counted.
+is counted; so does a user, one of whose rows is such a row.
 
 References:
     - [Abadi et al., 2016](https://arxiv.org/abs/1607.00133)

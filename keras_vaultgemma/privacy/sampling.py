@@ -34,30 +34,34 @@ class PrivateBatches(keras.utils.PyDataset):
     """Dataset whose batch i has the rows and noise seeds of step `first_step + i`.
 
     Batch i is the same every time it is read. It is a tuple `(x, y, step)` of arrays. The drawn
-    rows come first in `x` and `y`, followed by zeros up to the shape that all batches have. `step`
-    takes the place of Keras's sample weights, so that the inputs of the model are left alone. It is
-    a dict:
+    records, each a row or a user, come first in `x` and `y`, followed by zeros up to the shape that
+    all batches have. `step` takes the place of Keras's sample weights, so that the inputs of the
+    model are left alone. It is a dict:
 
-    - `count`: int32 of shape `[1]`. Number of rows that were drawn.
+    - `count`: int32 of shape `[1]`. Number of records that were drawn.
     - `noise_seeds`: int32 of shape `[variables, 4]`.
     - `layer_seeds`: int32 of shape `[1 + layers, 2]`. Seed of PyTorch's global generator, followed
       by the model's own seeds.
     - `noise_multiplier`, `expected_rows`: float32 of shape `[1]`.
     - `sample_weight`: the weights of the rows, if there are any.
+    - `is_drawn`: bool of shape `[capacity, k]`, if records are users. False for rows that only fill
+      the shape of a user.
 
     Args:
         rows: nested arrays, as `as_rows` returns them.
         steps: `accounting.Steps`. The steps of the run; its count is ignored.
         length: int. Number of batches.
         variables: int. Number of variables that get noise.
-        microbatch: int. The number of rows of all batches is a multiple of it.
+        microbatch: int. The number of records of all batches is a multiple of it.
         secret: bytes of length 16. Secret of one call of `fit`.
         first_step: int, 0 or more.
         dataset: str. Fingerprint of the data.
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
+        groups: `Groups`. Each record is then a user, and the arrays of a batch have the shape
+            `[capacity, k, ...]`. Defaults to None: each record is a row.
 
     Attributes:
-        capacity: int. Number of rows of all batches, drawn or zeros.
+        capacity: int. Number of records of all batches, drawn or zeros.
         run_identity: dict of the properties that must be equal for an interrupted run to resume.
             The number of batches is not among them.
         run_identity_comparisons: dict of functions `(saved, current)` for the properties that need
@@ -65,13 +69,23 @@ class PrivateBatches(keras.utils.PyDataset):
     """
 
     def __init__(
-        self, rows, steps, length, variables, microbatch, secret, first_step, dataset, layers=0
+        self,
+        rows,
+        steps,
+        length,
+        variables,
+        microbatch,
+        secret,
+        first_step,
+        dataset,
+        layers=0,
+        groups=None,
     ):
         super().__init__()
         self.run_identity = {"rows": steps.rows, "fingerprint": dataset}
         self.run_identity_comparisons = {"fingerprint": fingerprint.may_be_equal}
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
-        self._layers = layers
+        self._layers, self._groups = layers, groups
         self._secret, self._first_step = secret, first_step
         self.capacity = -(-min(steps.max_batch_size, steps.rows) // microbatch) * microbatch
 
@@ -90,12 +104,16 @@ class PrivateBatches(keras.utils.PyDataset):
         seeds = [noise_seed(self._secret, step, i) for i in range(self._variables)]
         layer_seeds = [layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
 
-        def take(array):
-            taken = np.zeros((self.capacity, *array.shape[1:]), array.dtype)
-            taken[: len(drawn)] = array[drawn]
-            return taken
+        records, is_drawn = drawn, None
+        if self._groups is not None:
+            records, is_drawn = self._groups.select(self._secret, step, drawn)
 
-        x, y, *weight = keras.tree.map_structure(take, self._rows)
+        def fill(taken):
+            filled = np.zeros((self.capacity, *taken.shape[1:]), taken.dtype)
+            filled[: len(drawn)] = taken
+            return filled
+
+        x, y, *weight = keras.tree.map_structure(lambda array: fill(array[records]), self._rows)
         return (
             x,
             y,
@@ -106,6 +124,7 @@ class PrivateBatches(keras.utils.PyDataset):
                 "noise_multiplier": np.array([steps.noise_multiplier], "float32"),
                 "expected_rows": np.array([steps.rows * steps.sampling_probability], "float32"),
                 **({"sample_weight": weight[0]} if weight else {}),
+                **({} if is_drawn is None else {"is_drawn": fill(is_drawn)}),
             },
         )
 
@@ -208,7 +227,7 @@ def sample_rows(secret, step, count, probability, max_batch_size=None):
     if max_batch_size is None or len(drawn) <= max_batch_size:
         return drawn
     # The rows with the smallest of independent 64-bit numbers are a uniformly random subset.
-    keys = _random_bits(secret, "truncation", step, 0, len(drawn))
+    keys = random_bits(secret, "truncation", step, 0, len(drawn))
     return np.sort(drawn[np.argsort(keys, kind="stable")[:max_batch_size]])
 
 
@@ -220,7 +239,7 @@ def _poisson_sample(secret, step, count, probability):
         log_left_out = np.log1p(-probability)
     found, last, block = [], -1, 0
     while last < count:
-        bits = _random_bits(secret, "sampling", step, block, size)
+        bits = random_bits(secret, "sampling", step, block, size)
         # In (0, 1] and multiples of 2^-53, so that the logarithm is finite.
         uniform = ((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
         # Clip at `count`: a gap beyond the last row ends the sample, and the sum must not overflow.
@@ -231,7 +250,7 @@ def _poisson_sample(secret, step, count, probability):
     return drawn[: np.searchsorted(drawn, count)]
 
 
-def _random_bits(secret, purpose, step, block, size):
+def random_bits(secret, purpose, step, block, size):
     """Return independent uniform random bits, a uint64 array of shape `[size]`."""
     key = derive(secret, purpose, step, block)
     return np.frombuffer(hashlib.shake_256(key).digest(8 * size), "<u8")

@@ -55,3 +55,8 @@ def _unknown_source(statement):
     if isinstance(statement, dict) and statement.get("weights") == UNKNOWN:
         return str(statement.get("source"))
     return None
+
+
+def is_of_users(unit: str) -> bool:
+    """Return True if what a run protects is a user (`DPSGD(unit="user")`) and not a row."""
+    return unit.startswith("one user")

@@ -1,8 +1,15 @@
-"""The private training step: clip each row's gradient, sum, add noise, update.
+"""The private training step: clip each row's or user's gradient, sum, add noise, update.
 
 The step samples nothing itself. Which rows it gets and what its noise is seeded with are part of
 the batch (`privacy/sampling.py`), so that a step is a function of the weights and its batch.
+
+With `DPSGD(unit="user")` the records are users: what is clipped is the gradient of the mean loss of
+a user's k rows, which are computed together. The mean, not the sum, because its gradient is no
+longer for users with more rows, so that a clipping norm suits all of them and any k; and it is
+shorter than that of a single row where the rows disagree, so that less of it is clipped away.
 """
+
+import functools
 
 import keras
 from keras import ops
@@ -11,7 +18,7 @@ from keras_vaultgemma import backend
 from keras_vaultgemma.privacy import checks, mechanism
 
 STATISTICS = ("loss", "clipped_share", "not_finite_rows")
-"""Statistics of its rows that a step reports without protection."""
+"""Statistics of its rows, or users, that a step reports without protection."""
 
 
 class RowLosses:
@@ -25,9 +32,12 @@ class RowLosses:
             the trainable variables. The layers must then accept variables with a leading axis for
             the rows, of shape `[R, *shape]`, so that a row's gradient is that of its copy. Other
             layers would mix the rows' gradients.
+        takes_user_variables: True if `user_losses` can compute U users together in the same way,
+            with variables of shape `[U, *shape]` for `U * k` rows.
     """
 
     takes_row_variables = False
+    takes_user_variables = False
 
     def __init__(self, model):
         self.model = model
@@ -57,6 +67,51 @@ class RowLosses:
         total = ops.cast(loss, "float32")
         return total, ops.reshape(total, (1,))
 
+    def user_losses(self, is_drawn, x, y=None, sample_weight=None):
+        """Compute the losses of U users; U is 1 unless `takes_user_variables`.
+
+        A user's loss is the mean of the losses of those rows that are drawn and have a weight that
+        is not 0.
+
+        Args:
+            is_drawn: bool tensor of shape `[U, k]`. False for rows that only fill the shape.
+            x: nested tensors of shape `[U * k, ...]`.
+            y: nested tensors of shape `[U * k, ...]`.
+            sample_weight: tensor of shape `[U * k, ...]`, or None.
+
+        Returns:
+            Tuple `(total, losses)` of a float32 scalar and a tensor of shape `[U]`. Each user's
+            part of the total is a function of that user's rows alone.
+        """
+        is_counted = ops.reshape(is_drawn, (-1,))
+        if sample_weight is not None:
+            has_weight = ops.reshape(sample_weight, (is_counted.shape[0], -1)) > 0
+            is_counted = ops.logical_and(is_counted, ops.any(has_weight, axis=1))
+        predicted = self.model(x, training=True)
+        losses = []
+        for i in range(is_counted.shape[0]):
+            row = keras.tree.map_structure(
+                lambda part, i=i: None if part is None else part[i : i + 1],
+                (x, y, predicted, sample_weight),
+            )
+            # Keras averages over rows in ways that depend on the loss, but one row is its own mean.
+            loss = self._loss_of_row(is_counted[i], *row)
+            losses.append(ops.where(is_counted[i], ops.cast(loss, "float32"), 0.0))
+        total = sum(losses) / ops.maximum(ops.sum(ops.cast(is_counted, "float32")), 1.0)
+        return total, ops.reshape(total, (1,))
+
+    def _loss_of_row(self, is_counted, x, y, predicted, sample_weight):
+        """Return the compiled loss of a row, which enters the metrics only if it is counted."""
+        variables = self.model.metrics_variables
+        before = [backend.value_of(v) for v in variables]
+        loss = self.model.compute_loss(x, y, predicted, sample_weight, training=True)
+        self.model.compute_metrics(x, y, predicted, sample_weight)
+        for variable, old in zip(variables, before, strict=True):
+            new = backend.value_of(variable)
+            if new is not old:
+                variable.assign(ops.where(is_counted, new, old))
+        return loss
+
 
 class PrivateTraining:
     """Private training of a model that is compiled with `privacy=DPSGD(...)`; its trainer holds it.
@@ -68,8 +123,8 @@ class PrivateTraining:
 
     Attributes:
         metrics: list of metrics that `step` updates. None of them is protected by noise.
-        microbatch: int. Rows that are computed together.
-        capacity: int or None. Largest number of rows of any batch. None means that of the inputs.
+        microbatch: int. Rows, or users, that are computed together.
+        capacity: int or None. Largest number of them in any batch. None means that of the inputs.
         compiled_metrics: nested metrics that the user gave to `compile`.
     """
 
@@ -80,16 +135,17 @@ class PrivateTraining:
         self.metrics = [keras.metrics.Mean(name=checks.UNPROTECTED + name) for name in STATISTICS]
         self.microbatch, self.capacity, self._row_shapes = 1, None, None
 
-    def prepare(self, rows, microbatch, capacity):
+    def prepare(self, rows, microbatch, capacity, rows_per_user=None):
         """Get ready for a run: set the sizes and build the metrics.
 
         Args:
             rows: nested arrays, the training data.
-            microbatch: int. Rows that are computed together.
-            capacity: int. Number of rows of all batches.
+            microbatch: int. Rows, or users, that are computed together.
+            capacity: int. Number of rows or users of all batches.
+            rows_per_user: int. k, if records are users. Defaults to None.
         """
         model = self.model
-        shapes = [array.shape[1:] for array in keras.tree.flatten(rows)]
+        shapes = [(rows_per_user, *array.shape[1:]) for array in keras.tree.flatten(rows)]
         sizes = microbatch, capacity, shapes
         if sizes != (self.microbatch, self.capacity, self._row_shapes):
             # The compiled step contains them; TensorFlow, given another shape, would retrace it
@@ -118,7 +174,7 @@ class PrivateTraining:
         inputs = (x, y, step["sample_weight"]) if "sample_weight" in step else (x, y)
         backend.seed_global_generator(step["layer_seeds"][0, 0])
         count, seeds = step["count"][0], step["layer_seeds"][1:]
-        clipped, states = self.clipped_sum(inputs, count, seeds)
+        clipped, states = self.clipped_sum(inputs, count, seeds, step.get("is_drawn"))
         own = len(self.seeds)  # these stay as they are, whatever was drawn (privacy/seeds.py)
         for variable, value in zip(self._states[own:], states[own:], strict=True):
             variable.assign(value)
@@ -152,14 +208,17 @@ class PrivateTraining:
         own = {id(v) for metric in self.metrics for v in metric.variables}
         return self.seeds + [v for v in self.model.metrics_variables if id(v) not in own]
 
-    def clipped_sum(self, inputs, count, seeds=None):
-        """Compute `mechanism.clipped_sum` of rows.
+    def clipped_sum(self, inputs, count, seeds=None, is_drawn=None):
+        """Compute `mechanism.clipped_sum` of rows or users.
 
         Args:
-            inputs: nested tensors, of which the first `count` rows are a batch.
+            inputs: nested tensors, of which the first `count` rows or users are a batch. Those of
+                users have the shape `[users, k, ...]`.
             count: int32 scalar.
             seeds: int32 tensor of shape `[S, 2]`: the values of `seeds` at the first row. Defaults
                 to their current values.
+            is_drawn: bool tensor of shape `[users, k]`, as `RowLosses.user_losses` takes it.
+                Defaults to None: the inputs are rows.
 
         Returns:
             Tuple of the `ClippedSum` and the values of the states (seeds, then metrics) after it.
@@ -168,7 +227,7 @@ class PrivateTraining:
         trained, states = model.trainable_variables, self._states
         now = [(v, backend.value_of(v)) for v in [*model.variables, *model.metrics_variables]]
         values = [backend.value_of(v) for v in trained]
-        # Each row is computed with its own copy, whose gradient is the row's alone.
+        # Each row or user is computed with its own copy, whose gradient is theirs alone.
         copies = values
         if size > 1:
             copies = [ops.broadcast_to(x[None], (size, *x.shape)) for x in values]
@@ -178,6 +237,12 @@ class PrivateTraining:
                 return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
 
             rows = keras.tree.map_structure(part, inputs)
+            losses_of_rows = self.row_losses.losses
+            if is_drawn is not None:
+                rows = keras.tree.map_structure(
+                    lambda x: ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows
+                )
+                losses_of_rows = functools.partial(self.row_losses.user_losses, part(is_drawn))
 
             def losses_of(copies):
                 with keras.StatelessScope(state_mapping=now) as scope:
@@ -189,7 +254,7 @@ class PrivateTraining:
                         scope.add_update((variable, value))
                     others = [v for v, _ in now if not any(v is state for state in states)]
                     fixed = [scope.get_current_value(v) for v in others]
-                    total, losses = self.row_losses.losses(*rows)
+                    total, losses = losses_of_rows(*rows)
                     for variable, value in zip(others, fixed, strict=True):
                         if scope.get_current_value(variable) is not value:
                             raise ValueError(

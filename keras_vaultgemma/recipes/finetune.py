@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.privacy import DPSGD
 from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run, finish_run
+from keras_vaultgemma.recipes.privacy_budget import describe_group_privacy
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
 LORA_RATE, FULL_RATE = 1e-3, 1e-4
@@ -38,12 +40,17 @@ class FinetuneConfig:
         text_column: string. Column of texts to train on.
         prompt_column: string. Column of prompts.
         response_column: string. Column of responses, which are trained on.
+        group_column: string. Column of the users whose rows they are, strings or integers. Only
+            for private training, which then protects users: `privacy.DPSGD(unit="user")`. All
+            rows of a user are held out together. Defaults to None.
+        max_rows_per_group: int, as for `privacy.DPSGD`.
         packed: bool. If True, texts share full rows; if False, each has its own row and is
             truncated at `sequence_length`. Defaults to True, and to False in private training,
             where a row is what is protected.
         lora_rank: int. Rank of an adapter on query and value; 0 trains all weights.
         epochs: int. Number of epochs. A finished run continues if it is called with more.
-        batch_size: int. Rows of a batch. Defaults to 8; in private training to 128 or all rows.
+        batch_size: int. Rows of a batch, or users. Defaults to 8; in private training to 128 or
+            all rows or users.
         learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
         dtype: string. Dtype of the weights. Defaults to Keras's, float32.
@@ -71,6 +78,8 @@ class FinetuneConfig:
     text_column: str | None = None
     prompt_column: str | None = None
     response_column: str | None = None
+    group_column: str | None = None
+    max_rows_per_group: int | None = None
     packed: bool | None = None
     lora_rank: int = 8
     epochs: int = 1
@@ -99,12 +108,17 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and not self.lora_rank:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget"):
+        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget", "group_column"):
             value = getattr(self, name)
             if value not in (None, False) and not self.private:
                 raise ValueError(
                     f"`{name}` goes with private=True (--private). Received: {name}={value}"
                 )
+        if self.max_rows_per_group is not None and self.group_column is None:
+            raise ValueError(
+                "`max_rows_per_group` goes with `group_column`. "
+                f"Received: max_rows_per_group={self.max_rows_per_group}"
+            )
         self.guarantee()
 
     @property
@@ -132,6 +146,8 @@ class FinetuneConfig:
             self.delta,
             self.clip_norm,
             noise_multiplier=self.noise_multiplier,
+            unit="row" if self.group_column is None else "user",
+            max_rows_per_group=self.max_rows_per_group,
             extend_budget=self.extend_budget,
         )
 
@@ -164,10 +180,10 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
             which may be deleted once no more epochs are wanted. Defaults to "finetuned".
         **options: See `recipes.finetune.FinetuneConfig`: `preset`, `validation`, `text_column`,
-            `prompt_column`, `response_column`, `packed`, `lora_rank`, `epochs`, `batch_size`,
-            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
-            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
-            `clip_norm` and `extend_budget`.
+            `prompt_column`, `response_column`, `group_column`, `max_rows_per_group`, `packed`,
+            `lora_rank`, `epochs`, `batch_size`, `learning_rate`, `sequence_length`, `dtype`,
+            `gradient_checkpointing`, `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`,
+            `delta`, `noise_multiplier`, `clip_norm` and `extend_budget`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
@@ -195,12 +211,13 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
     if config.png is not None:
         new_figure((1, 1))  # raises before anything is trained
     checkpoint = TrainingCheckpoint(output / CHECKPOINT, config.save_freq)
-    records = read_records(data, **config.columns)
+    records = read_records(data, **config.columns, group_column=config.group_column)
     blank = records.blank
     if config.validation is None:
         records, held_out = records.split()
     else:
         held_out = read_records(config.validation, **config.columns)
+    users = None if records.groups is None else len({*records.groups})
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
 
@@ -215,11 +232,13 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
             privacy=config.guarantee(),
         ),
         fit_options=dict(
-            batch_size=config.batch_size or _default_batch_size(config, len(records.texts)),
+            batch_size=config.batch_size
+            or _default_batch_size(config, users or len(records.texts)),
             epochs=config.epochs,
             callbacks=[checkpoint],
             # A progress bar is for terminals.
             verbose=1 if sys.stdout.isatty() else 2,
+            groups=records.groups,
         ),
         samples=records.samples if config.private and not config.is_packed else None,
     )
@@ -227,14 +246,15 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
     if checkpoint.failure:
         folder = written[0].partition(":")[0]
         raise FloatingPointError(f"{checkpoint.failure}. These are in {folder}")
-    counts = f"{len(records.texts):,} rows to train on, {len(held_out.texts):,} held out"
+    owners = "" if users is None else f" of {users:,} users"
+    counts = f"{len(records.texts):,} rows{owners} to train on, {len(held_out.texts):,} held out"
     blank_rows = f", {blank:,} blank ones left out" if blank else ""
     return "\n".join(
         [
             f"{config.preset} on {data}: {counts}{blank_rows}",
             f"Held out, before: {outcome.before}",
             f"Held out, after:  {outcome.after}",
-            *([_describe_spent(model.privacy.spent())] if config.private else []),
+            *(_describe_privacy(model.privacy, config.guarantee()) if config.private else []),
             *written,
         ]
     )
@@ -257,9 +277,12 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     Returns:
         `Outcome`.
     """
-    count = len(training["y"])
+    count, rows_each, groups = len(training["y"]), 1.0, fit_options.get("groups")
     tokens_per_row = int((training["x"]["padding_mask"] > 0).sum()) / count
-    pace = Pace(tokens_per_row * min(fit_options.get("batch_size") or 32, count))
+    if groups is not None:
+        sizes, largest = Counter(groups).values(), compile_options["privacy"].max_rows_per_group
+        count, rows_each = len(sizes), sum(min(size, largest) for size in sizes) / len(sizes)
+    pace = Pace(tokens_per_row * rows_each * min(fit_options.get("batch_size") or 32, count))
     before = measure(model, **validation)
     model.compile(**compile_options)
     data = dict(training) if samples is None else {"x": samples}
@@ -285,7 +308,8 @@ def _default_batch_size(config, rows):
     return min(PRIVATE_BATCH_SIZE, rows) if config.private else BATCH_SIZE
 
 
-def _describe_spent(spent):
+def _describe_privacy(record, guarantee):
+    spent = record.spent()
     kind = "Private" if spent.is_private else "NOT private"
     lines = [
         f"{kind}: ε = {spent.epsilon:g} at δ = {spent.delta:.3g} for {spent.unit}, after "
@@ -297,4 +321,7 @@ def _describe_spent(spent):
             f"For a person whose record was in all {spent.all_runs:,} private runs that this "
             f"machine knows: ε = {spent.epsilon_of_all_runs:g}"
         )
-    return "\n".join(lines)
+    if guarantee.unit == "user":
+        runs = record.ledger.on(record.dataset)
+        lines.append(describe_group_privacy(runs, spent.delta, guarantee.max_rows_per_group))
+    return lines

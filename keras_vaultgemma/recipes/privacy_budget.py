@@ -1,10 +1,14 @@
 """Recipe of `keras-vaultgemma epsilon`: the guarantee of a planned run, as text and as a plot."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from keras_vaultgemma._plots import new_figure, save_figure
+from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.group_privacy import group_epsilon
 
 POINTS = 10
 """Largest number of points of a curve."""
@@ -18,6 +22,7 @@ def privacy_budget(
     epsilon: float | None = None,
     delta: float | None = None,
     png: str | None = None,
+    max_rows_per_group: int | None = None,
 ) -> str:
     """Return the guarantee of a private run, or the noise that meets a budget, in plain words.
 
@@ -31,6 +36,9 @@ def privacy_budget(
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5).
         png: str. File for a plot of ε against steps and of σ against ε. Defaults to None, which
             plots nothing.
+        max_rows_per_group: int. Rows that a user contributes to a step at most. If given, records
+            are users, as with `DPSGD(unit="user")`, and what a user with as many rows would have
+            with single rows as records is stated as well. Defaults to None: records are rows.
 
     Returns:
         str of several lines.
@@ -50,6 +58,8 @@ def privacy_budget(
     """
     # First, so that a missing matplotlib is reported before the accounting.
     figure = None if png is None else new_figure((9, 3.6))
+    check_integer("max_rows_per_group", max_rows_per_group, allow_none=True)
+    kind = "row" if max_rows_per_group is None else "user"
     chosen = planning.default_delta(rows) if delta is None else delta
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
     planning.warn_of_large_delta(rows, chosen)
@@ -69,10 +79,31 @@ def privacy_budget(
         f"{right:g} of 100 cases; a coin is right in 50.",
         "",
         f"Each step draws every record with probability {steps.sampling_probability:.4g} "
-        f"({batch_size:,} rows expected, {steps.max_batch_size:,} at most). The unit is one row, "
-        "neighbouring data sets are zero-out, and the accounting uses privacy loss distributions.",
+        f"({batch_size:,} {kind}s expected, {steps.max_batch_size:,} at most). The unit is one "
+        f"{kind}, neighbouring data sets are zero-out, and the accounting uses privacy loss "
+        "distributions.",
     ]
+    if max_rows_per_group is not None:
+        lines += ["", describe_group_privacy([steps], chosen, max_rows_per_group)]
     return "\n".join(lines if png is None else [*lines, "", f"{png}: ε against steps, σ against ε"])
+
+
+def describe_group_privacy(runs: Sequence[Steps], delta: float, size: int) -> str:
+    """Describe what the same steps would guarantee to a user if they protected single rows.
+
+    Args:
+        runs: list of `Steps` that protect users.
+        delta: float in (0, 1).
+        size: int. Number of the user's rows.
+    """
+    value = group_epsilon(runs, delta, size)
+    largest = accounting.LARGEST_EPSILON
+    told = f"above {largest:g}" if value > largest else f"{accounting.round_up(value):g}"
+    return (
+        "If single rows were drawn and clipped instead, with the same probability, noise and "
+        f"steps, group privacy would give a user with {size:,} rows an ε of {told} at "
+        f"δ = {delta:.3g}"
+    )
 
 
 def curves(steps: Steps, delta: float):

@@ -106,6 +106,32 @@ def test_very_long_values(write):
             {},
             "line 2: 'text' must be a string. Received: 3",
         ),
+        (
+            "a.txt",
+            "x",
+            {"group_column": "id"},
+            r"a\.txt has no columns; .* Received: \['id'\]",
+        ),
+        (
+            "a.csv",
+            "text,id\nx,1\ny, \n",
+            {"group_column": "id"},
+            "line 3: 'id' must be a string or an integer that is not blank.* Received: ' '",
+        ),
+        *(
+            (
+                "a.jsonl",
+                lines({"text": "x", "id": 1}, {"text": "y", **label}),
+                {"group_column": "id"},
+                f"line 2: .*{message}",
+            )
+            for label, message in (
+                ({}, "there is no column 'id'"),
+                ({"id": None}, "Received: None"),
+                ({"id": 1.5}, "Received: 1.5"),
+                ({"id": True}, "Received: True"),
+            )
+        ),
         ("a.jsonl", lines({"text": None}), {}, "line 1: 'text' must be a string. Received: None"),
         ("a.jsonl", '{"text": "x"}\n{"text"', {}, "line 2: not JSON"),
         ("a.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
@@ -131,6 +157,28 @@ def test_bad_files(write, name, content, columns, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "a.txt")
+
+
+def test_labels_of_users(write):
+    """As text, of the records that are not blank."""
+    content = lines(
+        {"text": "x", "id": 7},
+        {"text": " ", "id": 8},
+        {"text": "y", "id": " 7"},
+        {"text": "z", "id": "b"},
+    )
+    records = read_records(write("a.jsonl", content), group_column="id")
+    assert (records.texts, records.groups, records.blank) == (["x", "y", "z"], ["7", "7", "b"], 1)
+
+
+def test_all_records_of_every_tenth_user_are_held_out():
+    texts, users = [f"t{i}" for i in range(60)], [f"u{i % 20}" for i in range(60)]
+    training, held_out = TextRecords(texts, None, groups=users).split()
+    assert held_out.texts == ["t5", "t15", "t25", "t35", "t45", "t55"]
+    assert {*held_out.groups} == {"u5", "u15"} and not {*held_out.groups} & {*training.groups}
+    assert len(training.groups) == len(training.texts) == 54
+    with pytest.raises(ValueError, match="at least 2 users.* Received: 1 user"):
+        TextRecords(["a", "b"], None, groups=["u", "u"]).split()
 
 
 def test_every_tenth_record_is_held_out():

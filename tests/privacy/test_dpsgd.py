@@ -38,8 +38,8 @@ pytestmark = pytest.mark.any_backend
         ),
         (dict(epsilon=1, clip_norm=float("nan")), "Received: clip_norm=nan"),
         (
-            dict(epsilon=1, unit="user"),
-            "`unit` must be one of 'row', 'sequence'. Received: unit='user'",
+            dict(epsilon=1, unit="person"),
+            "`unit` must be one of 'row', 'sequence', 'user'. Received: unit='person'",
         ),
         (
             dict(epsilon=1, microbatch_size=0),

@@ -230,7 +230,8 @@ def test_epsilon_calls_the_recipe(capsys, monkeypatch):
     command = "epsilon --rows 500 --batch 50 --epochs 2 --epsilon 5 --delta 1e-3 --png a.png"
     assert cli.main(command.split()) == 0
     plan = dict(rows=500, batch_size=50, epochs=2)
-    assert calls == [dict(**plan, noise_multiplier=None, epsilon=5.0, delta=1e-3, png="a.png")]
+    rest = dict(epsilon=5.0, delta=1e-3, png="a.png", max_rows_per_group=None)
+    assert calls == [dict(**plan, noise_multiplier=None, **rest)]
     assert capsys.readouterr().out == "the answer\n"
 
 
@@ -242,9 +243,10 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
     )
     defaults = dict(
         data="a.txt", output="finetuned", preset="vaultgemma_tiny", validation=None, text_column=None,
-        prompt_column=None, response_column=None, packed=None, lora_rank=8, epochs=1, batch_size=None,
-        learning_rate=None, sequence_length=None, dtype=None, gradient_checkpointing=False, merge=False,
+        prompt_column=None, response_column=None, group_column=None, max_rows_per_group=None, packed=None,
+        lora_rank=8, epochs=1, batch_size=None, learning_rate=None, sequence_length=None, dtype=None, gradient_checkpointing=False, merge=False,
         save_freq=100, seed=0, png=None, private=False, epsilon=None, delta=None, noise_multiplier=None, clip_norm=1.0,
+        extend_budget=False,
     )  # fmt: skip
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
@@ -252,7 +254,7 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
 
     options = dict(
         data="a.txt", preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a",
-        lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o",
+        group_column="g", max_rows_per_group=2, lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o",
         seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
     )  # fmt: skip
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]

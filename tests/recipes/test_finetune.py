@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import keras
@@ -192,6 +193,26 @@ def test_a_private_run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_users_instead_of_rows(tmp_path, monkeypatch):
+    """The column says whose rows they are: a third of the users' rows takes part, and no user is in both parts."""
+    monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
+    records = [{"text": f"{i} {LINES[i % 4]}", "patient_id": i % 11} for i in range(33)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    options = dict(private=True, noise_multiplier=3.0, delta=1e-3, batch_size=4, epochs=1)
+    text = run(data, tmp_path / "run", **options, group_column="patient_id", max_rows_per_group=2)
+    assert "30 rows of 10 users to train on, 3 held out" in text
+    assert "for one user of at most 2 rows of at most 32 tokens, after 3 steps" in text
+    (line,) = [line for line in text.splitlines() if "group privacy" in line]
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
+    adapters.load_adapter(model, tmp_path / "run" / "adapter")
+    (used, _), spent = model.privacy.ledger.runs[0], model.privacy.spent()
+    assert used.rows == 10 and spent.unit in text
+    by_row = float(re.search("with 2 rows an ε of ([0-9.]+) at δ = 0.001", line).group(1))
+    assert 1.5 * spent.epsilon < by_row < 4 * spent.epsilon
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
 @pytest.mark.parametrize(
     "written", [False, True], ids=["in the middle", "before anything is written"]
 )
@@ -289,6 +310,12 @@ def test_pictures(data, tmp_path, monkeypatch):
         ),
         ({"seed": -1}, "`seed` must be an integer from 0 to 2147483647. Received: seed=-1"),
         ({"epsilon": 3.0}, "`epsilon` goes with private=True"),
+        ({"group_column": "id"}, "`group_column` goes with private=True"),
+        (
+            {"private": True, "epsilon": 3.0, "max_rows_per_group": 2},
+            "`max_rows_per_group` goes with `group_column`. Received: max_rows_per_group=2",
+        ),
+        ({"private": True, "epsilon": 3.0, "group_column": "id"}, "has no columns"),
         ({"private": True}, "Exactly one of `epsilon` and `noise_multiplier` must be given"),
         ({"private": True, "epsilon": 3.0, "packed": True}, "documents in a row"),
         ({"lora_rank": 0, "merge": True}, "`merge` needs an adapter. Received: lora_rank=0"),

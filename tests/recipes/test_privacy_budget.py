@@ -7,6 +7,7 @@ import pytest
 
 from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.group_privacy import group_epsilon
 from keras_vaultgemma.recipes.privacy_budget import POINTS, curves, privacy_budget
 
 pytestmark = pytest.mark.any_backend
@@ -36,6 +37,22 @@ def test_noise_multiplier_of_an_epsilon():
     assert 2.97 < epsilon <= 3.0
     steps = planning.plan(300, 100, 4, 1e-4, epsilon=3.0)
     assert sigma == pytest.approx(steps.noise_multiplier, rel=1e-3)
+
+
+def test_users():
+    """As for rows, with group privacy of rows beside it."""
+    by_row, text = (
+        privacy_budget(300, 100, 4, noise_multiplier=3.0, delta=1e-4, max_rows_per_group=k)
+        for k in (None, 3)
+    )
+    assert text.splitlines()[0] == by_row.splitlines()[0] and len(by_row.splitlines()) == 5
+    assert "(100 users expected" in text and "The unit is one user" in text
+    steps = planning.plan(300, 100, 4, 1e-4, noise_multiplier=3.0)
+    expected = accounting.round_up(group_epsilon([steps], 1e-4, 3))
+    assert text.splitlines()[-1] == (
+        "If single rows were drawn and clipped instead, with the same probability, noise and steps, "
+        f"group privacy would give a user with 3 rows an ε of {expected:g} at δ = 0.0001"
+    )
 
 
 def test_curves_go_through_the_plan():
