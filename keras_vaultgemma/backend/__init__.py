@@ -14,9 +14,12 @@ from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflo
 from keras_vaultgemma.backend.attention import HAS_FUSED_ATTENTION, fused_attention
 from keras_vaultgemma.backend.autodiff import (
     add_in_place,
+    block_length,
+    block_size,
     fused,
     gradients,
     multiply_no_nan,
+    padded,
     remat,
     while_loop,
 )
@@ -38,6 +41,7 @@ from keras_vaultgemma.backend.sharding import (
     unsupported_executor,
 )
 from keras_vaultgemma.backend.tensors import (
+    add_at,
     as_argument,
     from_numpy,
     is_argmax,
@@ -60,10 +64,13 @@ __all__ = [
     "BACKENDS",
     "HAS_FUSED_ATTENTION",
     "NAME",
+    "add_at",
     "add_float64_noise",
     "add_in_place",
     "all_gathered",
     "as_argument",
+    "block_length",
+    "block_size",
     "cache_compilations",
     "check_distribution_support",
     "compile_function",
@@ -80,6 +87,7 @@ __all__ = [
     "loss_gradients",
     "matmul",
     "multiply_no_nan",
+    "padded",
     "per_device",
     "positions",
     "record_step",

@@ -154,6 +154,39 @@ def _remat_in_graphs(function):
     return call
 
 
+def block_size(most, expected):
+    """Return the size of the blocks in which a loop handles elements whose number varies.
+
+    Args:
+        most: int. Largest size.
+        expected: int. Expected number of elements.
+    """
+    # Where the last block is padded, half of a block on average is computed for nothing.
+    return max(1, min(most, expected if NAME == "torch" else expected // 4))
+
+
+def padded(count, size):
+    """Return the number of elements in blocks of a size, with those that fill the last block."""
+    return count if NAME == "torch" else -(-count // size) * size
+
+
+def block_length(left, size):
+    """Return how many elements a loop handles next, of those that are left.
+
+    Args:
+        left: int32 scalar, above 0.
+        size: int. Size of the blocks.
+
+    Returns:
+        int. `size`, because shapes are compiled. On PyTorch at most that: the last block is not
+        padded, and the blocks are equally long.
+    """
+    if NAME != "torch":
+        return size
+    blocks = -(-int(left) // size)
+    return -(-int(left) // blocks)
+
+
 def while_loop(condition, body, state):
     """Run `keras.ops.while_loop` with one iteration at a time.
 

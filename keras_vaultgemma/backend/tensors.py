@@ -117,7 +117,8 @@ def is_argmax(x, index):
     """Return True for each row where `index` is the argmax, the first of equal values.
 
     For 256,000 values on 2 CPU cores, XLA's argmax takes three times as long as the comparisons
-    here, and PyTorch's half as long.
+    here. PyTorch's takes as long as five of its passes over the values, so it is computed for those
+    rows alone where the value is the largest.
 
     Args:
         x: tensor [N, V].
@@ -126,12 +127,31 @@ def is_argmax(x, index):
     Returns:
         bool tensor [N].
     """
-    if NAME == "torch":
-        return keras.ops.argmax(x, axis=1) == index
     index = index[:, None]
+    if NAME == "torch":
+        found = x.gather(1, index.long())[:, 0] == x.amax(dim=1)
+        found[found.clone()] = x[found].argmax(dim=1) == index[found, 0]
+        return found
     chosen = keras.ops.take_along_axis(x, index, axis=1)
     is_earlier = keras.ops.arange(x.shape[1], dtype=index.dtype) < index
     return ~keras.ops.any(keras.ops.where(is_earlier, x >= chosen, x > chosen), axis=1)
+
+
+def add_at(x, index, values):
+    """Add a value to one element of each row.
+
+    Args:
+        x: tensor [N, V]. PyTorch writes into it.
+        index: int tensor [N].
+        values: tensor [N].
+
+    Returns:
+        Tensor [N, V].
+    """
+    if NAME == "torch":
+        return x.scatter_add_(1, index[:, None].long(), values[:, None])
+    is_chosen = keras.ops.arange(x.shape[1], dtype=index.dtype)[None] == index[:, None]
+    return x + keras.ops.where(is_chosen, values[:, None], 0.0)
 
 
 def schedule_after(x, other):

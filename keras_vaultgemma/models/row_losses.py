@@ -6,7 +6,7 @@ from keras_vaultgemma.lora.injection import adaptable_layers
 from keras_vaultgemma.privacy.train_step import RowLosses
 from keras_vaultgemma.training.scoring import token_losses
 
-MICROBATCH_TOKENS = 2048
+MICROBATCH_TOKENS = 1024
 """Tokens of the rows that private training computes together."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 
+from keras_vaultgemma import backend
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.privacy import accounting, checks, fingerprint, machine_ledger, planning
 from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
@@ -90,6 +91,7 @@ def _begin(training, arguments, records):
         checks.check_users(count, batch_size)
     per_epoch = planning.steps_per_epoch(count, batch_size)
     microbatch = _microbatch(training, rows, batch_size, groups is not None)
+    multiple = backend.padded(1, microbatch)
 
     path = _ledger_path(settings, arguments)
     if path is not None and path.exists():
@@ -110,7 +112,7 @@ def _begin(training, arguments, records):
         settings,
         dataset,
         training.row_losses.unit(rows, unit),
-        dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=microbatch),
+        dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=multiple),
         done,
         is_resumed=bool(saved and done),
     )
@@ -120,7 +122,7 @@ def _begin(training, arguments, records):
         run.steps(0),
         arguments["epochs"] * per_epoch,
         len(model.trainable_variables),
-        microbatch,
+        multiple,
         settings.secret(),
         iterations(model),
         dataset,
@@ -197,9 +199,8 @@ def _microbatch(training, rows, batch_size, are_users):
         return size
     if not takes_several:
         return 1
-    # At most a quarter of a batch, because the last microbatch of a step is rarely full.
     rows_at_once = losses.rows_at_once(rows) // (training.settings.max_rows_per_group or 1)
-    return max(1, min(rows_at_once, batch_size // 4))
+    return backend.block_size(max(1, rows_at_once), batch_size)
 
 
 def _plan(known, settings, dataset, unit, shape, done, is_resumed):

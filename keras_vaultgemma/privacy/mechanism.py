@@ -86,16 +86,16 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
     """Return the sum of the clipped gradients of a batch, computed one microbatch at a time.
 
     Args:
-        row_gradients: function of `(start, state)` that computes the rows `start` to `start + size`
-            of the batch. It returns `(gradients, losses, state)`: a list of tensors of shape
-            `[size, *shape]`, one for each variable; a tensor of shape `[size]`; and the state for
+        row_gradients: function of `(start, state)` that computes rows of the batch from `start` on.
+            It returns `(gradients, losses, state)`: a list of tensors of shape `[m, *shape]`, one
+            for each variable; a tensor of shape `[m]`, where m is at most `size`; and the state for
             the next call.
         shapes: list of the shapes of the variables.
         count: int32 scalar. Number of rows of the batch. Rows beyond it, which fill the last
             microbatch, are computed and ignored.
         rows: int or int32 scalar. Largest number of rows of any batch. It is public, unlike
             `count`.
-        size: int. Number of rows of a microbatch.
+        size: int. Largest number of rows of a microbatch. All have the same, as far as possible.
         clip_norm: float. C, above 0.
         state: list of tensors. State for the first call of `row_gradients`.
 
@@ -106,7 +106,8 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
 
     def add_microbatch(start, total, rest, statistics, state):
         gradients, losses, state = row_gradients(start, state)
-        is_present = start + ops.arange(size, dtype="int32") < count
+        length = losses.shape[0]
+        is_present = start + ops.arange(length, dtype="int32") < count
         gradients = [ops.cast(gradient, "float32") for gradient in gradients]
         factors, is_finite, norms = clip_factors(gradients, losses, is_present, longest)
         total, rest = list(total), list(rest)
@@ -117,7 +118,7 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
                 total[i], rest[i] = backend.in_blocks(_add_rows, [total[i], rest[i]], scaled)
             else:
                 total[i] = backend.add_in_place(
-                    total[i], scaled[0] if size == 1 else ops.sum(scaled, axis=0)
+                    total[i], scaled[0] if length == 1 else ops.sum(scaled, axis=0)
                 )
         present, used = ops.cast(is_present, "float32"), ops.cast(is_finite, "float32")
         new = [
@@ -126,7 +127,7 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
             ops.sum(present - used),
         ]
         return (
-            start + size,
+            start + length,
             total,
             rest,
             [old + update for old, update in zip(statistics, new, strict=True)],
@@ -173,7 +174,7 @@ def sum_rounding(rows, size):
     Args:
         rows: int or int32 scalar. n, the largest number of rows that are summed. The sum of a
             number that is not known when the step is compiled is one of pairs.
-        size: int. m, the number of rows of a microbatch.
+        size: int. m, the largest number of rows of a microbatch; there are n / m of them.
 
     Returns:
         float or float32 scalar.

@@ -227,14 +227,16 @@ class PrivateTraining:
         trained, states = model.trainable_variables, self._states
         now = [(v, backend.value_of(v)) for v in [*model.variables, *model.metrics_variables]]
         values = [backend.value_of(v) for v in trained]
+
         # Each row or user is computed with its own copy, whose gradient is theirs alone.
-        copies = values
-        if size > 1:
-            copies = [ops.broadcast_to(x[None], (size, *x.shape)) for x in values]
+        def copies_of(length):
+            return [ops.broadcast_to(x[None], (length, *x.shape)) for x in values]
 
         def row_gradients(start, before):
+            length = backend.block_length(count - start, size)
+
             def part(x):
-                return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (size, *x.shape[1:]))
+                return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (length, *x.shape[1:]))
 
             rows = keras.tree.map_structure(part, inputs)
             losses_of_rows = self.row_losses.losses
@@ -263,6 +265,7 @@ class PrivateTraining:
                             )
                     return total, (losses, [scope.get_current_value(v) for v in states])
 
+            copies = copies_of(length) if size > 1 else values
             gradients, (losses, after) = backend.gradients(losses_of, copies)
             return [g if size > 1 else g[None] for g in gradients], losses, after
 

@@ -264,17 +264,13 @@ def _softmax_cross_entropy(logits, targets, weights, cap, with_gradient):
     The gradient is that with respect to `logits`, which are not capped yet.
     """
     capped = soft_cap(logits, cap)
-    normalizer = ops.logsumexp(capped, axis=1)
-    target_logits = ops.take_along_axis(capped, targets[:, None], axis=1)[:, 0]
+    log_softmax = ops.log_softmax(capped, axis=1)
     is_counted = ops.cast(weights > 0, "float32")
-    losses = is_counted * (normalizer - target_logits)
+    losses = -is_counted * ops.take_along_axis(log_softmax, targets[:, None], axis=1)[:, 0]
     is_correct = is_counted * ops.cast(backend.is_argmax(capped, targets), "float32")
     if not with_gradient:
         return losses, is_correct, None
-    one_hot = ops.arange(capped.shape[1], dtype="int32")[None] == targets[:, None]
-    # Recompute the exponentials of `logsumexp`, because saving them would take another [n, V].
-    softmax = ops.exp(capped - normalizer[:, None])
-    gradient = softmax * weights[:, None] - ops.where(one_hot, weights[:, None], 0.0)
+    gradient = backend.add_at(ops.exp(log_softmax) * weights[:, None], targets, -weights)
     if cap is not None:
         gradient = gradient * (1.0 - ops.square(capped / cap))
     return losses, is_correct, gradient

@@ -1,18 +1,23 @@
 """Measure the cost of private training: time and memory of private and plain steps.
 
     python tools/benchmark/private_fit.py [--backends jax torch tensorflow]
-        [--works lora full tiny] [--json FILE]
+        [--works lora lora128 lora256x64 lora128x64 full small_full small tiny] [--json FILE]
 
 - lora: VaultGemma 1B's size, float32, rank 8 on query and value, Adam, 8 rows of 256 tokens per
-  step (on average in private training).
+  step (on average in private training); lora128: 8 rows of 128; lora256x64 and lora128x64: 64 rows.
 - full: the same size, all weights, SGD, 2 rows of 64 tokens.
+- small: 6 layers of width 192, rank 8, Adam, 8 rows of 128 tokens.
+- small_full: 4 such layers, all weights, SGD, 64 rows of 128 tokens.
 - tiny: the bundled model's size, rank 8, Adam, 32 rows of 64 tokens. On JAX also keras-hub's Gemma
   of that shape with jax-privacy's Keras API.
 
+On PyTorch the works with LoRA also run on transformers and PEFT, plain and with Opacus
+(`opacus_stack.py`).
+
 Random weights, random rows. Each measurement runs in a process of its own; the first step, which
 compiles, does not count. Private steps draw different numbers of rows and compute whole
-microbatches, so a step's time is the time per computed row times the average number of computed
-rows per step. Memory is the most that is resident during `fit` above what the built model takes.
+microbatches (on PyTorch the drawn rows), so a step's time is the time per computed row times the
+average number of computed rows per step. Memory is the most that is resident during `fit` above what the built model takes.
 Exits with 1 if a measurement failed.
 """
 
@@ -26,23 +31,36 @@ import time
 from pathlib import Path
 
 import numpy as np
+import opacus_stack
 import random_model
 
 BACKENDS = ("jax", "torch", "tensorflow")
-HEADS = dict(num_query_heads=4, num_key_value_heads=4, head_dim=64)
-TINY = dict(vocabulary_size=4096, num_layers=4, hidden_dim=192, intermediate_dim=512, **HEADS)
+HEADS = dict(num_query_heads=4, num_key_value_heads=4)
+NARROW = dict(vocabulary_size=4096, hidden_dim=192, intermediate_dim=512, **HEADS)
+ONE_B = dict(size=random_model.SIZES["1b"], rank=8, steps=2, sampling=1 / 100)
 WORKS = {
-    "lora": dict(
-        size=random_model.SIZES["1b"], rank=8, batch=8, length=256, steps=2, sampling=1 / 100
+    "lora": dict(ONE_B, batch=8, length=256),
+    "lora128": dict(ONE_B, batch=8, length=128),
+    "lora256x64": dict(ONE_B, batch=64, length=256),
+    "lora128x64": dict(ONE_B, batch=64, length=128),
+    "full": dict(ONE_B, rank=0, batch=2, length=64, steps=3),
+    "small": dict(
+        size=dict(NARROW, num_layers=6, head_dim=32),
+        **dict(rank=8, batch=8, length=128, steps=30, sampling=1 / 100),
     ),
-    "full": dict(
-        size=random_model.SIZES["1b"], rank=0, batch=2, length=64, steps=3, sampling=1 / 100
+    "small_full": dict(
+        size=dict(NARROW, num_layers=4, head_dim=64),
+        **dict(rank=0, batch=64, length=128, steps=5, sampling=1 / 20),
     ),
-    "tiny": dict(size=TINY, rank=8, batch=32, length=64, steps=12, sampling=1 / 20),
+    "tiny": dict(
+        size=dict(NARROW, num_layers=4, head_dim=64),
+        **dict(rank=8, batch=32, length=64, steps=12, sampling=1 / 20),
+    ),
 }
+DEFAULT_WORKS = ("lora", "full", "tiny")
 SEED = 54
 """Seed of the drawn rows, for repeatable measurements. The second step of `lora` draws 8."""
-PEERS = ("plain", "private", "jax_privacy")
+PEERS = ("plain", "private", "jax_privacy", "peft", "opacus")
 
 
 def plain(work):
@@ -98,6 +116,8 @@ def _optimizer(work):
 
 def measure(peer, work):
     """Measure seconds per step, memory and rows of a few steps."""
+    if peer in ("peft", "opacus"):
+        return opacus_stack.measure(peer, work)
     import keras
 
     model = globals()[peer](work)
@@ -147,8 +167,20 @@ def computed_rows(run, microbatch, steps):
         q, limit = run.sampling_probability, run.max_batch_size
         return len(sample_rows(fixed_secret(SEED), step, run.rows, q, limit))
 
+    if os.environ["KERAS_BACKEND"] == "torch":
+        microbatch = 1  # The last microbatch is not padded.
     computed = [-(-drawn(step) // microbatch) * microbatch for step in range(1000)]
     return computed[:steps], sum(computed) / len(computed)
+
+
+def peers(work, backend):
+    """Return what is measured for a work on a backend."""
+    found = ["plain", "private"]
+    if work == "tiny" and backend == "jax":
+        found.append("jax_privacy")
+    if WORKS[work]["rank"] and backend == "torch":
+        found += ["peft", "opacus"]
+    return found
 
 
 def run(peer, backend, work):
@@ -185,7 +217,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=DEFAULT_WORKS)
     parser.add_argument("--json", type=Path, help="write results into this file, one a line")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -195,7 +227,7 @@ def main():
     results, failed = {}, []
     for work in options.works:
         for backend in options.backends:
-            for peer in PEERS if work == "tiny" and backend == "jax" else PEERS[:2]:
+            for peer in peers(work, backend):
                 result = run(peer, backend, work)
                 print(f"{work} {peer} {backend}: {result or 'failed'}", flush=True)
                 if not result:
