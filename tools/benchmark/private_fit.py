@@ -17,7 +17,8 @@ On PyTorch the works with LoRA also run on transformers and PEFT, plain and with
 Random weights, random rows. Each measurement runs in a process of its own; the first step, which
 compiles, does not count. Private steps draw different numbers of rows and compute whole
 microbatches (on PyTorch the drawn rows), so a step's time is the time per computed row times the
-average number of computed rows per step. Memory is the most that is resident during `fit` above what the built model takes.
+average number of computed rows per step. Memory is the most that is resident during `fit` above
+what the built model takes.
 Exits with 1 if a measurement failed.
 """
 
