@@ -52,10 +52,11 @@ class DPSGD:
     and D' has a user whose gradient is zero in every step. From a sampled user with more than
     k = `max_rows_per_group` rows, k are drawn at random, afresh in each step. The gradient of the
     mean of their losses is clipped to C, so that a step's sum changes by at most C with the user,
-    whatever k is (`privacy/groups.py`, `privacy/train_step.py`). A label that splits a person into
-    two users, or a row about a person under another one's label, is not protected against. A run
-    that protects rows and one that protects users on the same data compose for persons with one
-    row only, and `fit` warns of it.
+    whatever k is (`privacy/groups.py`, `privacy/train_step.py`). The ledger's unit, "one user of at
+    most k rows of at most L tokens", is about one step: users with more rows are protected as well.
+    The labels are trusted: a person with two labels is two users, and what a row under another
+    user's label says about a person is that user's. A run that protects rows and one that protects
+    users on the same data compose for persons with one row only, and `fit` warns of it.
 
     **Not covered** is whatever else is learned from the rows and published:
 

@@ -57,8 +57,8 @@ class PrivateBatches(keras.utils.PyDataset):
         first_step: int, 0 or more.
         dataset: str. Fingerprint of the data.
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
-        groups: `Groups`. Each record is then a user, and the arrays of a batch have the shape
-            `[capacity, k, ...]`. Defaults to None: each record is a row.
+        groups: `Groups`. Each record is then a user and has k consecutive rows of a batch. Defaults
+            to None: each record is a row.
 
     Attributes:
         capacity: int. Number of records of all batches, drawn or zeros.
@@ -104,16 +104,16 @@ class PrivateBatches(keras.utils.PyDataset):
         seeds = [noise_seed(self._secret, step, i) for i in range(self._variables)]
         layer_seeds = [layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
 
-        records, is_drawn = drawn, None
+        taken, per_record, users = drawn, 1, {}
         if self._groups is not None:
-            records, is_drawn = self._groups.select(self._secret, step, drawn)
+            taken, is_drawn = self._groups.select(self._secret, step, drawn)
+            taken, per_record = taken.reshape(-1), self._groups.max_rows
+            users = {"is_drawn": _filled(is_drawn, self.capacity)}
 
-        def fill(taken):
-            filled = np.zeros((self.capacity, *taken.shape[1:]), taken.dtype)
-            filled[: len(drawn)] = taken
-            return filled
+        def take(array):
+            return _filled(array[taken], self.capacity * per_record)
 
-        x, y, *weight = keras.tree.map_structure(lambda array: fill(array[records]), self._rows)
+        x, y, *weight = keras.tree.map_structure(take, self._rows)
         return (
             x,
             y,
@@ -124,9 +124,16 @@ class PrivateBatches(keras.utils.PyDataset):
                 "noise_multiplier": np.array([steps.noise_multiplier], "float32"),
                 "expected_rows": np.array([steps.rows * steps.sampling_probability], "float32"),
                 **({"sample_weight": weight[0]} if weight else {}),
-                **({} if is_drawn is None else {"is_drawn": fill(is_drawn)}),
+                **users,
             },
         )
+
+
+def _filled(array, length):
+    """Return an array with zeros up to a length."""
+    filled = np.zeros((length, *array.shape[1:]), array.dtype)
+    filled[: len(array)] = array
+    return filled
 
 
 def as_rows(x, y=None, sample_weight=None):

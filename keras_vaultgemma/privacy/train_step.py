@@ -212,8 +212,8 @@ class PrivateTraining:
         """Compute `mechanism.clipped_sum` of rows or users.
 
         Args:
-            inputs: nested tensors, of which the first `count` rows or users are a batch. Those of
-                users have the shape `[users, k, ...]`.
+            inputs: nested tensors, of which the first `count` rows or users are a batch. A user has
+                k consecutive rows.
             count: int32 scalar.
             seeds: int32 tensor of shape `[S, 2]`: the values of `seeds` at the first row. Defaults
                 to their current values.
@@ -227,24 +227,19 @@ class PrivateTraining:
         trained, states = model.trainable_variables, self._states
         now = [(v, backend.value_of(v)) for v in [*model.variables, *model.metrics_variables]]
         values = [backend.value_of(v) for v in trained]
-
-        # Each row or user is computed with its own copy, whose gradient is theirs alone.
-        def copies_of(length):
-            return [ops.broadcast_to(x[None], (length, *x.shape)) for x in values]
+        per_record = 1 if is_drawn is None else is_drawn.shape[1]
 
         def row_gradients(start, before):
             length = backend.block_length(count - start, size)
 
-            def part(x):
-                return ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (length, *x.shape[1:]))
+            def part(x, each=per_record):
+                first = (start * each, *[0] * (len(x.shape) - 1))
+                return ops.slice(x, first, (length * each, *x.shape[1:]))
 
             rows = keras.tree.map_structure(part, inputs)
             losses_of_rows = self.row_losses.losses
             if is_drawn is not None:
-                rows = keras.tree.map_structure(
-                    lambda x: ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows
-                )
-                losses_of_rows = functools.partial(self.row_losses.user_losses, part(is_drawn))
+                losses_of_rows = functools.partial(self.row_losses.user_losses, part(is_drawn, 1))
 
             def losses_of(copies):
                 with keras.StatelessScope(state_mapping=now) as scope:
@@ -265,7 +260,10 @@ class PrivateTraining:
                             )
                     return total, (losses, [scope.get_current_value(v) for v in states])
 
-            copies = copies_of(length) if size > 1 else values
+            # Each row or user is computed with its own copy, whose gradient is theirs alone.
+            copies = values
+            if size > 1:
+                copies = [ops.broadcast_to(x[None], (length, *x.shape)) for x in values]
             gradients, (losses, after) = backend.gradients(losses_of, copies)
             return [g if size > 1 else g[None] for g in gradients], losses, after
 
@@ -273,7 +271,7 @@ class PrivateTraining:
         for i, variable in enumerate([] if seeds is None else self.seeds):
             start[i] = ops.cast(seeds[i], variable.dtype)
         # TensorFlow does not know the number of rows of a batch while it traces the step.
-        rows = self.capacity or ops.shape(keras.tree.flatten(inputs)[0])[0]
+        records = self.capacity or ops.shape(keras.tree.flatten(inputs)[0])[0] // per_record
         return mechanism.clipped_sum(
-            row_gradients, shapes, count, rows, size, self.settings.clip_norm, start
+            row_gradients, shapes, count, records, size, self.settings.clip_norm, start
         )

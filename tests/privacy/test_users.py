@@ -109,7 +109,8 @@ def test_the_clipped_sum_equals_a_plain_loop_over_users(rank, microbatch):
         *keras.tree.map_structure(ops.convert_to_tensor, inputs)
     )
     drawn = sample_rows(secret, 0, USERS, BATCH / USERS)
-    assert x["token_ids"].shape[1] == K and 3 < len(drawn) < USERS
+    assert len(x["token_ids"]) == K * len(step["is_drawn"]) == K * batches.capacity
+    assert 3 < len(drawn) < USERS
     chosen, is_drawn = parts.select(secret, 0, drawn)
     users = [own[used] for own, used in zip(chosen, is_drawn, strict=True)]
     gradients, losses = loop_over_users(model, rows, users)
@@ -248,7 +249,6 @@ def test_labels_of_all_kinds(labels):
     assert one == three != two
 
 
-@pytest.mark.first_backend
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
 def test_texts():
     model = tiny_model(unit="user", max_rows_per_group=2)
