@@ -137,6 +137,20 @@ def is_argmax(x, index):
     return ~keras.ops.any(keras.ops.where(is_earlier, x >= chosen, x > chosen), axis=1)
 
 
+def log_softmax(x):
+    """Compute `keras.ops.log_softmax` of each row, in fewer passes over the values.
+
+    XLA computes the difference of a value and its normalizer again wherever it is used, so that it
+    is never stored. PyTorch has one operation for all of it.
+
+    Args:
+        x: float tensor [N, V].
+    """
+    if NAME == "torch":
+        return keras.ops.log_softmax(x, axis=1)
+    return x - keras.ops.logsumexp(x, axis=1, keepdims=True)
+
+
 def add_at(x, index, values):
     """Add a value to one element of each row.
 

@@ -264,7 +264,7 @@ def _softmax_cross_entropy(logits, targets, weights, cap, with_gradient):
     The gradient is that with respect to `logits`, which are not capped yet.
     """
     capped = soft_cap(logits, cap)
-    log_softmax = ops.log_softmax(capped, axis=1)
+    log_softmax = backend.log_softmax(capped)
     is_counted = ops.cast(weights > 0, "float32")
     losses = -is_counted * ops.take_along_axis(log_softmax, targets[:, None], axis=1)[:, 0]
     is_correct = is_counted * ops.cast(backend.is_argmax(capped, targets), "float32")
