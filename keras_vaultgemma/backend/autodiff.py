@@ -161,8 +161,11 @@ def block_size(most, expected):
         most: int. Largest size.
         expected: int. Expected number of elements.
     """
-    # Where the last block is padded, half of a block on average is computed for nothing.
-    return max(1, min(most, expected if NAME == "torch" else expected // 4))
+    if NAME == "torch":
+        return max(1, min(most, expected))
+    # The last block is padded: half of a block on average is computed for nothing. A quarter of
+    # what is expected costs less than that, and more if its operations have too little to do.
+    return max(1, min(most, max(expected // 4, min(expected // 2, most // 2))))
 
 
 def padded(count, size):
