@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,13 +16,19 @@ from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.privacy import DPSGD
 from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run, finish_run
+from keras_vaultgemma.recipes.private_options import (
+    CHOSEN,
+    CLIP_NORM,
+    model_shape,
+    private_options,
+)
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
 LORA_RATE, FULL_RATE = 1e-3, 1e-4
-"""Default learning rates of Adam, for an adapter and for all weights."""
+"""Default learning rates of Adam without privacy, for an adapter and for all weights."""
 
-BATCH_SIZE, PRIVATE_BATCH_SIZE = 8, 128
-"""Default batch sizes. Private batches are larger, because the noise does not grow with them."""
+BATCH_SIZE, EPOCHS, LORA_RANK = 8, 1, 8
+"""Defaults of training without privacy. `private_options` chooses those of private training."""
 
 LARGEST_SEED = 2**31 - 1
 """The largest seed that all three backends take."""
@@ -41,9 +48,12 @@ class FinetuneConfig:
         packed: bool. If True, texts share full rows; if False, each has its own row and is
             truncated at `sequence_length`. Defaults to True, and to False in private training,
             where a row is what is protected.
-        lora_rank: int. Rank of an adapter on query and value; 0 trains all weights.
-        epochs: int. Number of epochs. A finished run continues if it is called with more.
-        batch_size: int. Rows of a batch. Defaults to 8; in private training to 128 or all rows.
+        lora_rank: int. Rank of an adapter; 0 trains all weights. Defaults to 8.
+        lora_targets: list of strings. Layers with an adapter, as for `lora.add`. Defaults to query
+            and value.
+        epochs: int. Number of epochs. A finished run continues if it is called with more. Defaults
+            to 1.
+        batch_size: int. Rows of a batch. Defaults to 8.
         learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
         dtype: string. Dtype of the weights. Defaults to Keras's, float32.
@@ -55,7 +65,9 @@ class FinetuneConfig:
             if matplotlib is installed.
         private: bool. If True, train with differential privacy; `privacy.DPSGD` states the
             guarantee. Held-out records are measured all the same, and these figures are not covered
-            by it.
+            by it. `recipes.private_options` then chooses batch size, epochs, learning rate,
+            clipping norm, rank and targets where they are None, and the weights are averaged over
+            the last steps.
         epsilon: float, as for `privacy.DPSGD`.
         delta: float, as for `privacy.DPSGD`.
         noise_multiplier: float, as for `privacy.DPSGD`.
@@ -71,8 +83,9 @@ class FinetuneConfig:
     prompt_column: str | None = None
     response_column: str | None = None
     packed: bool | None = None
-    lora_rank: int = 8
-    epochs: int = 1
+    lora_rank: int | None = None
+    lora_targets: Sequence[str] | None = None
+    epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     sequence_length: int | None = None
@@ -86,16 +99,16 @@ class FinetuneConfig:
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: float | None = None
-    clip_norm: float = 1.0
+    clip_norm: float | None = None
 
     def __post_init__(self):
-        check_integer("lora_rank", self.lora_rank, minimum=0)
+        check_integer("lora_rank", self.lora_rank, minimum=0, allow_none=True)
         check_number("learning_rate", self.learning_rate, above=0, allow_none=True)
-        check_integer("epochs", self.epochs)
+        check_integer("epochs", self.epochs, allow_none=True)
         check_integer("batch_size", self.batch_size, allow_none=True)
         check_integer("sequence_length", self.sequence_length, allow_none=True)
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
-        if self.merge and not self.lora_rank:
+        if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
         for name in ("epsilon", "delta", "noise_multiplier"):
             value = getattr(self, name)
@@ -116,18 +129,32 @@ class FinetuneConfig:
         """True if texts share full rows."""
         return not self.private if self.packed is None else self.packed
 
-    @property
-    def rate(self):
-        """Learning rate of Adam."""
-        return self.learning_rate or (LORA_RATE if self.lora_rank else FULL_RATE)
-
     def guarantee(self):
         """Return the `DPSGD` of a private run, or None."""
         if not self.private:
             return None
-        return DPSGD(
-            self.epsilon, self.delta, self.clip_norm, noise_multiplier=self.noise_multiplier
-        )
+        clip_norm = CLIP_NORM if self.clip_norm is None else self.clip_norm
+        return DPSGD(self.epsilon, self.delta, clip_norm, noise_multiplier=self.noise_multiplier)
+
+    def complete(self, rows):
+        """Choose the options that are None and that training needs.
+
+        Args:
+            rows: int. Number of training records.
+
+        Returns:
+            Tuple of the `FinetuneConfig` and the `PrivateOptions`, which are None without privacy.
+        """
+        if not self.private:
+            chosen = dict(lora_rank=LORA_RANK, epochs=EPOCHS, clip_norm=1.0)
+            given = {name: getattr(self, name) for name in chosen}
+            missing = {name: chosen[name] for name in chosen if given[name] is None}
+            return dataclasses.replace(self, **missing), None
+        names = ("epsilon", "delta", *CHOSEN)
+        given = {name: getattr(self, name) for name in names}
+        options = private_options(rows, model_shape(self.preset), **given)
+        chosen = {name: getattr(options, name) for name in CHOSEN}
+        return dataclasses.replace(self, **chosen), options
 
 
 class Outcome(NamedTuple):
@@ -158,10 +185,10 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
             which may be deleted once no more epochs are wanted. Defaults to "finetuned".
         **options: See `recipes.finetune.FinetuneConfig`: `preset`, `validation`, `text_column`,
-            `prompt_column`, `response_column`, `packed`, `lora_rank`, `epochs`, `batch_size`,
-            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
-            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier` and
-            `clip_norm`.
+            `prompt_column`, `response_column`, `packed`, `lora_rank`, `lora_targets`, `epochs`,
+            `batch_size`, `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`,
+            `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`
+            and `clip_norm`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
@@ -195,6 +222,7 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records, held_out = records.split()
     else:
         held_out = read_records(config.validation, **config.columns)
+    config, private = config.complete(len(records.texts))
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
 
@@ -204,12 +232,12 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records.tokenize(model.preprocessor, config.is_packed),
         held_out.tokenize(model.preprocessor, packed=True),
         compile_options=dict(
-            optimizer=keras.optimizers.Adam(config.rate),
+            optimizer=_optimizer(config, private),
             gradient_checkpointing=config.gradient_checkpointing,
             privacy=config.guarantee(),
         ),
         fit_options=dict(
-            batch_size=config.batch_size or _default_batch_size(config, len(records.texts)),
+            batch_size=config.batch_size or BATCH_SIZE,
             epochs=config.epochs,
             callbacks=[checkpoint],
             # A progress bar is for terminals.
@@ -226,6 +254,7 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
     return "\n".join(
         [
             f"{config.preset} on {data}: {counts}{blank_rows}",
+            *([f"Trained with {private.describe()}"] if private else []),
             f"Held out, before: {outcome.before}",
             f"Held out, after:  {outcome.after}",
             *([_describe_spent(model.privacy.spent())] if config.private else []),
@@ -271,12 +300,15 @@ def _model(config):
     if config.sequence_length is not None:
         model.preprocessor.sequence_length = config.sequence_length
     if config.lora_rank:
-        model.backbone.enable_lora(config.lora_rank)
+        model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     return model
 
 
-def _default_batch_size(config, rows):
-    return min(PRIVATE_BATCH_SIZE, rows) if config.private else BATCH_SIZE
+def _optimizer(config, private):
+    rate = config.learning_rate or (LORA_RATE if config.lora_rank else FULL_RATE)
+    if private is None:
+        return keras.optimizers.Adam(rate)
+    return keras.optimizers.Adam(rate, use_ema=True, ema_momentum=private.averaging)
 
 
 def _describe_spent(spent):

@@ -3,8 +3,10 @@
 import numpy as np
 
 from keras_vaultgemma._plots import new_figure, save_figure
+from keras_vaultgemma._validation import check_exactly_one
 from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.recipes.private_options import model_shape, private_options
 
 POINTS = 10
 """Largest number of points of a curve."""
@@ -12,18 +14,20 @@ POINTS = 10
 
 def privacy_budget(
     rows: int,
-    batch_size: int,
-    epochs: int,
+    batch_size: int | None = None,
+    epochs: int | None = None,
     noise_multiplier: float | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
     png: str | None = None,
+    preset: str = "vaultgemma_tiny",
 ) -> str:
     """Return the guarantee of a private run, or the noise that meets a budget, in plain words.
 
     Args:
         rows: int. N, the number of training records.
-        batch_size: int. Expected batch size.
+        batch_size: int. Expected batch size. If it or `epochs` is None, `private_options` chooses
+            it, and the text says which options it would choose for `finetune --private`.
         epochs: int. Number of times that a record takes part on average.
         noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
             Exactly one of `noise_multiplier` and `epsilon` must be given.
@@ -31,6 +35,7 @@ def privacy_budget(
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5).
         png: str. File for a plot of ε against steps and of σ against ε. Defaults to None, which
             plots nothing.
+        preset: str. Preset whose shape the choice depends on. Defaults to "vaultgemma_tiny".
 
     Returns:
         str of several lines.
@@ -51,6 +56,14 @@ def privacy_budget(
     # First, so that a missing matplotlib is reported before the accounting.
     figure = None if png is None else new_figure((9, 3.6))
     chosen = planning.default_delta(rows) if delta is None else delta
+    check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
+    options = None
+    if batch_size is None or epochs is None:
+        shape = model_shape(preset)
+        options = private_options(
+            rows, shape, epsilon, chosen, batch_size=batch_size, epochs=epochs
+        )
+        batch_size, epochs = options.batch_size, options.epochs
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
     planning.warn_of_large_delta(rows, chosen)
     spent = accounting.epsilon([steps], chosen)
@@ -72,6 +85,14 @@ def privacy_budget(
         f"({batch_size:,} rows expected, {steps.max_batch_size:,} at most). The unit is one row, "
         "neighbouring data sets are zero-out, and the accounting uses privacy loss distributions.",
     ]
+    if options is not None:
+        lines += [
+            "",
+            f"Options that `finetune --private` chooses for {rows:,} training rows and {preset}:",
+            f"  {options.describe()}",
+            f"They read each row {epochs} times on average. The noise of a step is "
+            f"{options.noise_norm:.2g} times as long as the longest possible mean gradient.",
+        ]
     return "\n".join(lines if png is None else [*lines, "", f"{png}: ε against steps, σ against ε"])
 
 
