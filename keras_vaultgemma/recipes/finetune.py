@@ -146,12 +146,10 @@ class FinetuneConfig:
             Tuple of the `FinetuneConfig` and the `PrivateOptions`, which are None without privacy.
         """
         if not self.private:
-            chosen = dict(lora_rank=LORA_RANK, epochs=EPOCHS, clip_norm=1.0)
-            given = {name: getattr(self, name) for name in chosen}
-            missing = {name: chosen[name] for name in chosen if given[name] is None}
+            defaults = dict(lora_rank=LORA_RANK, epochs=EPOCHS, clip_norm=1.0)
+            missing = {name: x for name, x in defaults.items() if getattr(self, name) is None}
             return dataclasses.replace(self, **missing), None
-        names = ("epsilon", "delta", *CHOSEN)
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in ("epsilon", "delta", *CHOSEN)}
         options = private_options(rows, model_shape(self.preset), **given)
         chosen = {name: getattr(options, name) for name in CHOSEN}
         return dataclasses.replace(self, **chosen), options
@@ -232,7 +230,7 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records.tokenize(model.preprocessor, config.is_packed),
         held_out.tokenize(model.preprocessor, packed=True),
         compile_options=dict(
-            optimizer=_optimizer(config, private),
+            optimizer=make_optimizer(config, private),
             gradient_checkpointing=config.gradient_checkpointing,
             privacy=config.guarantee(),
         ),
@@ -293,6 +291,13 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     return Outcome(before, measure(model, **validation), history.history, pace.losses)
 
 
+def make_optimizer(config, private):
+    """Return Adam for a complete `FinetuneConfig` and its `PrivateOptions`, or None."""
+    rate = config.learning_rate or (LORA_RATE if config.lora_rank else FULL_RATE)
+    average = dict(use_ema=True, ema_momentum=private.averaging) if private else {}
+    return keras.optimizers.Adam(rate, **average)
+
+
 def _model(config):
     keras.utils.set_random_seed(config.seed)
     dtype = {"dtype": config.dtype} if config.dtype else {}
@@ -302,13 +307,6 @@ def _model(config):
     if config.lora_rank:
         model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     return model
-
-
-def _optimizer(config, private):
-    rate = config.learning_rate or (LORA_RATE if config.lora_rank else FULL_RATE)
-    if private is None:
-        return keras.optimizers.Adam(rate)
-    return keras.optimizers.Adam(rate, use_ema=True, ema_momentum=private.averaging)
 
 
 def _describe_spent(spent):

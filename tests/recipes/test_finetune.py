@@ -259,7 +259,10 @@ def test_pictures(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"lora_rank": -1}, "`lora_rank` must be an integer of at least 0. Received: lora_rank=-1"),
+        (
+            {"lora_rank": -1},
+            "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
+        ),
         (
             {"learning_rate": 0.0},
             "`learning_rate` must be None or a finite number above 0. Received: learning_rate=0.0",
@@ -268,7 +271,7 @@ def test_pictures(data, tmp_path, monkeypatch):
             {"learning_rate": float("nan")},
             "`learning_rate` must be None or a finite number above 0. Received: learning_rate=nan",
         ),
-        ({"epochs": 0}, "`epochs` must be a positive integer. Received: epochs=0"),
+        ({"epochs": 0}, "`epochs` must be None or a positive integer. Received: epochs=0"),
         (
             {"batch_size": 0},
             "`batch_size` must be None or a positive integer. Received: batch_size=0",
