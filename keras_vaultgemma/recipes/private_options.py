@@ -235,8 +235,8 @@ def private_options(
     if norm > USELESS:
         warnings.warn(
             f"{rows:,} rows are too few for this budget: the noise of a step is {norm:.0f} times "
-            "as long as the longest possible mean gradient, so that the model will hardly learn "
-            "from them. More rows or a larger ε would help",
+            "as long as the longest possible mean gradient, so that the model will probably learn "
+            "little from them. More rows, a larger ε or a lower `lora_rank` would help",
             stacklevel=2,
         )
     rate = RATE_TIMES_WIDTH / shape.width if rank else FULL_RATE

@@ -16,7 +16,10 @@ from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.recipes import finetune as recipe
 from keras_vaultgemma.training.checkpoint import FILE
 
-pytestmark = pytest.mark.first_backend
+pytestmark = [
+    pytest.mark.first_backend,
+    pytest.mark.filterwarnings("ignore:.*rows are too few for this budget"),
+]
 
 TEXTS = [f"{line} The end of tale {i}." for i in range(3) for line in LINES]
 
