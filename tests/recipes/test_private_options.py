@@ -135,9 +135,10 @@ def test_a_run_with_chosen_options(tmp_path, monkeypatch):
     data = tmp_path / "data.txt"
     data.write_text("\n\n".join(f"{line} The end of tale {i}." for i in range(8) for line in LINES))
     run = dict(preset=one_layer_preset(), private=True, epsilon=8.0, delta=1e-3, sequence_length=8)
+    run |= dict(epochs=2)
     text = finetune(data, tmp_path / "run", **run)
     rows = int(text.split(" rows to train on")[0].split()[-1])
-    chosen = private_options(rows, model_shape(one_layer_preset()), 8.0, 1e-3)
+    chosen = private_options(rows, model_shape(one_layer_preset()), 8.0, 1e-3, epochs=2)
     assert f"Trained with {chosen.describe()}" in text
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {name: stored["options"][name] for name in CHOSEN} == {
