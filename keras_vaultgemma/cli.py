@@ -75,7 +75,11 @@ def _finetune(options):
 
 
 def _epsilon(options):
-    """Compute the ε of a noise multiplier, or the noise multiplier for an ε, before training."""
+    """Compute the ε of a noise multiplier, or the noise multiplier for an ε, before training.
+
+    Without --batch or --epochs it prints the options that `finetune --private` would choose."""
+    if options.batch_size is None or options.epochs is None:
+        _select_backend()  # reading the preset imports Keras
     from keras_vaultgemma.recipes.privacy_budget import privacy_budget
 
     return privacy_budget(**_arguments(options))
@@ -126,6 +130,7 @@ def _flag(help, action="store_true", **settings):
 DEFAULT = "(default: %(default)s)"
 PRESET = "bundled preset, folder, or handle that starts with hf:// or kaggle://"
 PRESET_OPTION = dict(default="vaultgemma_tiny", help=f"{PRESET} {DEFAULT}")
+RULE = "; with --private by a rule, see `epsilon`"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("keras", "hf")
 
@@ -185,14 +190,15 @@ COMMANDS = {
                 "truncate each text to a row of its own", "store_const", dest="packed", const=False
             ),
             "--lora-rank": _value(
-                "R", f"rank of the adapter; 0 trains all weights {DEFAULT}", int, default=8
+                "R", f"rank of the adapter; 0 trains all weights (default: 8{RULE})", int
             ),
-            "--epochs": _value("N", f"in total; more continue a run {DEFAULT}", int, default=1),
-            "--batch-size": _value(
-                "N", "rows, or users, per step (default: 8, or 128 with --private)", int
+            "--lora-targets": _value(
+                "NAME", f"layers with an adapter (default: query value{RULE})", nargs="+"
             ),
+            "--epochs": _value("N", f"in total; more continue a run (default: 1{RULE})", int),
+            "--batch-size": _value("N", f"rows, or users, per step (default: 8{RULE})", int),
             "--learning-rate": _value(
-                "RATE", "of Adam (default: 1e-3; 1e-4 for all weights)", float
+                "RATE", f"of Adam (default: 1e-3, 1e-4 for all weights{RULE})", float
             ),
             "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
             "--dtype": _choice(
@@ -217,7 +223,7 @@ COMMANDS = {
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--extend-budget": _flag("go on where earlier runs on these rows used the budget up"),
             "--clip-norm": _value(
-                "C", f"largest L2 norm of a row's gradient {DEFAULT}", float, default=1.0
+                "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),
         },
     ),
@@ -229,14 +235,19 @@ COMMANDS = {
             "--max-rows-per-group": _value(
                 "K", "--rows and --batch count users, of at most K rows in a step each", int
             ),
-            "--batch": _value("B", "expected rows per step", int, dest="batch_size", required=True),
-            "--epochs": _value("E", "expected number of times a row is drawn", int, required=True),
+            "--batch": _value(
+                "B", "expected rows per step (default: by a rule)", int, dest="batch_size"
+            ),
+            "--epochs": _value(
+                "E", "expected number of times a row is drawn (default: by a rule)", int
+            ),
             "--noise": _value(
                 "σ", "noise multiplier, to compute ε", float, dest="noise_multiplier"
             ),
             "--epsilon": _value("ε", "privacy budget, to compute the noise multiplier", float),
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--png": _value("FILE", "plot of ε against steps and of σ against ε"),
+            "--preset": PRESET_OPTION,
         },
     ),
     "ledger": Command(

@@ -55,8 +55,8 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder",
         ),
         (
-            "epsilon --rows 100 --batch 10",
-            "the following arguments are required: --epochs (see keras-vaultgemma epsilon --help)",
+            "epsilon --batch 10 --epochs 1",
+            "the following arguments are required: --rows (see keras-vaultgemma epsilon --help)",
         ),
         ("epsilon --rows x --batch 10 --epochs 1", "argument --rows: invalid int value: 'x'"),
         (
@@ -75,7 +75,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
         (
             "finetune --data a.csv --lora-rank -1",
-            "`lora_rank` must be an integer of at least 0. Received: lora_rank=-1",
+            "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
         ),
         (
             "info nowhere",

@@ -5,151 +5,23 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import keras
 
 from keras_vaultgemma._plots import new_figure
-from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
-from keras_vaultgemma.privacy import DPSGD
+from keras_vaultgemma.recipes.finetune_config import (
+    BATCH_SIZE,
+    FULL_RATE,
+    LORA_RATE,
+    FinetuneConfig,
+)
 from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run, finish_run
 from keras_vaultgemma.recipes.privacy_budget import describe_group_privacy
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
-
-LORA_RATE, FULL_RATE = 1e-3, 1e-4
-"""Default learning rates of Adam, for an adapter and for all weights."""
-
-BATCH_SIZE, PRIVATE_BATCH_SIZE = 8, 128
-"""Default batch sizes. Private batches are larger, because the noise does not grow with them."""
-
-LARGEST_SEED = 2**31 - 1
-"""The largest seed that all three backends take."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """The options of `finetune`, validated when they are put together.
-
-    Args:
-        preset: string. Preset to start from, as for `VaultGemmaCausalLM.from_preset`.
-        validation: string or path of a file of held-out records with the same columns. Defaults to
-            every tenth record of the data, at most 100 of them.
-        text_column: string. Column of texts to train on.
-        prompt_column: string. Column of prompts.
-        response_column: string. Column of responses, which are trained on.
-        group_column: string. Column of the users whose rows they are, strings or integers. Only
-            for private training, which then protects users: `privacy.DPSGD(unit="user")`. All
-            rows of a user are held out together. Defaults to None.
-        max_rows_per_group: int, as for `privacy.DPSGD`.
-        packed: bool. If True, texts share full rows; if False, each has its own row and is
-            truncated at `sequence_length`. Defaults to True, and to False in private training,
-            where a row is what is protected.
-        lora_rank: int. Rank of an adapter on query and value; 0 trains all weights.
-        epochs: int. Number of epochs. A finished run continues if it is called with more.
-        batch_size: int. Rows of a batch, or users. Defaults to 8; in private training to 128 or
-            all rows or users.
-        learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
-        sequence_length: int. Tokens of a row. Defaults to the preset's.
-        dtype: string. Dtype of the weights. Defaults to Keras's, float32.
-        gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
-        merge: bool. If True, save a preset with the adapter merged into its weights.
-        save_freq: int or "epoch". Number of batches between two checkpoints.
-        seed: int. Seed of the adapter's initial values and of the order of the data.
-        png: string or path of a plot of the curves. Defaults to `curves.png` in the output folder
-            if matplotlib is installed.
-        private: bool. If True, train with differential privacy; `privacy.DPSGD` states the
-            guarantee. Held-out records are measured all the same, and these figures are not covered
-            by it.
-        epsilon: float, as for `privacy.DPSGD`.
-        delta: float, as for `privacy.DPSGD`.
-        noise_multiplier: float, as for `privacy.DPSGD`.
-        clip_norm: float, as for `privacy.DPSGD`.
-        extend_budget: bool, as for `privacy.DPSGD`.
-
-    Raises:
-        ValueError: If an option is out of its range or contradicts another.
-    """
-
-    preset: str = "vaultgemma_tiny"
-    validation: str | os.PathLike | None = None
-    text_column: str | None = None
-    prompt_column: str | None = None
-    response_column: str | None = None
-    group_column: str | None = None
-    max_rows_per_group: int | None = None
-    packed: bool | None = None
-    lora_rank: int = 8
-    epochs: int = 1
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    sequence_length: int | None = None
-    dtype: str | None = None
-    gradient_checkpointing: bool = False
-    merge: bool = False
-    save_freq: int | Literal["epoch"] = 100
-    seed: int = 0
-    png: str | os.PathLike | None = None
-    private: bool = False
-    epsilon: float | None = None
-    delta: float | None = None
-    noise_multiplier: float | None = None
-    clip_norm: float = 1.0
-    extend_budget: bool = False
-
-    def __post_init__(self):
-        check_integer("lora_rank", self.lora_rank, minimum=0)
-        check_number("learning_rate", self.learning_rate, above=0, allow_none=True)
-        check_integer("epochs", self.epochs)
-        check_integer("batch_size", self.batch_size, allow_none=True)
-        check_integer("sequence_length", self.sequence_length, allow_none=True)
-        check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
-        if self.merge and not self.lora_rank:
-            raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget", "group_column"):
-            value = getattr(self, name)
-            if value not in (None, False) and not self.private:
-                raise ValueError(
-                    f"`{name}` goes with private=True (--private). Received: {name}={value}"
-                )
-        if self.max_rows_per_group is not None and self.group_column is None:
-            raise ValueError(
-                "`max_rows_per_group` goes with `group_column`. "
-                f"Received: max_rows_per_group={self.max_rows_per_group}"
-            )
-        self.guarantee()
-
-    @property
-    def columns(self):
-        """Dict of the columns to read, for `read_records`."""
-        names = ("text_column", "prompt_column", "response_column")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def is_packed(self):
-        """True if texts share full rows."""
-        return not self.private if self.packed is None else self.packed
-
-    @property
-    def rate(self):
-        """Learning rate of Adam."""
-        return self.learning_rate or (LORA_RATE if self.lora_rank else FULL_RATE)
-
-    def guarantee(self):
-        """Return the `DPSGD` of a private run, or None."""
-        if not self.private:
-            return None
-        return DPSGD(
-            self.epsilon,
-            self.delta,
-            self.clip_norm,
-            noise_multiplier=self.noise_multiplier,
-            unit="row" if self.group_column is None else "user",
-            max_rows_per_group=self.max_rows_per_group,
-            extend_budget=self.extend_budget,
-        )
 
 
 class Outcome(NamedTuple):
@@ -179,11 +51,11 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
             (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
             which may be deleted once no more epochs are wanted. Defaults to "finetuned".
-        **options: See `recipes.finetune.FinetuneConfig`: `preset`, `validation`, `text_column`,
-            `prompt_column`, `response_column`, `group_column`, `max_rows_per_group`, `packed`,
-            `lora_rank`, `epochs`, `batch_size`, `learning_rate`, `sequence_length`, `dtype`,
-            `gradient_checkpointing`, `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`,
-            `delta`, `noise_multiplier`, `clip_norm` and `extend_budget`.
+        **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
+            `text_column`, `prompt_column`, `response_column`, `group_column`, `max_rows_per_group`, `packed`,
+            `lora_rank`, `lora_targets`, `epochs`, `batch_size`, `learning_rate`, `sequence_length`,
+            `dtype`, `gradient_checkpointing`, `merge`, `save_freq`, `seed`, `png`, `private`,
+            `epsilon`, `delta`, `noise_multiplier`, `clip_norm` and `extend_budget`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
@@ -218,6 +90,7 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
     else:
         held_out = read_records(config.validation, **config.columns)
     users = None if records.groups is None else len({*records.groups})
+    config, private = config.complete(users or len(records.texts))
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
 
@@ -227,13 +100,12 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records.tokenize(model.preprocessor, config.is_packed),
         held_out.tokenize(model.preprocessor, packed=True),
         compile_options=dict(
-            optimizer=keras.optimizers.Adam(config.rate),
+            optimizer=make_optimizer(config, private),
             gradient_checkpointing=config.gradient_checkpointing,
             privacy=config.guarantee(),
         ),
         fit_options=dict(
-            batch_size=config.batch_size
-            or _default_batch_size(config, users or len(records.texts)),
+            batch_size=config.batch_size or BATCH_SIZE,
             epochs=config.epochs,
             callbacks=[checkpoint],
             # A progress bar is for terminals.
@@ -252,6 +124,7 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
     return "\n".join(
         [
             f"{config.preset} on {data}: {counts}{blank_rows}",
+            *([f"Trained with {private.describe()}"] if private else []),
             f"Held out, before: {outcome.before}",
             f"Held out, after:  {outcome.after}",
             *(_describe_privacy(model.privacy, config.guarantee()) if config.private else []),
@@ -293,6 +166,13 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     return Outcome(before, measure(model, **validation), history.history, pace.losses)
 
 
+def make_optimizer(config, private):
+    """Return Adam for a complete `FinetuneConfig` and its `PrivateOptions`, or None."""
+    rate = config.learning_rate or (LORA_RATE if config.lora_rank else FULL_RATE)
+    average = dict(use_ema=True, ema_momentum=private.averaging) if private else {}
+    return keras.optimizers.Adam(rate, **average)
+
+
 def _model(config):
     keras.utils.set_random_seed(config.seed)
     dtype = {"dtype": config.dtype} if config.dtype else {}
@@ -300,12 +180,8 @@ def _model(config):
     if config.sequence_length is not None:
         model.preprocessor.sequence_length = config.sequence_length
     if config.lora_rank:
-        model.backbone.enable_lora(config.lora_rank)
+        model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     return model
-
-
-def _default_batch_size(config, rows):
-    return min(PRIVATE_BATCH_SIZE, rows) if config.private else BATCH_SIZE
 
 
 def _describe_privacy(record, guarantee):

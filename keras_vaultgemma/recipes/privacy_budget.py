@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from keras_vaultgemma._plots import new_figure, save_figure
-from keras_vaultgemma._validation import check_integer
+from keras_vaultgemma._validation import check_exactly_one, check_integer
 from keras_vaultgemma.privacy import accounting, planning
 from keras_vaultgemma.privacy.accounting import Steps
 from keras_vaultgemma.privacy.group_privacy import group_epsilon
+from keras_vaultgemma.recipes.private_options import model_shape, private_options
 
 POINTS = 10
 """Largest number of points of a curve."""
@@ -16,19 +17,21 @@ POINTS = 10
 
 def privacy_budget(
     rows: int,
-    batch_size: int,
-    epochs: int,
+    batch_size: int | None = None,
+    epochs: int | None = None,
     noise_multiplier: float | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
     png: str | None = None,
     max_rows_per_group: int | None = None,
+    preset: str = "vaultgemma_tiny",
 ) -> str:
     """Return the guarantee of a private run, or the noise that meets a budget, in plain words.
 
     Args:
         rows: int. N, the number of training records.
-        batch_size: int. Expected batch size.
+        batch_size: int. Expected batch size. If it or `epochs` is None, `private_options` chooses
+            it, and the text says which options it would choose for `finetune --private`.
         epochs: int. Number of times that a record takes part on average.
         noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
             Exactly one of `noise_multiplier` and `epsilon` must be given.
@@ -39,6 +42,7 @@ def privacy_budget(
         max_rows_per_group: int. Rows that a user contributes to a step at most. If given, records
             are users, as with `DPSGD(unit="user")`, and what a user with as many rows would have
             with single rows as records is stated as well. Defaults to None: records are rows.
+        preset: str. Preset whose shape the choice depends on. Defaults to "vaultgemma_tiny".
 
     Returns:
         str of several lines.
@@ -61,6 +65,14 @@ def privacy_budget(
     check_integer("max_rows_per_group", max_rows_per_group, allow_none=True)
     kind = "row" if max_rows_per_group is None else "user"
     chosen = planning.default_delta(rows) if delta is None else delta
+    check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
+    options = None
+    if batch_size is None or epochs is None:
+        shape = model_shape(preset)
+        options = private_options(
+            rows, shape, epsilon, chosen, batch_size=batch_size, epochs=epochs
+        )
+        batch_size, epochs = options.batch_size, options.epochs
     steps = planning.plan(rows, batch_size, epochs, chosen, epsilon, noise_multiplier)
     planning.warn_of_large_delta(rows, chosen)
     spent = accounting.epsilon([steps], chosen)
@@ -85,6 +97,14 @@ def privacy_budget(
     ]
     if max_rows_per_group is not None:
         lines += ["", describe_group_privacy([steps], chosen, max_rows_per_group)]
+    if options is not None:
+        lines += [
+            "",
+            f"Options that `finetune --private` chooses for {rows:,} {kind}s and {preset}:",
+            f"  {options.describe()}",
+            f"They read each {kind} {epochs} times on average. The noise of a step is "
+            f"{options.noise_norm:.2g} times as long as the longest possible mean gradient.",
+        ]
     return "\n".join(lines if png is None else [*lines, "", f"{png}: ε against steps, σ against ε"])
 
 

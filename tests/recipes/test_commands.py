@@ -229,7 +229,7 @@ def test_epsilon_calls_the_recipe(capsys, monkeypatch):
     )
     command = "epsilon --rows 500 --batch 50 --epochs 2 --epsilon 5 --delta 1e-3 --png a.png"
     assert cli.main(command.split()) == 0
-    plan = dict(rows=500, batch_size=50, epochs=2)
+    plan = dict(rows=500, batch_size=50, epochs=2, preset="vaultgemma_tiny")
     rest = dict(epsilon=5.0, delta=1e-3, png="a.png", max_rows_per_group=None)
     assert calls == [dict(**plan, noise_multiplier=None, **rest)]
     assert capsys.readouterr().out == "the answer\n"
@@ -244,9 +244,9 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
     defaults = dict(
         data="a.txt", output="finetuned", preset="vaultgemma_tiny", validation=None, text_column=None,
         prompt_column=None, response_column=None, group_column=None, max_rows_per_group=None, packed=None,
-        lora_rank=8, epochs=1, batch_size=None, learning_rate=None, sequence_length=None, dtype=None, gradient_checkpointing=False, merge=False,
-        save_freq=100, seed=0, png=None, private=False, epsilon=None, delta=None, noise_multiplier=None, clip_norm=1.0,
-        extend_budget=False,
+        lora_rank=None, lora_targets=None, epochs=None, batch_size=None, learning_rate=None, sequence_length=None,
+        dtype=None, gradient_checkpointing=False, merge=False, save_freq=100, seed=0, png=None, private=False,
+        epsilon=None, delta=None, noise_multiplier=None, clip_norm=None, extend_budget=False,
     )  # fmt: skip
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
@@ -258,10 +258,18 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
     )  # fmt: skip
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    flags = "--gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
+    flags = "--extend-budget --gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
+    flags += " --lora-targets query gate"
     assert cli.main(["finetune", *command, *flags.split()]) == 0
     flagged = dict(gradient_checkpointing=True, merge=True, packed=False, private=True)
-    assert calls[1] == {**options, **flagged, "save_freq": 7, "noise_multiplier": 2.0}
+    flagged["extend_budget"] = True
+    assert calls[1] == {
+        **options,
+        **flagged,
+        "save_freq": 7,
+        "noise_multiplier": 2.0,
+        "lora_targets": ["query", "gate"],
+    }
     assert calls[1].keys() == defaults.keys()
 
 

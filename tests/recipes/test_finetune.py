@@ -17,7 +17,10 @@ from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.recipes import finetune as recipe
 from keras_vaultgemma.training.checkpoint import FILE
 
-pytestmark = pytest.mark.first_backend
+pytestmark = [
+    pytest.mark.first_backend,
+    pytest.mark.filterwarnings("ignore:.*rows are too few for this budget"),
+]
 
 TEXTS = [f"{line} The end of tale {i}." for i in range(3) for line in LINES]
 
@@ -286,7 +289,10 @@ def test_pictures(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"lora_rank": -1}, "`lora_rank` must be an integer of at least 0. Received: lora_rank=-1"),
+        (
+            {"lora_rank": -1},
+            "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
+        ),
         (
             {"learning_rate": 0.0},
             "`learning_rate` must be None or a finite number above 0. Received: learning_rate=0.0",
@@ -295,7 +301,7 @@ def test_pictures(data, tmp_path, monkeypatch):
             {"learning_rate": float("nan")},
             "`learning_rate` must be None or a finite number above 0. Received: learning_rate=nan",
         ),
-        ({"epochs": 0}, "`epochs` must be a positive integer. Received: epochs=0"),
+        ({"epochs": 0}, "`epochs` must be None or a positive integer. Received: epochs=0"),
         (
             {"batch_size": 0},
             "`batch_size` must be None or a positive integer. Received: batch_size=0",

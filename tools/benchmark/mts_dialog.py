@@ -16,13 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from keras_vaultgemma.privacy import DPSGD
-
 BACKENDS = ("jax", "torch", "tensorflow")
 COLUMN, PROMPT = "dialogue", "Doctor: What brings you here today?"
 BATCH_SIZE, NEW_TOKENS = 8, 48
-DELTA = 1e-4
-"""Of private training: below 1 / 1,201, the number of rows."""
 
 
 def lora():
@@ -34,15 +30,8 @@ def full():
 
 
 def private(epsilon):
-
-    return dict(
-        lora_rank=8,
-        learning_rate=5e-3,
-        epochs=8,
-        row_length=128,
-        compile_options=dict(privacy=DPSGD(epsilon, DELTA, clip_norm=0.5)),
-        fit_options=dict(batch_size=256),
-    )
+    """Options of the rule of `finetune --private`, and rows of 128 tokens."""
+    return dict(epsilon=epsilon, row_length=128)
 
 
 def private_8():
@@ -59,16 +48,16 @@ RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
 
 def fine_tune(
     folder,
-    lora_rank,
-    learning_rate,
-    epochs,
+    lora_rank=None,
+    learning_rate=None,
+    epochs=None,
     row_length=None,
-    compile_options=None,
-    fit_options=None,
+    epsilon=None,
 ):
     """Run once and return bits per byte `before` and `after`, `seconds` and a `sample`.
 
     Args:
+        epsilon: float or None. Budget of private training, with the options of the rule.
         row_length: int or None. Tokens of a row that has one dialogue, the unit that private
             training protects. If None, dialogues are packed into full rows.
     """
@@ -76,16 +65,25 @@ def fine_tune(
 
     from keras_vaultgemma import VaultGemmaCausalLM
     from keras_vaultgemma.data.text_files import read_records
-    from keras_vaultgemma.recipes.finetune import train
+    from keras_vaultgemma.recipes.finetune import make_optimizer, train
+    from keras_vaultgemma.recipes.finetune_config import FinetuneConfig
 
     start = time.perf_counter()
     keras.utils.set_random_seed(0)
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    if lora_rank:
-        model.backbone.enable_lora(lora_rank)
     files = [
         read_records(folder / name, text_column=COLUMN) for name in ("train.csv", "validation.csv")
     ]
+    config = FinetuneConfig(
+        lora_rank=lora_rank,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        private=epsilon is not None,
+        epsilon=epsilon,
+    )
+    config, private = config.complete(len(files[0].texts))
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    if config.lora_rank:
+        model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     held_out = files[1].tokenize(model.preprocessor, True)
     model.preprocessor.sequence_length = row_length or model.preprocessor.sequence_length
     training = files[0].tokenize(model.preprocessor, row_length is None)
@@ -93,8 +91,8 @@ def fine_tune(
         model,
         training,
         held_out,
-        {"optimizer": keras.optimizers.Adam(learning_rate), **(compile_options or {})},
-        {"batch_size": BATCH_SIZE, "epochs": epochs, "verbose": 0, **(fit_options or {})},
+        {"optimizer": make_optimizer(config, private), "privacy": config.guarantee()},
+        {"batch_size": config.batch_size or BATCH_SIZE, "epochs": config.epochs, "verbose": 0},
     )
     spent = model.privacy.spent().epsilon if model.privacy.ledger.runs else None
     seconds = time.perf_counter() - start
