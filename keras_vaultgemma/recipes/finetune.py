@@ -52,10 +52,11 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
             which may be deleted once no more epochs are wanted. Defaults to "finetuned".
         **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
-            `text_column`, `prompt_column`, `response_column`, `group_column`, `max_rows_per_group`, `packed`,
-            `lora_rank`, `lora_targets`, `epochs`, `batch_size`, `learning_rate`, `sequence_length`,
-            `dtype`, `gradient_checkpointing`, `merge`, `save_freq`, `seed`, `png`, `private`,
-            `epsilon`, `delta`, `noise_multiplier`, `clip_norm` and `extend_budget`.
+            `text_column`, `prompt_column`, `response_column`, `group_column`,
+            `max_rows_per_group`, `packed`, `lora_rank`, `lora_targets`, `epochs`, `batch_size`,
+            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
+            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
+            `clip_norm` and `extend_budget`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
