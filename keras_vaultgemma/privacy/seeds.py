@@ -86,7 +86,7 @@ def noise_seed(secret: bytes, step: int, variable: int) -> np.ndarray:
     return np.frombuffer(derive(secret, "noise", step, variable)[:16], "<u4").astype("uint32")
 
 
-def layer_seed(secret: bytes, step: int, layer: int) -> np.ndarray:
+def layer_seed(secret: bytes, step: int, layer: int, device: int = 0) -> np.ndarray:
     """Return the seed of a random layer, such as dropout, in one step.
 
     It is derived from the secret and not stored in a variable. A stored seed that every microbatch
@@ -97,11 +97,13 @@ def layer_seed(secret: bytes, step: int, layer: int) -> np.ndarray:
         secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
         step: int, 0 or more.
         layer: int, 0 or more. Index of the random layer.
+        device: int, 0 or more. Index of the device that computes rows with it. Defaults to 0.
 
     Returns:
         int32 array of shape `[2]`, not negative: 62 bits, because Keras's seeds are two numbers.
     """
-    return (np.frombuffer(derive(secret, "layers", step, layer)[:8], "<u4") >> 1).astype("int32")
+    numbers = (step, layer, device) if device else (step, layer)
+    return (np.frombuffer(derive(secret, "layers", *numbers)[:8], "<u4") >> 1).astype("int32")
 
 
 def derive(secret: bytes, purpose: str, *numbers: int) -> bytes:
