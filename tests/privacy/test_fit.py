@@ -24,7 +24,7 @@ from privacy_cases import (
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
 from keras_vaultgemma.privacy import accounting, sampling
-from keras_vaultgemma.privacy.fit import _steps_within
+from keras_vaultgemma.privacy.budget import steps_within
 from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.recipes.convert import convert
@@ -137,10 +137,10 @@ def test_the_rest_of_a_budget_can_be_used():
 @pytest.mark.parametrize("limit, expected", [(0.0, 0), (1e9, 7)])
 def test_steps_within_a_limit(limit, expected):
     steps = accounting.Steps(7, 100, 0.1, None, 1.0)
-    assert _steps_within(limit, [], steps, 1e-5) == expected
+    assert steps_within(limit, [], steps, 1e-5) == expected
     for count in (1, 3, 6):
         exact = accounting.epsilon([steps._replace(count=count)], 1e-5)
-        assert _steps_within(exact, [], steps, 1e-5) == count
+        assert steps_within(exact, [], steps, 1e-5) == count
 
 
 @pytest.mark.every_backend
