@@ -107,11 +107,11 @@ def fold_over_devices(add, tensors):
     """Combine the tensors of all devices, one device after the other, in `per_device`.
 
     Every device computes the same, in the same order, and so has the same bits. It takes D
-    broadcasts, and the memory of two more lists of tensors.
+    broadcasts, and the memory of two more tuples of tensors.
 
     Args:
-        add: function of two lists of tensors that returns another one.
-        tensors: list of tensors, those of the device.
+        add: function of two tuples of tensors that returns another one.
+        tensors: tuple of tensors, those of the device.
     """
     import jax
 
@@ -120,7 +120,7 @@ def fold_over_devices(add, tensors):
     index = jax.lax.axis_index(axis)
 
     def of_device(i):  # exact, because all other terms are 0
-        return jax.lax.psum([jax.numpy.where(index == i, x, 0) for x in tensors], axis)
+        return jax.lax.psum(tuple(jax.numpy.where(index == i, x, 0) for x in tensors), axis)
 
     return jax.lax.fori_loop(1, devices, lambda i, sums: add(sums, of_device(i)), of_device(0))
 
