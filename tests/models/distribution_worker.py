@@ -260,7 +260,7 @@ def private(results):
     nothing, moved = mechanism.ClippedSum(zeros, C, 0.0, 0.0, 0.0), 0
     for step in range(4, 8):
         seeds = [noise_seed(secret, step, i).view("int32") for i in range(len(zeros))]
-        noise = mechanism.noised_mean(nothing, 1.0, np.stack(seeds), 4.0)
+        noise = mechanism.noised_mean(nothing, 1.0, keras.ops.stack(seeds), 4.0)
         moved = moved + np.concatenate([np.ravel(x) for x in noise])
     found = np.concatenate([np.ravel(a - whole(v)) for v, a in zip(variables, before, strict=True)])
     results["noise"] = moved
