@@ -1,8 +1,9 @@
 """Several processes that train one model privately: one of them plans, and all do the same steps.
 
 The first process reads and writes the ledgers, plans the run and draws its secret. The others get
-the plan, the secret and the history from it, over the network that also carries gradients, and keep
-the run in memory. No step releases anything before the first process has counted it, because every
+the plan, the secret and the history from it, over the network that also carries gradients of single
+devices without noise, and keep the run in memory. Whoever reads this network is not protected
+against. No step releases anything before the first process has counted it, because every
 step needs the gradients on that process's devices.
 """
 

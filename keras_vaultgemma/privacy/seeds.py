@@ -2,10 +2,11 @@
 
 **The secret.** Anyone who knows the secret knows which records a step drew and can subtract its
 noise: the whole guarantee rests on it. It has 128 bits from the operating system, lives in the
-memory of one process and is never written anywhere. One call of `fit` draws one secret and uses
-each of its steps once; resuming, a second `fit` and a restart draw new ones. Two secrets are equal
-with probability 2^-128, so no noise is ever used twice, whatever step number a restart continues
-from. If the secret were saved to repeat a run, anyone with the checkpoint could remove the noise.
+memory of one process, or of those that train together (`processes`), and is never written anywhere.
+One call of `fit` draws one secret and uses each of its steps once; resuming, a second `fit` and a
+restart draw new ones. Two secrets are equal with probability 2^-128, so no noise is ever used
+twice, whatever step number a restart continues from. If the secret were saved to repeat a run,
+anyone with the checkpoint could remove the noise.
 
 **Derivation.** Bits for one purpose are derived with HMAC-SHA256, a pseudorandom function.
 Distinguishing its outputs from independent random bits takes about 2^128 trials; like every

@@ -31,6 +31,7 @@ from keras_vaultgemma.lora.merging import merge
 from keras_vaultgemma.lora.peft_format import Adapter, read_adapter, write_adapter
 from keras_vaultgemma.privacy import machine_ledger, mechanism
 from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.groups import Groups
 from keras_vaultgemma.privacy.sampling import PrivateBatches
 from keras_vaultgemma.privacy.seeds import fixed_secret, noise_seed
 
@@ -217,21 +218,26 @@ def private_model(rank, ledger=None, seed=5):
 
 
 def sums(results):
-    """Clipped sums of a batch that the devices do not divide: plain ones, and pairs of LoRA factors, two rows at once."""
+    """Clipped sums of a batch that the devices do not divide: plain ones of rows, and pairs of LoRA factors of users.
+
+    Two users are computed at once.
+    """
     x, y, weight = jax.tree.map(lambda a: a[: ROWS - 1], batch())
     for name, rank in (("full", None), ("lora", 2)):
         mechanism.PLAIN_ROUNDING = 0.0 if rank else 1.0
         trained = private_model(rank)
         training, count = trained.private_training, len(trained.trainable_variables)
-        steps, size = Steps(1, ROWS - 1, 1.0, ROWS - 1, 1.0), training.settings.microbatch_size
-        training.microbatch, training.capacity = size, ROWS - 1
-        devices = backend.data_devices()
-        batches = PrivateBatches(
-            (x, y, weight), steps, 1, count, size, b"0" * 16, 0, "", devices=devices
-        )
+        steps, size, groups = Steps(1, 7, 1.0, 7, 1.0), training.settings.microbatch_size, None
+        training.microbatch, training.capacity = size, 7
+        if rank:
+            groups, training.capacity = Groups([0, 0, 1, 2, 3, 4, 5], max_rows=2), 6
+            steps = Steps(1, 6, 1.0, 6, 1.0)
+        parts = dict(groups=groups, devices=backend.data_devices())
+        batches = PrivateBatches((x, y, weight), steps, 1, count, size, b"0" * 16, 0, "", **parts)
 
         def function(x, y, step, training=training, name=name):
-            found, _ = training.clipped_sum((x, y, step["sample_weight"]), step["count"])
+            inputs = x, y, step["sample_weight"]
+            found, _ = training.clipped_sum(inputs, step["count"], is_drawn=step.get("is_drawn"))
             results[f"{name}/sensitivity"] = np.array(found.sensitivity)
             return found._replace(sensitivity=0.0)
 
