@@ -138,6 +138,11 @@ def check_distribution(arguments, metrics):
             f"together. Compile without them. Received: {len(own)} metrics and "
             f"{backend.data_devices()} devices that divide the rows"
         )
+    if backend.process_count() > 1 and distribution.auto_shard_dataset:
+        raise ValueError(
+            "Private training shards its batches among the processes itself: set "
+            "`auto_shard_dataset=False`. Received: auto_shard_dataset=True"
+        )
     if backend.process_count() > 1 and checkpoint_of(arguments) is not None:
         raise ValueError(
             "A `TrainingCheckpoint` resumes private training in one process. "

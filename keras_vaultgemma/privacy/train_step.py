@@ -174,7 +174,7 @@ class PrivateTraining:
         x, y, step = data
         model = self.model
         inputs = (x, y, step["sample_weight"]) if "sample_weight" in step else (x, y)
-        backend.seed_global_generator(step["layer_seeds"][0, 0])
+        backend.seed_global_generator(step["layer_seeds"][0, 0, 0])
         count, seeds = step["count"], step["layer_seeds"][:, 1:]
         clipped, states = self.clipped_sum(inputs, count, seeds, step.get("is_drawn"))
         own = len(self.seeds)  # these stay as they are, whatever was drawn (privacy/seeds.py)

@@ -24,6 +24,7 @@ from privacy_cases import (
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
 from keras_vaultgemma.privacy import accounting, sampling
+from keras_vaultgemma.privacy import fit as private_fit
 from keras_vaultgemma.privacy.budget import steps_within
 from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
@@ -249,17 +250,19 @@ def test_ids_are_recognised_with_any_dtype_and_weights():
     assert len(model.privacy.ledger.spent()) == 2
 
 
-def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path):
+def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path, monkeypatch):
     path, model = tmp_path / FILE, language_model(4, dpsgd=dict(ledger=tmp_path / FILE))
-    prepare = model.private_training.prepare
+    plan_run = private_fit.plan_run
 
-    def after_another_run(*args):
+    def before_another_run(*args, **kwargs):
+        planned = plan_run(*args, **kwargs)
+        monkeypatch.setattr(private_fit, "plan_run", plan_run)
         other = language_model(4)
         fit(other)
         OpenRun(path, other.privacy.ledger.runs[0][0], other.privacy.ledger).close()
-        prepare(*args)
+        return planned
 
-    model.private_training.prepare = after_another_run
+    monkeypatch.setattr(private_fit, "plan_run", before_another_run)
     message = "must have one writer. Received: a run that began while this one was planned"
     with pytest.raises(ValueError, match=message):
         fit(model)
