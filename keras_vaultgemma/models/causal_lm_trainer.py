@@ -185,7 +185,10 @@ class CausalLMTrainer(Trainer):
         self._check_default_loss()
         with TruncationCounter() as truncations:
             records = self._records(x)
-            x, y, sample_weight = self._arrays(x, y, sample_weight, batch_size, truncations)
+            is_sampled = self.private_training is not None
+            x, y, sample_weight = self._arrays(
+                x, y, sample_weight, batch_size, truncations, is_sampled
+            )
             rows = kwargs.get("validation_batch_size") or batch_size
             if isinstance(validation_data, tuple):
                 validation_data = self._arrays(
@@ -248,15 +251,18 @@ class CausalLMTrainer(Trainer):
         x, _, _ = self._arrays(x, batch_size=batch_size)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _arrays(self, x, y=None, sample_weight=None, batch_size=None, truncations=None):
-        """Preprocess and check data for Keras."""
+    def _arrays(
+        self, x, y=None, sample_weight=None, batch_size=None, truncations=None, is_sampled=False
+    ):
+        """Preprocess and check data for Keras. Of sampled rows, a batch may have any number."""
         preprocess = None
         if self.preprocessor is not None:
             preprocess = functools.partial(self.preprocess_samples, truncations=truncations)
         # For a loss of the user's own, labels may mean something else, such as classes to ignore.
         size, labels_are_ids = self.backbone.vocabulary_size, self._steps is not None
         data = prepare_fit_inputs(x, y, sample_weight, preprocess, size, labels_are_ids)
-        check_batches(data[0], batch_size)
+        if not is_sampled:
+            check_batches(data[0], batch_size)
         return data
 
     def _records(self, x):

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.privacy.statements import is_of_users
-from keras_vaultgemma.training.checkpoint import all_callbacks
+from keras_vaultgemma.training.checkpoint import all_callbacks, checkpoint_of
 
 UNPROTECTED = "unprotected_"
 """Prefix of the names of metrics on private records, which no noise protects."""
@@ -111,11 +111,42 @@ def check_fit(arguments, public_validation):
                 "a metric on public validation data. "
                 f"Received: {type(callback).__name__} of {callback.monitor!r}"
             )
+
+
+def check_distribution(arguments, metrics):
+    """Raise ValueError if the current distribution does not support private training.
+
+    Args:
+        arguments: dict of arguments of `fit`.
+        metrics: nested structure of the arguments `metrics` and `weighted_metrics` of `compile`.
+    """
     distribution = keras.distribution.distribution()
-    if distribution is not None:
+    if distribution is None:
+        return
+    backend.check_distribution_support()
+    kinds = (keras.distribution.DataParallel, keras.distribution.ModelParallel)
+    if not isinstance(distribution, kinds):
         raise ValueError(
-            "Private training runs on one device, where each row is clipped and counted once. "
+            "Private training clips and counts each row once, and knows how `DataParallel` and "
+            "`ModelParallel` of keras.distribution divide the rows. "
             f"Received: {type(distribution).__name__}"
+        )
+    own = [metric for metric in keras.tree.flatten(metrics) if metric is not None]
+    if own and backend.data_devices() > 1:
+        raise ValueError(
+            "Metrics are updated row by row in private training, which several devices cannot do "
+            f"together. Compile without them. Received: {len(own)} metrics and "
+            f"{backend.data_devices()} devices that divide the rows"
+        )
+    if backend.process_count() > 1 and distribution.auto_shard_dataset:
+        raise ValueError(
+            "Private training shards its batches among the processes itself: set "
+            "`auto_shard_dataset=False`. Received: auto_shard_dataset=True"
+        )
+    if backend.process_count() > 1 and checkpoint_of(arguments) is not None:
+        raise ValueError(
+            "A `TrainingCheckpoint` resumes private training in one process. "
+            f"Received: {backend.process_count()} processes"
         )
 
 

@@ -58,6 +58,12 @@ class DPSGD:
     user's label says about a person is that user's. A run that protects rows and one that protects
     users on the same data compose for persons with one row only, and `fit` warns of it.
 
+    **Several devices** (`DataParallel` and `ModelParallel` of keras.distribution, on JAX) change
+    none of this. Each device clips and sums its share of the sampled rows; the sums are added, and
+    the noise is drawn once and added to the sum of all. The allowance for rounding covers the
+    additions between devices (`privacy/mechanism.py`). Each of several processes is given all rows,
+    and the first one plans, draws the secret and writes the ledgers (`privacy/processes.py`).
+
     **Not covered** is whatever else is learned from the rows and published:
 
     - the choice of hyperparameters, of the best of several runs, or of a checkpoint by looking at
@@ -77,7 +83,8 @@ class DPSGD:
       (`privacy/noise.py`).
 
     No row is protected from a person who knows the secret of a run's random numbers: 128 bits from
-    the operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`).
+    the operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`). The
+    processes that train together send it over their network, which must be trusted.
 
     Args:
         epsilon: float in (0, 100]. The budget ε that all steps planned by `fit` stay within,
@@ -95,7 +102,7 @@ class DPSGD:
             for those who have fewer, because a shape that follows the data would depend on them.
             More rows average out more of a user's own gradient noise; more users in a batch, for
             the same time, average out more of the privacy noise. Defaults to 4.
-        microbatch_size: int or None. Rows, or users, that are computed together. More than 1
+        microbatch_size: int or None. Rows, or users, that a device computes together. More than 1
             requires that the model computes each of them separately, as it does with LoRA on
             projections and the default loss. Defaults to as many as pay off.
         extend_budget: bool. If True, another `fit` on the same data may exceed the budget; `spent`

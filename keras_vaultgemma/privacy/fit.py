@@ -7,22 +7,19 @@ from pathlib import Path
 import keras
 
 from keras_vaultgemma import backend
-from keras_vaultgemma._version import __version__
-from keras_vaultgemma.privacy import accounting, checks, fingerprint, machine_ledger, planning
+from keras_vaultgemma.privacy import checks, fingerprint, machine_ledger, planning
+from keras_vaultgemma.privacy.budget import plan_run
 from keras_vaultgemma.privacy.counting import COUNTING, counting_callback, iterations
 from keras_vaultgemma.privacy.groups import Groups, group_labels
-from keras_vaultgemma.privacy.ledger import FILE, Run, read_ledger
+from keras_vaultgemma.privacy.ledger import FILE, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
+from keras_vaultgemma.privacy.processes import begin_together
 from keras_vaultgemma.privacy.sampling import PrivateBatches, as_rows
 from keras_vaultgemma.training.checkpoint import all_callbacks, checkpoint_of
 from keras_vaultgemma.training.state import read_state_metadata
 
 DEFAULT_BATCH_SIZE = 32
 """Default batch size of `keras.Model.fit`."""
-
-USED_UP = 0.99
-"""Fraction of a budget after which no further run begins, because the noise that the rest allows
-would drown every gradient."""
 
 
 @contextlib.contextmanager
@@ -77,6 +74,7 @@ def _begin(training, arguments, records):
     checks.check_fit(arguments, settings.public_validation)
     checks.check_model(model, training.compiled_metrics)
     checks.check_execution(model)
+    checks.check_distribution(arguments, training.compiled_metrics)
     groups = arguments.pop("groups", None)
     checks.check_groups(groups, settings.unit)
     rows = as_rows(*(arguments.pop(name, None) for name in ("x", "y", "sample_weight")))
@@ -90,54 +88,49 @@ def _begin(training, arguments, records):
         count, unit = len(groups), f"user of at most {groups.max_rows} rows"
         checks.check_users(count, batch_size)
     per_epoch = planning.steps_per_epoch(count, batch_size)
-    microbatch = _microbatch(training, rows, batch_size, groups is not None)
+    devices = backend.data_devices()
+    microbatch = _microbatch(training, rows, batch_size // devices, groups is not None)
     multiple = backend.padded(1, microbatch)
-
-    path = _ledger_path(settings, arguments)
-    if path is not None and path.exists():
-        record.add(read_ledger(path))
-    saved = _checkpoint_facts(arguments)
-    _check_ledger(record.ledger, path, saved)
-    done = _steps_done(arguments, per_epoch, saved)
+    shape = dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=multiple)
+    unit = training.row_losses.unit(rows, unit)
     if records is None:
         records = fingerprint.rows_of(keras.tree.flatten(rows[:2]))  # without the weights
         records = records if groups is None else [*records]  # which are read twice
-    sketch = fingerprint.RowSketch(key := fingerprint.key())
-    dataset = fingerprint.fingerprint(sketch.watch(records), key)
-    # A budget holds for all that is learned from these data; without one, other models go on.
-    has_budget = settings.epsilon is not None and settings.seed_for_tests is None
-    known = record.known() if has_budget else record.ledger
-    run, is_cut_short = _plan(
-        known,
-        settings,
-        dataset,
-        training.row_losses.unit(rows, unit),
-        dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=multiple),
-        done,
-        is_resumed=bool(saved and done),
+    saved = _checkpoint_facts(arguments)
+    opened, facts = begin_together(
+        lambda: _open_run(settings, record, arguments, records, unit, shape, saved),
+        record,
+        (rows, [] if groups is None else groups.sizes),
+        shape,
     )
-
-    arguments["x"] = batches = PrivateBatches(
-        rows,
-        run.steps(0),
-        arguments["epochs"] * per_epoch,
-        len(model.trainable_variables),
-        multiple,
-        settings.secret(),
-        iterations(model),
-        dataset,
-        len(training.seeds),
-        groups,
-    )
-    if groups is not None:
-        batches.run_identity["users"] = groups.fingerprint(records, fingerprint.key())
-        batches.run_identity_comparisons["users"] = fingerprint.may_be_equal
-    training.prepare(rows, microbatch, batches.capacity, settings.max_rows_per_group)
-    if is_cut_short and not run.planned_steps:
+    with contextlib.ExitStack() as after_an_error:
+        after_an_error.callback(opened.close)
+        batches = PrivateBatches(
+            rows,
+            opened.run.steps(0),
+            arguments["epochs"] * per_epoch,
+            len(model.trainable_variables),
+            multiple,
+            bytes.fromhex(facts["secret"]),
+            iterations(model),
+            opened.run.dataset,
+            len(training.seeds),
+            groups,
+            devices,
+            backend.own_parts(),
+        )
+        if groups is not None:
+            batches.run_identity["users"] = groups.fingerprint(records, fingerprint.key())
+            batches.run_identity_comparisons["users"] = fingerprint.may_be_equal
+        training.prepare(rows, microbatch, batches.largest, settings.max_rows_per_group)
+        after_an_error.pop_all()
+    is_cut_short, done = facts["is_cut_short"], facts["done"]
+    if is_cut_short and not opened.run.planned_steps:
         # A resumed run that does no step ends where it begins.
         arguments["epochs"] = saved["position"]["epoch"]
     counting = counting_callback(record, is_cut_short, per_epoch, done)
     arguments |= {
+        "x": batches,
         "shuffle": False,
         "steps_per_epoch": per_epoch,
         "callbacks": [
@@ -145,7 +138,27 @@ def _begin(training, arguments, records):
             *all_callbacks(arguments),
         ],
     }
-    sketched = None
+    return arguments, opened, counting
+
+
+def _open_run(settings, record, arguments, records, unit, shape, saved):
+    """Return the `OpenRun`, planned and written to the ledgers, and a dict of its other facts."""
+    path = _ledger_path(settings, arguments)
+    if path is not None and path.exists():
+        record.add(read_ledger(path))
+    _check_ledger(record.ledger, path, saved)
+    done = _steps_done(
+        arguments, planning.steps_per_epoch(shape["rows"], shape["batch_size"]), saved
+    )
+    sketch = fingerprint.RowSketch(key := fingerprint.key())
+    dataset = fingerprint.fingerprint(sketch.watch(records), key)
+    # A budget holds for all that is learned from these data; without one, other models go on.
+    has_budget = settings.epsilon is not None and settings.seed_for_tests is None
+    known = record.known() if has_budget else record.ledger
+    run, is_cut_short = plan_run(
+        known, settings, dataset, unit, shape, done, is_resumed=bool(saved and done)
+    )
+    secret, sketched = settings.secret(), None
     if settings.seed_for_tests is None:
         sketched = sketch.values()
         _warn_of_common_rows(record.ledger, run, sketched)
@@ -157,7 +170,7 @@ def _begin(training, arguments, records):
             f"{path or 'A budget'} must have one writer. Received: a run that began while this one "
             "was planned"
         )
-    return arguments, opened, counting
+    return opened, {"is_cut_short": is_cut_short, "done": done, "secret": secret.hex()}
 
 
 def _warn_of_common_rows(ledger, run, sketched):
@@ -201,84 +214,6 @@ def _microbatch(training, rows, batch_size, are_users):
         return 1
     rows_at_once = losses.rows_at_once(rows) // (training.settings.max_rows_per_group or 1)
     return backend.block_size(max(1, rows_at_once), batch_size)
-
-
-def _plan(known, settings, dataset, unit, shape, done, is_resumed):
-    """Return a `Run` and True if it ends before the requested number of steps."""
-    delta = planning.default_delta(shape["rows"]) if settings.delta is None else settings.delta
-    planning.warn_of_large_delta(shape["rows"], delta)
-    earlier = known.on(dataset)
-    units = (run.unit for run, _ in known.runs if fingerprint.may_be_equal(run.dataset, dataset))
-    checks.warn_of_other_units(units, unit)
-    spent = accounting.epsilon(earlier, delta) if earlier else 0.0
-    requested = max(
-        0, shape["epochs"] * planning.steps_per_epoch(shape["rows"], shape["batch_size"]) - done
-    )
-    epsilon, noise = settings.epsilon, settings.noise_multiplier
-    budget = epsilon
-    if epsilon is None and not is_resumed:  # a resumed run does what was planned
-        budget = known.budget(dataset)
-    is_used_up = budget is not None and spent >= USED_UP * budget
-    if is_used_up and settings.extend_budget:
-        epsilon, noise, is_used_up = None, noise or earlier[-1].noise_multiplier, False
-    if requested and not is_used_up:
-        steps = planning.plan(
-            **shape,
-            delta=delta,
-            epsilon=epsilon,
-            noise_multiplier=noise,
-            earlier=earlier,
-            done=done,
-        )
-    else:
-        # The run does no step, and needs the public parameters all the same.
-        steps = (
-            earlier[-1] if earlier else planning.plan(**shape, delta=delta, noise_multiplier=1.0)
-        )
-        steps = steps._replace(count=0)
-    if epsilon is None and not settings.extend_budget:
-        if budget is None:
-            budget = accounting.epsilon([*earlier, steps], delta)
-        steps = steps._replace(count=_steps_within(budget, earlier, steps, delta))
-    if steps.count == 0 < requested:
-        if not is_resumed:
-            raise ValueError(_used_up(spent, budget, delta))
-        warnings.warn(
-            f"{_used_up(spent, budget, delta)}. `fit` ends with the checkpoint's weights, "
-            f"{requested} steps early",
-            stacklevel=2,
-        )
-    run = Run(
-        *steps[1:],
-        clip_norm=settings.clip_norm,
-        delta=delta,
-        planned_steps=steps.count,
-        unit=unit,
-        dataset=dataset,
-        package_version=__version__,
-        mechanism=settings.mechanism,
-        budget=None if settings.extend_budget or settings.epsilon is not None else budget,
-    )
-    return run, steps.count < requested
-
-
-def _used_up(spent, budget, delta):
-    return (
-        f"The budget for these rows is used up: ε = {accounting.round_up(spent):g} of "
-        f"{accounting.round_up(budget):g} at δ = {delta:g}. `DPSGD(extend_budget=True)` continues "
-        "and reports the larger ε; `keras-vaultgemma ledger` lists the runs on this machine"
-    )
-
-
-def _steps_within(limit, earlier, steps, delta):
-    """Return how many of some steps stay within a limit on ε."""
-    fits, does_not = 0, steps.count + 1
-    while does_not - fits > 1:
-        # All of them first, because they usually fit.
-        count = steps.count if does_not > steps.count else (fits + does_not) // 2
-        within = accounting.epsilon([*earlier, steps._replace(count=count)], delta) <= limit
-        fits, does_not = (count, does_not) if within else (fits, count)
-    return fits
 
 
 def _ledger_path(settings, arguments):

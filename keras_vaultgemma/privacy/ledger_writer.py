@@ -187,11 +187,12 @@ class OpenRun:
     Args:
         path: `pathlib.Path` or str. Ledger file, which is created if there is none. None keeps the
             run in memory, for weights that are not saved.
-        run: `Run`. It is given a new unique name.
+        run: `Run`. It is given `name`.
         history: `Ledger` of the model at the beginning of the run. Entries that the file lacks are
             written first. Defaults to None.
         rows: sketch of the records (`fingerprint.RowSketch`), with which the run is also written to
             the ledger of this machine. Defaults to None, which does not.
+        name: str. Name of the run, if another process has begun it. Defaults to a new unique one.
 
     Attributes:
         run: `Run` with its name.
@@ -203,11 +204,11 @@ class OpenRun:
         OSError: If the file cannot be written. No step may be released then.
     """
 
-    def __init__(self, path, run: Run, history: Ledger | None = None, rows=None):
+    def __init__(self, path, run: Run, history: Ledger | None = None, rows=None, name=""):
         accounting.check_steps(run.steps(run.planned_steps))
         accounting.check_delta(run.delta)
         check_number("clip_norm", run.clip_norm, above=0)
-        self.run, self.done, self._reserved = run._replace(name=uuid.uuid4().hex), 0, 0
+        self.run, self.done, self._reserved = run._replace(name=name or uuid.uuid4().hex), 0, 0
         self._history, self._file, self._copy = history or Ledger(), None, None
         try:
             if path is not None:

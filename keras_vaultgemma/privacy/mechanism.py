@@ -26,6 +26,11 @@ well, rows are clipped to C (1 - `ROUNDING`) / (1 + ρ):
   of float32 numbers, its rounded value and the rest of it, so that ρ is small for any number: 0.004
   for 250 rows, 0.008 for 65,536.
 
+**Several devices** (`keras.distribution`, on JAX) each clip and sum their own rows, then add their
+sums (`privacy/device_sums.py`). ρ covers these additions as well. The noise is a function of the
+seeds and is added to the sum over all devices, so that it is drawn once: devices that hold the same
+part of a variable compute the same numbers, others their part of one draw.
+
 `clipped_sum` returns the sensitivity C together with the sum, and `noised_mean` scales the noise by
 it; no other function decides how much noise is needed.
 
@@ -82,8 +87,10 @@ class ClippedSum(NamedTuple):
     rests: Sequence = ()
 
 
-def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
+def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state, devices=1, last=None):
     """Return the sum of the clipped gradients of a batch, computed one microbatch at a time.
+
+    With several devices it is the sum of one device's rows, and `device_sums` adds them.
 
     Args:
         row_gradients: function of `(start, state)` that computes rows of the batch from `start` on.
@@ -91,18 +98,24 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
             for each variable; a tensor of shape `[m]`, where m is at most `size`; and the state for
             the next call.
         shapes: list of the shapes of the variables.
-        count: int32 scalar. Number of rows of the batch. Rows beyond it, which fill the last
-            microbatch, are computed and ignored.
-        rows: int or int32 scalar. Largest number of rows of any batch. It is public, unlike
-            `count`.
+        count: int32 scalar. Number of rows of the batch, on this device. Rows beyond it, which
+            fill the last microbatch, are computed and ignored.
+        rows: int or int32 scalar. Largest number of rows of any batch, on all devices together. It
+            is public, unlike `count`.
         size: int. Largest number of rows of a microbatch. All have the same, as far as possible.
         clip_norm: float. C, above 0.
         state: list of tensors. State for the first call of `row_gradients`.
+        devices: int. D, the number of devices that the rows are divided among. Defaults to 1.
+        last: int32 scalar. Largest `count` of all devices, which then do the same number of
+            microbatches, so that each finds the others it computes together with. Defaults to
+            `count`.
 
     Returns:
         Tuple `(ClippedSum, state)`.
     """
-    longest, in_pairs = clip_norm / (1 + sum_rounding(rows, size)), needs_pairs(rows, size)
+    in_pairs = needs_pairs(rows, size, devices)
+    longest = clip_norm / (1 + sum_rounding(rows, size, devices))
+    last = count if last is None else last
 
     def add_microbatch(start, total, rest, statistics, state):
         gradients, losses, state = row_gradients(start, state)
@@ -138,23 +151,23 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state):
     rest = [backend.zeros(shape) for shape in shapes] if in_pairs else []
     start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
     _, total, rest, statistics, state = backend.while_loop(
-        lambda start, *_: start < count,
+        lambda start, *_: start < last,
         add_microbatch,
         (start, total, rest, statistics, list(state)),
     )
     return ClippedSum(list(total), clip_norm, *statistics, list(rest)), list(state)
 
 
-def needs_pairs(rows, size):
+def needs_pairs(rows, size, devices=1):
     """Return True if a plain sum would be rounded by more than `PLAIN_ROUNDING`.
 
     Args:
-        rows, size: as in `sum_rounding`.
+        rows, size, devices: as in `sum_rounding`.
     """
-    return not isinstance(rows, int) or _plain_rounding(rows, size) > PLAIN_ROUNDING
+    return not isinstance(rows, int) or _plain_rounding(rows, size, devices) > PLAIN_ROUNDING
 
 
-def sum_rounding(rows, size):
+def sum_rounding(rows, size, devices=1):
     """Return ρ: the increase of the sum's sensitivity by rounding, relative to the longest row c.
 
     Let n rows of norm c or less be summed in microbatches of m, and let u be `UNIT`.
@@ -169,12 +182,21 @@ def sum_rounding(rows, size):
     j c. In all, the pair is off by at most 8 u^2 n^2 c. Rounding the products of gradients and
     factors, or the total to one number, changes it by at most n u c.
 
+    **Several devices** sum n / D rows each. In a plain sum, a row goes through n / (D m) - j + 1
+    additions on its device and at most D - 1 after it, in whatever order the devices communicate.
+    That is no more than on one device if each has two microbatches or more; ρ is the larger of both
+    bounds, so that it rarely depends on D. The pairs of the devices are added one after the other.
+    The k-th addition is off by 5 u^2 (k + 1) (n / D) c, the pair of each device by 8 u^2 (n / D)^2
+    c, and D <= n, because a device without rows adds exact zeros. In all that is less than the
+    above 8 u^2 n^2 c.
+
     The difference of two computed sums, with and without a record, is off by at most twice that.
 
     Args:
         rows: int or int32 scalar. n, the largest number of rows that are summed. The sum of a
             number that is not known when the step is compiled is one of pairs.
         size: int. m, the largest number of rows of a microbatch; there are n / m of them.
+        devices: int. D. Defaults to 1.
 
     Returns:
         float or float32 scalar.
@@ -183,16 +205,20 @@ def sum_rounding(rows, size):
         - [Higham, 2002](https://doi.org/10.1137/1.9780898718027): Accuracy and Stability of
           Numerical Algorithms
     """
-    if not needs_pairs(rows, size):
-        return _plain_rounding(rows, size)
+    if not needs_pairs(rows, size, devices):
+        return _plain_rounding(rows, size, devices)
     rounded = ops.cast(rows, "float32") * UNIT
     return 2 * (rounded + 8 * rounded**2)
 
 
-def _plain_rounding(rows, size):
-    count = -(-rows // size)
-    additions = count * size * (size - 1 + (count + 1) / 2)
-    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + count))
+def _plain_rounding(rows, size, devices):
+    return max(_plain_rounding_of(rows, size, number) for number in {1, devices})
+
+
+def _plain_rounding_of(rows, size, devices):
+    count = -(-rows // (size * devices))
+    additions = devices * count * size * (size - 1 + (count + 1) / 2 + devices - 1)
+    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + count + devices - 1))
 
 
 def clip_factors(gradients, losses, is_present, clip_norm):

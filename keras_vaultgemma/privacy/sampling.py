@@ -35,14 +35,16 @@ class PrivateBatches(keras.utils.PyDataset):
 
     Batch i is the same every time it is read. It is a tuple `(x, y, step)` of arrays. The drawn
     records, each a row or a user, come first in `x` and `y`, followed by zeros up to the shape that
-    all batches have. `step` takes the place of Keras's sample weights, so that the inputs of the
-    model are left alone. It is a dict:
+    all batches have. With D devices, arrays have D equal parts, one for each device, as Keras
+    divides them. Each part begins with its share of the drawn records, n / D of them rounded up or
+    down. `step` takes the place of Keras's sample weights, so that the inputs of the model are left
+    alone. It is a dict:
 
-    - `count`: int32 of shape `[1]`. Number of records that were drawn.
-    - `noise_seeds`: int32 of shape `[variables, 4]`.
-    - `layer_seeds`: int32 of shape `[1 + layers, 2]`. Seed of PyTorch's global generator, followed
-      by the model's own seeds.
-    - `noise_multiplier`, `expected_rows`: float32 of shape `[1]`.
+    - `count`: int32 of shape `[D]`. Number of records that were drawn for each device.
+    - `noise_seeds`: int32 of shape `[D, variables, 4]`, equal for all devices.
+    - `layer_seeds`: int32 of shape `[D, 1 + layers, 2]`. Seed of PyTorch's global generator,
+      followed by the model's own seeds. They differ between devices.
+    - `noise_multiplier`, `expected_rows`: float32 of shape `[D]`, equal for all devices.
     - `sample_weight`: the weights of the rows, if there are any.
     - `is_drawn`: bool of shape `[capacity, k]`, if records are users. False for rows that only fill
       the shape of a user.
@@ -52,16 +54,20 @@ class PrivateBatches(keras.utils.PyDataset):
         steps: `accounting.Steps`. The steps of the run; its count is ignored.
         length: int. Number of batches.
         variables: int. Number of variables that get noise.
-        microbatch: int. The number of records of all batches is a multiple of it.
+        microbatch: int. The number of records of each device is a multiple of it.
         secret: bytes of length 16. Secret of one call of `fit`.
         first_step: int, 0 or more.
         dataset: str. Fingerprint of the data.
         layers: int. Number of seeds of the model's random layers. Defaults to 0.
         groups: `Groups`. Each record is then a user and has k consecutive rows of a batch. Defaults
             to None: each record is a row.
+        devices: int. D, the number of devices that compute a batch. Defaults to 1.
+        own_parts: list of int. The devices whose parts a batch has, which are those of this
+            process. Defaults to None: all of them.
 
     Attributes:
-        capacity: int. Number of records of all batches, drawn or zeros.
+        largest: int. Largest number of records that a batch may draw.
+        capacity: int. Number of records of all batches, drawn or zeros, on all devices together.
         run_identity: dict of the properties that must be equal for an interrupted run to resume.
             The number of batches is not among them.
         run_identity_comparisons: dict of functions `(saved, current)` for the properties that need
@@ -80,6 +86,8 @@ class PrivateBatches(keras.utils.PyDataset):
         dataset,
         layers=0,
         groups=None,
+        devices=1,
+        own_parts=None,
     ):
         super().__init__()
         self.run_identity = {"rows": steps.rows, "fingerprint": dataset}
@@ -87,7 +95,9 @@ class PrivateBatches(keras.utils.PyDataset):
         self._rows, self._steps, self._length, self._variables = rows, steps, length, variables
         self._layers, self._groups = layers, groups
         self._secret, self._first_step = secret, first_step
-        self.capacity = -(-min(steps.max_batch_size, steps.rows) // microbatch) * microbatch
+        self._devices, self._own_parts = devices, own_parts
+        self.largest = min(steps.max_batch_size, steps.rows)
+        self.capacity = -(-self.largest // (microbatch * devices)) * microbatch * devices
 
     def __len__(self):
         return self._length
@@ -101,38 +111,62 @@ class PrivateBatches(keras.utils.PyDataset):
             steps.sampling_probability,
             max_batch_size=steps.max_batch_size,
         )
+        devices = self._devices
         seeds = [noise_seed(self._secret, step, i) for i in range(self._variables)]
-        layer_seeds = [layer_seed(self._secret, step, i) for i in range(1 + self._layers)]
+        layer_seeds = [
+            [layer_seed(self._secret, step, i, device) for i in range(1 + self._layers)]
+            for device in range(devices)
+        ]
 
+        # Dealt like cards, because parts of consecutive records would leave the last devices idle.
+        turn, device = divmod(np.arange(len(drawn)), devices)
+        positions = device * (self.capacity // devices) + turn
         taken, per_record, users = drawn, 1, {}
         if self._groups is not None:
             taken, is_drawn = self._groups.select(self._secret, step, drawn)
             taken, per_record = taken.reshape(-1), self._groups.max_rows
-            users = {"is_drawn": _filled(is_drawn, self.capacity)}
+            users = {"is_drawn": _filled(is_drawn, positions, self.capacity)}
 
         def take(array):
-            return _filled(array[taken], self.capacity * per_record)
+            rows = _at(positions, per_record)
+            return _filled(array[taken], rows, self.capacity * per_record)
+
+        def each(value, dtype):
+            return np.repeat(np.asarray(value, dtype)[None], devices, axis=0)
 
         x, y, *weight = keras.tree.map_structure(take, self._rows)
-        return (
+        batch = (
             x,
             y,
             {
-                "count": np.array([len(drawn)], "int32"),
-                "noise_seeds": np.stack(seeds).view("int32"),
-                "layer_seeds": np.stack(layer_seeds),
-                "noise_multiplier": np.array([steps.noise_multiplier], "float32"),
-                "expected_rows": np.array([steps.rows * steps.sampling_probability], "float32"),
+                "count": np.bincount(device, minlength=devices).astype("int32"),
+                "noise_seeds": each(np.stack(seeds).view("int32"), "int32"),
+                "layer_seeds": np.array(layer_seeds),
+                "noise_multiplier": each(steps.noise_multiplier, "float32"),
+                "expected_rows": each(steps.rows * steps.sampling_probability, "float32"),
                 **({"sample_weight": weight[0]} if weight else {}),
                 **users,
             },
         )
+        return keras.tree.map_structure(self._own, batch)
+
+    def _own(self, array):
+        """Return the parts of an array for the devices of this process."""
+        if self._own_parts is None:
+            return array
+        parts = array.reshape(self._devices, -1, *array.shape[1:])[self._own_parts]
+        return parts.reshape(-1, *array.shape[1:])
 
 
-def _filled(array, length):
-    """Return an array with zeros up to a length."""
+def _at(positions, count):
+    """Return the positions of records that have `count` consecutive rows each."""
+    return (positions[:, None] * count + np.arange(count)).reshape(-1)
+
+
+def _filled(array, positions, length):
+    """Return the elements of an array at some positions, and zeros elsewhere."""
     filled = np.zeros((length, *array.shape[1:]), array.dtype)
-    filled[: len(array)] = array
+    filled[positions] = array
     return filled
 
 

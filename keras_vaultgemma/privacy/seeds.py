@@ -2,10 +2,11 @@
 
 **The secret.** Anyone who knows the secret knows which records a step drew and can subtract its
 noise: the whole guarantee rests on it. It has 128 bits from the operating system, lives in the
-memory of one process and is never written anywhere. One call of `fit` draws one secret and uses
-each of its steps once; resuming, a second `fit` and a restart draw new ones. Two secrets are equal
-with probability 2^-128, so no noise is ever used twice, whatever step number a restart continues
-from. If the secret were saved to repeat a run, anyone with the checkpoint could remove the noise.
+memory of one process, or of those that train together (`processes`), and is never written anywhere.
+One call of `fit` draws one secret and uses each of its steps once; resuming, a second `fit` and a
+restart draw new ones. Two secrets are equal with probability 2^-128, so no noise is ever used
+twice, whatever step number a restart continues from. If the secret were saved to repeat a run,
+anyone with the checkpoint could remove the noise.
 
 **Derivation.** Bits for one purpose are derived with HMAC-SHA256, a pseudorandom function.
 Distinguishing its outputs from independent random bits takes about 2^128 trials; like every
@@ -86,7 +87,7 @@ def noise_seed(secret: bytes, step: int, variable: int) -> np.ndarray:
     return np.frombuffer(derive(secret, "noise", step, variable)[:16], "<u4").astype("uint32")
 
 
-def layer_seed(secret: bytes, step: int, layer: int) -> np.ndarray:
+def layer_seed(secret: bytes, step: int, layer: int, device: int = 0) -> np.ndarray:
     """Return the seed of a random layer, such as dropout, in one step.
 
     It is derived from the secret and not stored in a variable. A stored seed that every microbatch
@@ -97,11 +98,13 @@ def layer_seed(secret: bytes, step: int, layer: int) -> np.ndarray:
         secret: bytes of length 16. Secret of one call of `fit`, in which no step is used twice.
         step: int, 0 or more.
         layer: int, 0 or more. Index of the random layer.
+        device: int, 0 or more. Index of the device that computes rows with it. Defaults to 0.
 
     Returns:
         int32 array of shape `[2]`, not negative: 62 bits, because Keras's seeds are two numbers.
     """
-    return (np.frombuffer(derive(secret, "layers", step, layer)[:8], "<u4") >> 1).astype("int32")
+    numbers = (step, layer, device) if device else (step, layer)
+    return (np.frombuffer(derive(secret, "layers", *numbers)[:8], "<u4") >> 1).astype("int32")
 
 
 def derive(secret: bytes, purpose: str, *numbers: int) -> bytes:

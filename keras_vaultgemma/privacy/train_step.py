@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.privacy import checks, mechanism
+from keras_vaultgemma.privacy.device_sums import sum_of_devices
 
 STATISTICS = ("loss", "clipped_share", "not_finite_rows")
 """Statistics of its rows, or users, that a step reports without protection."""
@@ -124,7 +125,8 @@ class PrivateTraining:
     Attributes:
         metrics: list of metrics that `step` updates. None of them is protected by noise.
         microbatch: int. Rows, or users, that are computed together.
-        capacity: int or None. Largest number of them in any batch. None means that of the inputs.
+        capacity: int or None. Largest number of them that a batch may draw. None means that of the
+            inputs.
         compiled_metrics: nested metrics that the user gave to `compile`.
     """
 
@@ -141,7 +143,7 @@ class PrivateTraining:
         Args:
             rows: nested arrays, the training data.
             microbatch: int. Rows, or users, that are computed together.
-            capacity: int. Number of rows or users of all batches.
+            capacity: int. Largest number of rows or users that a batch may draw.
             rows_per_user: int. k, if records are users. Defaults to None.
         """
         model = self.model
@@ -172,16 +174,16 @@ class PrivateTraining:
         x, y, step = data
         model = self.model
         inputs = (x, y, step["sample_weight"]) if "sample_weight" in step else (x, y)
-        backend.seed_global_generator(step["layer_seeds"][0, 0])
-        count, seeds = step["count"][0], step["layer_seeds"][1:]
+        backend.seed_global_generator(step["layer_seeds"][0, 0, 0])
+        count, seeds = step["count"], step["layer_seeds"][:, 1:]
         clipped, states = self.clipped_sum(inputs, count, seeds, step.get("is_drawn"))
         own = len(self.seeds)  # these stay as they are, whatever was drawn (privacy/seeds.py)
         for variable, value in zip(self._states[own:], states[own:], strict=True):
             variable.assign(value)
         multiplier, expected = step["noise_multiplier"][0], step["expected_rows"][0]
-        gradients = mechanism.noised_mean(clipped, multiplier, step["noise_seeds"], expected)
+        gradients = mechanism.noised_mean(clipped, multiplier, step["noise_seeds"][0], expected)
         model.optimizer.apply(gradients, model.trainable_variables)
-        return self._report(clipped, count)
+        return self._report(clipped, ops.sum(count))
 
     def _report(self, clipped, count):
         used = ops.cast(count, "float32") - clipped.not_finite
@@ -209,24 +211,50 @@ class PrivateTraining:
         return self.seeds + [v for v in self.model.metrics_variables if id(v) not in own]
 
     def clipped_sum(self, inputs, count, seeds=None, is_drawn=None):
-        """Compute `mechanism.clipped_sum` of rows or users.
+        """Compute `mechanism.clipped_sum` of rows or users, on all D devices.
 
         Args:
-            inputs: nested tensors, of which the first `count` rows or users are a batch. A user has
-                k consecutive rows.
-            count: int32 scalar.
-            seeds: int32 tensor of shape `[S, 2]`: the values of `seeds` at the first row. Defaults
-                to their current values.
+            inputs: nested tensors, of which the first `count[d]` rows or users of each of D equal
+                parts are a batch. A user has k consecutive rows.
+            count: int32 tensor of shape `[D]`, or a scalar if D is 1.
+            seeds: int32 tensor of shape `[D, S, 2]`: the values of `seeds` at the first row of each
+                part. Defaults to their current values.
             is_drawn: bool tensor of shape `[users, k]`, as `RowLosses.user_losses` takes it.
                 Defaults to None: the inputs are rows.
 
         Returns:
             Tuple of the `ClippedSum` and the values of the states (seeds, then metrics) after it.
+            States of several devices are not known together, and stay as they are.
+        """
+        devices, count = backend.data_devices(), ops.reshape(ops.convert_to_tensor(count), (-1,))
+        variables = [*self.model.variables, *self.model.metrics_variables]
+        values, states = ([backend.value_of(v) for v in vs] for vs in (variables, self._states))
+
+        def on_device(divided, whole):
+            inputs, is_drawn, count, seeds = divided
+            values, states, last = whole
+            now = list(zip(variables, values, strict=True))
+            seeds = None if seeds is None else seeds[0]
+            sums, after = self._device_sum(now, states, inputs, count[0], seeds, is_drawn, last)
+            return sums, after if devices == 1 else []
+
+        sums, after = sum_of_devices(
+            on_device, (inputs, is_drawn, count, seeds), (values, states, ops.max(count))
+        )
+        return sums, after if devices == 1 else states
+
+    def _device_sum(self, now, start, inputs, count, seeds, is_drawn, last):
+        """Compute `mechanism.clipped_sum` of the rows or users of one device.
+
+        Args:
+            now: list of pairs of a variable and its value: all variables of the model.
+            start: list of tensors. Values of the states before the first row.
+            last: int32 scalar. Largest `count` of all devices.
         """
         model, size = self.model, self.microbatch
         trained, states = model.trainable_variables, self._states
-        now = [(v, backend.value_of(v)) for v in [*model.variables, *model.metrics_variables]]
-        values = [backend.value_of(v) for v in trained]
+        value_of = {id(variable): value for variable, value in now}
+        values = [value_of[id(v)] for v in trained]
         per_record = 1 if is_drawn is None else is_drawn.shape[1]
 
         def row_gradients(start, before):
@@ -267,11 +295,21 @@ class PrivateTraining:
             gradients, (losses, after) = backend.gradients(losses_of, copies)
             return [g if size > 1 else g[None] for g in gradients], losses, after
 
-        start, shapes = [backend.value_of(v) for v in states], [tuple(v.shape) for v in trained]
+        start, shapes = list(start), [tuple(v.shape) for v in trained]
         for i, variable in enumerate([] if seeds is None else self.seeds):
             start[i] = ops.cast(seeds[i], variable.dtype)
+        devices = backend.data_devices()
         # TensorFlow does not know the number of rows of a batch while it traces the step.
-        records = self.capacity or ops.shape(keras.tree.flatten(inputs)[0])[0] // per_record
+        part = keras.tree.flatten(inputs)[0]
+        records = self.capacity or ops.shape(part)[0] // per_record * devices
         return mechanism.clipped_sum(
-            row_gradients, shapes, count, records, size, self.settings.clip_norm, start
+            row_gradients,
+            shapes,
+            count,
+            records,
+            size,
+            self.settings.clip_norm,
+            start,
+            devices,
+            last,
         )

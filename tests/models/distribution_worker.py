@@ -6,6 +6,7 @@ saves `{"case/quantity": array}`. Several such processes, told of each other by 
 together; the first one saves.
 """
 
+import contextlib
 import os
 import sys
 
@@ -16,14 +17,25 @@ from common import RELEASE_LIKE, random_backbone
 from jax.experimental import multihost_utils
 from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, backend
+from keras_vaultgemma import (
+    TrainingCheckpoint,
+    VaultGemmaBackbone,
+    VaultGemmaCausalLM,
+    backend,
+    privacy,
+)
 from keras_vaultgemma.checkpoints import weight_map
 from keras_vaultgemma.lora import injection
 from keras_vaultgemma.lora.adapters import load_adapter, save_adapter
 from keras_vaultgemma.lora.merging import merge
 from keras_vaultgemma.lora.peft_format import Adapter, read_adapter, write_adapter
+from keras_vaultgemma.privacy import machine_ledger, mechanism
+from keras_vaultgemma.privacy.accounting import Steps
+from keras_vaultgemma.privacy.groups import Groups
+from keras_vaultgemma.privacy.sampling import PrivateBatches
+from keras_vaultgemma.privacy.seeds import fixed_secret, noise_seed
 
-ROWS, LENGTH = 8, 12
+ROWS, LENGTH, C = 8, 12, 1.0
 SIZES = {**RELEASE_LIKE, "num_layers": 1}
 PROMPTS = [[2, 17, 5, 99], [2, 8, 100, 31, 77, 3, 64]]
 
@@ -184,7 +196,131 @@ def shares(results):
     results["layout/seen"] = np.array(seen)
 
 
+def private_model(rank, ledger=None, seed=5):
+    """A model whose LoRA factors are trained privately, or, without a rank, all of its weights."""
+    trained = model()
+    if rank:
+        trained.backbone.enable_lora(rank, target_layer_names=["up", "attention_output"])
+        rng = np.random.default_rng(2)
+        for v in trained.trainable_variables:
+            v.assign(rng.normal(size=v.shape) * 0.2)
+    settings = privacy.DPSGD(
+        noise_multiplier=1.0,
+        delta=1e-5,
+        clip_norm=C,
+        microbatch_size=2 if rank else 1,
+        extend_budget=True,
+        seed_for_tests=seed,
+        ledger=ledger,
+    )
+    trained.compile(keras.optimizers.SGD(1.0), privacy=settings)
+    return trained
+
+
+def sums(results):
+    """Clipped sums of a batch that the devices do not divide: plain ones of rows, and pairs of LoRA factors of users.
+
+    Two users are computed at once.
+    """
+    x, y, weight = jax.tree.map(lambda a: a[: ROWS - 1], batch())
+    for name, rank in (("full", None), ("lora", 2)):
+        mechanism.PLAIN_ROUNDING = 0.0 if rank else 1.0
+        trained = private_model(rank)
+        training, count = trained.private_training, len(trained.trainable_variables)
+        steps, size, groups = Steps(1, 7, 1.0, 7, 1.0), training.settings.microbatch_size, None
+        training.microbatch, training.capacity = size, 7
+        if rank:
+            groups, training.capacity = Groups([0, 0, 1, 2, 3, 4, 5], max_rows=2), 6
+            steps = Steps(1, 6, 1.0, 6, 1.0)
+        parts = dict(groups=groups, devices=backend.data_devices())
+        batches = PrivateBatches((x, y, weight), steps, 1, count, size, b"0" * 16, 0, "", **parts)
+
+        def function(x, y, step, training=training, name=name):
+            inputs = x, y, step["sample_weight"]
+            found, _ = training.clipped_sum(inputs, step["count"], is_drawn=step.get("is_drawn"))
+            results[f"{name}/sensitivity"] = np.array(found.sensitivity)
+            return found._replace(sensitivity=0.0)
+
+        variables = [*trained.variables, *trained.metrics_variables]
+        found = backend.compile_function(function, variables, jit_compile=False)(*batches[0])
+        for part in ("loss", "clipped", "not_finite"):
+            results[f"{name}/{part}"] = np.asarray(getattr(found, part))
+        for part in ("gradients", "rests"):
+            for v, value in zip(trained.trainable_variables, getattr(found, part), strict=False):
+                results[f"{name}/{part}/{v.path}"] = np.asarray(value)
+
+
+def private(results):
+    """Weights after private steps, and what steps add to the weights whose rows have no gradient."""
+    x, y, weight = batch()
+    trained = private_model(rank=2)
+    variables = trained.trainable_variables
+    options = dict(batch_size=4, epochs=2, verbose=0)
+    history = trained.fit(x, y, sample_weight=weight, **options).history
+    results["loss"] = np.array(history["unprotected_loss"])
+    before = [whole(v) for v in variables]
+    for v, value in zip(variables, before, strict=True):
+        results[f"trained/{v.path}"] = value
+    trained.fit(x, y, sample_weight=0 * weight, **options)
+    secret, zeros = fixed_secret(5), [np.zeros(v.shape, "float32") for v in variables]
+    nothing, moved = mechanism.ClippedSum(zeros, C, 0.0, 0.0, 0.0), 0
+    for step in range(4, 8):
+        seeds = [noise_seed(secret, step, i).view("int32") for i in range(len(zeros))]
+        noise = mechanism.noised_mean(nothing, 1.0, keras.ops.stack(seeds), 4.0)
+        moved = moved + np.concatenate([np.ravel(x) for x in noise])
+    found = np.concatenate([np.ravel(a - whole(v)) for v, a in zip(variables, before, strict=True)])
+    results["noise"] = moved
+    results["layout/error of noise"] = found - moved
+    if jax.process_count() > 1:
+        own = np.concatenate([np.ravel(whole(v)) for v in variables])
+        results["layout/difference"] = np.ptp(multihost_utils.process_allgather(own), axis=0)
+
+
+def resumed(results):
+    """Weights after private steps that were interrupted after three of four."""
+    x, y, weight = batch()
+    folder = f"{sys.argv[1]}.{backend.data_devices()}"
+    options = dict(batch_size=4, epochs=2, verbose=0, sample_weight=weight)
+    for callbacks in ([Stop()], []):
+        trained = private_model(rank=2)
+        checkpoint = TrainingCheckpoint(f"{folder}/checkpoint", save_freq=1)
+        with contextlib.suppress(KeyboardInterrupt):
+            trained.fit(x, y, callbacks=[checkpoint, *callbacks], **options)
+    for v in trained.trainable_variables:
+        results[f"trained/{v.path}"] = whole(v)
+    results["steps"] = np.array([count for _, count in trained.privacy.ledger.runs])
+
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.model.privacy.run.done == 4:
+            raise KeyboardInterrupt
+
+
+def ledger(results):
+    """The run as each process knows it, the file's content, and what parts of the rows are answered with."""
+    x, y, weight = batch()
+    options = dict(batch_size=4, epochs=1, verbose=0)
+    trained = private_model(rank=2, ledger=f"{sys.argv[1]}.{jax.process_index()}", seed=None)
+    trained.fit(x, y, sample_weight=weight, **options)
+    (run, count), *_ = trained.privacy.ledger.runs
+    name = np.frombuffer(bytes.fromhex(run.name), "uint8")
+    results["names"] = multihost_utils.process_allgather(name)
+    results["steps"] = multihost_utils.process_allgather(np.array(count))
+    found = [one for one in machine_ledger.read_runs() if one.run.name == run.name]
+    results["machine"] = np.array([one.steps for one in found])
+    own = np.arange(ROWS) % 2 == jax.process_index()
+    try:
+        trained.fit(jax.tree.map(lambda a: a[own], x), y[own], sample_weight=weight[own], **options)
+    except ValueError as error:
+        results["error"] = np.array(str(error))
+
+
 TASKS = {
+    "sums": sums,
+    "private": private,
+    "resumed": resumed,
+    "ledger": ledger,
     "full": full,
     "lora": lora,
     "qlora": lambda results: lora(results, quantized=True),

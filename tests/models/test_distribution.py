@@ -224,6 +224,7 @@ def work(folder, cases, devices, processes=1):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    environment["KERAS_VAULTGEMMA_HOME"] = str(folder / "home")
     if processes > 1:
         environment |= {
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
@@ -261,6 +262,25 @@ def one_process(tmp_path_factory, request):
 def two_processes(tmp_path_factory):
     cases = [f"{mesh}:full" for mesh in PROCESS_MESHES] + ["2x2:lora", "1x4:generate", "2x2:save"]
     return work(tmp_path_factory.mktemp("two"), cases, devices=2, processes=2)
+
+
+PRIVATE_MESHES = {"sums": ["2", "4", "8", "2x4"], "private": ["4", "2x2"], "resumed": ["2"]}
+PRIVATE_PROCESS_MESHES = ["4", "2x2"]
+
+
+@pytest.fixture(scope="module")
+def private_one_process(tmp_path_factory):
+    meshes = PRIVATE_MESHES.items()
+    cases = [f"{mesh}:{task}" for task, found in meshes for mesh in found]
+    cases += ["1:sums", "1:private"]
+    return work(tmp_path_factory.mktemp("private_one"), cases, devices=8)
+
+
+@pytest.fixture(scope="module")
+def private_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private_two")
+    cases = [f"{mesh}:private" for mesh in PRIVATE_PROCESS_MESHES]
+    return work(folder, [*cases, "4:ledger"], devices=2, processes=2), folder
 
 
 def assert_equal_to_one_device(results, mesh, task, alone):
@@ -344,3 +364,72 @@ def test_lora_factors_int8_scales_and_optimizer_state_are_divided(one_process):
         assert layouts[f"layout/{path}"] == axes
         for slot in ("momentum", "velocity", "gradient_accumulator"):
             assert layouts[f"layout/adam/{path.replace('/', '_')}_{slot}"] == axes
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh", PRIVATE_MESHES["sums"])
+def test_clipped_sums_equal_those_of_one_device(private_one_process, mesh):
+    alone, found = (private_one_process[f"{name}:sums"] for name in ("1", mesh))
+    assert found.keys() == alone.keys()
+    assert alone["full/clipped"] == 7 and 0 < alone["lora/clipped"] < 6
+    for name, parts in (("full", ["gradients"]), ("lora", ["gradients", "rests"])):
+        paths = [path for path in alone if path.startswith(f"{name}/gradients/")]
+        expected, sums = (
+            np.concatenate(
+                [
+                    sum(
+                        of[p.replace("gradients", part)].astype("float64") for part in parts
+                    ).ravel()
+                    for p in paths
+                ]
+            )
+            for of in (alone, found)
+        )
+        assert np.linalg.norm(sums - expected) < 1e-5 * np.linalg.norm(expected)
+        for statistic in ("loss", "clipped", "not_finite", "sensitivity"):
+            np.testing.assert_allclose(
+                found[f"{name}/{statistic}"], alone[f"{name}/{statistic}"], rtol=1e-5
+            )
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh", PRIVATE_MESHES["private"])
+def test_private_training_equals_that_on_one_device(private_one_process, mesh):
+    assert_equal_to_one_device(private_one_process, mesh, "private", private_one_process)
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh", ["1", *PRIVATE_MESHES["private"]])
+def test_noise_is_drawn_once(private_one_process, mesh):
+    found = private_one_process[f"{mesh}:private"]
+    assert found["noise"].std() == pytest.approx(1.0 / 4 * 4**0.5, rel=0.15)
+    np.testing.assert_allclose(found["layout/error of noise"], 0, atol=1e-5)
+
+
+@needs_jax
+def test_private_training_resumes_on_several_devices(private_one_process):
+    alone, found = private_one_process["1:private"], private_one_process["2:resumed"]
+    assert found.pop("steps").tolist() == [4, 1]  # the interrupted step counts twice
+    for name, value in found.items():
+        np.testing.assert_allclose(value, alone[name], atol=1e-5)
+
+
+@needs_jax
+@pytest.mark.parametrize("mesh", PRIVATE_PROCESS_MESHES)
+def test_private_training_in_two_processes(private_one_process, private_two_processes, mesh):
+    two, _ = private_two_processes
+    for name, value in private_one_process["1:private"].items():
+        if not name.startswith("layout/"):
+            np.testing.assert_allclose(two[f"{mesh}:private"][name], value, atol=1e-5)
+    np.testing.assert_allclose(two[f"{mesh}:private"]["layout/error of noise"], 0, atol=1e-5)
+    assert (two[f"{mesh}:private"]["layout/difference"] == 0).all()
+
+
+@needs_jax
+def test_the_first_process_plans_and_writes_and_all_know_the_run(private_two_processes):
+    two, folder = private_two_processes
+    found = two["4:ledger"]
+    assert (found["names"][0] == found["names"][1]).all()
+    assert found["steps"].ravel().tolist() == [2, 2] and found["machine"].tolist() == [2]
+    assert (folder / "results.npz.0").exists() and not (folder / "results.npz.1").exists()
+    assert "each process must be given all rows" in str(found["error"])

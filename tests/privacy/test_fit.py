@@ -24,7 +24,8 @@ from privacy_cases import (
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora, privacy
 from keras_vaultgemma.privacy import accounting, sampling
-from keras_vaultgemma.privacy.fit import _steps_within
+from keras_vaultgemma.privacy import fit as private_fit
+from keras_vaultgemma.privacy.budget import steps_within
 from keras_vaultgemma.privacy.ledger import FILE, preset_ledger, read_ledger
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 from keras_vaultgemma.recipes.convert import convert
@@ -137,10 +138,10 @@ def test_the_rest_of_a_budget_can_be_used():
 @pytest.mark.parametrize("limit, expected", [(0.0, 0), (1e9, 7)])
 def test_steps_within_a_limit(limit, expected):
     steps = accounting.Steps(7, 100, 0.1, None, 1.0)
-    assert _steps_within(limit, [], steps, 1e-5) == expected
+    assert steps_within(limit, [], steps, 1e-5) == expected
     for count in (1, 3, 6):
         exact = accounting.epsilon([steps._replace(count=count)], 1e-5)
-        assert _steps_within(exact, [], steps, 1e-5) == count
+        assert steps_within(exact, [], steps, 1e-5) == count
 
 
 @pytest.mark.every_backend
@@ -249,17 +250,19 @@ def test_ids_are_recognised_with_any_dtype_and_weights():
     assert len(model.privacy.ledger.spent()) == 2
 
 
-def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path):
+def test_a_budget_is_not_spent_by_two_runs_at_once(tmp_path, monkeypatch):
     path, model = tmp_path / FILE, language_model(4, dpsgd=dict(ledger=tmp_path / FILE))
-    prepare = model.private_training.prepare
+    plan_run = private_fit.plan_run
 
-    def after_another_run(*args):
+    def before_another_run(*args, **kwargs):
+        planned = plan_run(*args, **kwargs)
+        monkeypatch.setattr(private_fit, "plan_run", plan_run)
         other = language_model(4)
         fit(other)
         OpenRun(path, other.privacy.ledger.runs[0][0], other.privacy.ledger).close()
-        prepare(*args)
+        return planned
 
-    model.private_training.prepare = after_another_run
+    monkeypatch.setattr(private_fit, "plan_run", before_another_run)
     message = "must have one writer. Received: a run that began while this one was planned"
     with pytest.raises(ValueError, match=message):
         fit(model)

@@ -56,9 +56,7 @@ def test_the_sum_carries_its_sensitivity():
 
 @pytest.mark.parametrize("name", ["full", "LoRA"])
 def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
-    monkeypatch.setattr(
-        mechanism, "sum_rounding", lambda rows, size: 0.0
-    )  # ρ depends on the capacity
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda *sizes: 0.0)  # ρ depends on the capacity
     model, rows = private_model(**MODELS[name]), some_rows(6)  # a sum without ρ of its own
     for size in (1, 4) if name == "LoRA" else (1,):
         few, cut = (

@@ -167,14 +167,16 @@ def test_errors(changes, message):
     assert str(error.value) == message
 
 
-def batches(first_step=0, max_batch_size=12, microbatch=5):
+def batches(first_step=0, max_batch_size=12, microbatch=5, **devices):
     x = {
         "token_ids": np.arange(1, 41)[:, None].repeat(3, 1),
         "padding_mask": np.ones((40, 3), "int32"),
     }
     rows = (x, np.arange(1, 41), np.full(40, 0.5, "float32"))
     steps = Steps(0, 40, 0.2, max_batch_size, 1.5)
-    return PrivateBatches(rows, steps, 50, 2, microbatch, SECRET, first_step, "aaaaaaaa:01", 3)
+    return PrivateBatches(
+        rows, steps, 50, 2, microbatch, SECRET, first_step, "aaaaaaaa:01", 3, **devices
+    )
 
 
 def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
@@ -190,9 +192,9 @@ def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
         ).all()
         assert (step["sample_weight"] == 0.5 * (y > 0)).all()
         seeds = [noise_seed(SECRET, 7 + i, variable) for variable in (0, 1)]
-        np.testing.assert_array_equal(step["noise_seeds"].view("uint32"), seeds)
+        np.testing.assert_array_equal(step["noise_seeds"].view("uint32"), [seeds])
         seeds = [layer_seed(SECRET, 7 + i, layer) for layer in range(4)]
-        np.testing.assert_array_equal(step["layer_seeds"], seeds)
+        np.testing.assert_array_equal(step["layer_seeds"], [seeds])
         assert step["noise_multiplier"] == [np.float32(1.5)] and step["expected_rows"] == [8]
 
 
@@ -206,8 +208,34 @@ def test_the_number_of_batches_may_change_when_a_run_resumes():
 
 def test_no_seed_of_a_run_is_used_twice():
     data = batches()
-    assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["noise_seeds"]}) == 100
-    assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["layer_seeds"]}) == 200
+    assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["noise_seeds"][0]}) == 100
+    assert len({seed.tobytes() for i in range(50) for seed in data[i][2]["layer_seeds"][0]}) == 200
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_get_equal_parts_with_equal_noise_and_dropout_of_their_own(devices):
+    alone, data = batches(microbatch=1), batches(microbatch=1, devices=devices)
+    assert data.capacity == 12
+    for i in range(50):
+        (_, rows, one), (x, y, step) = alone[i], data[i]
+        parts = y.reshape(devices, -1)
+        assert sorted(y) == sorted(rows) and (x["token_ids"] == y[:, None]).all()
+        assert step["count"].tolist() == [(part > 0).sum() for part in parts]
+        assert np.ptp(step["count"]) <= 1 and all(
+            (np.diff(part > 0, prepend=True) == 0).sum() >= 0 for part in parts
+        )
+        assert (step["sample_weight"] == 0.5 * (y > 0)).all()
+        for name in ("noise_seeds", "noise_multiplier", "expected_rows"):
+            np.testing.assert_array_equal(step[name], np.repeat(one[name], devices, axis=0))
+        np.testing.assert_array_equal(step["layer_seeds"][:1], one["layer_seeds"])
+        assert len({seed.tobytes() for part in step["layer_seeds"] for seed in part}) == 4 * devices
+
+
+def test_a_process_gets_the_parts_of_its_devices():
+    whole, own = batches(devices=4)[3], batches(devices=4, own_parts=[2, 3])[3]
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_array_equal(a[len(a) // 2 :], b), whole, own
+    )
 
 
 def test_a_batch_is_a_function_of_its_index():

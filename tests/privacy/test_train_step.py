@@ -73,7 +73,7 @@ def test_a_small_run_sums_plainly(monkeypatch):
     """The number of rows is known while the step is compiled, also on TensorFlow, whose batches do not tell it."""
     seen, rounding = [], mechanism.sum_rounding
     monkeypatch.setattr(
-        mechanism, "sum_rounding", lambda rows, size: seen.append(rows) or rounding(rows, size)
+        mechanism, "sum_rounding", lambda rows, *sizes: seen.append(rows) or rounding(rows, *sizes)
     )
     fit(language_model(4))
     assert set(seen) == {min(max_batch_size(1.0), ROWS)}
@@ -209,7 +209,7 @@ def test_dropout_follows_the_seeds_of_the_step():
     for seed in (1, 2, 1):
         backend.seed_global_generator(seed)
         seeds = ops.convert_to_tensor(
-            np.full((len(model.private_training.seeds), 2), seed, "int32")
+            np.full((1, len(model.private_training.seeds), 2), seed, "int32")
         )
         clipped, _ = model.private_training.clipped_sum(
             rows, ops.convert_to_tensor(np.int32(1)), seeds
@@ -273,7 +273,7 @@ def test_evaluation_has_no_metrics_of_training():
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.first_backend), 5])
 def test_microbatches_change_nothing(size, monkeypatch):
     """Except for rounding, and for Bmax, which no batch of these runs reaches."""
-    monkeypatch.setattr(mechanism, "sum_rounding", lambda rows, size: 0.0)
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda *sizes: 0.0)
     models = [language_model(4, dpsgd=dict(microbatch_size=m)) for m in (1, size)]
     for model in models:
         for v in model.trainable_variables:
