@@ -51,7 +51,7 @@ class LossDistribution(NamedTuple):
         return (self.start + np.arange(len(self.probabilities))) * self.interval
 
 
-def epsilon(parts, delta):
+def epsilon(parts, delta, tilt=None):
     """Return the smallest ε at which the composition's δ(ε) is at most `delta`, rounded up.
 
     Args:
@@ -73,7 +73,8 @@ def epsilon(parts, delta):
         """Return the ε at which the Chernoff bound E[e^(λ (loss - ε))] of δ(ε) is `delta`."""
         return (sum(c.value(tilt) for c in cumulants) - math.log(delta)) / tilt
 
-    tilt = _minimiser(bound, 1 / parts[0][0].interval)
+    if tilt is None:
+        tilt = minimiser(bound, 1 / parts[0][0].interval)
     centre = bound(tilt)
     losses, upper, lower = _tails(parts, cumulants, tilt, centre)
     # δ(ε) = upper - e^(ε - centre) lower, for ε between a loss of the grid and the one before it.
@@ -88,7 +89,7 @@ def epsilon(parts, delta):
     return max(0.0, centre + math.log((upper[last] - delta) / lower[last]))
 
 
-def delta(parts, epsilon):
+def delta(parts, epsilon, tilt=None):
     """Return the composition's δ(ε), rounded up.
 
     Args:
@@ -106,7 +107,8 @@ def delta(parts, epsilon):
         """Return the logarithm of the Chernoff bound of δ(ε)."""
         return sum(c.value(tilt) for c in cumulants) - tilt * epsilon
 
-    tilt = _minimiser(bound, 1 / parts[0][0].interval)
+    if tilt is None:
+        tilt = minimiser(bound, 1 / parts[0][0].interval)
     losses, upper, lower = _tails(parts, cumulants, tilt, epsilon)
     above = np.searchsorted(losses, epsilon, side="right")
     if above == len(losses):
@@ -143,13 +145,13 @@ class _Cumulants:
         return self.count * float(probabilities @ (self.losses - probabilities @ self.losses) ** 2)
 
 
-def _minimiser(function, largest):
+def minimiser(function, largest, halvings=32):
     """Return the minimiser of a unimodal function on (0, largest], to about 1 %.
 
     Every tilt gives the same convolution, and this one has the smallest error. A tilt beyond
     1 / interval would resolve losses more finely than the grid does.
     """
-    candidates = largest / 2.0 ** np.arange(32)
+    candidates = largest / 2.0 ** np.arange(halvings)
     best = candidates[int(np.argmin([function(x) for x in candidates]))]
     low, high = best / 2, min(largest, best * 2)
     for _ in range(12):
