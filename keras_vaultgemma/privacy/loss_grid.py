@@ -82,16 +82,18 @@ class _Composition:
     def largest_tilt(self):
         return 64 / self.deviation
 
-    def interval(self, tilt, increase):
-        """Return the largest 2^k that raises `cumulant(tilt)` by at most `increase`."""
-        width = max(
-            float(losses[logs > -np.inf].max() - losses[logs > -np.inf].min())
-            for losses, logs, _ in self.steps
-        )
-        smallest = max(
+    def smallest(self, tilt):
+        """Return the smallest interval of a grid that is not too large."""
+        widths = [losses[np.isfinite(logs)] for losses, logs, _ in self.steps]
+        width = max(float(losses.max() - losses.min()) for losses in widths)
+        return max(
             width / LARGEST_STEP, 20 * math.sqrt(self.variance(tilt)) / LARGEST_COMPOSITION
         )
-        exponent = math.floor(math.log2(min(1.0, width / 4)))
+
+    def interval(self, tilt, increase):
+        """Return the largest 2^k that raises `cumulant(tilt)` by at most `increase`."""
+        smallest = self.smallest(tilt)
+        exponent = math.floor(min(0.0, math.log2(smallest * LARGEST_STEP / 4)))
         while 2.0 ** (exponent - 1) >= smallest and self.increase(2.0**exponent, tilt) > increase:
             exponent -= 1
         return 2.0**exponent
@@ -135,15 +137,21 @@ def epsilon(runs, delta):
 
 
 def _epsilon(losses, tilt, bound, delta):
+    """Return the ε of losses in one direction, whose Chernoff bound is `bound` at `tilt`."""
+
+    def on_grid(interval):
+        return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt)
+
     interval, found = math.inf, bound
-    while True:
-        finer = losses.interval(tilt, TOLERANCE * found * tilt)
-        if finer >= interval:
-            return found
-        interval = finer
-        found = loss_distribution.epsilon(losses.on_grid(interval), delta, tilt)
-        if found == 0:
-            return found
+    # The first grid is chosen by the bound, the next one by the ε that was found.
+    while found and (finer := losses.interval(tilt, TOLERANCE * found * tilt)) < interval:
+        interval, found = finer, on_grid(finer)
+    # The bound says little about an ε far below it: halve the interval until that changes nothing.
+    coarser = math.inf if found < bound / 4 else found
+    while coarser > found * (1 + 2 * TOLERANCE) and interval / 2 >= losses.smallest(tilt):
+        interval /= 2
+        coarser, found = found, on_grid(interval)
+    return found
 
 
 def delta(runs, epsilon):
