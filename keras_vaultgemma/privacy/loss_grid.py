@@ -22,12 +22,22 @@ from keras_vaultgemma.privacy import loss_distribution, step_loss
 from keras_vaultgemma.privacy.loss_distribution import minimiser
 
 TOLERANCE = 1e-3
-"""Largest relative increase of ε, or of δ, by the grid, unless the grid would be too large."""
+"""Relative increase of ε by the grid, about, unless the grid would be too large."""
+DELTA_TOLERANCE = 1e-2
+"""Relative increase of δ at a given ε by the grid, about, unless the grid would be too large."""
 
 LARGEST_STEP = 2**18
 """Largest number of losses of a step."""
 LARGEST_COMPOSITION = 2**21
 """Largest number of losses of all steps, approximately."""
+
+FAR = 8.0
+"""Largest logarithm of the Chernoff bound's ratio to δ for which the tilt is not improved."""
+
+HALVINGS = 48
+"""Range of the tilts that are tried, as a power of 2."""
+
+SMALLEST_TAIL = 1e-280
 
 TAIL_SHARE = 1e-4
 """Share of δ that may come from the losses of steps that are rounded to infinity."""
@@ -45,7 +55,8 @@ class _Composition:
             losses, masses = (nodes.losses, nodes.p) if direction == 0 else (-nodes.losses, nodes.q)
             with np.errstate(divide="ignore"):
                 self.steps.append((losses, np.log(masses), count))
-        self.deviation = math.sqrt(self.variance(0.0))
+        # Beyond what a normal loss needs for δ = e^-2000.
+        self.largest_tilt = 64 / math.sqrt(self.variance(0.0))
 
     def tilted(self, losses, logs, tilt):
         """Return the cumulant K(tilt) of one loss, and its tilted probabilities."""
@@ -79,8 +90,14 @@ class _Composition:
             total += count * math.log1p(max(0.0, float(probabilities @ ratio)))
         return total
 
-    def largest_tilt(self):
-        return 64 / self.deviation
+    def log_delta(self, tilt, epsilon):
+        """Return the logarithm of the Chernoff bound of δ(ε)."""
+        factor = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)
+        return self.cumulant(tilt) + factor - tilt * epsilon
+
+    def best_tilt(self, epsilon):
+        """Return the tilt with the smallest Chernoff bound of δ(ε)."""
+        return minimiser(lambda t: self.log_delta(t, epsilon), self.largest_tilt, HALVINGS)
 
     def smallest(self, tilt):
         """Return the smallest interval of a grid that is not too large."""
@@ -115,40 +132,55 @@ def epsilon(runs, delta):
     """
     if not runs:
         return 0.0
-    tail = _tail(delta, runs)
     log_delta = math.log(delta * (1 - 10 * TAIL_SHARE))
     both = []
     for direction in (0, 1):
-        losses = _Composition(runs, direction, tail)
+        losses = _Composition(runs, direction, _tail(delta, runs))
 
         def bound(tilt, losses=losses):
-            factor = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)
-            return (losses.cumulant(tilt) + factor - log_delta) / tilt
+            return (losses.log_delta(tilt, 0.0) - log_delta) / tilt
 
-        tilt = minimiser(bound, losses.largest_tilt(), 48)
+        tilt = minimiser(bound, losses.largest_tilt, HALVINGS)
         both.append((bound(tilt), tilt, losses))
     both.sort(key=lambda item: item[0], reverse=True)
     result = 0.0
     for bound, tilt, losses in both:
-        # Then the other direction has the larger ε, whatever the grid.
         if bound > result:
-            result = max(result, _epsilon(losses, tilt, bound, delta))
+            result = max(result, _epsilon(losses, tilt, bound, delta, result))
     return result
 
 
-def _epsilon(losses, tilt, bound, delta):
-    """Return the ε of losses in one direction, whose Chernoff bound is `bound` at `tilt`."""
+def _epsilon(losses, tilt, bound, delta, known):
+    """Return the ε of losses in one direction, or any upper bound of it up to `known`.
+
+    Args:
+        losses: `_Composition`.
+        tilt, bound: floats. The tilt with the smallest Chernoff bound of ε, and that bound.
+        delta: float in (0, 1).
+        known: float. ε of the other direction, or 0. A smaller one needs no finer grid.
+    """
 
     def on_grid(interval):
         return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt)
 
-    interval, found = math.inf, bound
-    # The first grid is chosen by the bound, the next one by the ε that was found.
-    while found and (finer := losses.interval(tilt, TOLERANCE * found * tilt)) < interval:
+    interval = losses.interval(tilt, TOLERANCE * bound * tilt)
+    found = on_grid(interval)
+    if found > known and losses.log_delta(tilt, found) > math.log(delta) + FAR:
+        # The best tilt for the bound's ε is a bad one for an ε far below it.
+        tilt = losses.best_tilt(found)
+        found = min(found, on_grid(interval))
+    while found > known and losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt:
+        finer = losses.interval(tilt, TOLERANCE * found * tilt)
+        if finer == interval:
+            break
         interval, found = finer, on_grid(finer)
-    # The bound says little about an ε far below it: halve the interval until that changes nothing.
+    # Far above ε the bound says little about it: halve until that changes nothing.
     coarser = math.inf if found < bound / 4 else found
-    while coarser > found * (1 + 2 * TOLERANCE) and interval / 2 >= losses.smallest(tilt):
+    while (
+        found > known
+        and coarser > found * (1 + 2 * TOLERANCE)
+        and interval / 2 >= losses.smallest(tilt)
+    ):
         interval /= 2
         coarser, found = found, on_grid(interval)
     return found
@@ -163,23 +195,27 @@ def delta(runs, epsilon):
     """
     if not runs:
         return 0.0
-    return max(_delta(runs, direction, epsilon) for direction in (0, 1))
+    # δ(0) is the total variation distance, which is the same in both directions.
+    directions = (0, 1) if epsilon > 0 else (0,)
+    return max(_delta(runs, direction, epsilon) for direction in directions)
 
 
 def _delta(runs, direction, epsilon):
-    found = 1e-6
-    while True:
-        tail = _tail(found, runs)
+    """Return δ(ε) of losses in one direction."""
+    found, tail = 1e-4, math.inf
+    while tail > (tail := _tail(found, runs)):
         losses = _Composition(runs, direction, tail)
-        tilt = minimiser(lambda t: losses.cumulant(t) - t * epsilon, losses.largest_tilt(), 48)
-        tilt = max(tilt, 1 / losses.deviation)
-        grid = losses.on_grid(losses.interval(tilt, TOLERANCE))
-        found = loss_distribution.delta(grid, epsilon, tilt)
-        if tail <= _tail(found, runs) or found < 1e-280:
-            return found
+        tilt = losses.best_tilt(epsilon)
+        interval, coarser, found = 2 * losses.interval(tilt, DELTA_TOLERANCE), math.inf, 1.0
+        while coarser > found * (1 + DELTA_TOLERANCE) and interval / 2 >= losses.smallest(tilt):
+            interval /= 2
+            coarser = found
+            found = loss_distribution.delta(losses.on_grid(interval), epsilon, tilt)
+    return found
 
 
 def _tail(delta, runs):
     """Return the largest power of 1000 that keeps infinite losses below `TAIL_SHARE` of `delta`."""
     steps = sum(count for _, count in runs)
-    return max(1e-300, 1000.0 ** math.floor(math.log(TAIL_SHARE * delta / steps, 1000)))
+    share = max(SMALLEST_TAIL, TAIL_SHARE * delta / steps)
+    return 1000.0 ** math.floor(math.log(share, 1000))

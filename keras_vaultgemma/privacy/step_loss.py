@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_vaultgemma.privacy.loss_distribution import LossDistribution
+from keras_vaultgemma.privacy.loss_distribution import LARGEST_EXPONENT, LossDistribution
 
 NODES = 8
 """Nodes of a panel. With these panels the relative error of a probability is about 1e-14."""
@@ -65,6 +65,8 @@ class Pair(NamedTuple):
         q, u = self.probability, (2 * x - 1) / (2 * self.deviation**2)
         if q == 1:
             return u
+        if u.max() < LARGEST_EXPONENT:
+            return np.log1p(q * np.expm1(u))
         small = np.log1p(q * np.expm1(np.minimum(u, 1)))
         large = u + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(u, 1)))
         return np.where(u < 1, small, large)
