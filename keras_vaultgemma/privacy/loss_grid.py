@@ -132,8 +132,9 @@ def epsilon(runs, delta):
     """
     if not runs:
         return 0.0
-    log_delta = math.log(delta * (1 - 10 * TAIL_SHARE))
-    both = []
+    # The finite losses may use all of δ but what the infinite ones do.
+    log_delta = math.log(delta * (1 - 2 * TAIL_SHARE))
+    result, interval = 0.0, math.inf
     for direction in (0, 1):
         losses = _Composition(runs, direction, _tail(delta, runs))
 
@@ -141,29 +142,28 @@ def epsilon(runs, delta):
             return (losses.log_delta(tilt, 0.0) - log_delta) / tilt
 
         tilt = minimiser(bound, losses.largest_tilt, HALVINGS)
-        both.append((bound(tilt), tilt, losses))
-    both.sort(key=lambda item: item[0], reverse=True)
-    result = 0.0
-    for bound, tilt, losses in both:
-        if bound > result:
-            result = max(result, _epsilon(losses, tilt, bound, delta, result))
+        # Otherwise this direction has the smaller ε.
+        if bound(tilt) > result:
+            found, interval = _epsilon(losses, tilt, bound(tilt), delta, result, interval)
+            result = max(result, found)
     return result
 
 
-def _epsilon(losses, tilt, bound, delta, known):
-    """Return the ε of losses in one direction, or any upper bound of it up to `known`.
+def _epsilon(losses, tilt, bound, delta, known, interval):
+    """Return the ε of losses in one direction and the interval of the grid that it needed.
 
     Args:
         losses: `_Composition`.
         tilt, bound: floats. The tilt with the smallest Chernoff bound of ε, and that bound.
         delta: float in (0, 1).
-        known: float. ε of the other direction, or 0. A smaller one needs no finer grid.
+        known: float. ε of the other direction, or 0. An upper bound up to `known` is good enough.
+        interval: float. Interval of the other direction's grid, or infinity.
     """
 
     def on_grid(interval):
         return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt)
 
-    interval = losses.interval(tilt, TOLERANCE * bound * tilt)
+    interval = min(interval, losses.interval(tilt, TOLERANCE * bound * tilt))
     found = on_grid(interval)
     if found > known and losses.log_delta(tilt, found) > math.log(delta) + FAR:
         # The best tilt for the bound's ε is a bad one for an ε far below it.
@@ -171,7 +171,7 @@ def _epsilon(losses, tilt, bound, delta, known):
         found = min(found, on_grid(interval))
     while found > known and losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt:
         finer = losses.interval(tilt, TOLERANCE * found * tilt)
-        if finer == interval:
+        if finer >= interval:
             break
         interval, found = finer, on_grid(finer)
     # Far above ε the bound says little about it: halve until that changes nothing.
@@ -183,7 +183,7 @@ def _epsilon(losses, tilt, bound, delta, known):
     ):
         interval /= 2
         coarser, found = found, on_grid(interval)
-    return found
+    return found, interval
 
 
 def delta(runs, epsilon):

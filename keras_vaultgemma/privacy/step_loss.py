@@ -37,8 +37,10 @@ import numpy as np
 
 from keras_vaultgemma.privacy.loss_distribution import LARGEST_EXPONENT, LossDistribution
 
-NODES = 8
-"""Nodes of a panel. With these panels the relative error of a probability is about 1e-14."""
+NODES = (8, 4)
+"""Nodes of a wide panel and of one of at most `NARROW` of its width. With these numbers the relative
+error of a probability is about 1e-14."""
+NARROW = 1 / 16
 
 
 class Pair(NamedTuple):
@@ -152,9 +154,21 @@ class Quadrature(NamedTuple):
 
 
 @functools.cache
-def _gauss_legendre():
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+def _gauss_legendre(count):
+    nodes, weights = np.polynomial.legendre.leggauss(count)
     return (nodes + 1) / 2, weights / 2
+
+
+def _nodes(edges, narrow):
+    """Return the nodes of the panels between `edges`, and their weights, which are lengths."""
+    widths = np.diff(edges)
+    x, weights = [], []
+    for count, chosen in zip(NODES, (widths > narrow, widths <= narrow), strict=True):
+        nodes, shares = _gauss_legendre(count)
+        width = widths[chosen, None]
+        x.append((edges[:-1][chosen, None] + width * nodes).ravel())
+        weights.append((width * shares).ravel())
+    return np.concatenate(x), np.concatenate(weights)
 
 
 def pairs(rows, sampling_probability, max_batch_size, noise_multiplier):
@@ -187,7 +201,6 @@ def quadrature(parts, tail, interval=None):
         interval: float or None. Interval of the grid whose cells the panels are part of. None
             stands for no grid.
     """
-    nodes, weights = _gauss_legendre()
     losses, p, q = [], [], []
     above, below = np.zeros(2), np.zeros(2)
     for pair in parts:
@@ -201,13 +214,11 @@ def quadrature(parts, tail, interval=None):
             first, last = (math.floor(pair.loss(np.array(x)) / interval) for x in (low, high))
             cells = pair.points(np.arange(first + 1, last + 1) * interval)
             edges = np.sort(np.concatenate([edges, cells[(cells > low) & (cells < high)]]))
-        widths = np.diff(edges)[:, None]
-        x = (edges[:-1, None] + widths * nodes).ravel()
-        size = pair.weight * (widths * weights).ravel()
+        x, weights = _nodes(edges, panel * NARROW)
         densities = pair.densities(x)
         losses.append(pair.loss(x))
-        p.append(size * densities[0])
-        q.append(size * densities[1])
+        p.append(pair.weight * weights * densities[0])
+        q.append(pair.weight * weights * densities[1])
         above += pair.weight * np.array(pair.above(high))
         below += pair.weight * np.array(pair.below(low))
     return Quadrature(
