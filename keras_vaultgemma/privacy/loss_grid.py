@@ -169,20 +169,24 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
         # The best tilt for the bound's ε is a bad one for an ε far below it.
         tilt = losses.best_tilt(found)
         found = min(found, on_grid(interval))
+    error = math.inf if found < bound / 4 else 0.0
     while found > known and losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt:
         finer = losses.interval(tilt, TOLERANCE * found * tilt)
         if finer >= interval:
             break
-        interval, found = finer, on_grid(finer)
-    # Far above ε the bound says little about it: halve until that changes nothing.
-    coarser = math.inf if found < bound / 4 else found
+        finer_found = on_grid(finer)
+        # The error is proportional to the interval or to a higher power of it.
+        error = min(error, (found - finer_found) / (interval / finer - 1))
+        interval, found = finer, finer_found
+    # For an ε far below its bound, `increase` is too small: halve until ε does not change either.
     while (
         found > known
-        and coarser > found * (1 + 2 * TOLERANCE)
+        and error > 2 * TOLERANCE * found
         and interval / 2 >= losses.smallest(tilt)
     ):
         interval /= 2
         coarser, found = found, on_grid(interval)
+        error = coarser - found
     return found, interval
 
 
