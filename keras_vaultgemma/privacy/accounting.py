@@ -164,7 +164,7 @@ def epsilon(runs: Sequence[Steps], delta: float) -> float:
 
     Raises:
         ValueError: If an argument is out of range.
-        ImportError: If dp-accounting is not installed.
+        ImportError: If batches are truncated and SciPy is not installed.
 
     Example:
 
@@ -197,7 +197,7 @@ def delta(runs: Sequence[Steps], epsilon: float) -> float:
 
     Raises:
         ValueError: If an argument is out of range.
-        ImportError: If dp-accounting is not installed.
+        ImportError: If batches are truncated and SciPy is not installed.
     """
     check_number("epsilon", epsilon, minimum=0)
     return loss_grid.delta(_losses(runs), epsilon)
@@ -223,11 +223,12 @@ def check_steps(steps):
     check_integer("rows", steps.rows)
     check_integer("max_batch_size", steps.max_batch_size, allow_none=True)
     check_number("sampling_probability", steps.sampling_probability, above=0, maximum=1)
-    check_number("noise_multiplier", steps.noise_multiplier, minimum=SMALLEST_NOISE)
+    check_number("noise_multiplier", steps.noise_multiplier, above=0)
 
 
 def _losses(runs):
     """Return the privacy losses of `runs` and their numbers, as `loss_grid` takes them."""
     for steps in runs:
+        check_number("noise_multiplier", steps.noise_multiplier, minimum=SMALLEST_NOISE)
         check_steps(steps)
     return [(step_loss.pairs(*steps[1:]), steps.count) for steps in runs if steps.count]

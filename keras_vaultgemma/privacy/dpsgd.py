@@ -69,7 +69,7 @@ class DPSGD:
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5). A warning says if N δ is above 0.5.
         clip_norm: float from 1e-8 to 1e8. The norm C that gradients are clipped to. Outside this
             range squares of float32 numbers underflow or overflow. Defaults to 1.
-        noise_multiplier: float above 0. The noise multiplier σ.
+        noise_multiplier: float, 0.01 or more. The noise multiplier σ.
         unit: string, "row" or "sequence". Defaults to "row".
         microbatch_size: int or None. Rows that are computed together. More than 1 requires that the
             model computes each of them separately, as it does with LoRA on projections and the
@@ -127,7 +127,8 @@ class DPSGD:
         check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
         largest = accounting.LARGEST_EPSILON
         check_number("epsilon", epsilon, above=0, maximum=largest, allow_none=True)
-        check_number("noise_multiplier", noise_multiplier, above=0, allow_none=True)
+        smallest = accounting.SMALLEST_NOISE
+        check_number("noise_multiplier", noise_multiplier, minimum=smallest, allow_none=True)
         check_number("clip_norm", clip_norm, minimum=CLIP_NORMS[0], maximum=CLIP_NORMS[1])
         if delta is not None:
             accounting.check_delta(delta)

@@ -55,8 +55,9 @@ class _Composition:
             losses, masses = (nodes.losses, nodes.p) if direction == 0 else (-nodes.losses, nodes.q)
             with np.errstate(divide="ignore"):
                 self.steps.append((losses, np.log(masses), count))
-        # Beyond what a normal loss needs for δ = e^-2000.
-        self.largest_tilt = 64 / math.sqrt(self.variance(0.0))
+        # Beyond what a normal loss needs for δ = e^-2000. The loss may be all but constant.
+        largest = max(float(np.abs(losses).max()) for losses, _, _ in self.steps)
+        self.largest_tilt = 64 / max(math.sqrt(self.variance(0.0)), 1e-12 * largest)
 
     def tilted(self, losses, logs, tilt):
         """Return the cumulant K(tilt) of one loss, and its tilted probabilities."""
@@ -103,9 +104,7 @@ class _Composition:
         """Return the smallest interval of a grid that is not too large."""
         widths = [losses[np.isfinite(logs)] for losses, logs, _ in self.steps]
         width = max(float(losses.max() - losses.min()) for losses in widths)
-        return max(
-            width / LARGEST_STEP, 20 * math.sqrt(self.variance(tilt)) / LARGEST_COMPOSITION
-        )
+        return max(width / LARGEST_STEP, 20 * math.sqrt(self.variance(tilt)) / LARGEST_COMPOSITION)
 
     def interval(self, tilt, increase):
         """Return the largest 2^k that raises `cumulant(tilt)` by at most `increase`."""
@@ -169,7 +168,7 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
         # The best tilt for the bound's ε is a bad one for an ε far below it.
         tilt = losses.best_tilt(found)
         found = min(found, on_grid(interval))
-    error = math.inf if found < bound / 4 else 0.0
+    error = math.inf if found < bound / 2 else 0.0
     while found > known and losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt:
         finer = losses.interval(tilt, TOLERANCE * found * tilt)
         if finer >= interval:
@@ -179,11 +178,7 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
         error = min(error, (found - finer_found) / (interval / finer - 1))
         interval, found = finer, finer_found
     # For an ε far below its bound, `increase` is too small: halve until ε does not change either.
-    while (
-        found > known
-        and error > 2 * TOLERANCE * found
-        and interval / 2 >= losses.smallest(tilt)
-    ):
+    while found > known and error > 2 * TOLERANCE * found and interval / 2 >= losses.smallest(tilt):
         interval /= 2
         coarser, found = found, on_grid(interval)
         error = coarser - found
