@@ -55,7 +55,7 @@ class LossDistribution(NamedTuple):
         return (self.start + np.arange(len(self.probabilities))) * self.interval
 
 
-def epsilon(parts, delta, tilt=None):
+def epsilon(parts, delta, tilt=None, largest=math.inf):
     """Return the smallest ε at which the composition's δ(ε) is at most `delta`, rounded up.
 
     Args:
@@ -65,6 +65,8 @@ def epsilon(parts, delta, tilt=None):
         tilt: float above 0 or None. λ. Any value yields an upper bound of ε, which is close if the
             Chernoff bound of δ(ε) is within a factor of 1e6 or so. None stands for the value with
             the smallest Chernoff bound of ε.
+        largest: float. An upper bound of ε that is known. Defaults to infinity. The result is not
+            far more than `LARGEST_EXPONENT` below it.
 
     Returns:
         float, 0 or more; infinity if infinite losses alone have a probability of `delta` or more.
@@ -83,7 +85,7 @@ def epsilon(parts, delta, tilt=None):
     if tilt is None:
         tilt = minimiser(bound, 1 / parts[0][0].interval)
     chernoff = bound(tilt)
-    losses, upper, lower, centre = _tails(parts, cumulants, tilt, chernoff)
+    losses, upper, lower, centre = _tails(parts, cumulants, tilt, min(chernoff, largest))
     # δ(ε) = upper - e^(ε - centre) lower, for ε between a loss of the grid and the one before it.
     before = losses - parts[0][0].interval
     before = before[before < centre]
@@ -193,7 +195,10 @@ def _tails(parts, cumulants, tilt, centre):
     steps = [2.0**k / deviation for k in range(-4, 6)]
     up = min((sum(c.value(tilt + s) for c in cumulants) - total + TAIL) / s for s in steps)
     down = max((total - sum(c.value(tilt - s) for c in cumulants) - TAIL) / s for s in steps)
-    first, last = math.floor(down / interval), math.ceil(up / interval)
+    start = sum(count * part.start for part, count in parts)
+    end = sum(count * (part.start + len(part.probabilities) - 1) for part, count in parts)
+    first = max(start, min(end, math.floor(down / interval)))
+    last = min(end, max(start, math.ceil(up / interval)))
     size = _fft_length(max(last - first + 1, *(len(part.probabilities) for part, _ in parts)))
     centre = min(centre, last * interval)
     # Cut off where the factors would overflow; such losses are far below the centre and do not
@@ -205,7 +210,6 @@ def _tails(parts, cumulants, tilt, centre):
     transform = 1.0
     for (_, count), c in zip(parts, cumulants, strict=True):
         transform = transform * _power(np.fft.rfft(c.tilted(tilt), size), count)
-    start = sum(count * part.start for part, count in parts)
     indices = np.arange(first, last + 1)
     tilted = np.maximum(np.fft.irfft(transform, size)[(indices - start) % size], 0)
     losses = indices * interval

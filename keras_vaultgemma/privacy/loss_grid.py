@@ -19,7 +19,7 @@ import math
 import numpy as np
 
 from keras_vaultgemma.privacy import loss_distribution, step_loss
-from keras_vaultgemma.privacy.loss_distribution import minimiser
+from keras_vaultgemma.privacy.loss_distribution import LARGEST_EXPONENT, minimiser
 
 TOLERANCE = 1e-3
 """Relative increase of ε by the grid, about, unless the grid would be too large."""
@@ -34,10 +34,17 @@ LARGEST_COMPOSITION = 2**21
 FAR = 8.0
 """Largest logarithm of the Chernoff bound's ratio to δ for which the tilt is not improved."""
 
+NO_PRIVACY = 1000.0
+"""An ε that needs no finer grid than the one that its Chernoff bound suggests."""
+
+SMALLEST_DELTA = 1e-30
+"""A δ below this is rounded up to its Chernoff bound."""
+
 HALVINGS = 48
 """Range of the tilts that are tried, as a power of 2."""
 
 SMALLEST_TAIL = 1e-280
+SMALLEST_INTERVAL = 1e-100
 
 TAIL_SHARE = 1e-4
 """Share of δ that may come from the losses of steps that are rounded to infinity."""
@@ -49,15 +56,18 @@ class _Composition:
     def __init__(self, runs, direction, tail):
         """Create from a list of `(pairs, count)`; `direction` 0 is P against Q, 1 the reverse."""
         self.runs, self.direction, self.tail = runs, direction, tail
-        self.steps = []
+        self.steps, self.infinite = [], 0.0
         for pairs, count in runs:
             nodes = step_loss.quadrature(pairs, tail)
             losses, masses = (nodes.losses, nodes.p) if direction == 0 else (-nodes.losses, nodes.q)
+            self.infinite += count * (nodes.below[1] if direction else nodes.above[0])
             with np.errstate(divide="ignore"):
                 self.steps.append((losses, np.log(masses), count))
         # Beyond what a normal loss needs for δ = e^-2000. The loss may be all but constant.
         largest = max(float(np.abs(losses).max()) for losses, _, _ in self.steps)
-        self.largest_tilt = 64 / max(math.sqrt(self.variance(0.0)), 1e-12 * largest)
+        self.largest_tilt = 64 / max(
+            math.sqrt(self.variance(0.0)), 1e-12 * largest, SMALLEST_INTERVAL
+        )
 
     def tilted(self, losses, logs, tilt):
         """Return the cumulant K(tilt) of one loss, and its tilted probabilities."""
@@ -109,7 +119,7 @@ class _Composition:
     def interval(self, tilt, increase):
         """Return the largest 2^k that raises `cumulant(tilt)` by at most `increase`."""
         smallest = self.smallest(tilt)
-        exponent = math.floor(min(0.0, math.log2(smallest * LARGEST_STEP / 4)))
+        exponent = math.floor(min(6.0, math.log2(smallest * LARGEST_STEP / 4)))
         while 2.0 ** (exponent - 1) >= smallest and self.increase(2.0**exponent, tilt) > increase:
             exponent -= 1
         return 2.0**exponent
@@ -159,17 +169,22 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
         interval: float. Interval of the other direction's grid, or infinity.
     """
 
-    def on_grid(interval):
-        return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt)
+    def on_grid(interval, largest=math.inf):
+        return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt, largest)
 
     interval = min(interval, losses.interval(tilt, TOLERANCE * bound * tilt))
-    found = on_grid(interval)
-    if found > known and losses.log_delta(tilt, found) > math.log(delta) + FAR:
-        # The best tilt for the bound's ε is a bad one for an ε far below it.
+    found, worse = on_grid(interval), math.inf
+    # The best tilt for the bound's ε is a bad one for an ε far below it.
+    while known < found < 0.99 * worse and (
+        found < bound - LARGEST_EXPONENT / 2
+        or losses.log_delta(tilt, found) > math.log(delta) + FAR
+    ):
         tilt = losses.best_tilt(found)
-        found = min(found, on_grid(interval))
+        worse, found = found, min(found, on_grid(interval, found))
     error = math.inf if found < bound / 2 else 0.0
-    while found > known and losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt:
+    while known < found < NO_PRIVACY and (
+        losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt
+    ):
         finer = losses.interval(tilt, TOLERANCE * found * tilt)
         if finer >= interval:
             break
@@ -195,16 +210,21 @@ def delta(runs, epsilon):
     if not runs:
         return 0.0
     # δ(0) is the total variation distance, which is the same in both directions.
-    directions = (0, 1) if epsilon > 0 else (0,)
-    return max(_delta(runs, direction, epsilon) for direction in directions)
+    result = 0.0
+    for direction in (0, 1) if epsilon > 0 else (0,):
+        result = max(result, _delta(runs, direction, epsilon, max(result, SMALLEST_DELTA)))
+    return result
 
 
-def _delta(runs, direction, epsilon):
-    """Return δ(ε) of losses in one direction."""
+def _delta(runs, direction, epsilon, known):
+    """Return δ(ε) of losses in one direction, or any upper bound of it up to `known`."""
     found, tail = 1e-4, math.inf
-    while tail > (tail := _tail(found, runs)):
+    while tail > (tail := _tail(max(found, SMALLEST_DELTA), runs)):
         losses = _Composition(runs, direction, tail)
         tilt = losses.best_tilt(epsilon)
+        bound = math.exp(min(0.0, losses.log_delta(tilt, epsilon))) + losses.infinite
+        if bound <= known:
+            return bound
         interval, coarser, found = 2 * losses.interval(tilt, DELTA_TOLERANCE), math.inf, 1.0
         while coarser > found * (1 + DELTA_TOLERANCE) and interval / 2 >= losses.smallest(tilt):
             interval /= 2
