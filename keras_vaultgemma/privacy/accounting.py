@@ -228,7 +228,12 @@ def check_steps(steps):
 
 def _losses(runs):
     """Return the privacy losses of `runs` and their numbers, as `loss_grid` takes them."""
+    counts: dict = {}
     for steps in runs:
         check_number("noise_multiplier", steps.noise_multiplier, minimum=SMALLEST_NOISE)
         check_steps(steps)
-    return [(step_loss.pairs(*steps[1:]), steps.count) for steps in runs if steps.count]
+        if steps.count:
+            # Equal steps are merged, so that ε is the same if a run was interrupted.
+            pairs = step_loss.pairs(*steps[1:])
+            counts[pairs] = counts.get(pairs, 0) + steps.count
+    return list(counts.items())

@@ -6,9 +6,10 @@ the cumulant generating function of a step's loss, the Chernoff bound of T steps
     ε = (T K(λ) + ln c(λ) - ln δ) / λ,    c(λ) = λ^λ / (1 + λ)^(1 + λ),
 
 at its minimum over the tilt λ. Quadrature yields K of the exact losses as well as of the rounded
-ones, and T (K_rounded(λ) - K_exact(λ)) / λ is the increase of ε. The grid is the coarsest of
-intervals 2^k for which the increase is below `TOLERANCE` of ε. In the simplest case, of normal losses
-with standard deviation s, that is about s / 7 in any number of steps.
+ones, and T (K_rounded(λ) - K_exact(λ)) / λ is the increase of ε. The grid is the coarsest of those
+with the intervals 1e-3, 1e-3 / 2, 1e-3 / 4, … for which the increase is below `TOLERANCE` of ε. For
+normal losses with standard deviation s, that is about s / 9 in any number of steps, if it is below
+1e-3.
 
 References:
     - [Canonne et al., 2020](https://arxiv.org/abs/2004.00010), Proposition 12: the factor c(λ)
@@ -25,6 +26,11 @@ TOLERANCE = 1e-3
 """Relative increase of ε by the grid, about, unless the grid would be too large."""
 DELTA_TOLERANCE = 1e-2
 """Relative increase of δ at a given ε by the grid, about, unless the grid would be too large."""
+
+LARGEST_INTERVAL = 1e-3
+"""Largest interval, unless the grid would be too large. It is that of version 0.1.0. All other
+intervals are halves, quarters, … of it, whose grids contain its grid. So no ε of an older ledger
+grows beyond the budget that was computed with it."""
 
 LARGEST_STEP = 2**18
 """Largest number of losses of a step."""
@@ -46,7 +52,7 @@ HALVINGS = 48
 SMALLEST_TAIL = 1e-280
 SMALLEST_INTERVAL = 1e-100
 
-TAIL_SHARE = 1e-4
+TAIL_SHARE = 1e-6
 """Share of δ that may come from the losses of steps that are rounded to infinity."""
 
 
@@ -114,15 +120,18 @@ class _Composition:
         """Return the smallest interval of a grid that is not too large."""
         widths = [losses[np.isfinite(logs)] for losses, logs, _ in self.steps]
         width = max(float(losses.max() - losses.min()) for losses in widths)
-        return max(width / LARGEST_STEP, 20 * math.sqrt(self.variance(tilt)) / LARGEST_COMPOSITION)
+        composed = 20 * math.sqrt(self.variance(tilt))
+        return max(width / LARGEST_STEP, composed / LARGEST_COMPOSITION, SMALLEST_INTERVAL)
 
     def interval(self, tilt, increase):
-        """Return the largest 2^k that raises `cumulant(tilt)` by at most `increase`."""
+        """Return the largest interval that raises `cumulant(tilt)` by at most `increase`."""
         smallest = self.smallest(tilt)
-        exponent = math.floor(min(6.0, math.log2(smallest * LARGEST_STEP / 4)))
-        while 2.0 ** (exponent - 1) >= smallest and self.increase(2.0**exponent, tilt) > increase:
+        exponent = max(0, math.ceil(math.log2(smallest / LARGEST_INTERVAL)))
+        while True:
+            interval = LARGEST_INTERVAL * 2.0**exponent
+            if interval / 2 < smallest or self.increase(interval, tilt) <= increase:
+                return interval
             exponent -= 1
-        return 2.0**exponent
 
     def on_grid(self, interval):
         """Return the list of `(LossDistribution, count)`."""
