@@ -28,7 +28,7 @@ DELTA_TOLERANCE = 1e-2
 """Relative increase of δ at a given ε by the grid, about, unless the grid would be too large."""
 
 LARGEST_INTERVAL = 1e-3
-"""Largest interval, unless the grid would be too large. It is that of version 0.1.0. All other
+"""Largest interval, unless the grid would be too large or ε is above `NO_PRIVACY`. It is that of version 0.1.0. All other
 intervals are halves, quarters, … of it, whose grids contain its grid. So no ε of an older ledger
 grows beyond the budget that was computed with it."""
 
@@ -123,10 +123,11 @@ class _Composition:
         composed = 20 * math.sqrt(self.variance(tilt))
         return max(width / LARGEST_STEP, composed / LARGEST_COMPOSITION, SMALLEST_INTERVAL)
 
-    def interval(self, tilt, increase):
+    def interval(self, tilt, increase, epsilon=0.0):
         """Return the largest interval that raises `cumulant(tilt)` by at most `increase`."""
         smallest = self.smallest(tilt)
-        exponent = max(0, math.ceil(math.log2(smallest / LARGEST_INTERVAL)))
+        largest = 0 if epsilon < NO_PRIVACY else 14
+        exponent = max(largest, math.ceil(math.log2(smallest / LARGEST_INTERVAL)))
         while True:
             interval = LARGEST_INTERVAL * 2.0**exponent
             if interval / 2 < smallest or self.increase(interval, tilt) <= increase:
@@ -181,7 +182,7 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
     def on_grid(interval, largest=math.inf):
         return loss_distribution.epsilon(losses.on_grid(interval), delta, tilt, largest)
 
-    interval = min(interval, losses.interval(tilt, TOLERANCE * bound * tilt))
+    interval = min(interval, losses.interval(tilt, TOLERANCE * bound * tilt, bound))
     found, worse = on_grid(interval), math.inf
     # The best tilt for the bound's ε is a bad one for an ε far below it.
     while known < found < 0.99 * worse and (
@@ -192,7 +193,8 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
         worse, found = found, min(found, on_grid(interval, found))
     error = math.inf if found < bound / 2 else 0.0
     while known < found < NO_PRIVACY and (
-        losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt
+        interval > LARGEST_INTERVAL
+        or losses.increase(interval, tilt) > 2 * TOLERANCE * found * tilt
     ):
         finer = losses.interval(tilt, TOLERANCE * found * tilt)
         if finer >= interval:

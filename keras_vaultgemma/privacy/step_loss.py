@@ -63,15 +63,21 @@ class Pair(NamedTuple):
         return self._one_sided(x) - self._one_sided(-x) if self.symmetric else self._one_sided(x)
 
     def _one_sided(self, x):
-        """Return ln(1 - q + q e^u) with u = (2x - 1) / 2σ², to a relative error of 1e-15."""
+        """Return ln(1 - q + q e^u) with u = (2x - 1) / 2σ²."""
         q, u = self.probability, (2 * x - 1) / (2 * self.deviation**2)
         if q == 1:
             return u
         if u.max() < LARGEST_EXPONENT:
-            return np.log1p(q * np.expm1(u))
-        small = np.log1p(q * np.expm1(np.minimum(u, 1)))
-        large = u + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(u, 1)))
-        return np.where(u < 1, small, large)
+            result = np.log1p(q * np.expm1(u))
+        else:
+            result = np.log1p(q * np.expm1(np.minimum(u, 1)))
+            large = u + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(u, 1)))
+            result = np.where(u < 1, result, large)
+        if q > 0.5:
+            # Here 1 - q + q e^u may be far below 1, and then q and 1 cancel.
+            small = np.log(1 - q + q * np.exp(np.minimum(u, 0)))
+            result = np.where(u < -1, small, result)
+        return result
 
     def points(self, losses):
         """Return the points x at which the loss has the values `losses`."""
@@ -90,10 +96,11 @@ class Pair(NamedTuple):
                 np.arcsinh(np.exp(np.minimum(log_ratio, 20))),
             )
             return scale * (losses / 2 + np.sign(losses) * inverse)
+        # NaN or -inf for losses that no point has.
         with np.errstate(divide="ignore", invalid="ignore"):
-            small = np.log1p(np.expm1(np.minimum(losses, 1)) / q)
-            large = losses - math.log(q) + np.log1p(-(1 - q) * np.exp(-np.maximum(losses, 1)))
-        return 0.5 + scale * np.where(losses < 1, small, large)
+            small = np.log1p(np.expm1(np.clip(losses, -1, 1)) / q)
+            large = losses - math.log(q) + np.log1p((q - 1) * np.exp(np.minimum(-losses, 700)))
+        return 0.5 + scale * np.where(np.abs(losses) < 1, small, large)
 
     def densities(self, x):
         """Return the densities of P and Q at the points `x`."""

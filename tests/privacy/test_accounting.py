@@ -36,7 +36,7 @@ def test_full_batches_have_a_closed_form(count, sigma, delta):
 
 
 @pytest.mark.parametrize(
-    "rows, epsilon", [(int(13e12 / 1024), 1.7105), (9_800_000_000, 1.9996), (1 / 1.1e-10, 2.0811)]
+    "rows, epsilon", [(int(13e12 / 1024), 1.7105), (9_800_000_000, 1.9859), (1 / 1.1e-10, 2.0686)]
 )
 def test_vaultgemma(rows, epsilon):
     """ε of the recipe on finer grids, for three numbers of sequences. dp-accounting's 1.7092 is too small (see
