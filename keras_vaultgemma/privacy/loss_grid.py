@@ -28,9 +28,9 @@ DELTA_TOLERANCE = 1e-2
 """Relative increase of δ at a given ε by the grid, about, unless the grid would be too large."""
 
 LARGEST_INTERVAL = 1e-3
-"""Largest interval, unless the grid would be too large or ε is above `NO_PRIVACY`. It is that of version 0.1.0. All other
-intervals are halves, quarters, … of it, whose grids contain its grid. So no ε of an older ledger
-grows beyond the budget that was computed with it."""
+"""Largest interval, unless the grid would be too large or ε is above `NO_PRIVACY`. It is that of
+version 0.1.0. All smaller intervals are halves, quarters, … of it, whose grids contain its grid. So
+no ε of an older ledger grows beyond the budget that was computed with it."""
 
 LARGEST_STEP = 2**18
 """Largest number of losses of a step."""
@@ -184,10 +184,16 @@ def _epsilon(losses, tilt, bound, delta, known, interval):
 
     interval = min(interval, losses.interval(tilt, TOLERANCE * bound * tilt, bound))
     found, worse = on_grid(interval), math.inf
+    # Losses far below the bound are cut off (see `loss_distribution`), and ε may be one of them.
+    is_cut = found < bound - LARGEST_EXPONENT / 2
+    while is_cut and found > max(known, LARGEST_EXPONENT):
+        at_half = losses.best_tilt(found / 2)
+        if loss_distribution.delta(losses.on_grid(interval), found / 2, at_half) > delta:
+            break
+        found /= 2
     # The best tilt for the bound's ε is a bad one for an ε far below it.
-    while known < found < 0.99 * worse and (
-        found < bound - LARGEST_EXPONENT / 2
-        or losses.log_delta(tilt, found) > math.log(delta) + FAR
+    while known < found < min(NO_PRIVACY, 0.99 * worse) and (
+        is_cut or losses.log_delta(tilt, found) > math.log(delta) + FAR
     ):
         tilt = losses.best_tilt(found)
         worse, found = found, min(found, on_grid(interval, found))

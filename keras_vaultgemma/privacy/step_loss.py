@@ -20,9 +20,9 @@ and composition preserves this order.
 **Rounding errors.** Doroshenko et al. compute the probabilities as second differences of δ(ε), as
 dp-accounting does. The differences cancel: an error of 1e-16 in δ becomes 1e-16 / Δ, which exceeds
 all of δ after a million steps on a fine grid. Here every probability is an integral of positive
-terms, so its relative error is about 1e-14 on any grid. The integrals are computed by Gauss-Legendre
-quadrature on panels whose edges include all edges of cells, because the integrand is smooth
-between them.
+terms, so its relative error is about 1e-14 on any grid. The integrals are computed by
+Gauss-Legendre quadrature on panels whose edges include all edges of cells, because the integrand is
+smooth between them.
 
 References:
     - [Chua et al., 2024](https://arxiv.org/abs/2411.04205): truncated Poisson sampling
@@ -38,8 +38,8 @@ import numpy as np
 from keras_vaultgemma.privacy.loss_distribution import LARGEST_EXPONENT, LossDistribution
 
 NODES = (8, 4)
-"""Nodes of a wide panel and of one of at most `NARROW` of its width. With these numbers the relative
-error of a probability is about 1e-14."""
+"""Numbers of nodes of a panel, and of one of at most `NARROW` of the largest width. With them the
+relative error of a probability is about 1e-14."""
 NARROW = 1 / 16
 
 
@@ -137,7 +137,7 @@ class Pair(NamedTuple):
         """Return `(low, high)`: Q has at most `tail` below `low`, and P has it above `high`."""
 
         def quantile(tail):
-            """Return a point beyond which N(0, σ²) has at most `tail`, since that is < e^(-x²/2)."""
+            """Return a point beyond which N(0, σ²) has less than e^(-x² / 2σ²) = `tail`."""
             return self.deviation * math.sqrt(max(0.0, -2 * math.log(tail)))
 
         high = max(quantile(tail), 1 + quantile(tail / self.probability))

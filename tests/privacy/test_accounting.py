@@ -94,7 +94,7 @@ def test_dp_accounting(steps):
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-4)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-3)
     if steps.max_batch_size is None:
         event = dp_accounting.GaussianDpEvent(steps.noise_multiplier)
         event = dp_accounting.PoissonSampledDpEvent(steps.sampling_probability, event)
@@ -103,10 +103,10 @@ def test_dp_accounting(steps):
             steps.rows, steps.sampling_probability, steps.max_batch_size, steps.noise_multiplier
         )
     accountant.compose(event, steps.count)
-    assert accounting.epsilon([steps], 1e-5) == pytest.approx(
-        accountant.get_epsilon(1e-5), rel=2e-3
-    )
-    assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=2e-2)
+    # Our grids contain theirs, so that ours round up by less.
+    theirs = accountant.get_epsilon(1e-5)
+    assert theirs * 0.985 <= accounting.epsilon([steps], 1e-5) <= theirs * (1 + 1e-6)
+    assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=5e-2)
 
 
 def test_accumulated_micro_batches_are_not_one_poisson_sample():

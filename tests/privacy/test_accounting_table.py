@@ -130,7 +130,9 @@ def test_the_smallest_noise_takes_no_time(cold):
     """Its losses are as large as 1e5, and ε as large as 3e9."""
     before = time.process_time()
     assert accounting.epsilon([Steps(10**6, 100, 0.3, 31, 0.01)], 1e-12) > 1e9
-    assert accounting.epsilon([Steps(1, 10, 0.5, None, 0.01)], 1e-12) == pytest.approx(5690, rel=1e-2)
+    assert accounting.epsilon([Steps(1, 10, 0.5, None, 0.01)], 1e-12) == pytest.approx(
+        5690, rel=1e-2
+    )
     assert time.process_time() - before < 10
 
 

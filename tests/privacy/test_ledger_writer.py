@@ -162,7 +162,7 @@ def test_numpy_numbers_are_written(tmp_path):
     [
         (
             dict(noise_multiplier=0.0),
-            "`noise_multiplier` must be a finite number of at least 0.01. Received: noise_multiplier=0.0",
+            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=0.0",
         ),
         (dict(delta=1.0), "`delta` must be a number above 0 and below 1. Received: delta=1.0"),
         (

@@ -44,7 +44,9 @@ def test_delta_is_that_of_dp_accounting_at_the_points_of_the_grid(sigma, q, symm
 
     pair = Pair(1.0, q, sigma, symmetric)
     both = step_loss.on_grid((pair,), 1e-20, interval_of(pair, 1e-20, 500))
-    directions = [AdjacencyType.REPLACE] * 2 if symmetric else [AdjacencyType.REMOVE, AdjacencyType.ADD]
+    directions = (
+        [AdjacencyType.REPLACE] * 2 if symmetric else [AdjacencyType.REMOVE, AdjacencyType.ADD]
+    )
     for distribution, direction in zip(both, directions, strict=True):
         theirs = GaussianPrivacyLoss(sigma, sampling_prob=q, adjacency_type=direction)
         epsilons = distribution.losses[::9]
@@ -72,7 +74,12 @@ def test_probabilities_add_up_and_moments_are_never_too_small(sigma, q, count):
         assert probabilities[kept] @ np.exp(-losses[kept]) == pytest.approx(1, abs=2e-15)
     order = 2  # λ + 1
     k = np.arange(order + 1)
-    terms = special.binom(order, k) * (1 - q) ** (order - k) * q**k * np.exp(k * (k - 1) / (2 * sigma**2))
+    terms = (
+        special.binom(order, k)
+        * (1 - q) ** (order - k)
+        * q**k
+        * np.exp(k * (k - 1) / (2 * sigma**2))
+    )
     moment = remove.probabilities @ np.exp(np.minimum(remove.losses, 700))
     assert moment >= terms.sum() * (1 - 2e-14)
     if count > 300:
@@ -102,7 +109,9 @@ def test_points_are_the_inverse_of_the_loss(sigma, q, symmetric):
     # Where the loss is all but constant, it determines no point, but the point determines the loss.
     inside = np.isfinite(pair.points(losses))
     assert inside.any()
-    assert pair.loss(pair.points(losses)[inside]) == pytest.approx(losses[inside], rel=1e-9, abs=1e-15)
+    assert pair.loss(pair.points(losses)[inside]) == pytest.approx(
+        losses[inside], rel=1e-9, abs=1e-15
+    )
 
 
 def test_truncation_is_a_mixture():
