@@ -37,10 +37,9 @@ import numpy as np
 
 from keras_vaultgemma.privacy.loss_distribution import LARGEST_EXPONENT, LossDistribution
 
-NODES = (8, 4)
-"""Numbers of nodes of a panel, and of one of at most `NARROW` of the largest width. With them the
-relative error of a probability is about 1e-14."""
-NARROW = 1 / 16
+NODES = ((8, 1.0), (4, 1 / 16), (2, 1 / 1024))
+"""Numbers of nodes of panels up to a share of the largest width. With them the relative error of a
+probability is about 1e-14."""
 
 
 class Pair(NamedTuple):
@@ -166,12 +165,14 @@ def _gauss_legendre(count):
     return (nodes + 1) / 2, weights / 2
 
 
-def _nodes(edges, narrow):
+def _nodes(edges, largest):
     """Return the nodes of the panels between `edges`, and their weights, which are lengths."""
     widths = np.diff(edges)
     x, weights = [], []
-    for count, chosen in zip(NODES, (widths > narrow, widths <= narrow), strict=True):
+    groups = np.digitize(widths, [share * largest for _, share in NODES[1:]])
+    for group, (count, _) in enumerate(NODES):
         nodes, shares = _gauss_legendre(count)
+        chosen = groups == group
         width = widths[chosen, None]
         x.append((edges[:-1][chosen, None] + width * nodes).ravel())
         weights.append((width * shares).ravel())
@@ -221,7 +222,7 @@ def quadrature(parts, tail, interval=None):
             first, last = (math.floor(pair.loss(np.array(x)) / interval) for x in (low, high))
             cells = pair.points(np.arange(first + 1, last + 1) * interval)
             edges = np.sort(np.concatenate([edges, cells[(cells > low) & (cells < high)]]))
-        x, weights = _nodes(edges, panel * NARROW)
+        x, weights = _nodes(edges, panel)
         densities = pair.densities(x)
         losses.append(pair.loss(x))
         p.append(pair.weight * weights * densities[0])
@@ -233,7 +234,7 @@ def quadrature(parts, tail, interval=None):
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def on_grid(parts, tail, interval):
     """Return the `LossDistribution` of a step with and without the record, and of the reverse.
 
