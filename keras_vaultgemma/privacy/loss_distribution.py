@@ -183,7 +183,7 @@ def _tails(parts, cumulants, tilt, centre):
 
     Returns:
         Tuple `(losses, upper, lower, centre, noise)`. Three float64 arrays of shape `[n]`: the
-        losses, for each of them the sum of p(x) over x >= loss, infinite losses included, and the
+        losses above 0, for each of them the sum of p(x) over x >= loss, infinite losses included, and the
         sum of p(x) e^(centre - x). `centre` is at most the largest loss. `noise` is the error of
         δ(ε) by the transforms, relative to the Chernoff bound of δ(ε).
     """
@@ -200,12 +200,10 @@ def _tails(parts, cumulants, tilt, centre):
     last = min(end, max(start, math.ceil(up / interval)))
     size = _fft_length(max(last - first + 1, *(len(part.probabilities) for part, _ in parts)))
     centre = min(centre, last * interval)
-    # Cut off where the factors would overflow; such losses are far below the centre and do not
-    # enter the sums from the centre upwards.
-    first = max(
-        first,
-        math.floor(max((total - LARGEST_EXPONENT) / tilt, centre - LARGEST_EXPONENT) / interval),
-    )
+    # Cut off losses below all ε, and those where the factors would overflow. The latter are far
+    # below the centre and do not enter the sums from the centre upwards.
+    overflow = max((total - LARGEST_EXPONENT) / tilt, centre - LARGEST_EXPONENT)
+    first = min(max(first, math.floor(overflow / interval), -1), last)
     transform = 1.0
     for (_, count), c in zip(parts, cumulants, strict=True):
         transform = transform * _power(np.fft.rfft(c.tilted(tilt), size), count)
