@@ -182,10 +182,11 @@ def _tails(parts, cumulants, tilt, centre):
     """Return the sums over the composed distribution from each loss of the grid upwards.
 
     Returns:
-        Tuple `(losses, upper, lower, centre, noise)`. Three float64 arrays of shape `[n]`: the
-        losses above 0, for each of them the sum of p(x) over x >= loss, infinite losses included, and the
-        sum of p(x) e^(centre - x). `centre` is at most the largest loss. `noise` is the error of
-        δ(ε) by the transforms, relative to the Chernoff bound of δ(ε).
+        Tuple `(losses, upper, lower, centre, noise)`. Three float64 arrays of shape `[n]`: losses
+        from the largest negative one upwards, for each of them the sum of p(x) over x >= loss,
+        infinite losses included, and the sum of p(x) e^(centre - x). `centre` is at most the
+        largest loss. `noise` is the error of δ(ε) by the transforms, relative to the Chernoff bound
+        of δ(ε).
     """
     interval = parts[0][0].interval
     total = sum(c.value(tilt) for c in cumulants)
