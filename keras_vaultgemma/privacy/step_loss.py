@@ -185,15 +185,20 @@ def pairs(rows, sampling_probability, max_batch_size, noise_multiplier):
     if max_batch_size is None or max_batch_size >= rows:
         return (whole,)
     try:
-        from scipy import stats
+        from scipy import special
     except ImportError as error:
         raise ImportError(
             f"Privacy accounting needs SciPy: pip install keras-vaultgemma[privacy] ({error})"
         ) from error
-    weight = float(stats.binom.sf(max_batch_size - 1, rows - 1, sampling_probability))
+
+    def more_than(drawn, rows):
+        """Return the probability that more than `drawn` of `rows` records are drawn."""
+        return float(special.betainc(drawn + 1, rows - drawn, sampling_probability))
+
+    weight = more_than(max_batch_size - 1, rows - 1)
     if weight < 1e-250:
         return (whole,)
-    both = float(stats.binom.sf(max_batch_size, rows, sampling_probability))
+    both = more_than(max_batch_size, rows)
     conditional = min(1.0, both / weight * (max_batch_size / rows))
     displaced = Pair(weight, conditional, noise_multiplier / 2, True)
     return (whole._replace(weight=1 - weight), displaced)

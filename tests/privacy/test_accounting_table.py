@@ -189,9 +189,14 @@ def test_random_settings(monkeypatch, seed):
         delta = 10 ** rng.uniform(-12, -5)
         for name, value in coarse.items():
             monkeypatch.setattr(loss_grid, name, value)
-        before = time.process_time()
-        found = accounting.epsilon([steps], delta)
-        assert time.process_time() - before < 2, (steps, delta)
+        # The faster of two, because a busy machine counts more processor time for the same work.
+        seconds = []
+        for _ in range(2):
+            step_loss.on_grid.cache_clear()
+            before = time.process_time()
+            found = accounting.epsilon([steps], delta)
+            seconds.append(time.process_time() - before)
+        assert min(seconds) < 2, (steps, delta)
         monkeypatch.setattr(loss_grid, "TOLERANCE", 1e-5)
         monkeypatch.setattr(loss_grid, "LARGEST_STEP", 2**20)
         finer = accounting.epsilon([steps], delta)
