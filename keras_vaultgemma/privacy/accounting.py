@@ -29,7 +29,7 @@ here if N = 13e12 / 1024 sequences, 1.99 if N = 9.8e9 and 2.07 if N = 1 / δ.
 dp-accounting's, which the tests check. For other settings its distributions do not suffice:
 
 - The caller chooses the grid. The usual 1e-3 yields ε = 1.717 for a million steps at q = 1e-4,
-  σ = 0.8, δ = 1e-8, where 1.002 is true. A grid that is fine enough here takes it minutes.
+  σ = 0.8, δ = 1e-8, where 1.002 is true.
 - The Fourier transform has an error of 1e-16 a step: ε of VaultGemma's recipe is 1.7092 where
   1.7105 is true, so too small.
 - The distributions are dictionaries: ε at σ = 0.02 takes 9 s (0.05 s here), and at σ = 0.001 all
