@@ -93,7 +93,7 @@ class DPSGD:
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5). A warning says if N δ is above 0.5.
         clip_norm: float from 1e-8 to 1e8. The norm C that gradients are clipped to. Outside this
             range squares of float32 numbers underflow or overflow. Defaults to 1.
-        noise_multiplier: float above 0. The noise multiplier σ. The budget is then the ε of the
+        noise_multiplier: float, 0.01 or more. The noise multiplier σ. The budget is then the ε of the
             first run of this model on the data.
         unit: string, "row", "sequence" or "user". "user" needs `groups` in `fit`. Defaults to
             "row".
@@ -159,7 +159,8 @@ class DPSGD:
         check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
         largest = accounting.LARGEST_EPSILON
         check_number("epsilon", epsilon, above=0, maximum=largest, allow_none=True)
-        check_number("noise_multiplier", noise_multiplier, above=0, allow_none=True)
+        smallest = accounting.SMALLEST_NOISE
+        check_number("noise_multiplier", noise_multiplier, minimum=smallest, allow_none=True)
         check_number("clip_norm", clip_norm, minimum=CLIP_NORMS[0], maximum=CLIP_NORMS[1])
         if delta is not None:
             accounting.check_delta(delta)

@@ -92,7 +92,7 @@ class PrivacyRecord:
 
         Raises:
             ValueError: If the ledger has no run.
-            ImportError: If dp-accounting is not installed.
+            ImportError: If batches are truncated and SciPy is not installed.
         """
         runs = self.ledger.runs
         if not runs:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from keras_vaultgemma._validation import check_exactly_one, check_integer, check_number
 from keras_vaultgemma.privacy import accounting
-from keras_vaultgemma.privacy.accounting import LARGEST_EPSILON, Steps
+from keras_vaultgemma.privacy.accounting import LARGEST_EPSILON, SMALLEST_NOISE, Steps
 
 TRUNCATION_COST = 0.01
 """Largest relative increase of ε that the truncation of large batches may cause."""
@@ -19,8 +19,6 @@ LARGEST_SHARE = 0.5
 
 PRECISION = 1e-3
 """Relative error of a calibrated noise multiplier."""
-SMALLEST_NOISE = 0.05
-"""Smallest noise multiplier that calibration tries."""
 
 
 def plan(
@@ -58,7 +56,7 @@ def plan(
 
     Raises:
         ValueError: If an argument is out of range, or if `earlier` has used up the budget.
-        ImportError: If dp-accounting is not installed.
+        ImportError: If batches are truncated and SciPy is not installed.
 
     Example:
 
@@ -168,11 +166,11 @@ def calibrate(steps: Steps, budget: float, delta: float, earlier: Sequence[Steps
 
     Returns:
         `Steps` whose ε, together with `earlier`, is at most `budget`. The noise multiplier is at
-        most 0.1 % above the smallest possible one, and at least 0.05.
+        most 0.1 % above the smallest possible one, and at least 0.01.
 
     Raises:
         ValueError: If an argument is out of range, or if `earlier` has used up the budget.
-        ImportError: If dp-accounting is not installed.
+        ImportError: If batches are truncated and SciPy is not installed.
 
     Example:
 
@@ -203,8 +201,8 @@ def calibrate(steps: Steps, budget: float, delta: float, earlier: Sequence[Steps
         low, high = high, high * 2
         if high > 2**40:
             raise ValueError(
-                f"`epsilon` must be larger: the grid of the accounting is too coarse to find noise "
-                f"for {steps} at delta={delta}. Received: epsilon={budget}"
+                f"`epsilon` must be larger: no noise keeps {steps} within it at delta={delta}, "
+                f"together with earlier runs on the same data. Received: epsilon={budget}"
             )
     while low == high or excess(low) <= 0:
         if low <= SMALLEST_NOISE:

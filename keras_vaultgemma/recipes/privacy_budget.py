@@ -49,7 +49,7 @@ def privacy_budget(
 
     Raises:
         ValueError: If an argument is out of range.
-        ImportError: If dp-accounting is not installed, or if `png` is given and matplotlib is not
+        ImportError: If SciPy is not installed, or if `png` is given and matplotlib is not
             installed.
 
     Example:

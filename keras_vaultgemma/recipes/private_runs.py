@@ -18,7 +18,7 @@ def private_runs(delta: float | None = None) -> str:
 
     Raises:
         ValueError: If `delta` is out of range or a file of a run is damaged.
-        ImportError: If dp-accounting is not installed.
+        ImportError: If batches are truncated and SciPy is not installed.
 
     Example:
 

@@ -1,7 +1,6 @@
 """ε and δ against closed forms, other accountants and mistakes that make ε too small."""
 
 import math
-import sys
 
 import pytest
 from scipy import optimize, special
@@ -36,28 +35,24 @@ def test_full_batches_have_a_closed_form(count, sigma, delta):
     assert delta <= again <= delta * 1.01
 
 
-def test_vaultgemma():
-    """Finer grids converge to ε = 1.7105, and 9.8e9 sequences have ε = 2.00."""
-    assert accounting.epsilon([VAULTGEMMA], 1.1e-10) == pytest.approx(1.7217, abs=1e-3)
-    fewer = VAULTGEMMA._replace(rows=9_800_000_000, sampling_probability=518e3 / 9.8e9)
-    assert accounting.epsilon([fewer], 1.1e-10) == pytest.approx(2.00, abs=2e-3)
-
-
-def test_a_finer_grid_confirms_vaultgemma(monkeypatch):
-    """The grid rounds up, so ε falls to 1.7105; dp-accounting's 1.7092 is below it (see `loss_distribution`)."""
-    accounting._one_step.cache_clear()
-    monkeypatch.setattr(accounting, "INTERVAL", 1e-4)
-    assert accounting.epsilon([VAULTGEMMA], 1.1e-10) == pytest.approx(1.7111, abs=1e-4)
-    accounting._one_step.cache_clear()
+@pytest.mark.parametrize(
+    "rows, epsilon", [(int(13e12 / 1024), 1.7105), (9_800_000_000, 1.9859), (1 / 1.1e-10, 2.0686)]
+)
+def test_vaultgemma(rows, epsilon):
+    """ε of the recipe on finer grids, for three numbers of sequences. dp-accounting's 1.7092 is too small (see
+    `loss_distribution`)."""
+    steps = VAULTGEMMA._replace(rows=int(rows), sampling_probability=518e3 / rows)
+    found = accounting.epsilon([steps], 1.1e-10)
+    assert epsilon <= found <= epsilon * 1.0025
 
 
 def test_vaultgemma_truncated_at_the_expected_batch_size():
     """Batches truncated at the expected size are not Poisson samples: ε is 22, not 1.7."""
     truncated = VAULTGEMMA._replace(max_batch_size=518_000)
-    assert accounting.epsilon([truncated], 1.1e-10) == pytest.approx(22.2, abs=0.1)
+    assert accounting.epsilon([truncated], 1.1e-10) == pytest.approx(22.24, abs=0.05)
     assert accounting.epsilon(
         [truncated._replace(max_batch_size=523_180)], 1.1e-10
-    ) == pytest.approx(1.722, abs=2e-3)
+    ) == pytest.approx(1.711, abs=4e-3)
 
 
 OPACUS = [
@@ -108,10 +103,10 @@ def test_dp_accounting(steps):
             steps.rows, steps.sampling_probability, steps.max_batch_size, steps.noise_multiplier
         )
     accountant.compose(event, steps.count)
-    assert accounting.epsilon([steps], 1e-5) == pytest.approx(
-        accountant.get_epsilon(1e-5), rel=1e-4
-    )
-    assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=1e-4)
+    # Our grids contain theirs, so that ours round up by less.
+    theirs = accountant.get_epsilon(1e-5)
+    assert theirs * 0.985 <= accounting.epsilon([steps], 1e-5) <= theirs * (1 + 1e-6)
+    assert accounting.delta([steps], 1.0) == pytest.approx(accountant.get_delta(1.0), rel=5e-2)
 
 
 def test_accumulated_micro_batches_are_not_one_poisson_sample():
@@ -213,15 +208,15 @@ def test_spent():
         ),
         (
             dict(noise_multiplier=0.0),
-            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=0.0",
+            "`noise_multiplier` must be a finite number of at least 0.01. Received: noise_multiplier=0.0",
         ),
         (
             dict(noise_multiplier=math.inf),
-            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=",
+            "`noise_multiplier` must be a finite number of at least 0.01. Received: noise_multiplier=",
         ),
         (
             dict(noise_multiplier=None),
-            "`noise_multiplier` must be a finite number above 0. Received: noise_multiplier=None",
+            "`noise_multiplier` must be a finite number of at least 0.01. Received: noise_multiplier=None",
         ),
     ],
 )
@@ -244,10 +239,3 @@ def test_impossible_epsilon():
         ValueError, match="`epsilon` must be a finite number of at least 0. Received: epsilon=-1"
     ):
         accounting.delta([], -1)
-
-
-def test_without_dp_accounting(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    accounting._one_step.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[privacy\]"):
-        accounting.epsilon([Steps(10, 100, 0.1, 20, 1.0)], 1e-5)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.any_backend
         (dict(epsilon=1, delta=1.0), "Received: delta=1.0"),
         (
             dict(noise_multiplier=0),
-            "`noise_multiplier` must be None or a finite number above 0. Received: noise_multiplier=0",
+            "`noise_multiplier` must be None or a finite number of at least 0.01. Received: noise_multiplier=0",
         ),
         (dict(noise_multiplier=float("inf")), "Received: noise_multiplier=inf"),
         (

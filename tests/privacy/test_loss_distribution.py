@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_vaultgemma.privacy import loss_distribution
+from keras_vaultgemma.privacy import loss_distribution, step_loss
 from keras_vaultgemma.privacy.loss_distribution import ROUND_OFF, LossDistribution
 
 pytestmark = pytest.mark.any_backend
@@ -37,7 +37,7 @@ def test_randomized_response(interval, count, epsilon):
     exact = binomial_delta(interval, count, epsilon)
     delta = loss_distribution.delta(parts, epsilon)
     # `lgamma` of 20000 has an error of its own, about 1e-11.
-    assert exact * (1 - 1e-9) <= delta <= exact * (1 + ROUND_OFF + 1e-9) + 1e-15
+    assert exact * (1 - 1e-9) <= delta <= exact * (1 + ROUND_OFF + 1e-9) + 1e-13
     if exact > 0:
         slope = max(1e-3, (exact - binomial_delta(interval, count, epsilon + 1e-6)) / 1e-6 / exact)
         found = loss_distribution.epsilon(parts, exact)
@@ -57,6 +57,40 @@ def test_the_error_is_relative_to_delta_in_a_million_steps():
         terms = np.exp(stats.binom.logpmf(k[above], count, p)) * -np.expm1(epsilon - losses[above])
         found = loss_distribution.delta([(randomized_response(interval), count)], epsilon)
         assert found == pytest.approx(terms.sum() * (1 + ROUND_OFF), rel=2e-8)
+
+
+@pytest.mark.parametrize("interval, count", [(1e-3, 10**6), (0.01, 10_000), (0.05, 1000)])
+@pytest.mark.parametrize("deviations", [0.01, 0.1, 0.3, 1, 3, 8, 20])
+def test_no_tilt_yields_too_small_values(interval, count, deviations):
+    """A bad tilt makes the errors of the transform large; they are added to δ."""
+    from scipy import stats
+
+    p = 1 / (1 + math.exp(-interval))
+    k = np.arange(count + 1)
+    losses = (2 * k - count) * interval
+    logs = stats.binom.logpmf(k, count, p)
+    tilt = deviations / (interval * math.sqrt(count))
+    parts = [(randomized_response(interval), count)]
+    for epsilon in (0.0, 1.0, 5.0, 8.0):
+        above = losses > epsilon
+        exact = float(np.exp(logs[above]) @ -np.expm1(epsilon - losses[above]))
+        assert loss_distribution.delta(parts, epsilon, tilt) >= exact
+        if exact > 0:
+            assert loss_distribution.epsilon(parts, exact, tilt) >= epsilon
+
+
+@pytest.mark.parametrize("tilt", [0.1, 2.0, 12.0])
+def test_heavy_tails_against_plain_convolution(tilt):
+    """δ is the tail of a single step: the tilt cannot make it the bulk. Sums of positive terms are exact."""
+    part, _ = step_loss.on_grid((step_loss.Pair(1.0, 1e-5, 1.0, False),), 1e-30, 0.02)
+    total, start = part.probabilities, part.start
+    for doubled in range(1, 6):
+        total, start = np.convolve(total, total), 2 * start
+        losses = (start + np.arange(len(total))) * 0.02
+        for epsilon in (0.0, 0.1, 2.0):
+            exact = float(total @ np.maximum(0, -np.expm1(np.minimum(0, epsilon - losses))))
+            found = loss_distribution.delta([(part, 2**doubled)], epsilon, tilt)
+            assert exact * (1 - 1e-12) <= found
 
 
 def random_distribution(seed, start, size, infinite):
