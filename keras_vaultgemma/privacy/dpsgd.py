@@ -93,8 +93,8 @@ class DPSGD:
         delta: float in (0, 1). Defaults to min(N^-1.1, 1e-5). A warning says if N δ is above 0.5.
         clip_norm: float from 1e-8 to 1e8. The norm C that gradients are clipped to. Outside this
             range squares of float32 numbers underflow or overflow. Defaults to 1.
-        noise_multiplier: float, 0.01 or more. The noise multiplier σ. The budget is then the ε of the
-            first run of this model on the data.
+        noise_multiplier: float, 0.01 or more. The noise multiplier σ. The budget is then the ε of
+            the first run of this model on the data.
         unit: string, "row", "sequence" or "user". "user" needs `groups` in `fit`. Defaults to
             "row".
         max_rows_per_group: int. k, the number of rows that a user contributes to a step at most,
