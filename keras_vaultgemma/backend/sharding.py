@@ -96,6 +96,27 @@ def per_device(function, divided, whole, add=None):
     return sharded(divided, whole)
 
 
+def one_of_equal(tensors):
+    """Return row 0 of nested tensors [D, ...] whose rows, one for each device, are all equal.
+
+    Each device takes its own row, without communication. XLA's CPU devices run collectives that do
+    not depend on one another in any order, and might wait for each other in a circle.
+    """
+    distribution, devices = _data_axis()
+    if devices == 1:
+        return keras.tree.map_structure(lambda x: x[0], tensors)
+    import jax
+
+    axis = distribution.batch_dim_name
+    return jax.shard_map(
+        lambda own: jax.tree.map(lambda x: x[0], own),
+        mesh=distribution.device_mesh.backend_mesh,
+        in_specs=jax.sharding.PartitionSpec(axis),
+        out_specs=jax.sharding.PartitionSpec(),
+        check_vma=False,
+    )(tensors)
+
+
 def sum_over_devices(tensors):
     """Return the sums of nested tensors over the devices, added in any order, in `per_device`."""
     import jax

@@ -41,6 +41,7 @@ class PrivateBatches(keras.utils.PyDataset):
     alone. It is a dict:
 
     - `count`: int32 of shape `[D]`. Number of records that were drawn for each device.
+    - `drawn`: int32 of shape `[D]`. Number of all of them, equal for all devices.
     - `noise_seeds`: int32 of shape `[D, variables, 4]`, equal for all devices.
     - `layer_seeds`: int32 of shape `[D, 1 + layers, 2]`. Seed of PyTorch's global generator,
       followed by the model's own seeds. They differ between devices.
@@ -140,6 +141,7 @@ class PrivateBatches(keras.utils.PyDataset):
             y,
             {
                 "count": np.bincount(device, minlength=devices).astype("int32"),
+                "drawn": each(len(drawn), "int32"),
                 "noise_seeds": each(np.stack(seeds).view("int32"), "int32"),
                 "layer_seeds": np.array(layer_seeds),
                 "noise_multiplier": each(steps.noise_multiplier, "float32"),

@@ -175,15 +175,18 @@ class PrivateTraining:
         model = self.model
         inputs = (x, y, step["sample_weight"]) if "sample_weight" in step else (x, y)
         backend.seed_global_generator(step["layer_seeds"][0, 0, 0])
-        count, seeds = step["count"], step["layer_seeds"][:, 1:]
-        clipped, states = self.clipped_sum(inputs, count, seeds, step.get("is_drawn"))
+        names = ("drawn", "noise_seeds", "noise_multiplier", "expected_rows")
+        drawn, noise_seeds, *factors = backend.one_of_equal([step[name] for name in names])
+        clipped, states = self.clipped_sum(
+            inputs, step["count"], step["layer_seeds"][:, 1:], step.get("is_drawn"), drawn
+        )
         own = len(self.seeds)  # these stay as they are, whatever was drawn (privacy/seeds.py)
         for variable, value in zip(self._states[own:], states[own:], strict=True):
             variable.assign(value)
-        multiplier, expected = step["noise_multiplier"][0], step["expected_rows"][0]
-        gradients = mechanism.noised_mean(clipped, multiplier, step["noise_seeds"][0], expected)
+        multiplier, expected = factors
+        gradients = mechanism.noised_mean(clipped, multiplier, noise_seeds, expected)
         model.optimizer.apply(gradients, model.trainable_variables)
-        return self._report(clipped, ops.sum(count))
+        return self._report(clipped, drawn)
 
     def _report(self, clipped, count):
         used = ops.cast(count, "float32") - clipped.not_finite
@@ -210,7 +213,7 @@ class PrivateTraining:
         own = {id(v) for metric in self.metrics for v in metric.variables}
         return self.seeds + [v for v in self.model.metrics_variables if id(v) not in own]
 
-    def clipped_sum(self, inputs, count, seeds=None, is_drawn=None):
+    def clipped_sum(self, inputs, count, seeds=None, is_drawn=None, drawn=None):
         """Compute `mechanism.clipped_sum` of rows or users, on all D devices.
 
         Args:
@@ -221,6 +224,8 @@ class PrivateTraining:
                 part. Defaults to their current values.
             is_drawn: bool tensor of shape `[users, k]`, as `RowLosses.user_losses` takes it.
                 Defaults to None: the inputs are rows.
+            drawn: int32 scalar. Sum of `count`, of which each device has its share, rounded up or
+                down. Defaults to None, which takes communication to find the largest count.
 
         Returns:
             Tuple of the `ClippedSum` and the values of the states (seeds, then metrics) after it.
@@ -229,6 +234,8 @@ class PrivateTraining:
         devices, count = backend.data_devices(), ops.reshape(ops.convert_to_tensor(count), (-1,))
         variables = [*self.model.variables, *self.model.metrics_variables]
         values, states = ([backend.value_of(v) for v in vs] for vs in (variables, self._states))
+
+        last = ops.max(count) if drawn is None else -(-drawn // devices)
 
         def on_device(divided, whole):
             inputs, is_drawn, count, seeds = divided
@@ -239,7 +246,7 @@ class PrivateTraining:
             return sums, after if devices == 1 else []
 
         sums, after = sum_of_devices(
-            on_device, (inputs, is_drawn, count, seeds), (values, states, ops.max(count))
+            on_device, (inputs, is_drawn, count, seeds), (values, states, last)
         )
         return sums, after if devices == 1 else states
 

@@ -265,7 +265,7 @@ def two_processes(tmp_path_factory):
 
 
 PRIVATE_MESHES = {"sums": ["2", "4", "8", "2x4"], "private": ["4", "2x2"], "resumed": ["2"]}
-PRIVATE_PROCESS_MESHES = ["4", "2x2"]
+PRIVATE_PROCESS_MESHES = ["4", pytest.param("2x2", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +277,11 @@ def private_one_process(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def private_two_processes(tmp_path_factory):
+def private_two_processes(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("private_two")
-    cases = [f"{mesh}:private" for mesh in PRIVATE_PROCESS_MESHES]
-    return work(folder, [*cases, "4:ledger"], devices=2, processes=2), folder
+    is_long = "not long" not in request.config.option.markexpr
+    cases = ["4:private", "4:ledger", *(["2x2:private"] if is_long else [])]
+    return work(folder, cases, devices=2, processes=2), folder
 
 
 def assert_equal_to_one_device(results, mesh, task, alone):

@@ -8,10 +8,10 @@ import pytest
 from common import random_backbone
 from privacy_cases import SMALL
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend, privacy
+from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, backend, privacy
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.models.trainer import Trainer
-from keras_vaultgemma.privacy import mechanism
+from keras_vaultgemma.privacy import checks, mechanism
 from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
 
 pytestmark = pytest.mark.usefixtures("own_key")
@@ -518,3 +518,36 @@ def test_a_distribution(monkeypatch):
         message = "clips and counts each row once, and knows .* Received: Distribution"
     with pytest.raises(ValueError, match=message):
         fitted()
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes models on JAX only")
+@pytest.mark.parametrize(
+    "counts, arguments, message",
+    [
+        ({"data_devices": 2}, {}, "Received: 1 metrics and 2 devices that divide the rows"),
+        ({"process_count": 2}, {}, "among the processes itself: set `auto_shard_dataset=False`"),
+        (
+            {"process_count": 2},
+            {"callbacks": [TrainingCheckpoint("unused")]},
+            "`TrainingCheckpoint` resumes private training in one process. Received: 2 processes",
+        ),
+    ],
+)
+def test_what_several_devices_or_processes_cannot_do(monkeypatch, counts, arguments, message):
+    devices = keras.distribution.list_devices()[:1]
+    shards = not arguments
+    distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=shards)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: distribution)
+    for name, count in counts.items():
+        monkeypatch.setattr(backend, name, lambda count=count: count)
+    metrics = [keras.metrics.MeanSquaredError(name="unprotected_error")]
+    with pytest.raises(ValueError, match=message):
+        checks.check_distribution(arguments, metrics)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes models on JAX only")
+def test_one_device_of_a_distribution_may_have_metrics(monkeypatch):
+    devices = keras.distribution.list_devices()[:1]
+    distribution = keras.distribution.DataParallel(devices=devices)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: distribution)
+    checks.check_distribution({}, [keras.metrics.MeanSquaredError(name="unprotected_error")])

@@ -205,6 +205,20 @@ def test_the_rounding_allowance_of_plain_sums_counts_every_addition(rows, size):
     )
 
 
+@pytest.mark.parametrize("devices", [2, 8, 64])
+@pytest.mark.parametrize("rows, size", [(6, 1), (64, 1), (250, 1), (64, 4)])
+def test_the_rounding_allowance_covers_the_additions_between_devices(rows, size, devices):
+    """Each device adds its microbatches; at most D - 1 additions follow. Most often one device adds as much."""
+    microbatches = -(-rows // (size * devices))
+    assert not mechanism.needs_pairs(rows, size, devices)
+    additions = [size + microbatches - j + devices - 2 for j in range(microbatches)]
+    needed = 2 * 2.0**-24 * sum(additions) * size * devices
+    alone, found = (mechanism.sum_rounding(rows, size, number) for number in (1, devices))
+    assert float(to_numpy(found)) >= needed
+    if rows >= 2 * size * devices:
+        assert found == alone
+
+
 @pytest.mark.parametrize("rows, size", [(1000, 1), (1000, 8), (65536, 1), (65536, 64)])
 def test_the_rounding_allowance_of_pairs(rows, size):
     """Twice one rounding of the total, n u, and of all roundings within pairs, 8 (n u)^2."""

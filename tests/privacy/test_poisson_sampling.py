@@ -225,7 +225,7 @@ def test_devices_get_equal_parts_with_equal_noise_and_dropout_of_their_own(devic
             (np.diff(part > 0, prepend=True) == 0).sum() >= 0 for part in parts
         )
         assert (step["sample_weight"] == 0.5 * (y > 0)).all()
-        for name in ("noise_seeds", "noise_multiplier", "expected_rows"):
+        for name in ("drawn", "noise_seeds", "noise_multiplier", "expected_rows"):
             np.testing.assert_array_equal(step[name], np.repeat(one[name], devices, axis=0))
         np.testing.assert_array_equal(step["layer_seeds"][:1], one["layer_seeds"])
         assert len({seed.tobytes() for part in step["layer_seeds"] for seed in part}) == 4 * devices
