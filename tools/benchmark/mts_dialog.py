@@ -1,7 +1,7 @@
 """Fine-tune the tiny preset on dialogues of doctors (MTS-Dialog): bits per byte, and samples.
 
     python tools/benchmark/mts_dialog.py FOLDER [--backends jax torch tensorflow]
-        [--runs lora full private_8 private_3] [--json FILE]
+        [--runs lora lora_all full private_8 private_3] [--json FILE]
 
 FOLDER has train.csv and validation.csv (Ben Abacha et al., EACL 2023; CC BY 4.0), whose column
 `dialogue` is trained on. The preset was trained on fairy tales. Each run is a process of its own.
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +24,13 @@ BATCH_SIZE, NEW_TOKENS = 8, 48
 
 def lora():
     return dict(lora_rank=8, learning_rate=1e-3, epochs=3)
+
+
+def lora_all():
+    """The layers and the rank that the rule chooses for private training, without privacy."""
+    from keras_vaultgemma.recipes.private_options import TARGETS
+
+    return dict(lora_rank=4, lora_targets=TARGETS, learning_rate=1e-3, epochs=3)
 
 
 def full():
@@ -42,13 +50,14 @@ def private_3():
     return private(3.0)
 
 
-RUNS = {f.__name__: f for f in (lora, full, private_8, private_3)}
+RUNS = {f.__name__: f for f in (lora, lora_all, full, private_8, private_3)}
 """Each returns options of `fine_tune`."""
 
 
 def fine_tune(
     folder,
     lora_rank=None,
+    lora_targets=None,
     learning_rate=None,
     epochs=None,
     row_length=None,
@@ -75,6 +84,7 @@ def fine_tune(
     ]
     config = FinetuneConfig(
         lora_rank=lora_rank,
+        lora_targets=lora_targets,
         learning_rate=learning_rate,
         epochs=epochs,
         private=epsilon is not None,
@@ -116,7 +126,12 @@ def run(name, backend, folder):
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONWARNINGS": "ignore",
     }
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    # A home of its own: the dialogues are public, and each run measures a budget of its own.
+    with tempfile.TemporaryDirectory() as home:
+        environment["KERAS_VAULTGEMMA_HOME"] = home
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        )
     return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
