@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def home(tmp_path_factory):
+    """No test reads or writes the user's own keys, ledgers and weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def quick_process():
     """Settings of a worker's process that save time and change no result.
 
