@@ -86,11 +86,7 @@ def _epsilon(options):
 
 
 def _ledger(options):
-    """List the private runs on this machine, the records that they share, and ε of each and in all.
-
-    A run counts with all other runs on the same records, whatever model they trained. If nothing
-    that was learned in a run was or ever will be seen by others, delete its folder to forget it.
-    """
+    """List the private runs on this machine, the records that they share, and ε of each and all."""
     from keras_vaultgemma.recipes.private_runs import private_runs
 
     return private_runs(**_arguments(options))
@@ -232,12 +228,8 @@ COMMANDS = {
         "plan private training: noise and ε",
         {
             "--rows": _value("N", "rows in the dataset; each is protected", int, required=True),
-            "--max-rows-per-group": _value(
-                "K", "--rows and --batch count users, of at most K rows in a step each", int
-            ),
-            "--batch": _value(
-                "B", "expected rows per step (default: by a rule)", int, dest="batch_size"
-            ),
+            "--max-rows-per-group": _value("K", "records are users of at most K rows a step", int),
+            "--batch": _value("B", "rows per step (default: by a rule)", int, dest="batch_size"),
             "--epochs": _value(
                 "E", "expected number of times a row is drawn (default: by a rule)", int
             ),

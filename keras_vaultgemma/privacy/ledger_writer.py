@@ -214,8 +214,12 @@ class OpenRun:
             if path is not None:
                 self._open(Path(path))
             if rows is not None:
-                self._copy = _open_locked(machine_ledger.new_folder(self.run, rows, path))
+                copy = machine_ledger.new_folder(self.run, rows, path)
+                self._copy = copy.open("ab")
+                lock(self._copy, is_waiting=True)  # a reader may be looking if it is locked
                 _append(self._copy, entry_line(run_entry(self.run)))
+                sync_folder(copy.parent)
+                sync_folder(copy.parent.parent)
         except BaseException:
             self._close_files()
             raise

@@ -12,11 +12,12 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def lock(file: IO) -> bool:
+def lock(file: IO, is_waiting: bool = False) -> bool:
     """Lock an open file until it is closed.
 
     Args:
         file: file object.
+        is_waiting: bool. Wait while another holder has the lock. Defaults to False.
 
     Returns:
         bool. False if another holder has the lock; True if there are no locks.
@@ -24,7 +25,7 @@ def lock(file: IO) -> bool:
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

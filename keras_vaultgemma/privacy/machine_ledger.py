@@ -33,6 +33,9 @@ from keras_vaultgemma.privacy.locks import is_locked
 
 FOLDER, ROWS, ABOUT = "private_runs", "rows.npy", "about.json"
 
+MOST_NAMED = 3
+"""Largest number of earlier runs that a warning names."""
+
 
 class MachineRun(NamedTuple):
     """A private run that was done on this machine.
@@ -111,19 +114,19 @@ def steps_of(ledger: Ledger) -> list[Steps]:
     return [steps._replace(count=count) for steps, count in counts.items()]
 
 
-def new_folder(run: Run, rows: np.ndarray, ledger: Path | None) -> Path:
+def new_folder(run: Run, rows: np.ndarray, ledger: str | Path | None) -> Path:
     """Create the folder of a run that begins, and return the path for its ledger.
 
     Args:
         run: `Run` with its name.
         rows: sketch of its records, as `RowSketch.values` returns it.
-        ledger: `pathlib.Path` of the model's own ledger, or None.
+        ledger: str or `pathlib.Path` of the model's own ledger, or None.
     """
     folder = root() / run.name
     folder.mkdir(parents=True, mode=0o700)
     np.save(folder / ROWS, rows, allow_pickle=False)
     begun = datetime.datetime.now(datetime.UTC).isoformat()
-    about = {"begun": begun, "ledger": "" if ledger is None else str(ledger.resolve())}
+    about = {"begun": begun, "ledger": "" if ledger is None else str(Path(ledger).resolve())}
     (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     return folder / FILE
 
@@ -163,7 +166,3 @@ def describe_common(found: list[tuple[MachineRun, int]], steps: list[Steps], del
         f"in this run, ε = {epsilon:g} at δ = {delta:g} once this run is done. "
         "`keras-vaultgemma ledger` lists the runs"
     )
-
-
-MOST_NAMED = 3
-"""Largest number of earlier runs that a warning names."""
