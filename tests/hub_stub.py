@@ -59,7 +59,7 @@ class HubStub:
         inherited = {
             k: v
             for k, v in os.environ.items()
-            if not k.startswith(("HF_", "HUGGING", "KAGGLE", "XDG_"))
+            if not k.startswith(("HF_", "HUGGING", "KAGGLE", "KERAS_VAULTGEMMA", "XDG_"))
         }
         nowhere = dict.fromkeys(
             ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
