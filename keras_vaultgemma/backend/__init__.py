@@ -22,6 +22,7 @@ from keras_vaultgemma.backend.autodiff import (
     padded,
     remat,
     while_loop,
+    without_gradients,
 )
 from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positions, rotate_left
 from keras_vaultgemma.backend.compile import (
@@ -125,6 +126,7 @@ __all__ = [
     "update_variables",
     "value_of",
     "while_loop",
+    "without_gradients",
     "without_tensorflow",
     "write_slice",
     "zeros",

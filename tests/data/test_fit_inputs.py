@@ -157,15 +157,15 @@ def test_empty_tf_data_raises():
 
 
 def test_truncations_are_counted():
-    """Of three labels: the first row just fits, the second is truncated, the third loses its response."""
+    """Of three labels: the first row just fits, the second is truncated, the third loses its labels."""
     rows, weights = [[1] * 4, [1] * 5, [1] * 9], np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]])
     truncations = TruncationCounter()
     truncations.count(rows, weights)
     truncations.count(rows[:2], weights[:2])
     truncations.count(rows, weights)  # read again
     message = (
-        "3 of 5 rows were longer than sequence_length=3 and were truncated; "
-        "the whole response was lost in 1 of them."
+        "3 of 5 rows were longer than sequence_length=3 and were truncated. "
+        "3 of 5 rows have no label to learn and are left out."
     )
     with pytest.warns(UserWarning) as caught:
         truncations.report()
@@ -173,7 +173,7 @@ def test_truncations_are_counted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         truncations.report()
-        truncations.count(rows[:1], weights[:1])
+        truncations.count(rows[:1], weights[1:2])
         truncations.report()
     with (
         pytest.warns(
