@@ -68,7 +68,12 @@ from keras_vaultgemma.backend.tf_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.training import loss_gradients, test_step, train_step
+from keras_vaultgemma.backend.training import (
+    apply_gradients,
+    loss_gradients,
+    test_step,
+    train_step,
+)
 
 __all__ = [
     "BACKENDS",
@@ -78,6 +83,7 @@ __all__ = [
     "add_float64_noise",
     "add_in_place",
     "all_gathered",
+    "apply_gradients",
     "as_argument",
     "block_length",
     "block_size",

@@ -71,7 +71,7 @@ class LabelAccumulation:
         for variable in accumulators(optimizer):
             variable.assign(variable * ops.cast(_share(before, total), variable.dtype))
         updates = optimizer.iterations
-        optimizer.apply(gradients, model.trainable_variables)
+        backend.apply_gradients(optimizer, gradients, model.trainable_variables)
         self.labels.count.assign(ops.where(optimizer.iterations > updates, 0.0, total))
 
     def flush(self):

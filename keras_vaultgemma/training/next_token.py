@@ -63,7 +63,7 @@ class NextTokenSteps:
         gradients, (loss, statistics) = backend.loss_gradients(model, scaled_loss)
         logits = self._logits(statistics)  # before the update, which changes the head
         if accumulation is None:
-            model.optimizer.apply(gradients, model.trainable_variables)
+            backend.apply_gradients(model.optimizer, gradients, model.trainable_variables)
         else:
             accumulation.apply(gradients, before, ops.sum(statistics[1]))
         return self._report(data, loss, statistics, logits)

@@ -64,7 +64,6 @@ def test_batches_of_different_numbers_of_labels_are_one_large_batch(kind):
     np.testing.assert_allclose(of_parts["val_loss"], history["val_loss"], rtol=1e-5)
 
 
-@pytest.mark.first_backend
 def test_with_metrics_and_loss_scaling():
     options = dict(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy("right")])
     options["epochs"] = 1
