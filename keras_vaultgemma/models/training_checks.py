@@ -1,5 +1,7 @@
 """What has to be right before the causal language model is trained or evaluated."""
 
+from collections.abc import Callable
+
 from keras_vaultgemma.training.loss import check_table
 from keras_vaultgemma.training.optimizers import check_variables
 
@@ -10,7 +12,7 @@ class TrainingChecks:
     On JAX an error inside Keras's step would leave the model without values.
     """
 
-    _compiled_for = staticmethod(lambda: [])
+    _compiled_for: Callable[[], list] = staticmethod(lambda: [])
     """Function that returns the variables that Keras's functions were compiled for, because Keras
     would track a list of them."""
 

@@ -134,7 +134,9 @@ def assert_same(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", ["class", "instance"])
+@pytest.mark.parametrize(
+    "how", ["class", pytest.param("instance", marks=pytest.mark.first_backend)]
+)
 def test_a_step_as_in_the_guides(default, how):
     """It trains as the default does, and gets logits."""
     model = make(OwnStep if how == "class" else VaultGemmaCausalLM)
@@ -148,7 +150,9 @@ def test_a_step_as_in_the_guides(default, how):
     assert logs == pytest.approx(default[2], rel=1e-4)
 
 
-@pytest.mark.parametrize("how", ["class", "instance"])
+@pytest.mark.parametrize(
+    "how", ["class", pytest.param("instance", marks=pytest.mark.first_backend)]
+)
 def test_an_own_loss_gets_logits(default, how):
     model = make(OwnLoss if how == "class" else VaultGemmaCausalLM)
     if how == "instance":
@@ -169,12 +173,14 @@ def test_own_metrics_get_logits(default):
     assert history[accuracy] == pytest.approx(default[0][accuracy], rel=1e-5)
 
 
+@pytest.mark.first_backend
 def test_a_step_that_calls_the_default(default):
     history, weights = fitted(make(WithoutOwn))
     assert_same(weights, default[1])
     assert history["loss"] == pytest.approx(default[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.first_backend
 def test_own_weighted_metrics_beside_the_default_loss(default):
     nats = keras.metrics.SparseCategoricalCrossentropy("nats", from_logits=True)
     model = make(VaultGemmaCausalLM, weighted_metrics=[nats])
