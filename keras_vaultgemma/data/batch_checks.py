@@ -27,11 +27,10 @@ def check_batch(x, y, sample_weight, vocabulary_size, labels_are_ids=True, needs
     token_ids, weights = _array(x["token_ids"]), _array(sample_weight)
     if token_ids is not None:
         check_ids(token_ids, vocabulary_size)
-    if needs_labels and weights is not None and not (weights >= 0).all():
-        wrong = weights[~(weights >= 0)].flat[0]
+    if needs_labels and weights is not None and (weights < 0).any():
         raise ValueError(
             "`sample_weight` must be at least 0, because the loss is a mean over the weights. "
-            f"Received: {wrong}"
+            f"Received: {weights[weights < 0].flat[0]}"
         )
     if labels_are_ids:
         mask = _array(x["padding_mask"]) if needs_labels and sample_weight is None else None
