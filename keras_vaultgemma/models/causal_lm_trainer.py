@@ -95,10 +95,12 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
                 self, optimizer, reports_accuracy and not takes_logits, takes_logits
             )
         if steps is not None and not takes_logits:
-            # Without a loss, because Keras would trace the model once more to build it. None
-            # instead of [] would leave the metrics of an earlier `compile`.
-            loss, weighted_metrics = None, [] if self._had_keras_metrics else None
-        elif is_auto:
+            # None instead of [] would leave the metrics of an earlier `compile`.
+            weighted_metrics = [] if self._had_keras_metrics else None
+        if is_auto:
+            # Keras would trace the model once more to build a loss, which private steps need.
+            loss = None
+        if is_auto and steps is None and privacy is not None:
             loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="mean_with_sample_weight"
             )
@@ -126,7 +128,10 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
         """Return the loss for logits `y_pred`, like `keras.Model.compute_loss`."""
         if not self._has_default_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        loss = mean_loss_of_logits(y, y_pred, label_weights(x, y, sample_weight))
+        sample_weight = label_weights(x, y, sample_weight)
+        if self.private_training is not None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        loss = mean_loss_of_logits(y, y_pred, sample_weight)
         return loss + sum(ops.sum(added) for added in self.losses)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):

@@ -91,7 +91,7 @@ def test_labels_without_weights_are_those_of_tokens():
         keras.utils.set_random_seed(0)
         model = VaultGemmaCausalLM(random_backbone(num_layers=1))
         model.compile(keras.optimizers.SGD(1.0))
-        loss = float(model.compute_loss(X, Y, model(X), sample_weight))
+        loss = float(to_numpy(model.compute_loss(X, Y, model(X), sample_weight)))
         values = [loss, *model.test_on_batch(X, Y, sample_weight)]
         values += model.train_on_batch(X, Y, sample_weight)
         assert values[1] == pytest.approx(loss, rel=1e-5)
