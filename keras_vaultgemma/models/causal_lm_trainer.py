@@ -217,6 +217,7 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
                 groups=groups,
                 **kwargs,
             )
+            self._build_optimizer()
             self._prepare_steps(arguments)
             return self._fit(arguments, records)
 
@@ -264,6 +265,7 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
         """Train on one batch, like `keras.Model.train_on_batch`, of the forms that `fit` takes."""
         self._begin_training(kwargs)
         x, y, sample_weight = self._prepare(x, y, sample_weight)
+        self._build_optimizer()
         return super().train_on_batch(x, y, sample_weight, **kwargs)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:

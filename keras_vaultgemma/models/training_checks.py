@@ -17,7 +17,7 @@ class TrainingChecks:
     would track a list of them."""
 
     def _begin_training(self, options):
-        """Check the model and the options of `fit`, and build the optimizer."""
+        """Check the model and the options of `fit`."""
         self._check_trainable_dtypes()
         self._begin_evaluation()
         if options.get("class_weight") is not None and self.private_training is None:
@@ -26,6 +26,9 @@ class TrainingChecks:
                 "and every row has many labels: weight them by `sample_weight` of shape [B, T]. "
                 f"Received: class_weight={options['class_weight']!r}"
             )
+
+    def _build_optimizer(self):
+        """Build the optimizer, or check that it was built for what is to be trained."""
         if self.optimizer and not self.optimizer.built:
             # TensorFlow traces a step that creates variables twice: a second for each block.
             self.optimizer.build(self.trainable_variables)
