@@ -27,6 +27,7 @@ from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positi
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
+    is_tracing,
     seed_global_generator,
     trace_once,
     update_variables,
@@ -97,6 +98,7 @@ __all__ = [
     "is_first_process",
     "is_symbolic_tensorflow",
     "is_tensorflow",
+    "is_tracing",
     "log_softmax",
     "loss_gradients",
     "matmul",

@@ -48,6 +48,19 @@ def compile_function(function, variables, donate=(), jit_compile=True):
     return torch.no_grad()(function)
 
 
+def is_tracing():
+    """True inside a function that JAX or TensorFlow compiles, where tensors have no values."""
+    if NAME == "jax":
+        import jax
+
+        return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
+
+
 def _signature(layer):
     return tuple((v.name, tuple(v.shape), v.dtype) for v in layer.variables)
 
