@@ -27,6 +27,7 @@ from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positi
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
+    in_32_bits,
     is_tracing,
     seed_global_generator,
     trace_once,
@@ -91,6 +92,7 @@ __all__ = [
     "fused",
     "fused_attention",
     "gradients",
+    "in_32_bits",
     "in_blocks",
     "in_tensorflow_graph",
     "int8_matmul",

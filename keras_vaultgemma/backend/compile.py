@@ -1,5 +1,6 @@
 """Compilation of functions that read Keras variables."""
 
+import contextlib
 import functools
 
 import keras
@@ -59,6 +60,19 @@ def is_tracing():
 
         return not tf.executing_eagerly()
     return False
+
+
+def in_32_bits():
+    """Return a context in which JAX's default integers have 32 bits, as without `JAX_ENABLE_X64=1`.
+
+    keras-hub's samplers that run their own loop mix default integers with int32 in one list of
+    indices, which JAX rejects.
+    """
+    if NAME == "jax":
+        import jax
+
+        return jax.enable_x64(False)
+    return contextlib.nullcontext()
 
 
 def _signature(layer):

@@ -87,10 +87,11 @@ class SearchGenerator:
             if not self._run_eagerly:
                 search = backend.compile_function(search, self.variables)
             self._searches[stop_token_ids] = search
-        tokens, is_finite, seeds = self._searches[stop_token_ids](
-            *(backend.as_argument(np.asarray(x, "int32")) for x in arrays),
-            [ops.convert_to_tensor(v) for v in self.sampler.variables],
-        )
+        with backend.in_32_bits():
+            tokens, is_finite, seeds = self._searches[stop_token_ids](
+                *(backend.as_argument(np.asarray(x, "int32")) for x in arrays),
+                [ops.convert_to_tensor(v) for v in self.sampler.variables],
+            )
         check_finite(0.0 if bool(is_finite) else np.nan, f"prompt {number}")
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)

@@ -92,7 +92,8 @@ def check_options(config):
     check_integer("seed", config.seed, minimum=0, maximum=2**31 - 1, allow_none=True)
     check_number("repetition_penalty", config.repetition_penalty, above=0)
     check_number("min_p", config.min_p, minimum=0, maximum=1)
-    check_number("length_penalty", config.length_penalty, allow_none=True)
+    # Within what a length can be raised to without overflow.
+    check_number("length_penalty", config.length_penalty, minimum=-50, maximum=50, allow_none=True)
 
 
 def read_logit_bias(logit_bias, vocabulary_size):
@@ -161,8 +162,9 @@ def read_stop_ids(stop_token_ids, preprocessor, is_chat, vocabulary_size):
             "`stop_token_ids` must be 'auto', None or a list of ids. Received: "
             f"stop_token_ids={stop_token_ids!r}"
         )
+    ids = tuple(map(int, ids))
     check_ids(ids, vocabulary_size, "`stop_token_ids`")
-    return tuple(map(int, ids))
+    return ids
 
 
 def check_sampler(sampler, length_penalty=None):

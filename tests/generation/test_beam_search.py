@@ -68,18 +68,21 @@ def their_search(theirs, row, count, stops, **options):
     return ids[: end + 1], float(scores[0])
 
 
+CASES = [
+    (4, (3, 7, 12, 20, 25), 1.0),
+    (3, (), None),
+    (3, (7,), None),
+    (2, (3, 7, 12, 20, 25), 0.0),
+    (3, (3, 12), 2.5),
+    (2, (3, 12, 20), -1.0),
+    (5, (1,), None),
+    (1, (3, 7, 12), None),
+]
+
+
 @pytest.mark.parametrize(
     "num_beams, stops, length_penalty",
-    [
-        (3, (), None),
-        (3, (7,), None),
-        (2, (3, 7, 12, 20, 25), 0.0),
-        (4, (3, 7, 12, 20, 25), 1.0),
-        (3, (3, 12), 2.5),
-        (2, (3, 12, 20), -1.0),
-        (5, (1,), None),
-        (1, (3, 7, 12), None),
-    ],
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.first_backend) for case in CASES[1:])],
 )
 def test_equal_to_transformers_in_a_batch_and_alone(pair, num_beams, stops, length_penalty):
     theirs, ours = pair
@@ -109,6 +112,7 @@ def test_equal_to_transformers_in_a_batch_and_alone(pair, num_beams, stops, leng
             assert sum(log_probs) / len(ids) ** exponent == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.first_backend
 def test_rows_of_a_batch_have_their_own_limits(pair):
     model = pair[1]
     model.compile(sampler=beams(3))
@@ -150,7 +154,14 @@ def enumerated(model, row, limit, ends, length_penalty, temperature=1.0):
 
 
 @pytest.mark.parametrize(
-    "length_penalty, temperature", [(None, 1.0), (0.0, 1.0), (3.0, 1.0), (0.0, 4.0)]
+    "length_penalty, temperature",
+    [
+        (None, 1.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.first_backend)
+            for case in ((0.0, 1.0), (3.0, 1.0), (0.0, 4.0))
+        ),
+    ],
 )
 def test_as_many_beams_as_texts_find_the_best_of_all_texts(small, length_penalty, temperature):
     small.compile(sampler=beams(SMALL**3, temperature=temperature))
@@ -166,6 +177,7 @@ def test_as_many_beams_as_texts_find_the_best_of_all_texts(small, length_penalty
         assert [small.generate(row, **options) for row in rows] == expected
 
 
+@pytest.mark.first_backend
 def test_a_better_text_that_ends_early_wins(small):
     """A search that goes on after stop ids would lose it."""
     small.compile(sampler=beams(3))

@@ -60,6 +60,7 @@ def contrastive(model, **kwargs):
     return SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(**kwargs))
 
 
+@pytest.mark.first_backend
 def test_rows_of_a_batch_get_what_they_get_alone(model):
     search, limits = contrastive(model, k=4, alpha=0.6), [6, 5, 0, 4]
     alone = [search.generate([row], [limit]) for row, limit in zip(ROWS, limits, strict=True)]

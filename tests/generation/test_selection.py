@@ -81,6 +81,7 @@ def test_a_preset_has_no_sampler(tmp_path):
         assert type(cls.from_preset(str(tmp_path / "preset")).sampler) is samplers.GreedySampler
 
 
+@pytest.mark.first_backend
 def test_changes_of_the_sampler_take_effect_at_the_next_call(model):
     def text(**options):
         return model.generate([2, 17], seed=3, **OPTIONS, **options)
