@@ -159,7 +159,7 @@ def enumerated(model, row, limit, ends, length_penalty, temperature=1.0):
         (None, 1.0),
         *(
             pytest.param(*case, marks=pytest.mark.first_backend)
-            for case in ((0.0, 1.0), (3.0, 1.0), (0.0, 4.0))
+            for case in ((0.0, 1.0), (3.0, 4.0))
         ),
     ],
 )
@@ -251,7 +251,7 @@ def searching(tiny):
 def test_stop_strings_end_a_search(searching):
     prompts = ["Once upon a time", "The fox said to the crow", "In the garden"]
     options = dict(
-        max_new_tokens=12, strip_prompt=True, return_finish_reason=True, return_log_probs=True
+        max_new_tokens=9, strip_prompt=True, return_finish_reason=True, return_log_probs=True
     )
     full = searching.generate(prompts, **options)
     stops = [full.output[0][5:12], full.output[1][3:6]]
@@ -263,7 +263,7 @@ def test_stop_strings_end_a_search(searching):
         assert not any(stop in found.output[i] for stop in stops)
         alone = searching.generate(prompt, stop=stops, **options)
         assert alone.output == found.output[i] and alone.finish_reason == found.finish_reason[i]
-        stream = searching.stream(prompt, max_new_tokens=12, stop=stops)
+        stream = searching.stream(prompt, max_new_tokens=9, stop=stops)
         assert "".join(stream) == found.output[i] and stream.finish_reason == found.finish_reason[i]
         assert stream.ids == ids.output[i] and len(ids.output[i]) == len(found.log_probs[i])
         text = searching.preprocessor.detokenize([ids.output[i]])[0]

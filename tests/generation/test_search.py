@@ -82,13 +82,14 @@ def test_stop_ids_and_a_function_end_rows(model):
 
 
 @pytest.mark.first_backend
-def test_a_function_is_asked_every_few_tokens(model):
+def test_a_function_is_asked_every_few_tokens(model, monkeypatch):
+    monkeypatch.setattr("keras_vaultgemma.generation.search.STOP_CHECK_INTERVAL", 4)
     search, asked = contrastive(model, k=2), []
-    full = search.generate(ROWS[1:2], [70]).tokens[0]
+    full = search.generate(ROWS[1:2], [12]).tokens[0]
     found = search.generate(
-        ROWS[1:2], [70], ends=lambda i, row: asked.append(len(row)) or len(row) > 40
+        ROWS[1:2], [12], ends=lambda i, row: asked.append(len(row)) or len(row) > 6
     )
-    assert asked == [32, 64] and found.tokens == [full[:64]]
+    assert asked == [4, 8] and found.tokens == [full[:8]]
 
 
 def test_settings_are_rejected(model):
