@@ -203,6 +203,7 @@ def test_a_function_of_the_text_ends_hypotheses(small):
         assert search.generate([[2, 1, 3]], [3], ends=lambda i, ids: ends(ids)).tokens == [expected]  # noqa: B023
 
 
+@pytest.mark.first_backend
 def test_one_beam_is_greedy_with_every_setting(pair):
     model = pair[1]
     greedy = Generator(model, keras_hub.samplers.GreedySampler())
