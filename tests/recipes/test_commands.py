@@ -1,6 +1,7 @@
 """Each subcommand: the recipe it calls, with which arguments, and what it prints."""
 
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -31,10 +32,11 @@ def fake_model(monkeypatch, tiny):
         return fake_model
 
     class Pieces(list):
-        finish_reason = "length"
+        finish_reason, ids = "length", [7, 8]
 
-    def stream(inputs, max_new_tokens, stop):
+    def stream(inputs, max_new_tokens, stop, **options):
         fake_model.inputs, fake_model.max_new_tokens, fake_model.stop = inputs, max_new_tokens, stop
+        fake_model.options = options
         return Pieces([" A", " text."])
 
     fake_model.compile = lambda sampler: setattr(fake_model, "sampler", sampler)
@@ -117,6 +119,46 @@ def test_samplers(capsys, fake_model, name, sampler, takes):
             f"--{option} has no effect with --sampler {name}, only with random, top_k, top_p"
         )
         assert error.endswith(f"Received: --{option} {values[option]}")
+
+
+@pytest.mark.parametrize(
+    "options, sampler, config",
+    [
+        ("--temperature 0.5", keras_hub.samplers.RandomSampler, dict(temperature=0.5)),
+        ("--top-k 3", keras_hub.samplers.TopKSampler, dict(k=3)),
+        ("--top-k 99999", keras_hub.samplers.TopKSampler, dict(k=4096)),
+        ("--top-p 0.9 --seed 2", keras_hub.samplers.TopPSampler, dict(p=0.9, seed=2)),
+        ("--top-p 0.9 --top-k 5", keras_hub.samplers.TopPSampler, dict(p=0.9, k=5)),
+        ("--top-k 3 --temperature 2", keras_hub.samplers.TopKSampler, dict(k=3, temperature=2.0)),
+    ],
+)
+def test_options_choose_the_sampler(fake_model, options, sampler, config):
+    assert cli.main(["generate", PROMPT, *options.split()]) == 0
+    assert type(fake_model.sampler) is sampler
+    assert {name: fake_model.sampler.get_config()[name] for name in config} == config
+
+
+def test_options_of_generation_and_of_weights(fake_model, monkeypatch):
+    calls = []
+    fake_model.quantize = calls.append
+    monkeypatch.setattr(
+        "keras_vaultgemma.lora.adapters.load_adapter",
+        lambda model, folder: calls.append((model, folder)),
+    )
+    options = (
+        "--repetition-penalty 1.5 --int8 --preset a/folder --adapter an/adapter --dtype float32"
+    )
+    assert cli.main(["generate", PROMPT, *options.split()]) == 0
+    assert fake_model.options == {"repetition_penalty": 1.5}
+    assert calls == ["int8", (fake_model, "an/adapter")]
+
+
+def test_json(capsys, fake_model):
+    assert cli.main(["generate", "ε: once", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and out.count("\n") == 1
+    expected = dict(prompt="ε: once", text=" A text.", finish_reason="length", new_tokens=2)
+    assert json.loads(out) == expected
 
 
 def test_text_ends_at_the_context(capsys, fake_model, tiny):
