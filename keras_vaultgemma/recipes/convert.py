@@ -92,7 +92,8 @@ def convert(
         _check_target(folder, target, overwrite)
         return _convert(source, folder, target, dtype, **options)
     _check_target(Path(adapter), target, overwrite)
-    dtype = dtype or own_dtype(presets.find(source, "config"))
+    own = own_dtype(presets.find(source, "config"))
+    dtype = dtype or (own if own in DTYPES else None)
     with merged_preset(Source(source, adapter), target) as folder:
         return _convert(source, folder, target, dtype, **options, adapter=adapter)
 

@@ -123,11 +123,11 @@ def _files(source, folder):
 
 def _sizes(paths):
     """Return the number and the total size of files in words, or "" for none."""
-    size = sum(path.stat().st_size for path in paths) / 1e6
     if not paths:
         return ""
     name = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
-    return f"{name}, {size:,.1f} MB"
+    size = sum(path.stat().st_size for path in paths)
+    return f"{name}, {size / 1e6:,.1f} MB" if size >= 1e6 else f"{name}, {size / 1e3:,.0f} kB"
 
 
 def _find(preset):

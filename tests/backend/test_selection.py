@@ -18,7 +18,7 @@ def run(code, **environment):
     )
 
 
-@pytest.mark.skipif(backend.NAME == "tensorflow", reason="there TensorFlow is the point")
+@pytest.mark.skipif(backend.NAME != "jax", reason="tests/test_startup.py has more on PyTorch")
 def test_tensorflow_is_never_imported():
     """Not by the import, nor by loading, generating, fitting and saving."""
     result = run(

@@ -5,8 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from common import error_of, one_layer_preset
-from test_describe import table
+from common import error_of, one_layer_preset, table
 
 from keras_vaultgemma import VaultGemmaCausalLM, cli, convert, describe, finetune, lora
 from keras_vaultgemma.recipes.sources import Source, find_source, load_model
@@ -22,7 +21,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data.txt").write_text("\n\n".join(f"Once there were {i} hares." for i in range(8)))
     options = dict(preset=one_layer_preset(), sequence_length=16, batch_size=4)
-    finetune(folder / "data.txt", folder / "adapted", lora_rank=2, learning_rate=0.05, **options)
+    finetune(
+        folder / "data.txt", folder / "adapted", lora_rank=2, learning_rate=0.2, epochs=3, **options
+    )
     shutil.copytree(folder / "adapted", folder / "merged")
     model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     lora.load_adapter(model, folder / "adapted" / "adapter")
@@ -143,7 +144,8 @@ def test_info_of_an_adapter(runs):
     assert sections["Adapter"]["base"] == one_layer_preset()
     assert (sections["Adapter"]["rank"], sections["Adapter"]["alpha"]) == ("2", "2")
     assert sections["Adapter"]["targets"] == "q_proj, v_proj"
-    assert sections["Adapter"]["weights"].startswith("adapter_model.safetensors, 0.0 MB")
+    assert sections["Adapter"]["weights"].startswith("adapter_model.safetensors, 8")
+    assert sections["Adapter"]["weights"].endswith(" kB")
     assert sections["Files"]["kind"] == "base of the adapter"
     assert sections["Architecture"]["num_layers"] == "1"
     assert table(describe(runs / "merged"))["Files"]["kind"] == "preset"
