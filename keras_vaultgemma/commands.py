@@ -64,6 +64,14 @@ def _finetune(options):
     return finetune(**_arguments(options))
 
 
+def _evaluate(options):
+    """Measure the perplexity and the bits per byte of a file of texts under a model."""
+    _start_backend()
+    from keras_vaultgemma.recipes.evaluate import evaluate
+
+    return evaluate(**_arguments(options))
+
+
 def _epsilon(options):
     """Compute the ε of a noise multiplier, or the noise multiplier for an ε, before training.
 
@@ -141,19 +149,32 @@ RULE = "; with --private by a rule, see `epsilon`"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("keras", "hf")
 
+COLUMNS = {
+    "--text-column": _value("NAME", 'texts (default: "text", if present)'),
+    "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
+    "--response-column": _value("NAME", 'responses, which alone count (default: "response")'),
+}
+DATA = ".txt (a blank line ends a text), .jsonl or .csv"
+MODEL = {
+    "--preset": _value("PRESET", f"{SOURCE} (default: the base of --adapter, or vaultgemma_tiny)"),
+    "--adapter": _value("FOLDER", "adapter to load, of `finetune` or of PEFT"),
+    "--dtype": _choice(DTYPES, "dtype of the weights (default: the preset's own)"),
+    "--int8": _flag("quantize the weights to int8, a quarter of the memory of float32"),
+}
+"""Options of the commands that compute with a model and do not train it."""
+
 COMMANDS = {
     "generate": Command(
         _generate,
         "continue a prompt",
         {
             "prompt": _value("PROMPT", "text to continue (default: read from a pipe)", nargs="?"),
-            "--preset": _value(
-                "PRESET", f"{SOURCE} (default: the base of --adapter, or vaultgemma_tiny)"
-            ),
-            "--adapter": _value("FOLDER", "adapter to load, of `finetune` or of PEFT"),
+            **MODEL,
             "--max-new-tokens": _value("N", f"most tokens to generate {DEFAULT}", int, default=64),
             "--sampler": _choice(
-                SAMPLERS, "how tokens are chosen (default: greedy, or what these options need)"
+                SAMPLERS,
+                "how tokens are chosen (default: greedy, or what --top-p, --top-k or --temperature "
+                "needs)",
             ),
             "--temperature": _value("T", "above 0; below 1 prefers likely tokens", float),
             "--top-k": _value("K", "sample from the K likeliest tokens", int),
@@ -162,8 +183,6 @@ COMMANDS = {
                 "X", "above 1 makes tokens less likely that have occurred", float
             ),
             "--seed": _value("N", "seed of a random sampler, for repeatable text", int),
-            "--dtype": _choice(DTYPES, "dtype of the weights (default: the preset's own)"),
-            "--int8": _flag("quantize the weights to int8, a quarter of the memory of float32"),
             "--stop": _value(
                 "TEXT", "end before this text; repeatable", action="append", default=[]
             ),
@@ -196,15 +215,11 @@ COMMANDS = {
         "train an adapter or all weights on a file",
         {
             "--preset": PRESET_OPTION,
-            "--data": _value(
-                "FILE", ".txt (a blank line ends a text), .jsonl or .csv", required=True
-            ),
+            "--data": _value("FILE", DATA, required=True),
             "--validation": _value(
                 "FILE", "held-out data (default: every tenth row of --data, at most 100)"
             ),
-            "--text-column": _value("NAME", 'texts to train on (default: "text", if present)'),
-            "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
-            "--response-column": _value("NAME", 'responses to train on (default: "response")'),
+            **COLUMNS,
             "--group-column": _value("NAME", "user of each row; --private then protects users"),
             "--max-rows-per-group": _value("K", "rows of a user in a step (default: 4)", int),
             "--no-packing": _flag(
@@ -247,6 +262,17 @@ COMMANDS = {
             "--clip-norm": _value(
                 "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),
+        },
+    ),
+    "evaluate": Command(
+        _evaluate,
+        "measure perplexity and bits per byte on a file",
+        {
+            "--data": _value("FILE", DATA, required=True),
+            **MODEL,
+            **COLUMNS,
+            "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
+            "--json": _flag("print one object with all figures", dest="as_json"),
         },
     ),
     "epsilon": Command(

@@ -86,6 +86,11 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "finetune --data a.csv --lora-rank -1",
             "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
         ),
+        ("evaluate --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        (
+            "evaluate --data a.txt --sequence-length 0",
+            "`sequence_length` must be None or a positive integer. Received: sequence_length=0",
+        ),
         (
             "info nowhere",
             "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder",

@@ -107,11 +107,14 @@ def _adapter(source):
 
 def _files(source, folder):
     """Return a section about the files of a preset: kind, format, dtype and size."""
+    preset, missing = os.fspath(source.preset), f"not in {folder}"
+    if preset in presets.HUBS:  # bundled without weights
+        home = presets.cache_home()
+        missing = f"not in {home}; downloaded from {' or '.join(presets.HUBS[preset])}"
+        downloaded = (path for path in (home / preset, home) if presets.file(path, "weights"))
+        folder = next(downloaded, folder)
     weights = [path for path in model_files(folder) if path.suffix in (".h5", ".safetensors")]
     dtype, modes = own_dtype(folder), quantization_modes(folder)
-    missing = f"not in {folder}"
-    if handles := presets.HUBS.get(os.fspath(source.preset)):
-        missing += f"; looked for in {presets.cache_home()}, then {', then '.join(handles)}"
     return {
         "kind": "preset" if source.adapter is None else "base of the adapter",
         "format": FORMATS[format_of(folder)],

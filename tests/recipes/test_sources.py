@@ -73,6 +73,27 @@ def test_generate_on_int8(runs, capsys):
     assert result["new_tokens"] == 8 and result["text"]
 
 
+def test_evaluate_agrees_with_finetune(runs, capsys):
+    """On the rows that the run held out, in the form of rows that it used."""
+    run = json.loads((runs / "adapted" / "run.json").read_text())
+    held_out = runs / "held_out.txt"
+    held_out.write_text("Once there were 4 hares.")
+    command = ["evaluate", "--data", str(held_out), "--sequence-length", "16"]
+    for arguments, name in (
+        (["--preset", one_layer_preset()], "before"),
+        (["--preset", str(runs / "adapted")], "after"),
+        (["--adapter", str(runs / "adapted" / "adapter")], "after"),
+    ):
+        assert cli.main([*command, *arguments, "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures.pop("rows") == 1
+        assert figures == pytest.approx(run[name], rel=1e-5)
+    assert cli.main([*command, "--preset", str(runs / "merged")]) == 0
+    out = capsys.readouterr().out
+    assert f"perplexity {run['after']['perplexity']:.4g}, " in out
+    assert out.startswith(f"{runs / 'merged' / 'preset'} on {held_out}: 1 rows, ")
+
+
 def test_the_latest_run_counts(runs, tmp_path):
     folder = tmp_path / "both"
     shutil.copytree(runs / "adapted", folder)
@@ -200,11 +221,15 @@ def test_info_of_quantized_and_mixed_presets(tmp_path):
     assert table(describe(tmp_path / "mixed"))["Files"]["dtype"] == "mixed_bfloat16"
 
 
-def test_info_of_the_release_says_that_its_weights_are_elsewhere(tmp_path, monkeypatch):
+def test_info_of_the_release_says_where_its_weights_are(tmp_path, monkeypatch, narrow):
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path))
     files = table(describe("vaultgemma_1b"))["Files"]
     assert files["dtype"] == "bfloat16"
     assert files["weights"].startswith("not in ")
+    shutil.copytree(narrow / "hf", tmp_path / "vaultgemma_1b")
+    files = table(describe("vaultgemma_1b"))["Files"]
+    assert files["format"] == "Hugging Face"
+    assert files["weights"].startswith("model.safetensors, 2.6 MB")
 
 
 @pytest.mark.parametrize("name", ["keras", "hf"])
