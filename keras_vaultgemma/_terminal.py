@@ -55,8 +55,9 @@ def _replacement(character):
 def read_all(stream):
     """Read a text stream to its end.
 
-    The bytes are decoded as the stream says, as UTF-8 if that fails, and with replacements if that
-    fails as well. A byte-order mark is dropped, and line breaks become "\\n".
+    The bytes are decoded as the stream says, and as UTF-8 if that fails. Surrogates stand for bytes
+    that are neither, as in arguments (`as_text`). A byte-order mark is dropped, and line breaks
+    become "\\n".
 
     Args:
         stream: text stream.
@@ -65,15 +66,13 @@ def read_all(stream):
         string.
     """
     if not hasattr(stream, "buffer"):
-        return as_text(stream.read())
+        return stream.read()
     content = stream.buffer.read()
-    for encoding in (stream.encoding, "utf-8"):
-        try:
-            text = content.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            text = content.decode("utf-8", "replace")
-    return as_text(text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    try:
+        text = content.decode(stream.encoding)
+    except UnicodeDecodeError:
+        text = content.decode("utf-8", "surrogateescape")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def as_text(argument):

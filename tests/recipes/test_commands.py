@@ -199,6 +199,16 @@ def test_a_piped_prompt_loses_one_line_break(monkeypatch, fake_model, piped, pro
     assert fake_model.inputs == prompt
 
 
+def test_a_pipe_that_is_not_utf_8(monkeypatch, capsys, fake_model):
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xce\xb5\r\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert cli.main(["generate", "--stop", "x\udcff"]) == 0
+    assert (fake_model.inputs, fake_model.stop) == ("caf\ufffd ε", ["x\ufffd"])
+    notes = capsys.readouterr().err.splitlines()
+    note = "keras-vaultgemma: {} has bytes that are not UTF-8, read as \ufffd"
+    assert notes == [note.format("--stop"), note.format("PROMPT")]
+
+
 def test_an_argument_is_the_prompt_whatever_is_piped(monkeypatch, fake_model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
     assert cli.main(["generate", ""]) == 0
