@@ -47,7 +47,14 @@ def is_configured():
 
 def installed_backends():
     """Return the names of the backends that are installed."""
-    return [name for name in BACKENDS if importlib.util.find_spec(name)]
+    return [name for name in BACKENDS if _is_installed(name)]
+
+
+def _is_installed(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # A module without a spec, such as a stand-in of a tool, is imported.
+        return True
 
 
 class TensorFlowGuard(importlib.abc.MetaPathFinder):

@@ -1,11 +1,9 @@
 """Text from and to streams of any encoding."""
 
 import io
-import os
 import sys
 
 import pytest
-from common import run_command
 
 from keras_vaultgemma import cli
 from keras_vaultgemma._terminal import as_text, read_all, tolerate_encoding
@@ -78,18 +76,3 @@ def test_help_in_any_encoding(monkeypatch, encoding, arguments):
     assert exit.value.code == 0
     output.flush()
     assert output.buffer.getvalue().startswith(b"usage: keras-vaultgemma")
-
-
-def test_a_command_with_undecodable_input_in_an_ascii_terminal():
-    """The prompt comes back with what could be read of it, and the note about it is one line."""
-    done = run_command(
-        "generate", b"caf\xe9 \xce\xb5 time".decode("utf-8", "surrogateescape"), "--max-new-tokens", "1",
-        env={"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("caf\\ufffd epsilon time")
-    notes = [line for line in done.stderr.splitlines() if line.startswith("keras-vaultgemma: ")]
-    assert notes[1] == "keras-vaultgemma: PROMPT has bytes that are not UTF-8, read as \\ufffd"
-    name, others = os.environ.get("KERAS_BACKEND", ""), ("jax", "torch", "tensorflow")
-    assert notes[0].startswith(f"keras-vaultgemma: running on {name}; set KERAS_BACKEND to ")
-    assert all(other in notes[0] for other in others)

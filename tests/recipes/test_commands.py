@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -62,9 +63,15 @@ def test_chat_prints_the_reply_alone(capsys, tiny):
 
 
 def test_a_pipe_brings_the_prompt(tiny):
-    done = run_command("generate", "--max-new-tokens", "8", input=PROMPT + "\n")
-    assert done.returncode == 0
-    assert done.stdout == tiny.generate(PROMPT, max_new_tokens=8) + "\n"
+    """Whatever the encoding of standard input and output. Standard error begins with the backend."""
+    options = dict(input=f"“{PROMPT}\n", env={"PYTHONIOENCODING": "ascii"}, encoding="utf-8")
+    done = run_command("generate", "--max-new-tokens", "8", **options)
+    assert done.returncode == 0, done.stderr
+    text = tiny.generate(f"“{PROMPT}", max_new_tokens=8) + "\n"
+    assert done.stdout == re.sub("[“”]", '"', text).encode("ascii", "backslashreplace").decode()
+    (note,) = re.findall("^keras-vaultgemma: (.*)$", done.stderr, re.M)
+    others = " or ".join(name for name in backend.BACKENDS if name != backend.NAME)
+    assert note == f"running on {backend.NAME}; set KERAS_BACKEND to {others} for another backend"
 
 
 def test_an_unknown_backend_is_a_usual_error():
