@@ -172,12 +172,12 @@ COMMANDS = {
         {
             "--preset": PRESET_OPTION,
             "--data": _value(
-                "FILE", ".txt (a blank line ends a text), .jsonl or .csv", required=True
+                "FILE", ".txt (texts by blank line or line), .jsonl, .json, .csv, .tsv", required=True
             ),
             "--validation": _value(
                 "FILE", "held-out data (default: every tenth row of --data, at most 100)"
             ),
-            "--text-column": _value("NAME", 'texts to train on (default: "text", if present)'),
+            "--text-column": _value("NAME", 'texts or chats (default: "text" or "messages")'),
             "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
             "--response-column": _value("NAME", 'responses to train on (default: "response")'),
             "--group-column": _value("NAME", "user of each row; --private then protects users"),
