@@ -187,10 +187,10 @@ def test_streams_of_libraries(name):
             r"Received: \['prompt', 'chosen', 'rejected'\]",
         ),
         ({"input_ids": [[1, 2]]}, r"token ids: 'token_ids'.*Received: \['input_ids'\]"),
-        ({"text": ["a", "b", None]}, "'text' must have a value.*Received: None in row 2"),
+        ({"text": ["a", "b", None]}, "'text' must have a value.*Received: (None|nan) in row 2"),
         (
             {"prompt": ["a", "b"], "completion": ["c", None]},
-            "'completion' must have a value.*Received: None in row 1",
+            "'completion' must have a value.*Received: (None|nan) in row 1",
         ),
         ({"messages": [CHATS[0], None]}, "'messages' must have a value.*in row 1"),
         (

@@ -82,7 +82,7 @@ STREAMS = {
 @pytest.fixture(scope="module")
 def model():
     model = VaultGemmaCausalLM.from_preset(one_layer_preset())
-    model.preprocessor.sequence_length = 32
+    model.preprocessor.sequence_length = 64
     model.compile(keras.optimizers.SGD(1e-2))
     model.start = [to_numpy(v).copy() for v in model.variables]
     return model
@@ -93,7 +93,7 @@ def trained(model, data, **arguments):
     for variable, value in zip(model.variables, model.start, strict=True):
         variable.assign(value)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         history = model.fit(data, **{"batch_size": 2, "epochs": 2, "verbose": 0, **arguments})
     return [to_numpy(v).copy() for v in model.trainable_variables], history.history
 
