@@ -172,7 +172,7 @@ COMMANDS = {
         {
             "--preset": PRESET_OPTION,
             "--data": _value(
-                "FILE", ".txt (texts by blank line or line), .jsonl, .json, .csv, .tsv", required=True
+                "FILE", ".txt (a text a paragraph or line), .json(l), .csv, .tsv", required=True
             ),
             "--validation": _value(
                 "FILE", "held-out data (default: every tenth row of --data, at most 100)"

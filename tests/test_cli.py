@@ -71,7 +71,10 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "finetune",
             "the following arguments are required: --data (see keras-vaultgemma finetune --help)",
         ),
-        ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        (
+            "finetune --data a.pdf",
+            "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
+        ),
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
         (
             "finetune --data a.csv --lora-rank -1",

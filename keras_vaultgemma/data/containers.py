@@ -57,10 +57,10 @@ def as_list(x):
         x: an array of strings, a pandas or polars `Series`, a Hugging Face `Column`, an Arrow
             array, or another sequence. A scalar array becomes a string.
     """
-    if isinstance(x, _KNOWN):
-        return x
     if backend.is_tensorflow(x) and hasattr(x, "numpy"):
         x = x.numpy()
+    if isinstance(x, _KNOWN):
+        return x
     if isinstance(x, np.ndarray):
         return x.tolist() if x.dtype.kind in "OSUT" else x
     if is_table(x) or is_stream(x):
@@ -104,7 +104,7 @@ def is_chat(x):
 def is_one_sample(x):
     """Return True for one text, pair or chat, as `as_plain` returns it, instead of a batch."""
     first = x.get("prompts") if isinstance(x, Mapping) else x
-    return isinstance(first, (str, bytes)) or is_chat(first)
+    return isinstance(first, (str, bytes)) or (is_chat(first) and not isinstance(x, tuple))
 
 
 def column_names(x):

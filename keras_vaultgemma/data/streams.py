@@ -1,5 +1,6 @@
 """Streams, which are data that can only be read in order, as batches for `fit` on every backend."""
 
+import itertools
 import threading
 
 import keras
@@ -54,7 +55,7 @@ def read_batches(stream, batch_size):
             element = _as_element(element)
         except ValueError as error:
             raise ValueError(f"Element {number} of the data, counted from 0: {error}") from error
-        if isinstance(element, tuple) or not is_one_sample(element):
+        if not is_one_sample(element):
             yield element
             continue
         samples.append(element)
@@ -128,10 +129,8 @@ class Stream(keras.utils.PyDataset):
         except (AttributeError, NotImplementedError, TypeError):
             return sum(1 for _ in read_batches(self.source, self._batch_size))
         # The length is that in single samples, if the first element is one.
-        is_single = any(
-            is_one_sample(_as_element(element)) for element, _ in zip(self.source, range(1))
-        )
-        return -(-length // self._batch_size) if is_single else length
+        first = [_as_element(element) for element in itertools.islice(self.source, 1)]
+        return -(-length // self._batch_size) if any(map(is_one_sample, first)) else length
 
 
 def _as_element(element):

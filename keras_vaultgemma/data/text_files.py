@@ -1,5 +1,6 @@
 """Training records from data files and tables: texts, prompts and responses, or chats."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Mapping
@@ -230,6 +231,9 @@ def _value(value):
 
     Those of Windows are other tokens, which the model should not be trained on.
     """
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode("utf-8")
     if isinstance(value, str):
         return value.replace("\r\n", "\n")
     value = as_chat(value)

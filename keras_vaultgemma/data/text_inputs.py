@@ -1,8 +1,9 @@
 """Texts, pairs of prompts and responses, and chats, in the forms in which users pass them."""
 
+import keras
 import numpy as np
 
-from keras_vaultgemma.data.containers import as_list, as_plain
+from keras_vaultgemma.data.containers import as_chat, as_list, as_plain
 
 TURN_START, TURN_END = "<start_of_turn>", "<end_of_turn>"
 
@@ -56,6 +57,7 @@ def chat_parts(messages):
     Raises:
         ValueError: As `apply_chat_template`.
     """
+    messages = as_chat(messages)
     if not messages:
         raise ValueError("`messages` must be a list of at least one message. Received: none")
     parts = [""]
@@ -140,6 +142,24 @@ def as_samples(x):
     if are_chats:
         return _chat_samples(responses, prompts), False, is_single
     return [list(pair) for pair in zip(prompts, responses, strict=True)], True, is_single
+
+
+def as_records(x):
+    """Return the samples of data as one string each, or None if they are token ids.
+
+    Args:
+        x: samples as for `as_samples`, or a `keras.utils.PyDataset` of batches of them.
+    """
+    batches = [x]
+    if isinstance(x, keras.utils.PyDataset):
+        batches = (x[i] for i in range(x.num_batches or 0))
+        batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
+    records = []
+    for batch in batches:
+        if isinstance(batch, dict) and "token_ids" in batch:
+            return None
+        records += ["\0".join(parts) for parts in as_samples(batch)[0]]
+    return records
 
 
 def _chat_samples(chats, given):

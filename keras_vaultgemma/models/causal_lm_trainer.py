@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.fit_inputs import TruncationCounter, check_no_labels, prepare_fit_inputs
-from keras_vaultgemma.data.text_inputs import as_samples
+from keras_vaultgemma.data.text_inputs import as_records
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.sharding import check_batches
 from keras_vaultgemma.models.trainer import Trainer
@@ -143,14 +143,13 @@ class CausalLMTrainer(Trainer):
                 - strings;
                 - `{"prompts": strings, "responses": strings}`: the responses are trained on;
                 - chats, lists of `{"role", "content"}`: the model's messages are trained on;
-                - a table or column of these: a pandas or polars `DataFrame` or `Series`, an Arrow
-                  table, a Hugging Face `Dataset` or `Column`, or a list of rows, with the columns
-                  "text", "messages" (chats), or "prompt" and "completion" or "response";
+                - a column or table of these, such as a pandas or Hugging Face one or a list of
+                  rows, with the columns that `VaultGemmaCausalLMPreprocessor` names;
                 - a `keras.utils.PyDataset` of batches of one of these, or a `PackedDataset`;
-                - a stream of batches or of single samples: a generator, torch `DataLoader` (of
-                  chats with `collate_fn=list`), Grain dataset, Hugging Face `IterableDataset` or
-                  `tf.data.Dataset`. It is read in its own order, and once in advance if it has no
-                  length and no `steps_per_epoch` is given. Private training takes no streams;
+                - a stream of batches or single samples, such as a generator, a torch `DataLoader`
+                  (of chats with `collate_fn=list`), a Grain dataset or a `tf.data.Dataset`, in its
+                  own order. Without a length or `steps_per_epoch` it is read once more, to count
+                  its batches. Private training takes no streams;
                 - `{"token_ids", "padding_mask"}` with labels `y`, which may have any value where
                   `sample_weight` is 0.
             y: labels for token ids. The other forms have their own.
@@ -296,16 +295,7 @@ class CausalLMTrainer(Trainer):
             return None
         if is_stream(x):
             as_rows(x)  # Raises, before the stream is read.
-        batches = [x]
-        if isinstance(x, keras.utils.PyDataset):
-            batches = (x[i] for i in range(x.num_batches or 0))
-            batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
-        records = []
-        for batch in batches:
-            if isinstance(batch, dict) and "token_ids" in batch:
-                return None
-            records += ["\0".join(parts) for parts in as_samples(batch)[0]]
-        return records
+        return as_records(x)
 
     def _check_default_loss(self):
         # Before Keras begins, because on JAX an error inside its step leaves the model without

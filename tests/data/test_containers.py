@@ -6,6 +6,7 @@ import importlib
 import numpy as np
 import pytest
 
+from keras_vaultgemma import apply_chat_template
 from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.text_inputs import as_samples
 
@@ -129,7 +130,10 @@ def test_one_row_is_one_sample():
         ({"text": "a", "id": 3}, "a"),
         ({"messages": chat}, chat),
         ({"prompt": "a", "completion": "b"}, {"prompts": "a", "responses": "b"}),
-        ({"prompt": chat[:1], "completion": chat[1:]}, {"prompts": chat[:1], "responses": chat[1:]}),
+        (
+            {"prompt": chat[:1], "completion": chat[1:]},
+            {"prompts": chat[:1], "responses": chat[1:]},
+        ),
     ):
         assert as_plain(row) == plain and as_samples(row)[2]
 
@@ -140,6 +144,8 @@ def test_chats_in_other_forms():
     arrays = [np.array(chat, object) for chat in CHATS]
     assert as_plain({"messages": of_lists}) == as_plain(of_lists) == CHATS
     assert as_plain({"messages": arrays}) == as_plain(arrays) == CHATS
+    text = apply_chat_template(CHATS[0])
+    assert apply_chat_template(arrays[0]) == apply_chat_template(of_lists[0]) == text
 
 
 def test_parquet(tmp_path):

@@ -53,7 +53,9 @@ def test_chats(write):
     """Rows of TRL: messages, or a prompt and a completion that are strings or messages."""
     windows = [{**message, "content": f"{message['content']}\r\n"} for message in CHAT]
     unix = [{**message, "content": f"{message['content']}\n"} for message in CHAT]
-    found = read_records(write("a.jsonl", lines({"messages": windows, "id": 1}, {"messages": CHAT})))
+    found = read_records(
+        write("a.jsonl", lines({"messages": windows, "id": 1}, {"messages": CHAT}))
+    )
     assert found == TextRecords([unix, CHAT], None) and found.samples == [unix, CHAT]
     found = read_records(write("b.jsonl", lines({"prompt": CHAT[:1], "completion": CHAT[1:]})))
     assert found == TextRecords([CHAT[1:]], [CHAT[:1]])
@@ -93,6 +95,7 @@ def test_tables_in_memory(kind):
         ([("a", "b")], {}, "Pairs must be"),
         (iter([("a", "b")]), {}, "Pairs must be"),
         (3, {}, "row 0: 'text' must be a string. Received: 3"),
+        ([b"a", b"\xff"], {}, r"row 1: 'text' must be a string. Received: b'\\xff'"),
     ],
 )
 def test_bad_tables(data, columns, message):
@@ -102,7 +105,8 @@ def test_bad_tables(data, columns, message):
 
 def test_texts_and_chats_in_memory():
     texts = ["a", "b"]
-    for data in (texts, np.array(texts), iter(texts), iter([texts]), {"text": texts}):
+    data_of_bytes = np.array([text.encode() for text in texts])
+    for data in (texts, np.array(texts), data_of_bytes, iter(texts), iter([texts])):
         assert read_records(data) == TextRecords(texts, None)
     assert read_records([CHAT, CHAT]) == TextRecords([CHAT, CHAT], None)
     pairs = {"prompts": texts, "responses": ["c", "d"]}

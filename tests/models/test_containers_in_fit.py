@@ -118,7 +118,18 @@ def test_tables(model, expected, make):
     np.testing.assert_array_equal(model.score(make()), model.score(LINES))
 
 
-@pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            make,
+            id=name,
+            # Compiling for a dataset takes seconds on TensorFlow.
+            marks=[] if name in ("samples", "tf.data of dicts") else pytest.mark.first_backend,
+        )
+        for name, make in STREAMS.items()
+    ],
+)
 def test_streams(model, expected, make):
     check_equal(trained(model, make(), validation_data=make()), expected)
 
@@ -130,6 +141,7 @@ def test_generators_of_samples(model, expected):
         check_equal(trained(model, make(), epochs=1, steps_per_epoch=2), once)
 
 
+@pytest.mark.first_backend
 def test_steps_of_an_endless_stream(model, expected):
     class Endless(Again):
         def __iter__(self):
@@ -202,13 +214,19 @@ def test_ids_without_a_batch_axis(model, data):
         model.fit(data(), verbose=0)
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize(
-    "make", [*TABLES.values(), *STREAMS.values()], ids=[*TABLES, *(f"stream, {n}" for n in STREAMS)]
+    "make",
+    [
+        pytest.param(
+            make, id=name, marks=[] if name.startswith("tf") else pytest.mark.first_backend
+        )
+        for kinds in (TABLES, STREAMS)
+        for name, make in kinds.items()
+    ],
 )
-def test_packing(model, make):
-    packed = PackedDataset(make(), model.preprocessor, 2)
-    expected = PackedDataset(LINES, model.preprocessor, 2)
+def test_packing(tiny, make):
+    packed = PackedDataset(make(), tiny.preprocessor, 2)
+    expected = PackedDataset(LINES, tiny.preprocessor, 2)
     assert len(packed) == len(expected)
     for i in range(len(expected)):
         keras.tree.map_structure(np.testing.assert_array_equal, packed[i], expected[i])
