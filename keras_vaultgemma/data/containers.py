@@ -181,13 +181,16 @@ def _as_chats(x):
     if isinstance(first, (list, tuple)) and len(first) and isinstance(first[0], (str, bytes)):
         raise ValueError(
             "Pairs must be {'prompts': [...], 'responses': [...]}, and a batch of texts one list. "
-            f"Received: {first!r} as the first sample"
+            f"Received: {str(first)[:100]} as the first sample"
         )
     if _is_of_lists(first):
-        if len(x) > 1 and _is_of_lists(x[1]) and {*first["role"]} == {"user"} != {*x[1]["role"]}:
+        roles = [{*map(str, as_list(chat["role"]))} for chat in x[:2] if _is_of_lists(chat)]
+        is_mixed = len(as_list(first["role"])) > 1 or len(set().union(*roles)) > 1
+        if is_mixed and all(len(each) == 1 for each in roles):
             raise ValueError(
-                "Each chat must be a list of messages. Received: one list for each place in the "
-                "chats, as a `DataLoader` puts rows together unless it has `collate_fn=list`"
+                "Each chat must be a list of messages. Received: a list of roles for each place in "
+                "the chats, as batches are made of them: pass single rows, or `collate_fn=list` to "
+                "a `DataLoader`"
             )
         return [as_chat(chat) for chat in x]
     return [as_chat(chat) for chat in x] if is_chat(first) else x

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Mapping
 
 import keras
 
@@ -111,7 +112,8 @@ class Stream(keras.utils.PyDataset):
         if batch is None:
             raise ValueError(
                 f"A {type(self.source).__name__} must have as many batches in each pass as in the "
-                f"first, and at least one. Received: no batch {index}, counted from 0"
+                "first, and at least one; pass a list if it can be read only once. "
+                f"Received: no batch {index}, counted from 0"
             )
         return batch
 
@@ -136,8 +138,11 @@ class Stream(keras.utils.PyDataset):
 def _as_element(element):
     if is_missing(element):
         raise ValueError(f"Every sample must be a string, a pair or a chat. Received: {element!r}")
-    if isinstance(element, tuple) and not isinstance(element[0], (str, bytes)):
-        return element  # `(x, y, sample_weight)`
+    is_sequence = isinstance(element, (list, tuple)) and len(element) > 0
+    if is_sequence and isinstance(element[0], Mapping) and "token_ids" in element[0]:
+        return tuple(element)  # A torch `DataLoader` makes lists of `(x, y, sample_weight)`.
+    if isinstance(element, tuple) and is_sequence and not isinstance(element[0], (str, bytes)):
+        return element
     # A tuple of strings is no batch, because Keras would take its second item for labels.
     return as_plain([element] if isinstance(element, tuple) else element)
 

@@ -68,10 +68,11 @@ def chat_parts(messages):
             )
         role, content = ROLES.get(message["role"]), message["content"]
         if role != ("user", "model")[i % 2]:
+            way = " (put its text before the user's)" if message["role"] == "system" else ""
             raise ValueError(
                 f"`messages[{i}]` must have the role {('user', 'assistant')[i % 2]!r}, because "
-                "Gemma has no system role and its turns alternate; put the text of a system "
-                f"message before the user's first. Received: role={message['role']!r}"
+                f"Gemma has no system role and its turns alternate{way}. "
+                f"Received: role={message['role']!r}"
             )
         if not isinstance(content, str) or TURN_START in content or TURN_END in content:
             raise ValueError(

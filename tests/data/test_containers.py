@@ -229,15 +229,24 @@ def test_missing_values_of_pandas():
             {**PAIRS, "sample_weight": [1, 0]},
             r"just the keys.*Received: \['prompts', 'responses', 'sample_weight'\]",
         ),
+    ]
+    + [
         (
             # As torch's `default_collate` does with messages.
-            {"messages": [{"role": ["user"] * 2}, {"role": ["assistant"] * 2}]},
+            {"messages": [{"role": ["user"] * n}, {"role": ["assistant"] * n}]},
+            "`collate_fn=list`",
+        )
+        for n in (1, 2)
+    ]
+    + [
+        (
+            {"prompt": [{"role": ["user"] * 2}], "completion": [{"role": ["assistant"] * 2}]},
             "`collate_fn=list`",
         ),
         ([CHATS[0], None], r"Chat 1: `messages\[0\]` must be a dict.*Received: None"),
         (
             [[{"role": "system", "content": "Be kind."}, *CHATS[0]]],
-            "Chat 0: .*Gemma has no system role.*put the text of a system message before.*'system'",
+            "Chat 0: .*Gemma has no system role.*put its text before the user's.*'system'",
         ),
         ({"prompts": CHATS[0][:1], "responses": "b"}, "both strings or both lists of messages"),
         (
