@@ -137,8 +137,8 @@ def _as_array(x):
 
 def _not_random_access(x):
     kind = "stream" if getattr(x, "is_stream", False) else type(x).__name__
+    way = ", which can be read into a list of rows first" if hasattr(x, "__iter__") else ""
     return ValueError(
         "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
-        "which can be read at any position: read a stream into a list of rows first. "
-        f"Received: x of type {kind}"
+        f"which can be read at any position. Received: x of type {kind}{way}"
     )
