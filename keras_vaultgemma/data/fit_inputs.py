@@ -8,7 +8,7 @@ import numpy as np
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.streams import as_batches
-from keras_vaultgemma.data.token_ids import check_ids
+from keras_vaultgemma.data.token_ids import check_ids, check_rank
 
 EMPTY = "Data must have at least one batch. Received: none"
 
@@ -53,7 +53,7 @@ def prepare_fit_inputs(
         x = as_batches(as_plain(x), batch_size, steps)
 
     def check_batch(x, y=None, sample_weight=None):
-        _check_rank(x["token_ids"])
+        check_rank(x["token_ids"])
         token_ids = _array(x["token_ids"])
         if token_ids is not None:
             check_ids(token_ids, vocabulary_size)
@@ -107,16 +107,6 @@ def check_no_labels(y, sample_weight):
                 "returns and pass its arrays to `fit`. "
                 f"Received: {name} of type {type(value).__name__}"
             )
-
-
-def _check_rank(token_ids):
-    """Raise ValueError for token ids that are known to have no batch axis."""
-    shape = token_ids.shape if hasattr(token_ids, "shape") else None
-    if shape is not None and getattr(shape, "rank", 2) is not None and len(shape) != 2:
-        raise ValueError(
-            "Token ids must have the shape [batch, length]: a stream or `PyDataset` has batches, "
-            f"as `.batch(batch_size)` of a dataset makes them. Received: shape {tuple(shape)}"
-        )
 
 
 def _array(x):

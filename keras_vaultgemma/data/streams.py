@@ -7,7 +7,15 @@ from collections.abc import Mapping
 import keras
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.containers import as_plain, is_missing, is_one_sample, is_stream
+from keras_vaultgemma.data.containers import (
+    CHATS,
+    as_plain,
+    is_missing,
+    is_one_sample,
+    is_stream,
+    sample_columns,
+)
+from keras_vaultgemma.data.token_ids import check_rank
 
 DEFAULT_BATCH_SIZE = 32
 """That of `keras.Model.fit`."""
@@ -29,6 +37,7 @@ def as_batches(x, batch_size=None, steps=None):
     """
     batch_size = batch_size or DEFAULT_BATCH_SIZE
     if backend.is_tensorflow(x) and hasattr(x, "element_spec"):
+        _check_spec(x.element_spec)
         return x.batch(batch_size) if _has_single_texts(x.element_spec) else x
     if not is_stream(x):
         return x
@@ -152,6 +161,26 @@ def _join(samples):
     if not isinstance(samples[0], dict):
         return samples
     return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def _check_spec(spec):
+    """Raise ValueError for what a `tf.data.Dataset` has, before TensorFlow's graph wraps errors."""
+    x, *labels = spec if isinstance(spec, tuple) else [spec]
+    if isinstance(x, Mapping) and "token_ids" in x:
+        check_rank(x["token_ids"])
+        return
+    if labels and getattr(labels[0], "dtype", None) == "string":
+        raise ValueError(
+            "Pairs in a `tf.data.Dataset` must be dicts of 'prompts' and 'responses', or of "
+            f"'prompt' and 'completion'. Received: {spec}"
+        )
+    columns = sample_columns([*x]) if isinstance(x, Mapping) else None
+    parts = [x] if columns is None else [x[column] for column in columns]
+    if columns == CHATS or any(getattr(part, "dtype", None) != "string" for part in parts):
+        raise ValueError(
+            "A `tf.data.Dataset` must have texts or pairs as strings; pass chats in a list or as "
+            f"rows. Received: {spec}"
+        )
 
 
 def _has_single_texts(spec):

@@ -202,7 +202,21 @@ def test_a_resumable_run_takes_tables_and_no_streams(model, expected, tmp_path):
         trained(model, Again(LINES), callbacks=[TrainingCheckpoint(tmp_path / "stream")])
 
 
-@pytest.mark.first_backend
+@pytest.mark.parametrize(
+    "items, message",
+    [
+        ({"note": LINES}, r"^Data with columns must have 'text'.*Received: \['note'\]"),
+        ((LINES, LINES), "^Pairs in a `tf.data.Dataset` must be dicts"),
+        ({"text": [1, 2]}, "^A `tf.data.Dataset` must have texts or pairs as strings"),
+        ({"messages": ["a"]}, "^A `tf.data.Dataset` must have .*; pass chats in a list"),
+        ({"messages": {"role": [["user"]], "content": [["a"]]}}, "; pass chats in a list"),
+    ],
+)
+def test_what_tf_data_cannot_have(model, items, message):
+    with pytest.raises(ValueError, match=message):
+        model.fit(tf_data(items).batch(2), verbose=0)
+
+
 @pytest.mark.parametrize(
     "data",
     [
