@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from keras_vaultgemma.data.containers import as_list
 from keras_vaultgemma.data.text_inputs import apply_chat_template, as_chats, as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows, unpad_rows
 from keras_vaultgemma.generation.validation import id_rows, padded_arrays
@@ -38,6 +39,7 @@ def read_prompts(inputs, preprocessor, vocabulary_size, add_generation_prompt=Tr
         ValueError: If there are no prompts, a prompt is empty, an item is neither a string nor ids,
             an id is outside the vocabulary, or `inputs` are text and `preprocessor` is None.
     """
+    inputs = inputs if isinstance(inputs, Mapping) else as_list(inputs)
     ids = None if isinstance(inputs, Mapping) else id_rows(inputs)
     if isinstance(inputs, Mapping):
         token_ids, mask = padded_arrays(inputs)

@@ -8,7 +8,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_vaultgemma import backend
+from keras_vaultgemma import _validation, backend
 from keras_vaultgemma.generation.requests import (
     GenerationConfig,
     complete,
@@ -58,6 +58,8 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         preprocessor: VaultGemmaCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ) -> None:
+        # Keras's functional models ignore arguments that they do not know.
+        _validation.check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         outputs = self.logits(backbone(backbone.input))
@@ -242,8 +244,7 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
     def get_config(self):
         # In a dict of this name, which keras-hub leaves out of presets: a file of a whole model
         # keeps its sampler, and a preset has none.
-        with backend.without_tensorflow():
-            sampler = keras.saving.serialize_keras_object(self.sampler)
+        sampler = keras.saving.serialize_keras_object(self.sampler)
         return {**super().get_config(), "compile_config": {"sampler": sampler}}
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows
 from keras_vaultgemma.generation.prompts import read_prompts
 from keras_vaultgemma.generation.validation import (
@@ -57,9 +58,9 @@ class Scoring:
         """Compute how well the model predicts each token.
 
         Args:
-            token_ids: what `generate` takes: strings, chats, ids as an array of shape `[B, T]` or
-                as lists, or `{"token_ids", "padding_mask"}`. Rows that differ in length are padded
-                on the right.
+            token_ids: what `generate` takes: strings in a list, column or table, chats, ids as an
+                array of shape `[B, T]` or as lists, or `{"token_ids", "padding_mask"}`. Rows that
+                differ in length are padded on the right.
             padding_mask: array of shape `[B, T]` or None. True at tokens, or the number of each
                 token's segment. It belongs to an array of ids. Defaults to None, all tokens.
             scoring_mode: string, "loss" or "logits". Defaults to "loss".
@@ -105,6 +106,9 @@ class Scoring:
     def _rows(self, inputs, padding_mask):
         """Return ids and segments, int32 of shape `[B, T]` each, of what `score` takes."""
         size = self.backbone.vocabulary_size
+        is_padded = isinstance(inputs, Mapping) and "text" not in inputs
+        if self.preprocessor is not None and padding_mask is None and not is_padded:
+            inputs = as_plain(inputs)
         if isinstance(inputs, Mapping):
             token_ids, segments = padded_arrays(inputs, "token_ids")
             if padding_mask is not None:
