@@ -206,10 +206,9 @@ def as_chat(x):
 
 
 def _is_of_lists(x):
-    if not isinstance(x, Mapping):
+    if not isinstance(x, Mapping) or isinstance(x.get("content"), str):
         return False
-    lists = [as_list(x.get(name)) for name in ("role", "content")]
-    return all(isinstance(each, (list, tuple)) for each in lists) and len({*map(len, lists)}) == 1
+    return isinstance(as_list(x.get("role")), (list, tuple))
 
 
 def _wrong_columns(names):
