@@ -20,12 +20,25 @@ STATEMENTS = ("license", "sources", "privacy")
 """Keys of Google's metadata that are copied to a conversion of its release."""
 
 
-def model_files(folder):
-    """Return the paths of a folder's model files, of any of the formats, in sorted order."""
-    patterns = [*presets.DOWNLOADS["weights"], "assets/*/*.spm", "README.md"]
-    return sorted(
-        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
-    )
+def model_files(folder, as_names=False):
+    """Return the model files of a folder, of any of the formats.
+
+    Args:
+        folder: `pathlib.Path` or string.
+        as_names: bool. If True, return a set of paths relative to the folder, with "/". Defaults to
+            False, for a sorted list of `pathlib.Path`.
+    """
+    patterns = [
+        *presets.DOWNLOADS["weights"],
+        "assets/*/*.spm",
+        "additional_chat_templates/*.jinja",
+        "README.md",
+    ]
+    folder = Path(folder)
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if as_names:
+        return {path.relative_to(folder).as_posix() for path in paths}
+    return sorted(paths)
 
 
 def digests(folder, report=ignore_progress):

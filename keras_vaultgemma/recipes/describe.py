@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 
 from keras_vaultgemma._files import read_json
-from keras_vaultgemma.checkpoints import presets, weight_map
+from keras_vaultgemma.checkpoints import names, presets, weight_map
 from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.data.text_inputs import TURN_END, TURN_START
 from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
@@ -41,7 +41,7 @@ def describe(preset: str | os.PathLike) -> str:
     print(describe("vaultgemma_tiny"))
     ```
     """
-    preset = os.fspath(preset)
+    preset = names.canonical(preset)
     folder = _find(preset)
     architecture = read_config(folder)
     count = sum(weight.size for weight in weight_map.weight_map(architecture))

@@ -120,7 +120,7 @@ def test_tokenizers_agree(tiny, tmp_path):
     for text in TEXTS:
         ids = theirs(text).input_ids
         assert ids == [2, *tiny.preprocessor.tokenizer.tokenize([text])[0]], text
-        assert theirs.decode(ids, skip_special_tokens=True) == text
+        assert theirs.decode(ids[1:]) == text
 
 
 # Keras presets.

@@ -1,0 +1,138 @@
+"""The vocabulary of a checkpoint folder: a SentencePiece model with the tokens that users added.
+
+transformers keeps added tokens next to the model: in tokenizer.json, tokenizer_config.json or
+added_tokens.json.
+"""
+
+from pathlib import Path
+
+from keras_vaultgemma._files import check_link, read_json
+from keras_vaultgemma.checkpoints import presets, tokenizer_json
+from keras_vaultgemma.checkpoints.sentencepiece_format import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    read_pieces,
+    with_pieces,
+    write_model,
+)
+
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+MASK = "<mask>"
+"""Token that transformers adds to every Gemma tokenizer without it, also where the model has no
+embedding for it."""
+
+NO_TEXT = "Pass `preprocessor=None` to work on ids"
+
+
+def read_vocabulary(folder):
+    """Return the SentencePiece model of a Hugging Face or keras-hub folder.
+
+    Args:
+        folder: `pathlib.Path` or string. Has one of the files of `presets.FILES["vocabulary"]`.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: If a file is malformed or a link that leaves the folder, or if SentencePiece
+            cannot represent an added token. The message names the file or the token.
+    """
+    folder = Path(folder)
+    path = presets.file(folder, "vocabulary")
+    check_link(path, folder)
+    added = None
+    if path.name == tokenizer_json.FILE:
+        pieces, added = tokenizer_json.read_tokenizer_json(path)
+        model = write_model(pieces)
+    else:
+        model = path.read_bytes()
+        try:
+            pieces = read_pieces(model)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    if presets.names_a_class(folder):
+        return model
+    changes = _changes(folder, pieces, added)
+    return with_pieces(model, changes) if changes else model
+
+
+def check_vocabulary_links(folder):
+    """Raise ValueError if a file of a Keras preset's tokenizer is a link that leaves the folder."""
+    folder = Path(folder)
+    for path in (*folder.glob("*.json"), *folder.glob("assets/**/*")):
+        check_link(path, folder)
+
+
+def _changes(folder, pieces, added):
+    """Return a dict of ids to the pieces that added tokens change or add.
+
+    `added` are those of tokenizer.json, or None if it was not read yet.
+    """
+    rows = read_json(folder / presets.CONFIG).get("vocab_size")
+    changes = {}
+    for i, token in sorted(_added_tokens(folder, added).items()):
+        text = token["content"].replace(" ", "▁")  # as SentencePiece writes spaces
+        if i >= len(pieces):
+            if text == MASK and type(rows) is int and i >= rows:
+                continue
+            if i != len(pieces) + sum(j >= len(pieces) for j in changes):
+                _reject(folder, token, f"has the id {i}, and ids below it have no token")
+        elif pieces[i].text == text:
+            if pieces[i].kind not in (NORMAL, UNUSED):
+                continue
+        elif text == "\t" and pieces[i].text == tokenizer_json.TAB:
+            continue
+        elif pieces[i].kind in (CONTROL, UNKNOWN):
+            _reject(folder, token, f"replaces {pieces[i].text}")
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token.get(name):
+                _reject(folder, token, f"has `{name}`, which SentencePiece does not know")
+        changes[i] = Piece(text, kind=USER_DEFINED)
+    texts = {piece.text: i for i, piece in enumerate(pieces)} if changes else {}
+    for i, piece in changes.items():
+        if texts.get(piece.text, i) != i:
+            _reject(folder, {"content": piece.text}, f"has the ids {texts[piece.text]} and {i}")
+    return changes
+
+
+def _added_tokens(folder, added):
+    """Return a dict of ids to the added tokens of all files, as dicts with `content`."""
+    if added is None and (folder / tokenizer_json.FILE).is_file():
+        content = read_json(folder / tokenizer_json.FILE, tokenizer_json.MAX_SIZE)
+        added = content.get("added_tokens")
+    found = [(token.get("id"), token) for token in _as_list(added)]
+    if (folder / CONFIG).is_file():
+        decoder = read_json(folder / CONFIG).get("added_tokens_decoder")
+        found += [(i, token) for i, token in _as_dict(decoder).items()]
+    if (folder / ADDED).is_file():
+        found += [(i, {"content": text}) for text, i in read_json(folder / ADDED).items()]
+    tokens = {}
+    for i, token in found:
+        text = token.get("content") if isinstance(token, dict) else None
+        if not str(i).isdecimal() or not isinstance(text, str) or not text:
+            raise ValueError(
+                f"{folder}: an added token must have an id and a text. Received: {token!r}"
+            )
+        earlier = tokens.setdefault(int(i), token)
+        if earlier["content"] != text:
+            _reject(folder, token, f"has the id {i}, and so has {earlier['content']!r}")
+    return tokens
+
+
+def _reject(folder, token, problem):
+    raise ValueError(
+        f"{folder}: the added token {token['content']!r} {problem}, so that text cannot be "
+        f"tokenized as in transformers. {NO_TEXT}"
+    )
+
+
+def _as_list(value):
+    return [token if isinstance(token, dict) else {} for token in value or []]
+
+
+def _as_dict(value):
+    return value if isinstance(value, dict) else {}
