@@ -41,8 +41,8 @@ def describe(preset: str | os.PathLike) -> str:
     print(describe("vaultgemma_tiny"))
     ```
     """
-    preset = names.canonical(preset)
-    folder = _find(preset)
+    name = names.canonical(preset)
+    folder = _find(name)
     architecture = read_config(folder)
     count = sum(weight.size for weight in weight_map.weight_map(architecture))
     layers = Counter(architecture["layer_types"]).items()
@@ -62,7 +62,7 @@ def describe(preset: str | os.PathLike) -> str:
         "Privacy": _privacy(metadata),
         **_private_runs(preset_ledger(folder)),
     }
-    lines = [preset, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
+    lines = [name, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
     for title, section in sections.items():
         lines += ["", title, *_table(section)]
     return "\n".join(lines)
