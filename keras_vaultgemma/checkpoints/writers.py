@@ -86,17 +86,17 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
                 strict=True,
             )
         )
-    turn_end = None if preprocessor is None else preprocessor.tokenizer.end_of_turn_id
-    stops = {} if turn_end is None else {"eos_token_id": [ids["eos_token_id"], turn_end]}
+    turns = {} if preprocessor is None else _turns(preprocessor.tokenizer)
+    stops = [ids["eos_token_id"], *list(turns)[-1:]]
     files = {
         CONFIG: {**_config(hyperparameters), "dtype": dtype_name(dtype), **ids},
-        GENERATION_CONFIG: {**ids, **stops},
+        GENERATION_CONFIG: {**ids, "eos_token_id": stops if turns else stops[0]},
     }
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary.read_bytes())
-        chat = {"chat_template": CHAT_TEMPLATE, "additional_special_tokens": TURNS}
+        chat = {"chat_template": CHAT_TEMPLATE, "added_tokens_decoder": turns}
         files["tokenizer_config.json"] = {
-            **({} if turn_end is None else chat),
+            **(chat if turns else {}),
             "tokenizer_class": "GemmaTokenizer",
             "add_bos_token": True,
             "add_eos_token": False,
@@ -131,6 +131,20 @@ def copy_text_files(source, folder):
     theirs = read_json(source / CONFIG)
     ids = {name: theirs[name] for name in SPECIAL_IDS if name in theirs}
     _write_json(folder / CONFIG, {**read_json(folder / CONFIG), **ids})
+
+
+def _turns(tokenizer):
+    """Return a dict of the ids of the turn markers to special tokens; {} if one is missing.
+
+    transformers leaves special tokens out of decoded text.
+    """
+    ids = [tokenizer.token_to_id(text) for text in TURNS]
+    if [tokenizer.id_to_token(i) for i in ids] != TURNS:
+        return {}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {
+        i: {"content": text, "special": True, **flags} for i, text in zip(ids, TURNS, strict=True)
+    }
 
 
 def _write_json(path, content):

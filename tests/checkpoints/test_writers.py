@@ -38,6 +38,7 @@ TEXTS = [
     " a  b   c    d\n\n\n\tx",
     "It's 12,345.67 — naïve, 한국 𒀀𒁀 e\u0301",
     "<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n",
+    "<table><tr></b> <unused7> x<i>y",
     "",
 ]
 
