@@ -187,23 +187,30 @@ def check_link(path, folder=None):
         folder: `pathlib.Path` or string. Folder that links may not leave. Defaults to the file's
             own.
     """
+    if not is_legal_link(path, folder):
+        hint = ". If the link is yours, make it absolute" if _is_of_weights(path) else ""
+        raise ValueError(
+            f"{path} must not be a link that leaves its folder. "
+            f"Received: a link to {os.path.realpath(path)}{hint}"
+        )
+
+
+def is_legal_link(path, folder=None):
+    """Return False if a file is a link that `check_link` rejects."""
     path = Path(path)
-    folder = path.parent if folder is None else folder
     target = Path(os.path.realpath(path))
-    if target.is_relative_to(os.path.realpath(folder)):
-        return
+    if target.is_relative_to(os.path.realpath(path.parent if folder is None else folder)):
+        return True
     if target.parent.name == "blobs" and (target.parents[1] / "snapshots").is_dir():
-        return
-    is_link = path.is_symlink()
-    if is_link and path.suffix in LINKED_WEIGHTS and target.suffix == path.suffix:
-        if os.path.isabs(os.readlink(path)):
-            return
-        hint = ". If the link is yours, make it absolute"
-    else:
-        hint = ""
-    raise ValueError(
-        f"{path} must not be a link that leaves its folder. Received: a link to {target}{hint}"
-    )
+        return True
+    return _is_of_weights(path) and os.path.isabs(os.readlink(path))
+
+
+def _is_of_weights(path):
+    """Return True for a link from weights or a vocabulary to a file of the same type."""
+    path = Path(path)
+    suffix = os.path.splitext(os.path.realpath(path))[1]
+    return path.is_symlink() and path.suffix in LINKED_WEIGHTS and suffix == path.suffix
 
 
 def sync_folder(folder):

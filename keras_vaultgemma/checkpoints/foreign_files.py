@@ -43,6 +43,16 @@ CURES = (
 """Patterns of names of files, and for each what such a file is and how to load the model."""
 
 
+LFS = b"version https://git-lfs"
+
+
+def explain_pointer(path):
+    """Return a sentence if a file is a pointer of Git LFS to one that was not fetched, else ""."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS)) == LFS
+    return ". It is a pointer of Git LFS; run `git lfs pull` in its folder" if is_pointer else ""
+
+
 def explain(names):
     """Return a sentence about the first file of another tool, or "".
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_vaultgemma._files import check_link, ignore_progress
 from keras_vaultgemma.checkpoints import presets
+from keras_vaultgemma.checkpoints.foreign_files import explain_pointer
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, READABLE, as_bytes
 
 BFLOAT16 = DTYPES["bfloat16"]
@@ -44,6 +45,7 @@ def open_hdf5(path):
     except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is missing, truncated or no Keras weights file: {error}"
+            f"{explain_pointer(path) if path.is_file() else ''}"
         ) from error
     return tensors
 

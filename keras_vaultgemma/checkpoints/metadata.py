@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import keras_hub
 
-from keras_vaultgemma._files import ignore_progress, read_json
+from keras_vaultgemma._files import ignore_progress, is_legal_link, read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.lazy_tensor import dtype_name
@@ -44,6 +44,8 @@ def model_files(folder, as_names=False):
 def digests(folder, report=ignore_progress):
     """Return the SHA-256 digests of a model's files, except metadata.json.
 
+    Links that leave the folder are left out, because a digest tells something about their target.
+
     Args:
         folder: `pathlib.Path` or string.
         report: callable. Called with the number of bytes of each chunk after it is read.
@@ -52,7 +54,8 @@ def digests(folder, report=ignore_progress):
         Dict of paths relative to the folder to hexadecimal digests.
     """
     folder = Path(folder)
-    files = (path for path in model_files(folder) if path != folder / presets.METADATA)
+    files = [path for path in model_files(folder) if path != folder / presets.METADATA]
+    files = [path for path in files if is_legal_link(path, folder)]
     return {path.relative_to(folder).as_posix(): sha256(path, report) for path in files}
 
 

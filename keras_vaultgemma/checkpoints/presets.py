@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from keras_vaultgemma._files import read_json
+from keras_vaultgemma._files import check_link, read_json
 from keras_vaultgemma.checkpoints import foreign_files, hubs, names
 
 CONFIG = "config.json"
@@ -139,6 +139,13 @@ def file(folder, need):
         if path.is_file() and (name != "tokenizer.json" or not names_a_class(folder)):
             return path
     return None
+
+
+def check_links(folder):
+    """Raise ValueError if a file that keras-hub may read is a link that leaves its folder."""
+    folder = Path(folder)
+    for path in (*folder.glob("*.json"), *folder.glob("*.h5"), *folder.glob("assets/**/*")):
+        check_link(path, folder)
 
 
 def names_a_class(folder):

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_vaultgemma._files import check_link, ignore_progress, parse_json, read_json
-from keras_vaultgemma.checkpoints.foreign_files import QUANTIZED
+from keras_vaultgemma.checkpoints.foreign_files import QUANTIZED, explain_pointer
 from keras_vaultgemma.checkpoints.lazy_tensor import as_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -196,7 +196,7 @@ def _read_header(path):
         if size < 8 or length > size - 8:
             raise ValueError(
                 f"{path} is truncated or no safetensors file: it has {size} bytes and a header "
-                f"of {length}"
+                f"of {length}{explain_pointer(path)}"
             )
         if length > MAX_HEADER:
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from keras_vaultgemma._files import check_link, read_json
 from keras_vaultgemma.checkpoints import presets, tokenizer_json
+from keras_vaultgemma.checkpoints.foreign_files import explain_pointer
 from keras_vaultgemma.checkpoints.sentencepiece_format import (
     CONTROL,
     NORMAL,
@@ -53,24 +54,23 @@ def read_vocabulary(folder):
         try:
             pieces = read_pieces(model)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {error}{explain_pointer(path)}") from error
     if presets.names_a_class(folder):
         return model
+    vocabulary = {}
+    if added is None and (folder / tokenizer_json.FILE).is_file():
+        content = read_json(folder / tokenizer_json.FILE, tokenizer_json.MAX_SIZE)
+        added = content.get("added_tokens")
+        vocabulary = _as_dict(_as_dict(content.get("model")).get("vocab"))
     changes = _changes(folder, pieces, added)
+    _check_agreement(path, pieces, changes, vocabulary)
     return with_pieces(model, changes) if changes else model
-
-
-def check_vocabulary_links(folder):
-    """Raise ValueError if a file of a Keras preset's tokenizer is a link that leaves the folder."""
-    folder = Path(folder)
-    for path in (*folder.glob("*.json"), *folder.glob("assets/**/*")):
-        check_link(path, folder)
 
 
 def _changes(folder, pieces, added):
     """Return a dict of ids to the pieces that added tokens change or add.
 
-    `added` are those of tokenizer.json, or None if it was not read yet.
+    `added` are those of tokenizer.json, or None.
     """
     rows = read_json(folder / presets.CONFIG).get("vocab_size")
     changes = {}
@@ -99,11 +99,20 @@ def _changes(folder, pieces, added):
     return changes
 
 
+def _check_agreement(path, pieces, changes, vocabulary):
+    """Raise ValueError if tokenizer.json, which transformers reads, has other ids than `path`."""
+    final = {**dict(enumerate(pieces)), **changes} if vocabulary else {}
+    for text, i in vocabulary.items():
+        piece = final.get(i) if type(i) is int else None
+        if piece is None or piece.text not in (text, tokenizer_json.TAB if text == "\t" else text):
+            raise ValueError(
+                f"{path} must have the ids of {tokenizer_json.FILE} next to it. Received: "
+                f"{piece and piece.text!r} as {i}, which is {text!r} there. Delete the wrong one"
+            )
+
+
 def _added_tokens(folder, added):
     """Return a dict of ids to the added tokens of all files, as dicts with `content`."""
-    if added is None and (folder / tokenizer_json.FILE).is_file():
-        content = read_json(folder / tokenizer_json.FILE, tokenizer_json.MAX_SIZE)
-        added = content.get("added_tokens")
     found = [(token.get("id"), token) for token in _as_list(added)]
     if (folder / CONFIG).is_file():
         decoder = read_json(folder / CONFIG).get("added_tokens_decoder")

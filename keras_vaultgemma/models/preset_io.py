@@ -15,7 +15,7 @@ from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
-from keras_vaultgemma.checkpoints.vocabulary import check_vocabulary_links, read_vocabulary
+from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
 
@@ -94,6 +94,7 @@ class PresetIO:
 
     @classmethod
     def _load_by_keras_hub(cls, folder, **kwargs):
+        presets.check_links(folder)
         with backend.without_tensorflow():
             return super().from_preset(str(folder), **kwargs)
 
@@ -108,7 +109,6 @@ class TokenizerIO(PresetIO):
     @classmethod
     def _load(cls, folder, preset, load_weights, kwargs):
         if presets.is_keras(folder):
-            check_vocabulary_links(folder)
             return cls._load_by_keras_hub(folder, **kwargs)
         return cls(proto=read_vocabulary(folder), **kwargs)
 
@@ -123,7 +123,6 @@ class PreprocessorIO(PresetIO):
     @classmethod
     def _load(cls, folder, preset, load_weights, kwargs):
         if presets.is_keras(folder):
-            check_vocabulary_links(folder)
             return cls._load_by_keras_hub(folder, **kwargs)
         length = read_json(folder / presets.CONFIG).get("max_position_embeddings", 1024)
         tokenizer = cls.tokenizer_cls.from_preset(folder)

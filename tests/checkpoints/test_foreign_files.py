@@ -8,6 +8,9 @@ from hub_stub import HubStub
 
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import read_config
+from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5
+from keras_vaultgemma.checkpoints.safetensors_format import open_safetensors
+from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
 
 pytestmark = pytest.mark.any_backend
 
@@ -88,3 +91,19 @@ def test_an_empty_quantization_config_is_none(tmp_path, value):
     before = read_config(folder)
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
     assert read_config(folder) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "model.weights.h5"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    """What `git clone` leaves without Git LFS."""
+    path = write_checkpoint(tmp_path / "folder", 0) / name
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2077484096\n"
+    path.write_text(pointer)
+    read = {
+        "model.safetensors": open_safetensors,
+        "tokenizer.model": lambda path: read_vocabulary(path.parent),
+        "model.weights.h5": open_hdf5,
+    }[name]
+    with pytest.raises(ValueError, match="git lfs pull") as error:
+        read(path)
+    assert str(path) in str(error.value)

@@ -250,6 +250,21 @@ def test_a_mask_without_embedding_is_left_out(folder):
     assert len(read_pieces(read_vocabulary(folder))) == 4096
 
 
+def test_two_vocabularies_that_disagree_raise(folder):
+    """transformers reads tokenizer.json, so no text may get other ids here."""
+    shutil.copy(TINY, folder / "tokenizer.model")
+    before = read_vocabulary(folder)
+    assert before == TINY.read_bytes()
+
+    def swap(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary["▁the"], vocabulary["▁and"] = vocabulary["▁and"], vocabulary["▁the"]
+
+    edit_json(folder / "tokenizer.json", swap)
+    with pytest.raises(ValueError, match=r"tokenizer\.model must have the ids of tokenizer\.json"):
+        VaultGemmaTokenizer.from_preset(folder)
+
+
 # Files
 
 

@@ -48,6 +48,9 @@ def test_log_probabilities_are_those_of_the_pieces(padded):
     found = padded.generate([[2, 400, 500]], max_new_tokens=1, return_log_probs=True)
     expected = -np.log(np.exp(logits - logits.max()).sum())
     assert found.log_probs[0][0] == pytest.approx(expected, abs=1e-4)
+    options = dict(max_new_tokens=8, stop_token_ids=None)
+    rows = padded.generate([[2, 400, 500]], **options)
+    assert padded.generate([[2, 400, 500]], prompt_lookup=True, **options) == rows
 
 
 def test_without_a_vocabulary_every_id_counts(padded):
