@@ -13,7 +13,7 @@ import transformers
 from hub_client import write_checkpoint
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from keras_vaultgemma import VaultGemmaTokenizer
+from keras_vaultgemma import VaultGemmaCausalLMPreprocessor, VaultGemmaTokenizer
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.sentencepiece_format import (
     BYTE,
@@ -289,6 +289,21 @@ def test_a_damaged_vocabulary_is_named(folder, content):
     (folder / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.model is damaged: it is no SentencePiece"):
         VaultGemmaTokenizer.from_preset(folder)
+
+
+@pytest.mark.parametrize("form", ["hugging_face", "keras"])
+def test_a_vocabulary_that_sentencepiece_rejects_is_named(folder, tmp_path, form):
+    path = folder / "tokenizer.model"
+    if form == "keras":
+        folder = shutil.copytree(presets.bundled()["vaultgemma_tiny"], tmp_path / "preset")
+        path = folder / "assets/tokenizer/vocabulary.spm"
+    else:
+        (folder / "tokenizer.json").unlink()
+    path.write_bytes(write_model([Piece("a"), Piece("a")]))
+    for load in (VaultGemmaTokenizer.from_preset, VaultGemmaCausalLMPreprocessor.from_preset):
+        with pytest.raises(ValueError, match="is damaged: it is no SentencePiece model") as error:
+            load(folder)
+        assert str(path) in str(error.value)
 
 
 # The format
