@@ -73,14 +73,15 @@ def _changes(folder, pieces, added):
     `added` are those of tokenizer.json, or None.
     """
     rows = read_json(folder / presets.CONFIG).get("vocab_size")
-    changes = {}
+    changes, end = {}, len(pieces)
     for i, token in sorted(_added_tokens(folder, added).items()):
         text = token["content"].replace(" ", "▁")  # as SentencePiece writes spaces
         if i >= len(pieces):
             if text == MASK and type(rows) is int and i >= rows:
                 continue
-            if i != len(pieces) + sum(j >= len(pieces) for j in changes):
+            if i != end:
                 _reject(folder, token, f"has the id {i}, and ids below it have no token")
+            end += 1
         elif pieces[i].text == text:
             if pieces[i].kind not in (NORMAL, UNUSED):
                 continue
@@ -140,7 +141,7 @@ def _reject(folder, token, problem):
 
 
 def _as_list(value):
-    return [token if isinstance(token, dict) else {} for token in value or []]
+    return [token if isinstance(token, dict) else {} for token in value or ()]
 
 
 def _as_dict(value):
