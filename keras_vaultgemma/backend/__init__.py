@@ -2,13 +2,12 @@
 
 No other package asks which backend runs.
 
-Importing it also imports keras-hub, hiding TensorFlow from it on JAX and PyTorch: keras-hub imports
-TensorFlow wherever it is installed, which costs seconds and a gigabyte, and this package does not
-need it there.
+Importing it also imports Keras and keras-hub, which do not import TensorFlow on JAX and PyTorch
+(`TensorFlowGuard`).
 """
 
 # First, because it selects the backend before Keras is imported.
-from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
+from keras_vaultgemma.backend.selection import BACKENDS, NAME
 
 # isort: split
 from keras_vaultgemma.backend.attention import HAS_FUSED_ATTENTION, fused_attention
@@ -125,7 +124,6 @@ __all__ = [
     "update_variables",
     "value_of",
     "while_loop",
-    "without_tensorflow",
     "write_slice",
     "zeros",
 ]

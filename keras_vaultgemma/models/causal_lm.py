@@ -7,7 +7,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_vaultgemma import backend
+from keras_vaultgemma import _validation, backend
 from keras_vaultgemma.generation.generator import Generator
 from keras_vaultgemma.generation.prompt_lookup import PromptLookup
 from keras_vaultgemma.generation.requests import (
@@ -60,6 +60,8 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         **kwargs: Any,
     ) -> None:
         check_piece_count(preprocessor, backbone.vocabulary_size)
+        # Keras's functional models ignore arguments that they do not know.
+        _validation.check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         outputs = self.logits(backbone(backbone.input))

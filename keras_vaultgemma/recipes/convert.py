@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma._validation import check_choice
-from keras_vaultgemma.checkpoints import names, presets, weight_map
+from keras_vaultgemma.checkpoints import presets, weight_map
+from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, widest
 from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
 from keras_vaultgemma.checkpoints.reader import KerasOnly, format_of, open_values
@@ -28,6 +29,7 @@ from keras_vaultgemma.checkpoints.writers import (
 from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
+from keras_vaultgemma.recipes.sources import Source, find_source, merged_preset
 from keras_vaultgemma.recipes.verification import verify_conversion
 
 FORMATS = ("keras", "hf")
@@ -56,7 +58,9 @@ def convert(
     Args:
         source: string or path. A Hugging Face checkpoint, a keras-hub `GemmaBackbone` preset or a
             Keras preset of this package, as a folder, a handle (`hf://`, `kaggle://`) or the name
-            of a bundled preset. A preset that was saved with LoRA holds the merged weights.
+            of a bundled preset. A preset that was saved with LoRA holds the merged weights. Also
+            the folder of an adapter that names its base, or one that `finetune` wrote: the adapter
+            is merged, for which the whole model is in memory.
         target: string or path. Folder to write. It appears complete at the end, or not at all. One
             conversion at a time writes to it.
         to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
@@ -98,9 +102,26 @@ def convert(
     ```
     """
     _check_arguments(to, dtype, shard_size)
-    folder = presets.find(source)
-    source, target = names.canonical(source), os.path.expanduser(target)
-    _check_target(folder, target, overwrite)
+    options = dict(
+        to=to, shard_size=shard_size, verify=verify, overwrite=overwrite, progress=progress
+    )
+    source, adapter = find_source(source)
+    target = os.path.expanduser(target)
+    if adapter is None:
+        folder = presets.find(source)
+        _check_target(folder, target, overwrite)
+        return _convert(source, folder, target, dtype, **options)
+    _check_target(Path(adapter), target, overwrite)
+    own = own_dtype(presets.find(source, "config"))
+    dtype = dtype or (own if own in DTYPES else None)
+    with merged_preset(Source(source, adapter), target) as folder:
+        return _convert(source, folder, target, dtype, **options, adapter=adapter)
+
+
+def _convert(
+    source, folder, target, dtype, to, shard_size, verify, overwrite, progress, adapter=None
+):
+    """Convert the folder that `source` stands for, with `adapter` merged; see `convert`."""
     hyperparameters, values = _open(folder)
     new_dtype = DTYPES[dtype] if dtype else widest(value.dtype for value in values.values())
     preprocessor = _open_vocabulary(source, folder, hyperparameters)
@@ -140,6 +161,10 @@ def convert(
         if verify:
             verify_conversion(folder, new, new_dtype, bar.update)
         metadata = new_metadata(source, folder, source_digests.result(), parameter_count, new_dtype)
+        if adapter is not None:
+            metadata["source"]["adapter"] = dict(
+                name=Path(adapter).resolve().name, files=digests(adapter)
+            )
         training = _copy_ledger(folder, new)
         card = model_card(to, metadata, hyperparameters, preprocessor is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")

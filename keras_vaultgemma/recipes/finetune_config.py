@@ -50,7 +50,8 @@ class FinetuneConfig:
         batch_size: int. Rows of a batch, or users. Defaults to 8.
         learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
-        dtype: string. Dtype of the weights. Defaults to Keras's, float32.
+        dtype: string. Dtype policy. Defaults to Keras's, float32, or to a mixed or quantized policy
+            that the preset was saved with.
         gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
         merge: bool. If True, save a preset with the adapter merged into its weights.
         save_freq: int or "epoch". Number of batches between two checkpoints.
