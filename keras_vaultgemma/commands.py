@@ -150,11 +150,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("keras", "hf")
 
 COLUMNS = {
-    "--text-column": _value("NAME", 'texts (default: "text", if present)'),
+    "--text-column": _value("NAME", 'texts or chats (default: "text" or "messages")'),
     "--prompt-column": _value("NAME", 'prompts (default: "prompt")'),
     "--response-column": _value("NAME", 'responses, which alone count (default: "response")'),
 }
-DATA = ".txt (a blank line ends a text), .jsonl or .csv"
+DATA = ".txt (a text a paragraph or line), .json(l), .csv, .tsv"
 MODEL = {
     "--preset": _value("PRESET", f"{SOURCE} (default: the base of --adapter, or vaultgemma_tiny)"),
     "--adapter": _value("FOLDER", "adapter to load, of `finetune` or of PEFT"),

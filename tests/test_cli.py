@@ -80,13 +80,19 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "finetune",
             "the following arguments are required: --data (see keras-vaultgemma finetune --help)",
         ),
-        ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        (
+            "finetune --data a.pdf",
+            "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
+        ),
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
         (
             "finetune --data a.csv --lora-rank -1",
             "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
         ),
-        ("evaluate --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        (
+            "evaluate --data a.pdf",
+            "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
+        ),
         (
             "evaluate --data a.txt --sequence-length 0",
             "`sequence_length` must be None or a positive integer. Received: sequence_length=0",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_vaultgemma.data.containers import as_list
 from keras_vaultgemma.data.text_inputs import apply_chat_template, as_chats, as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows, unpad_rows
 
@@ -37,6 +38,7 @@ def read_prompts(inputs, preprocessor, vocabulary_size):
         ValueError: If there are no prompts, a prompt is empty, an item is neither a string nor ids,
             an id is outside the vocabulary, or `inputs` are text and `preprocessor` is None.
     """
+    inputs = as_list(inputs)
     if isinstance(inputs, dict) and "token_ids" in inputs:
         token_ids, mask = (
             ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask")

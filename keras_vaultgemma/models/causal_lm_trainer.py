@@ -6,12 +6,14 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.fit_inputs import TruncationCounter, check_no_labels, prepare_fit_inputs
-from keras_vaultgemma.data.text_inputs import as_samples
+from keras_vaultgemma.data.text_inputs import as_records
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.sharding import check_batches
 from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.privacy.dpsgd import DPSGD
+from keras_vaultgemma.privacy.sampling import as_rows
 from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
 from keras_vaultgemma.training.loss import check_table
 from keras_vaultgemma.training.next_token import NextTokenSteps
@@ -141,8 +143,13 @@ class CausalLMTrainer(Trainer):
                 - strings;
                 - `{"prompts": strings, "responses": strings}`: the responses are trained on;
                 - chats, lists of `{"role", "content"}`: the model's messages are trained on;
-                - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of
-                  these, or a `PackedDataset`;
+                - a column or table of these, such as a pandas or Hugging Face one or a list of
+                  rows, with the columns that `VaultGemmaCausalLMPreprocessor` names;
+                - a `keras.utils.PyDataset` of batches of one of these, or a `PackedDataset`;
+                - a stream of batches or single samples, such as a generator, a torch `DataLoader`
+                  (of chats with `collate_fn=list`), a Grain dataset or a `tf.data.Dataset`, in its
+                  own order. Without a length or `steps_per_epoch` it is read once more, to count
+                  its batches. Private training takes no streams;
                 - `{"token_ids", "padding_mask"}` with labels `y`, which may have any value where
                   `sample_weight` is 0.
             y: labels for token ids. The other forms have their own.
@@ -184,20 +191,25 @@ class CausalLMTrainer(Trainer):
         self._check_trainable_dtypes()
         self._check_default_loss()
         with TruncationCounter() as truncations:
+            if self.preprocessor is not None:
+                x = as_plain(x)
             records = self._records(x)
             is_sampled = self.private_training is not None
+            steps = kwargs.get("steps_per_epoch")
             x, y, sample_weight = self._arrays(
-                x, y, sample_weight, batch_size, truncations, is_sampled
+                x, y, sample_weight, batch_size, truncations, is_sampled, steps
             )
-            rows = kwargs.get("validation_batch_size") or batch_size
+            if getattr(x, "is_stream", is_stream(x)) and not is_sampled:
+                kwargs["shuffle"] = False  # Keras would warn that it does not.
+            options = dict(
+                batch_size=kwargs.get("validation_batch_size") or batch_size,
+                truncations=truncations,
+                steps=kwargs.get("validation_steps"),
+            )
             if isinstance(validation_data, tuple):
-                validation_data = self._arrays(
-                    *validation_data, batch_size=rows, truncations=truncations
-                )
+                validation_data = self._arrays(*validation_data, **options)
             elif validation_data is not None:
-                x_val, y_val, weight_val = self._arrays(
-                    validation_data, batch_size=rows, truncations=truncations
-                )
+                x_val, y_val, weight_val = self._arrays(validation_data, **options)
                 validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
             truncations.report()
             if self.optimizer and not self.optimizer.built:
@@ -242,17 +254,26 @@ class CausalLMTrainer(Trainer):
         """
         self._check_default_loss()
         with TruncationCounter() as truncations:
-            x, y, sample_weight = self._arrays(x, y, sample_weight, batch_size, truncations)
+            x, y, sample_weight = self._arrays(
+                x, y, sample_weight, batch_size, truncations, steps=kwargs.get("steps")
+            )
             options = dict(batch_size=batch_size, sample_weight=sample_weight, **kwargs)
             return keras.Model.evaluate(self, x=x, y=y, **options)
 
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Return logits, float32 of shape `[B, T, V]`, for data of the forms that `fit` takes."""
-        x, _, _ = self._arrays(x, batch_size=batch_size)
+        x, _, _ = self._arrays(x, batch_size=batch_size, steps=kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def _arrays(
-        self, x, y=None, sample_weight=None, batch_size=None, truncations=None, is_sampled=False
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        batch_size=None,
+        truncations=None,
+        is_sampled=False,
+        steps=None,
     ):
         """Preprocess and check data for Keras. Of sampled rows, a batch may have any number."""
         preprocess = None
@@ -260,7 +281,9 @@ class CausalLMTrainer(Trainer):
             preprocess = functools.partial(self.preprocess_samples, truncations=truncations)
         # For a loss of the user's own, labels may mean something else, such as classes to ignore.
         size, labels_are_ids = self.backbone.vocabulary_size, self._steps is not None
-        data = prepare_fit_inputs(x, y, sample_weight, preprocess, size, labels_are_ids)
+        data = prepare_fit_inputs(
+            x, y, sample_weight, preprocess, size, labels_are_ids, batch_size, steps
+        )
         if not is_sampled:
             check_batches(data[0], batch_size)
         return data
@@ -268,19 +291,11 @@ class CausalLMTrainer(Trainer):
     def _records(self, x):
         """Return the training examples as the user gave them, by which private training recognises
         a dataset; None for token ids and streams."""
-        is_stream = hasattr(x, "__next__") or hasattr(x, "cardinality")
-        if self.private_training is None or self.preprocessor is None or is_stream:
+        if self.private_training is None or self.preprocessor is None:
             return None
-        batches = [x]
-        if isinstance(x, keras.utils.PyDataset):
-            batches = (x[i] for i in range(x.num_batches or 0))
-            batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
-        records = []
-        for batch in batches:
-            if isinstance(batch, dict) and "token_ids" in batch:
-                return None
-            records += ["\0".join(parts) for parts in as_samples(batch)[0]]
-        return records
+        if is_stream(x):
+            as_rows(x)  # Raises, before the stream is read.
+        return as_records(x)
 
     def _check_default_loss(self):
         # Before Keras begins, because on JAX an error inside its step leaves the model without

@@ -6,6 +6,7 @@ import keras
 import keras_hub
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.text_inputs import as_samples, as_texts
 from keras_vaultgemma.data.token_ids import check_lengths, pad_rows, unpad_rows
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
@@ -23,9 +24,12 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
     - a string, or a list or array of strings: every token is trained on;
     - `{"prompts": strings, "responses": strings}`: the responses and their `<eos>` are trained on;
     - a chat, which is a list of `{"role", "content"}`, or a list of chats: the model's turns and
-      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`.
+      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`;
+    - a pandas or polars `DataFrame` or `Series`, an Arrow table, a Hugging Face `Dataset` or
+      `Column`, a dict of columns, or a list of rows. Columns are "text", "messages" (chats), or
+      "prompt" and "completion" or "response", which are strings or messages.
 
-    The first two kinds also work inside `tf.data.Dataset.map`. A text that is truncated gets no
+    Strings and pairs also work inside `tf.data.Dataset.map`. A text that is truncated gets no
     `<eos>`, because it does not end there.
 
     Args:
@@ -72,6 +76,7 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
             truncations: `TruncationCounter` that counts truncated rows, or None.
         """
         length = sequence_length or self.sequence_length
+        x = as_plain(x)
         texts = x.get("prompts") if isinstance(x, dict) else x
         if backend.is_symbolic_tensorflow(texts):
             token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(

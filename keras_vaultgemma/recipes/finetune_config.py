@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from keras_vaultgemma._validation import check_integer, check_number
 from keras_vaultgemma.privacy import DPSGD
@@ -30,10 +30,10 @@ class FinetuneConfig:
 
     Args:
         preset: string. Preset to start from, as for `VaultGemmaCausalLM.from_preset`.
-        validation: string or path of a file of held-out records with the same columns. Defaults to
-            every tenth record of the data, at most 100 of them.
-        text_column: string. Column of texts to train on.
-        prompt_column: string. Column of prompts.
+        validation: string or path of a file of held-out records with the same columns, or a table
+            in memory. Defaults to every tenth record of the data, at most 100 of them.
+        text_column: string. Column of texts to train on, or of chats.
+        prompt_column: string. Column of prompts, strings or lists of messages.
         response_column: string. Column of responses, which are trained on.
         group_column: string. Column of the users whose rows they are, strings or integers. Only
             for private training, which then protects users: `privacy.DPSGD(unit="user")`. All
@@ -74,7 +74,7 @@ class FinetuneConfig:
     """
 
     preset: str = "vaultgemma_tiny"
-    validation: str | os.PathLike | None = None
+    validation: Any = None
     text_column: str | None = None
     prompt_column: str | None = None
     response_column: str | None = None

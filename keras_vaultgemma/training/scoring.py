@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.text_inputs import as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows
 from keras_vaultgemma.training.loss import check_table, cross_entropy, head_terms
@@ -50,7 +51,8 @@ class Scoring:
         """Compute how well the model predicts each token.
 
         Args:
-            token_ids: strings, or int array of shape `[B, T]`.
+            token_ids: strings in a list, column or table, as for `fit`; or int array of shape
+                `[B, T]`.
             padding_mask: array of shape `[B, T]` or None. True at tokens, or the number of each
                 token's segment. Defaults to None, all tokens.
             scoring_mode: string, "loss" or "logits". Defaults to "loss".
@@ -79,6 +81,8 @@ class Scoring:
             raise ValueError(
                 f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}"
             )
+        if self.preprocessor is not None:
+            token_ids = as_plain(token_ids)
         if self.preprocessor is not None and not hasattr(token_ids, "dtype"):
             texts, _ = as_texts(token_ids)
             rows = self.preprocessor.tokenize_prompts(texts)
