@@ -20,6 +20,7 @@ from keras_vaultgemma.generation.search import SearchGenerator
 from keras_vaultgemma.generation.stream import Stream
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
+from keras_vaultgemma.models.pieces import check_piece_count, with_piece_logits
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.models.preset_io import CausalLMIO
 from keras_vaultgemma.training.scoring import Scoring
@@ -58,6 +59,7 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         preprocessor: VaultGemmaCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ) -> None:
+        check_piece_count(preprocessor, backbone.vocabulary_size)
         # Keras's functional models ignore arguments that they do not know.
         _validation.check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
@@ -230,5 +232,6 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         kind = PromptLookup if prompt_lookup else SearchGenerator if has_own_loop else Generator
         generator = self._generators.get(kind)
         if generator is None or list(map(id, generator.variables)) != list(map(id, self.variables)):
-            self._generators[kind] = generator = kind(self, self.sampler, self.run_eagerly)
+            model = with_piece_logits(self)
+            self._generators[kind] = generator = kind(model, self.sampler, self.run_eagerly)
         return generator
