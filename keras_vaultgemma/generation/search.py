@@ -106,7 +106,8 @@ class SearchGenerator:
             token_ids, segment_positions(padding_mask), cache=cache, start=0
         )
         last = ops.take(hidden_states, index - 1, axis=1)
-        is_finite = ops.all(ops.isfinite(self.model.logits(last[:, None])))
+        # Logits may be -inf, for ids that are never chosen.
+        is_finite = ops.all(ops.isfinite(ops.logsumexp(self.model.logits(last[:, None]), axis=-1)))
 
         def next_logits(prompt, cache, index):
             token = ops.take(prompt, index - 1, axis=1)[:, None]

@@ -20,6 +20,7 @@ from keras_vaultgemma.generation.stream import Stream
 from keras_vaultgemma.generation.validation import check_known, check_outside_graph
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
+from keras_vaultgemma.models.pieces import check_piece_count, with_piece_logits
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.models.preset_io import CausalLMIO
 from keras_vaultgemma.training.scoring import Scoring
@@ -58,6 +59,7 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         preprocessor: VaultGemmaCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ) -> None:
+        check_piece_count(preprocessor, backbone.vocabulary_size)
         # Keras's functional models ignore arguments that they do not know.
         _validation.check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
@@ -239,7 +241,8 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
 
     def _generator(self, prompt_lookup=False, length_penalty=None):
         """Return the compiled generator for the sampler."""
-        return find_generator(self, self._generators, prompt_lookup, length_penalty)
+        model = with_piece_logits(self)
+        return find_generator(model, self._generators, prompt_lookup, length_penalty)
 
     def get_config(self):
         # In a dict of this name, which keras-hub leaves out of presets: a file of a whole model

@@ -5,6 +5,7 @@ between a backbone, a task, a preprocessor and a tokenizer is which of these fil
 it is built from them. That is all the four subclasses of `PresetIO` define.
 """
 
+import contextlib
 import inspect
 import os
 from typing import Any, Self
@@ -18,6 +19,7 @@ from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import KERAS_FIELDS, read_config
 from keras_vaultgemma.checkpoints.dtypes import saved_policy
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
+from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
 
@@ -116,7 +118,20 @@ class PresetIO:
 
     @classmethod
     def _load_by_keras_hub(cls, folder, **kwargs):
+        presets.check_links(folder)
         return super().from_preset(str(folder), **kwargs)
+
+
+@contextlib.contextmanager
+def _vocabulary_of(folder):
+    """Raise ValueError that names the file for errors of the libraries that read a vocabulary."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # SentencePiece raises RuntimeError, TensorFlow an error of its own.
+        path = presets.file(folder, "vocabulary")
+        raise ValueError(f"{path} is damaged: it is no SentencePiece model: {error}") from error
 
 
 class TokenizerIO(PresetIO):
@@ -128,9 +143,10 @@ class TokenizerIO(PresetIO):
 
     @classmethod
     def _load(cls, folder, preset, load_weights, kwargs):
-        if presets.is_keras(folder):
-            return cls._load_by_keras_hub(folder, **kwargs)
-        return cls(proto=presets.file(folder, "vocabulary").read_bytes(), **kwargs)
+        with _vocabulary_of(folder):
+            if presets.is_keras(folder):
+                return cls._load_by_keras_hub(folder, **kwargs)
+            return cls(proto=read_vocabulary(folder), **kwargs)
 
 
 class PreprocessorIO(PresetIO):
@@ -143,7 +159,8 @@ class PreprocessorIO(PresetIO):
     @classmethod
     def _load(cls, folder, preset, load_weights, kwargs):
         if presets.is_keras(folder):
-            return cls._load_by_keras_hub(folder, **kwargs)
+            with _vocabulary_of(folder):
+                return cls._load_by_keras_hub(folder, **kwargs)
         length = read_json(folder / presets.CONFIG).get("max_position_embeddings", 1024)
         tokenizer = cls.tokenizer_cls.from_preset(folder)
         return cls(tokenizer, **{"sequence_length": length, **kwargs})

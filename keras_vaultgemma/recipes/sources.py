@@ -3,14 +3,14 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 
 from keras_vaultgemma._files import read_json
-from keras_vaultgemma.checkpoints import presets
+from keras_vaultgemma._partial_folders import partial_folder
+from keras_vaultgemma.checkpoints import names, presets
 from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.lora import adapters, peft_format
@@ -46,7 +46,7 @@ def find_source(preset=None, adapter=None):
     Raises:
         ValueError: If a run has not finished, an adapter names no base, or there are two adapters.
     """
-    source = Source(DEFAULT_PRESET) if preset is None else _expand(preset)
+    source = Source(DEFAULT_PRESET) if preset is None else _expand(names.canonical(preset))
     if adapter is None:
         return source
     if source.adapter is not None:
@@ -54,7 +54,7 @@ def find_source(preset=None, adapter=None):
             f"`adapter` must be None, because {preset} is an adapter itself. "
             f"Received: adapter={adapter}"
         )
-    found = _adapter_in(adapter)
+    found = _adapter_in(os.path.expanduser(adapter))
     if preset is None:
         source = Source(_base_of(found))
     return source._replace(adapter=found)
@@ -103,8 +103,8 @@ def merged_preset(source, target):
     adapters.load_adapter(model, source.adapter)
     merge(model)
     parent = next(path for path in Path(target).absolute().parents if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=parent) as root:
-        folder = Path(root) / Path(source.preset).name
+    with partial_folder(parent) as root:
+        folder = root / "new" / Path(source.preset).name
         model.save_to_preset(folder)
         (folder / presets.METADATA).unlink(missing_ok=True)
         if (base / presets.METADATA).is_file():
