@@ -15,6 +15,8 @@ from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
+from keras_vaultgemma.lora.injection import adaptable_layers, saving_merged
+from keras_vaultgemma.lora.state import backbone_of, unmerged_state
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
 
@@ -132,7 +134,8 @@ class _ModelIO(PresetIO):
 
     def save_to_preset(self, preset_dir: str | os.PathLike, **kwargs: Any) -> None:
         # keras-hub would reject a file of weights that has anything else in it.
-        with self.privacy.in_its_own_file():
+        layers = adaptable_layers(backbone_of(self)).values()
+        with self.privacy.in_its_own_file(), saving_merged(layers):
             super().save_to_preset(preset_dir, **kwargs)
 
     save_to_preset.__doc__ = PresetIO.save_to_preset.__doc__
@@ -168,6 +171,7 @@ class BackboneIO(_ModelIO):
             self.privacy.add_unknown("`load_weights` of a file without a ledger")
 
     def set_weights(self, weights):
+        unmerged_state(self)  # or `lora.unmerge` would bring back other weights than these
         super().set_weights(weights)
         self.privacy.add_unknown("`set_weights`")
 
@@ -193,6 +197,7 @@ class BackboneIO(_ModelIO):
             arguments = {**hyperparameters, **identity, **kwargs}
             backbone = cls(**arguments, initial_values=values)
         if load_weights:
+            backbone.preset = os.fspath(preset)
             warn_if_not_finite(backbone, values)
             # Instead of what keras-hub's loading has recorded, which does not know the preset.
             backbone._privacy_record = PrivacyRecord(
@@ -205,6 +210,7 @@ class CausalLMIO(_ModelIO):
     """`PresetIO` of a causal language model."""
 
     def set_weights(self, weights):
+        unmerged_state(self)  # or `lora.unmerge` would bring back other weights than these
         super().set_weights(weights)
         self.privacy.add_unknown("`set_weights`")
 
