@@ -14,7 +14,8 @@ from common import random_backbone, to_numpy
 from hub_client import run
 from hub_stub import HubStub
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, lora
+from keras_vaultgemma import VaultGemmaCausalLM, lora
+from keras_vaultgemma.checkpoints import hubs
 from keras_vaultgemma.lora import peft_format
 from keras_vaultgemma.lora.peft_format import Adapter
 from keras_vaultgemma.privacy.ledger import Ledger
@@ -254,7 +255,7 @@ OPTIONS = dict(
     trainable_token_indices=[3],
     layer_replication=[(0, 2), (1, 3)],
     alora_invocation_tokens=[5],
-    target_parameters=["model.norm.weight"],
+    target_parameters=["model.layers.0.mlp.up_proj.weight"],
 )
 """Options of PEFT that change what an adapter computes, and that this package cannot load."""
 
@@ -309,35 +310,38 @@ def test_an_adapter_names_its_base(model, preset, name, revision, tmp_path):
     model.backbone.preset = None
 
 
-LOAD_FROM_HUB = """
-import json, sys
-from keras_vaultgemma import VaultGemmaCausalLM, lora
-model = VaultGemmaCausalLM.from_preset("hf://test/open", preprocessor=None)
-lora.load_adapter(model, "hf://test/adapter@v1", name="theirs")
-lora.save_adapter(model, sys.argv[1])
-print(json.dumps([lora.names(model), len(model.privacy.ledger.statements)]))
-"""
-
-
 @pytest.mark.any_backend
-def test_an_adapter_from_hugging_face(checkpoints, tmp_path):
-    hyperparameters = VaultGemmaBackbone.from_preset(checkpoints["main"]).get_config()
-    adapter = random_adapter(down=(40, 24))
-    adapter = adapter._replace(
-        factors={"decoder_block_0/down": adapter.factors["decoder_block_1/down"]}
-    )
+def test_an_adapter_from_hugging_face(model, hyperparameters, monkeypatch, tmp_path):
     ledger = Ledger(({"training": "without privacy", "steps": 3, "name": "a"},))
-    peft_format.write_adapter(tmp_path / "a", adapter, hyperparameters, ledger=ledger)
-    repositories = {"test/open": checkpoints, "test/adapter": {"v1": tmp_path / "a"}}
-    with HubStub(repositories) as hub:
-        env = hub.environment(tmp_path, PYTHONPATH=str(Path(peft_format.__file__).parents[2]))
-        assert run(LOAD_FROM_HUB, tmp_path / "b", env=env) == [["theirs"], 1]
+    adapter = random_adapter(down=(96, 48))
+    peft_format.write_adapter(tmp_path / "theirs", adapter, hyperparameters, ledger=ledger)
+    (tmp_path / "theirs" / "training.bin").write_bytes(b"not needed")
+    with HubStub({"test/adapter": {"v1": tmp_path / "theirs"}}) as hub:
+        env = hub.environment(tmp_path, PYTHONPATH=str(Path(hubs.__file__).parents[2]))
+
+        def download(preset, patterns):
+            """Run `hubs.from_hugging_face` in a process that asks the stub."""
+            return Path(run(DOWNLOAD, hubs.__file__, preset, *patterns, env=env))
+
+        monkeypatch.setattr(hubs, "from_hugging_face", download)
+        lora.load_adapter(model, "hf://test/adapter@v1", name="theirs")
+        assert not any("training.bin" in request for request in hub.requests)
+    lora.save_adapter(model, tmp_path / "ours")
     one, other = (
-        safetensors.numpy.load_file(tmp_path / name / peft_format.WEIGHTS) for name in "ab"
+        safetensors.numpy.load_file(tmp_path / name / peft_format.WEIGHTS)
+        for name in ("ours", "theirs")
     )
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-    config = json.loads((tmp_path / "b" / peft_format.CONFIG).read_text())
-    assert config["base_model_name_or_path"] == "test/open"
+    assert ledger.statements[0] in model.privacy.ledger.statements
+
+
+DOWNLOAD = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("hubs", sys.argv[1])
+hubs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hubs)
+print(json.dumps(str(hubs.from_hugging_face(sys.argv[2], sys.argv[3:]))))
+"""
 
 
 def test_tensors_of_another_dtype_are_cast_to_float32(hyperparameters, tmp_path):
