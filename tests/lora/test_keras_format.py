@@ -11,6 +11,8 @@ from common import IDS, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM, lora
 
+pytestmark = pytest.mark.first_backend
+
 ALL = ["query", "down", "token_embedding"]
 
 
@@ -131,7 +133,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=pytest.mark.every_backend if way == ".keras" else ()) for way in WAYS],
+)
 def test_a_copy_has_the_same_adapters(way, tmp_path):
     model = adapted_model()
     assert_same(WAYS[way](model, tmp_path), model)
@@ -179,6 +184,7 @@ def test_a_config_without_frozen_weights_and_adapters_is_as_before():
 # Weights that come from somewhere else
 
 
+@pytest.mark.every_backend
 def test_the_best_weights_of_a_run_have_the_trained_adapter(tmp_path):
     model = make_model()
     model.backbone.enable_lora(2, ALL)
@@ -213,6 +219,7 @@ class Interrupt(keras.callbacks.Callback):
             raise Interruption
 
 
+@pytest.mark.every_backend
 def test_an_interrupted_run_with_an_adapter_is_restored(tmp_path):
     whole = make_model()
     whole.backbone.enable_lora(2, ALL)
@@ -279,6 +286,7 @@ def test_base_weights_into_a_merged_model(tmp_path):
     assert np.abs(logits(model) - logits(base)).max() > 0.01
 
 
+@pytest.mark.every_backend
 def test_weights_with_another_adapter_replace_that_of_the_model(tmp_path):
     saved = adapted_model()
     saved.save_weights(tmp_path / "model.weights.h5")

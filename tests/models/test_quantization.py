@@ -12,6 +12,9 @@ from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
 from keras_vaultgemma import VaultGemmaCausalLM, lora
 
 
+pytestmark = pytest.mark.first_backend
+
+
 def make_model():
     keras.utils.set_random_seed(0)
     return VaultGemmaCausalLM(random_backbone(num_layers=1))
@@ -21,6 +24,7 @@ def quantized_layers(model):
     return [layer.name for layer in model._flatten_layers() if layer.quantization_mode]
 
 
+@pytest.mark.every_backend
 def test_quantizing_collects_no_garbage_and_frees_the_matrices(monkeypatch):
     model = make_model()
     matrices = [v for v in model.weights if len(v.shape) == 2]
@@ -84,7 +88,6 @@ def test_the_packages_own_calls_do_not_warn(tmp_path):
         model.backbone.enable_lora(2)
         model.compile(keras.optimizers.Adam(1e-3))
         model.fit(LINES, batch_size=2, validation_data=LINES[:2], verbose=0)
-        model.evaluate(LINES, verbose=0)
         model.score(LINES)
         model.generate(LINES[:2], max_new_tokens=2)
         lora.save_adapter(model, tmp_path / "adapter")
