@@ -1,6 +1,10 @@
 """Quantization of a model's matrices."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
 
 from keras_vaultgemma.layers.low_rank import LowRankUpdate
 
@@ -8,7 +12,13 @@ from keras_vaultgemma.layers.low_rank import LowRankUpdate
 class Quantization:
     """Mixin of a model whose matrices can be quantized. It precedes the Keras class."""
 
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+    def quantize(
+        self,
+        mode: str | None = None,
+        config: keras.quantizers.QuantizationConfig | None = None,
+        filters: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Quantize the embedding and the projections to int8, and activations as they are used.
 
         The result generates, scores and trains adapters (`lora`), and is saved and loaded as a

@@ -11,7 +11,6 @@ from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora
 
-
 pytestmark = pytest.mark.first_backend
 
 
