@@ -46,7 +46,7 @@ class Quantization:
         """
         found = getattr(config, "mode", None) if mode is None else mode
         if found != "int8":
-            reason = REASONS.get(found, "")
+            reason = REASONS.get(str(found), "")
             raise ValueError(f"`mode` must be 'int8'{reason}. Received: mode={found!r}")
 
         def is_quantized(layer):
