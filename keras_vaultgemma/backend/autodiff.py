@@ -75,27 +75,7 @@ def without_gradients(function):
         return function
     import torch
 
-    def call(*args, **kwargs):
-        with torch.no_grad():  # which `torch.compile` supports, unlike its use as a decorator
-            return function(*args, **kwargs)
-
-    return call
-
-
-def custom_gradient(function):
-    """Return `keras.ops.custom_gradient(function)`, which `torch.compile` leaves alone on PyTorch.
-
-    PyTorch 2.13 compiles it to results of other shapes: the loss of `fit` is then no scalar.
-
-    Args:
-        function: callable of tensors that returns a tensor and a function of its gradient.
-    """
-    function = keras.ops.custom_gradient(function)
-    if NAME != "torch":
-        return function
-    import torch
-
-    return torch.compiler.disable(lambda *args: function(*args))
+    return torch.no_grad()(function)
 
 
 def fused(function):

@@ -22,7 +22,7 @@ def int8_matmul(x, weight, scale, quantizer, transposed=False):
     if quantizer is None:
         return ops.cast(backend.matmul(x, ops.cast(weight, x.dtype), transposed), "float32") / scale
 
-    @backend.custom_gradient
+    @ops.custom_gradient
     def product(x, weight, scale):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream

@@ -99,7 +99,7 @@ def cross_entropy(terms, targets, weights, cap=None, with_gradient=True, chunk_s
         )
         return ops.sum(weights * losses), losses, is_correct
 
-    @backend.custom_gradient
+    @ops.custom_gradient
     def concatenated_outputs(targets, weights, *tensors):
         tensors = iter(tensors)
         inputs = [

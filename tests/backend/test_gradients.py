@@ -5,7 +5,6 @@ from common import to_numpy
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.backend.autodiff import without_gradients
 
 
 def test_gradients_and_auxiliary_results():
@@ -86,16 +85,3 @@ def test_add_in_place():
         1,
         2,
     ]
-
-
-@pytest.mark.skipif(backend.NAME != "torch", reason="the compiler of PyTorch")
-def test_torch_compiles_a_step():
-    import torch
-
-    class Steps:
-        def run(self, x):
-            assert not torch.is_grad_enabled()
-            return x + 1
-
-    compiled = torch.compile(lambda x: without_gradients(Steps().run)(x), backend="eager")
-    assert to_numpy(compiled(ops.ones((2,)))).tolist() == [2, 2]

@@ -38,28 +38,6 @@ def plain(logits, cap=None):
     return losses * (WEIGHTS > 0), (logits.argmax(1) == TARGETS) * (WEIGHTS > 0)
 
 
-@pytest.mark.skipif(backend.NAME != "torch", reason="the compiler of PyTorch")
-@pytest.mark.long
-@pytest.mark.parametrize("chunk_size", [None, 8])
-def test_torch_compiles_a_step_with_the_loss(chunk_size):
-    """As `fit` does after `compile(jit_compile=True)`."""
-    import torch
-
-    def step(rows, a):
-        def total(tensors):
-            terms = [LogitTerm(tensors[0], TABLE), LogitTerm(tensors[1], MORE_TABLE)]
-            total, losses, _ = loss.cross_entropy(terms, TARGETS, WEIGHTS, chunk_size=chunk_size)
-            return total, (total, losses)
-
-        return backend.gradients(total, [rows, a])
-
-    tensors = [ops.convert_to_tensor(x) for x in (ROWS, MORE_ROWS)]
-    expected = keras.tree.flatten(step(*tensors))
-    found = keras.tree.flatten(torch.compile(step, backend="eager")(*tensors))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-5)
-
-
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 8, 64])
 @pytest.mark.parametrize("with_gradient", [True, False])
