@@ -65,6 +65,25 @@ def release_metadata(preset, parameter_count):
     return release if release["parameter_count"] == parameter_count else {}
 
 
+def hugging_face_name(preset):
+    """Return `(name, revision)` by which other packages know a preset's weights.
+
+    Args:
+        preset: string, as for `find`, or None.
+
+    Returns:
+        The name of a repository of Hugging Face and its revision or None where the preset is one;
+        otherwise the preset as it was given, and None.
+    """
+    if preset is None:
+        return None, None
+    handle = HUBS[preset][0] if preset in HUBS else preset
+    if not handle.startswith("hf://"):
+        return handle, None
+    name, _, revision = handle.removeprefix("hf://").partition("@")
+    return name, revision or None
+
+
 def cache_home():
     """Return the folder in which downloaded weights are looked up.
 

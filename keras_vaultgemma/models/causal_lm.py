@@ -20,14 +20,25 @@ from keras_vaultgemma.generation.stream import Stream
 from keras_vaultgemma.generation.validation import check_known, check_outside_graph
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
+from keras_vaultgemma.models.cloning import LayerwiseCloning
+from keras_vaultgemma.models.compiled_functions import CompiledFunctions
 from keras_vaultgemma.models.pieces import check_piece_count, with_piece_logits
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.models.preset_io import CausalLMIO
+from keras_vaultgemma.models.quantization import Quantization
 from keras_vaultgemma.training.scoring import Scoring
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
-class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.CausalLM):
+class VaultGemmaCausalLM(
+    CausalLMIO,
+    Quantization,
+    LayerwiseCloning,
+    CompiledFunctions,
+    CausalLMTrainer,
+    Scoring,
+    keras_hub.models.CausalLM,
+):
     """VaultGemma with its language-model head, which is the transposed embedding.
 
     Called on `{"token_ids", "padding_mask"}`, int32 of shape `[B, T]` each, it returns logits,

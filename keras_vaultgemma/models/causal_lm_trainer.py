@@ -61,7 +61,8 @@ class CausalLMTrainer(Trainer):
                 False.
             privacy: `DPSGD`, which trains with differential privacy and states the guarantee, or
                 None. Defaults to None.
-            **kwargs: Other arguments of `keras.Model.compile`.
+            **kwargs: Other arguments of `keras.Model.compile`. On PyTorch, `jit_compile=True` does
+                not compile steps with the default loss, which take their gradients themselves.
 
         Raises:
             ValueError: If private training does not support the optimizer, a layer or a metric.

@@ -20,6 +20,8 @@ from keras_vaultgemma.checkpoints.config import KERAS_FIELDS, read_config
 from keras_vaultgemma.checkpoints.dtypes import saved_policy
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
 from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
+from keras_vaultgemma.lora.injection import adaptable_layers, saving_merged
+from keras_vaultgemma.lora.state import backbone_of, unmerged_state
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
 
@@ -171,7 +173,8 @@ class _ModelIO(PresetIO):
 
     def save_to_preset(self, preset_dir: str | os.PathLike, **kwargs: Any) -> None:
         # keras-hub would reject a file of weights that has anything else in it.
-        with self.privacy.in_its_own_file():
+        layers = adaptable_layers(backbone_of(self)).values()
+        with self.privacy.in_its_own_file(), saving_merged(layers):
             super().save_to_preset(preset_dir, **kwargs)
 
     save_to_preset.__doc__ = PresetIO.save_to_preset.__doc__
@@ -207,6 +210,7 @@ class BackboneIO(_ModelIO):
             self.privacy.add_unknown("`load_weights` of a file without a ledger")
 
     def set_weights(self, weights):
+        unmerged_state(self)  # or `lora.unmerge` would bring back other weights than these
         super().set_weights(weights)
         self.privacy.add_unknown("`set_weights`")
 
@@ -236,6 +240,7 @@ class BackboneIO(_ModelIO):
             arguments = {**hyperparameters, **identity, **kwargs}
             backbone = cls(**arguments, initial_values=values)
         if load_weights:
+            backbone.preset = os.fspath(preset)
             warn_if_not_finite(backbone, values)
             # Instead of what keras-hub's loading has recorded, which does not know the preset.
             backbone._privacy_record = PrivacyRecord(
@@ -248,6 +253,7 @@ class CausalLMIO(_ModelIO):
     """`PresetIO` of a causal language model."""
 
     def set_weights(self, weights):
+        unmerged_state(self)  # or `lora.unmerge` would bring back other weights than these
         super().set_weights(weights)
         self.privacy.add_unknown("`set_weights`")
 
