@@ -206,7 +206,9 @@ def as_chat(x):
 
 
 def _is_of_lists(x):
-    return isinstance(x, Mapping) and isinstance(as_list(x.get("role")), (list, tuple))
+    if not isinstance(x, Mapping) or isinstance(x.get("content"), str):
+        return False
+    return isinstance(as_list(x.get("role")), (list, tuple))
 
 
 def _wrong_columns(names):

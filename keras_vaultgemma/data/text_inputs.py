@@ -66,7 +66,8 @@ def chat_parts(messages):
             raise ValueError(
                 f"`messages[{i}]` must be a dict with 'role' and 'content'. Received: {message!r}"
             )
-        role, content = ROLES.get(message["role"]), message["content"]
+        role, content = message["role"], message["content"]
+        role = ROLES.get(role) if isinstance(role, str) else None
         if role != ("user", "model")[i % 2]:
             way = " (put its text before the user's)" if message["role"] == "system" else ""
             raise ValueError(
@@ -79,6 +80,7 @@ def chat_parts(messages):
                 f"The content of `messages[{i}]` must be a string without {TURN_START} or "
                 f"{TURN_END}. Received: {content!r}"
             )
+        check_unicode(content, f"The content of `messages[{i}]`")
         opening, answer = f"{TURN_START}{role}\n", f"{content.strip()}{TURN_END}"
         if role == "model":
             parts[-1] += opening
@@ -203,11 +205,36 @@ def as_texts(x):
     items = [x] if is_single else x
     if not isinstance(items, (list, tuple)) or not len(items):
         raise ValueError(f"Input must be a string or a non-empty list of strings. Received: {x!r}")
-    texts = [item.decode("utf-8") if isinstance(item, bytes) else item for item in items]
+    texts = [_decode(item, i) if isinstance(item, bytes) else item for i, item in enumerate(items)]
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
                 "Every item must be a string. "
                 f"Received: item {i} is {text!r} ({type(text).__name__})"
             )
+        check_unicode(text, f"Item {i}")
     return texts, is_single
+
+
+def check_unicode(text, what):
+    """Raise ValueError if a string has a surrogate, half of a character, which is no text.
+
+    Args:
+        text: string.
+        what: string. Subject of the message.
+    """
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be text that UTF-8 can encode. Received: the surrogate "
+            f"{text[error.start]!r} at character {error.start}; decode bytes with "
+            'errors="replace" to avoid them'
+        ) from None
+
+
+def _decode(item, number):
+    try:
+        return item.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Item {number} must be text in UTF-8. Received: {error}") from None

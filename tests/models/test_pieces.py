@@ -27,7 +27,7 @@ def padded(tiny):
 
 
 @pytest.mark.every_backend
-@pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])
+@pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam", "contrastive"])
 def test_ids_without_a_piece_are_never_generated(padded, sampler):
     ids = np.array([[2, 400, 500]])
     logits = to_numpy(padded({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
