@@ -119,7 +119,7 @@ def check_known(function, arguments, known):
     Raises:
         TypeError: If it lacks one. The message has the nearest name, or else all of them.
     """
-    known = sorted(known)
+    known = list(known)
     for name in arguments:
         if name in known:
             continue

@@ -1,6 +1,5 @@
 """Checks of what `generate`, `stream` and `score` are given, and the sentence for each mistake."""
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma._validation import check_integer, check_number, is_integer
+from keras_vaultgemma._validation import check_integer, check_known, check_number, is_integer
 from keras_vaultgemma.data.token_ids import check_ids
 
 PADDED_KEYS = ("token_ids", "padding_mask")
@@ -49,7 +48,7 @@ INSTEAD = {
 """What to use instead of arguments that `generate` of other libraries has."""
 
 
-def check_known(function, unknown, known):
+def check_no_unknown(function, unknown, known):
     """Raise TypeError for arguments that a function does not have, naming what to use instead.
 
     Args:
@@ -58,16 +57,12 @@ def check_known(function, unknown, known):
         known: names of the arguments that it has.
     """
     for name, value in unknown.items():
-        nearest = difflib.get_close_matches(name, known, n=1)
         if name in INSTEAD:
-            advice = f"Use {INSTEAD[name]}."
-        elif nearest:
-            advice = f"Did you mean `{nearest[0]}`?"
-        else:
-            advice = f"Its arguments are {', '.join(known)}."
-        raise TypeError(
-            f"`{function}` has no argument `{name}`. {advice} Received: {name}={value!r}"
-        )
+            raise TypeError(
+                f"`{function}` has no argument `{name}`. Use {INSTEAD[name]}. "
+                f"Received: {name}={value!r}"
+            )
+    check_known(f"`{function}`", unknown, known)
 
 
 def check_outside_graph(function, inputs):

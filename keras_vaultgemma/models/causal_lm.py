@@ -8,7 +8,8 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_vaultgemma import _validation, backend
+from keras_vaultgemma import backend
+from keras_vaultgemma._validation import check_known
 from keras_vaultgemma.generation.requests import (
     GenerationConfig,
     complete,
@@ -17,7 +18,7 @@ from keras_vaultgemma.generation.requests import (
 )
 from keras_vaultgemma.generation.selection import find_generator, restore_sampler
 from keras_vaultgemma.generation.stream import Stream
-from keras_vaultgemma.generation.validation import check_known, check_outside_graph
+from keras_vaultgemma.generation.validation import check_no_unknown, check_outside_graph
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
 from keras_vaultgemma.models.cloning import LayerwiseCloning
@@ -72,7 +73,7 @@ class VaultGemmaCausalLM(
     ) -> None:
         check_piece_count(preprocessor, backbone.vocabulary_size)
         # Keras's functional models ignore arguments that they do not know.
-        _validation.check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
+        check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         outputs = self.logits(backbone(backbone.input))
@@ -176,7 +177,7 @@ class VaultGemmaCausalLM(
         ```
         """
         if unknown:
-            check_known("generate", unknown, _names(self.generate))
+            check_no_unknown("generate", unknown, _names(self.generate))
         check_outside_graph("generate", inputs)
         config = GenerationConfig(
             max_length=max_length,
@@ -239,7 +240,7 @@ class VaultGemmaCausalLM(
         ```
         """
         known = list(dict.fromkeys([*_names(self.stream), *_names(GenerationConfig)]))
-        check_known("stream", {k: v for k, v in options.items() if k not in known}, known)
+        check_no_unknown("stream", {k: v for k, v in options.items() if k not in known}, known)
         check_outside_graph("stream", inputs)
         config = GenerationConfig(max_length=max_length, stop_token_ids=stop_token_ids, **options)
         request = make_request(inputs, self.backbone, self.preprocessor, config)

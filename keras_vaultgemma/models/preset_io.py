@@ -65,7 +65,7 @@ class PresetIO:
         model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny", dtype="bfloat16")
         ```
         """
-        known = {"load_weights", *cls._preset_arguments()}
+        known = sorted({"load_weights", *cls._preset_arguments()})
         check_known(f"{cls.__name__}.from_preset", kwargs, known)
         folder = presets.find(preset, cls._required_files(load_weights, kwargs))
         return cls._load(folder, preset, load_weights, kwargs)

@@ -105,7 +105,7 @@ UNKNOWN = [
     (dict(max_tokens=5), "no argument `max_tokens`. Use `max_new_tokens`"),
     (dict(max_new_token=5), "no argument `max_new_token`. Did you mean `max_new_tokens`"),
     (dict(repitition_penalty=2.0), "no argument `repitition_penalty`. Did you mean `repetition_penalty`"),
-    (dict(xyz=1), "no argument `xyz`. Its arguments are inputs, max_length, .*logit_bias"),
+    (dict(xyz=1), "no argument `xyz`. It has inputs, max_length, .*logit_bias"),
 ]  # fmt: skip
 
 SAMPLERS = [
