@@ -2,13 +2,12 @@
 
 No other package asks which backend runs.
 
-Importing it also imports keras-hub, hiding TensorFlow from it on JAX and PyTorch: keras-hub imports
-TensorFlow wherever it is installed, which costs seconds and a gigabyte, and this package does not
-need it there.
+Importing it also imports Keras and keras-hub, which do not import TensorFlow on JAX and PyTorch
+(`TensorFlowGuard`).
 """
 
 # First, because it selects the backend before Keras is imported.
-from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
+from keras_vaultgemma.backend.selection import BACKENDS, NAME
 
 # isort: split
 from keras_vaultgemma.backend.attention import HAS_FUSED_ATTENTION, fused_attention
@@ -28,6 +27,8 @@ from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positi
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
+    in_32_bits,
+    is_tracing,
     seed_global_generator,
     trace_once,
     update_variables,
@@ -97,6 +98,7 @@ __all__ = [
     "fused",
     "fused_attention",
     "gradients",
+    "in_32_bits",
     "in_blocks",
     "in_tensorflow_graph",
     "int8_matmul",
@@ -104,6 +106,7 @@ __all__ = [
     "is_first_process",
     "is_symbolic_tensorflow",
     "is_tensorflow",
+    "is_tracing",
     "log_softmax",
     "loss_gradients",
     "matmul",
@@ -133,7 +136,6 @@ __all__ = [
     "value_of",
     "while_loop",
     "without_gradients",
-    "without_tensorflow",
     "write_slice",
     "zeros",
 ]

@@ -39,6 +39,20 @@ def test_step(model, step, *args):
     return _run_step(variables, step, args)
 
 
+def _uncompiled(function):
+    """Return `function` such that `torch.compile` leaves it alone on PyTorch; else unchanged.
+
+    Keras compiles steps so with `jit_compile=True`. PyTorch 2.13 raises in steps that take their
+    gradients themselves, or compiles one layer for minutes, in dozens of parts.
+    """
+    if NAME != "torch":
+        return function
+    import torch
+
+    return torch.compiler.disable(function)
+
+
+@_uncompiled
 def _run_step(groups, step, args):
     if NAME != "jax":
         return without_gradients(step)(*args)

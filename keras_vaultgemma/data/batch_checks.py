@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.token_ids import check_ids
+from keras_vaultgemma.data.token_ids import check_ids, check_rank
 
 
 def check_batch(x, y, sample_weight, vocabulary_size, labels_are_ids=True, needs_labels=False):
@@ -22,6 +22,7 @@ def check_batch(x, y, sample_weight, vocabulary_size, labels_are_ids=True, needs
         needs_labels: bool. If True, also check that there are labels and a mask, their shapes, and
             the signs of the weights. Defaults to False.
     """
+    check_token_ids(x)
     if needs_labels:
         _check_form(x, y, sample_weight)
     token_ids, weights = _array(x["token_ids"]), _array(sample_weight)
@@ -65,17 +66,10 @@ def check_token_ids(x):
             "A dict of token ids must have the keys 'token_ids' and 'padding_mask', which is 1 at "
             f"tokens and 0 at padding. Received: {sorted(x)}"
         )
-    shape = getattr(x["token_ids"], "shape", None)
-    if shape is not None and len(shape) != 2:
-        raise ValueError(
-            "`token_ids` must have the shape [batch, length]; a stream must yield batches: lists "
-            "of texts, pairs or chats instead of single ones, and for `tf.data` call "
-            f"`dataset.batch(batch_size)`. Received: the shape {tuple(shape)}"
-        )
+    check_rank(x["token_ids"])
 
 
 def _check_form(x, y, sample_weight):
-    check_token_ids(x)
     if y is None:
         raise ValueError(
             "Token ids need labels `y`: the id of the next token at each position, with "

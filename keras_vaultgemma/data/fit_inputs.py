@@ -7,20 +7,30 @@ import numpy as np
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.batch_checks import as_array, check_batch
+from keras_vaultgemma.data.containers import as_plain
+from keras_vaultgemma.data.streams import as_batches
 
 EMPTY = "Data must have at least one batch. Received: none"
 
 
 def prepare_fit_inputs(
-    x, y, sample_weight, preprocess, vocabulary_size, labels_are_ids=True, needs_labels=False
+    x,
+    y,
+    sample_weight,
+    preprocess,
+    vocabulary_size,
+    labels_are_ids=True,
+    needs_labels=False,
+    batch_size=None,
+    steps=None,
 ):
     """Preprocess and check the arguments of `fit`.
 
     Arrays are preprocessed at once, streams batch by batch as they are read.
 
     Args:
-        x: raw samples, as the preprocessor takes them; a `keras.utils.PyDataset`, a generator or a
-            `tf.data.Dataset` of batches of raw samples; or a dict of token ids.
+        x: raw samples, as the preprocessor takes them; a `keras.utils.PyDataset` of batches of raw
+            samples; a stream of batches or of single samples; or a dict of token ids.
         y: labels if `x` is a dict of token ids, else None.
         sample_weight: weights of the labels if `x` is a dict of token ids, else None.
         preprocess: callable. Takes and returns a batch `(x, y, sample_weight)`. If None, batches
@@ -29,6 +39,8 @@ def prepare_fit_inputs(
         labels_are_ids: bool. If True, labels whose weight is not 0 are checked against V too.
             Defaults to `True`.
         needs_labels: bool, as for `check_batch`. Defaults to `False`.
+        batch_size: int. Number of samples of a batch, if a stream has single ones. Defaults to 32.
+        steps: int. Number of batches of an epoch of a stream. Defaults to all.
 
     Returns:
         Tuple `(x, y, sample_weight)` for `keras.Model.fit`.
@@ -38,6 +50,9 @@ def prepare_fit_inputs(
             string, an id is outside the vocabulary, or labels or weights are given with data that
             have their own.
     """
+
+    if preprocess is not None:
+        x = as_batches(as_plain(x), batch_size, steps)
 
     def check(x, y=None, sample_weight=None):
         check_batch(x, y, sample_weight, vocabulary_size, labels_are_ids, needs_labels)
@@ -141,6 +156,7 @@ class _PreprocessedDataset(keras.utils.PyDataset):
     """
 
     def __init__(self, dataset, function):
+        self.is_stream = getattr(dataset, "is_stream", False)
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=dataset.use_multiprocessing,

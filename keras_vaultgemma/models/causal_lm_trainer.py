@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.trainer import Trainer
@@ -67,7 +68,8 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
                 False.
             privacy: `DPSGD`, which trains with differential privacy and states the guarantee, or
                 None. Defaults to None.
-            **kwargs: Other arguments of `keras.Model.compile`.
+            **kwargs: Other arguments of `keras.Model.compile`. On PyTorch, `jit_compile=True` does
+                not compile steps with the default loss, which take their gradients themselves.
 
         Raises:
             ValueError: If private training does not support the optimizer, a layer or a metric.
@@ -158,8 +160,13 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
                 - strings;
                 - `{"prompts": strings, "responses": strings}`: the responses are trained on;
                 - chats, lists of `{"role", "content"}`: the model's messages are trained on;
-                - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of
-                  these, or a `PackedDataset`;
+                - a column or table of these, such as a pandas or Hugging Face one or a list of
+                  rows, with the columns that `VaultGemmaCausalLMPreprocessor` names;
+                - a `keras.utils.PyDataset` of batches of one of these, or a `PackedDataset`;
+                - a stream of batches or single samples, such as a generator, a torch `DataLoader`
+                  (of chats with `collate_fn=list`), a Grain dataset or a `tf.data.Dataset`, in its
+                  own order. Without a length or `steps_per_epoch` it is read once more, to count
+                  its batches. Private training takes no streams;
                 - `{"token_ids", "padding_mask"}` with labels `y`, which may have any value where
                   `sample_weight` is 0.
             y: labels for token ids. The other forms have their own.
@@ -200,13 +207,22 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
         """
         self._begin_training(kwargs)
         with TruncationCounter() as truncations:
+            if self.preprocessor is not None:
+                x = as_plain(x)
             records = self._records(x)
             is_sampled = self.private_training is not None
+            steps = kwargs.get("steps_per_epoch")
             x, y, sample_weight = self._arrays(
-                x, y, sample_weight, batch_size, truncations, is_sampled
+                x, y, sample_weight, batch_size, truncations, is_sampled, steps
             )
-            rows = kwargs.get("validation_batch_size") or batch_size
-            validation_data = self._validation_arrays(validation_data, rows, truncations)
+            if getattr(x, "is_stream", is_stream(x)) and not is_sampled:
+                kwargs["shuffle"] = False  # Keras would warn that it does not.
+            validation_data = self._validation_arrays(
+                validation_data,
+                kwargs.get("validation_batch_size") or batch_size,
+                truncations,
+                kwargs.get("validation_steps"),
+            )
             truncations.report()
             arguments = dict(
                 x=x,
@@ -249,14 +265,16 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
         """
         self._begin_evaluation()
         with TruncationCounter() as truncations:
-            x, y, sample_weight = self._arrays(x, y, sample_weight, batch_size, truncations)
+            x, y, sample_weight = self._arrays(
+                x, y, sample_weight, batch_size, truncations, steps=kwargs.get("steps")
+            )
             options = dict(batch_size=batch_size, sample_weight=sample_weight, **kwargs)
             return keras.Model.evaluate(self, x=x, y=y, **options)
 
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Return logits, float32 of shape `[B, T, V]`, for data of the forms that `fit` takes."""
         self._forget_stale_functions()
-        x = self._predict_inputs(x, batch_size)
+        x = self._predict_inputs(x, batch_size, kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def train_on_batch(

@@ -8,6 +8,7 @@ import keras_hub
 
 from keras_vaultgemma import backend
 from keras_vaultgemma._validation import check_choice
+from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.text_inputs import TURN_END, TURN_START, as_samples, as_texts
 from keras_vaultgemma.data.token_ids import check_lengths, pad_rows, unpad_rows
 from keras_vaultgemma.data.truncation import TRUNCATE, TurnMarkers, fit_parts
@@ -26,9 +27,12 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
     - a string, or a list or array of strings: every token is trained on;
     - `{"prompts": strings, "responses": strings}`: the responses and their `<eos>` are trained on;
     - a chat, which is a list of `{"role", "content"}`, or a list of chats: the model's turns and
-      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`.
+      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`;
+    - a pandas or polars `DataFrame` or `Series`, an Arrow table, a Hugging Face `Dataset` or
+      `Column`, a dict of columns, or a list of rows. Columns are "text", "messages" (chats), or
+      "prompt" and "completion" or "response", which are strings or messages.
 
-    The first two kinds also work inside `tf.data.Dataset.map`. A text that is truncated gets no
+    Strings and pairs also work inside `tf.data.Dataset.map`. A text that is truncated gets no
     `<eos>`, because it does not end there. Of pairs and chats that are longer than a row, what
     precedes the last answer is cut, because nothing can be learned from a row without its answer.
     An answer that is longer than a row by itself is truncated like a text, after at most half a row
@@ -103,6 +107,7 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
             truncations: `TruncationCounter` that counts truncated rows, or None.
         """
         length = sequence_length or self.sequence_length
+        x = as_plain(x)
         texts = x.get("prompts") if isinstance(x, dict) else x
         if backend.is_symbolic_tensorflow(texts):
             token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(

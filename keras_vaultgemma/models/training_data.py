@@ -5,13 +5,15 @@ import functools
 import keras
 import numpy as np
 
+from keras_vaultgemma.data.containers import is_stream
 from keras_vaultgemma.data.fit_inputs import (
     check_no_labels,
     drop_rows_without_labels,
     prepare_fit_inputs,
 )
-from keras_vaultgemma.data.text_inputs import as_samples
+from keras_vaultgemma.data.text_inputs import as_records
 from keras_vaultgemma.models.sharding import check_batches
+from keras_vaultgemma.privacy.sampling import as_rows
 
 
 class TrainingData:
@@ -29,10 +31,17 @@ class TrainingData:
         return self.preprocessor.call(x, truncations=truncations)
 
     def _arrays(
-        self, x, y=None, sample_weight=None, batch_size=None, truncations=None, is_sampled=False
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        batch_size=None,
+        truncations=None,
+        is_sampled=False,
+        steps=None,
     ):
         """Preprocess and check data for Keras. Of sampled rows, a batch may have any number."""
-        data = self._prepare(x, y, sample_weight, truncations)
+        data = self._prepare(x, y, sample_weight, truncations, batch_size=batch_size, steps=steps)
         # Samples have their weights from the preprocessor.
         if sample_weight is None and isinstance(data[2], np.ndarray) and not is_sampled:
             data = drop_rows_without_labels(*data)
@@ -40,7 +49,7 @@ class TrainingData:
             check_batches(data[0], batch_size)
         return data
 
-    def _validation_arrays(self, data, batch_size, truncations):
+    def _validation_arrays(self, data, batch_size, truncations, steps):
         """Preprocess and check the argument `validation_data` of `fit`."""
         if data is None:
             return None
@@ -50,38 +59,48 @@ class TrainingData:
                 "`validation_data` must be data of the form of `x`, or a tuple (x, y) or "
                 f"(x, y, sample_weight). Received: a tuple of {len(parts)}"
             )
-        x, y, sample_weight = self._arrays(*parts, batch_size=batch_size, truncations=truncations)
+        x, y, sample_weight = self._arrays(
+            *parts, batch_size=batch_size, truncations=truncations, steps=steps
+        )
         return x if y is None else (x, y, sample_weight)
 
-    def _predict_inputs(self, x, batch_size):
+    def _predict_inputs(self, x, batch_size, steps):
         """Preprocess and check data for `predict`."""
-        x, _, _ = self._prepare(x, needs_labels=False)
+        x, _, _ = self._prepare(x, needs_labels=False, batch_size=batch_size, steps=steps)
         check_batches(x, batch_size)
         return x
 
-    def _prepare(self, x, y=None, sample_weight=None, truncations=None, needs_labels=True):
+    def _prepare(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        truncations=None,
+        needs_labels=True,
+        batch_size=None,
+        steps=None,
+    ):
         """Preprocess and check data, all rows of which are kept."""
         preprocess, needs_labels = None, needs_labels and self._labels_are_ids
         if self.preprocessor is not None:
             preprocess = functools.partial(self.preprocess_samples, truncations=truncations)
-        size = self.backbone.vocabulary_size
         return prepare_fit_inputs(
-            x, y, sample_weight, preprocess, size, self._labels_are_ids, needs_labels
+            x,
+            y,
+            sample_weight,
+            preprocess,
+            self.backbone.vocabulary_size,
+            self._labels_are_ids,
+            needs_labels,
+            batch_size,
+            steps,
         )
 
     def _records(self, x):
         """Return the training examples as the user gave them, by which private training recognises
         a dataset; None for token ids and streams."""
-        is_stream = hasattr(x, "__next__") or hasattr(x, "cardinality")
-        if self.private_training is None or self.preprocessor is None or is_stream:
+        if self.private_training is None or self.preprocessor is None:
             return None
-        batches = [x]
-        if isinstance(x, keras.utils.PyDataset):
-            batches = (x[i] for i in range(x.num_batches or 0))
-            batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
-        records = []
-        for batch in batches:
-            if isinstance(batch, dict) and "token_ids" in batch:
-                return None
-            records += ["\0".join(parts) for parts in as_samples(batch)[0]]
-        return records
+        if is_stream(x):
+            as_rows(x)  # Raises, before the stream is read.
+        return as_records(x)

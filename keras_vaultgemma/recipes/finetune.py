@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -43,12 +43,14 @@ class Outcome(NamedTuple):
     losses: list
 
 
-def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", **options) -> str:
+def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> str:
     """Fine-tune a preset on a data file, or resume the run of a call that was killed.
 
     Args:
-        data: string or path of a `.txt`, `.jsonl` or `.csv` file. A blank line ends a text in
-            `.txt`; the others have columns: "text", or "prompt" and "response".
+        data: string or path of a `.txt`, `.jsonl`, `.json`, `.csv` or `.tsv` file, or a table or
+            texts in memory, as for `VaultGemmaCausalLM.fit`. A blank line ends a text in `.txt`;
+            without blank lines each line is a text. The others have columns: "text", "messages"
+            (chats), or "prompt" and "response" or "completion".
         output: string or path of the run's folder, created if it does not exist. It gets `adapter/`
             (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
@@ -92,6 +94,8 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records, held_out = records.split()
     else:
         held_out = read_records(config.validation, **config.columns)
+    data, validation = _describe_data(data), _describe_data(config.validation)
+    config = dataclasses.replace(config, validation=validation)
     users = None if records.groups is None else len({*records.groups})
     config, private = config.complete(users or len(records.texts))
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
@@ -181,6 +185,12 @@ def make_optimizer(config, private):
     rate = config.learning_rate or (LORA_RATE if config.lora_rank else FULL_RATE)
     average = dict(use_ema=True, ema_momentum=private.averaging) if private else {}
     return keras.optimizers.Adam(rate, **average)
+
+
+def _describe_data(data):
+    """Return a path, or None, unchanged, and the kind of data in memory."""
+    is_path = data is None or isinstance(data, (str, os.PathLike))
+    return data if is_path else f"a {type(data).__name__} in memory"
 
 
 def _model(config):

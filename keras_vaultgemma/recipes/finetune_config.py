@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from keras_vaultgemma._validation import check_choice, check_integer, check_number
 from keras_vaultgemma.data.truncation import TRUNCATE
@@ -31,10 +31,10 @@ class FinetuneConfig:
 
     Args:
         preset: string. Preset to start from, as for `VaultGemmaCausalLM.from_preset`.
-        validation: string or path of a file of held-out records with the same columns. Defaults to
-            every tenth record of the data, at most 100 of them.
-        text_column: string. Column of texts to train on.
-        prompt_column: string. Column of prompts.
+        validation: string or path of a file of held-out records with the same columns, or a table
+            in memory. Defaults to every tenth record of the data, at most 100 of them.
+        text_column: string. Column of texts to train on, or of chats.
+        prompt_column: string. Column of prompts, strings or lists of messages.
         response_column: string. Column of responses, which are trained on.
         group_column: string. Column of the users whose rows they are, strings or integers. Only
             for private training, which then protects users: `privacy.DPSGD(unit="user")`. All
@@ -54,7 +54,8 @@ class FinetuneConfig:
         truncate: string. Where to cut pairs that are longer than a row: "prompt_start",
             "prompt_end" or "row_end", as for `VaultGemmaCausalLMPreprocessor`. Defaults to the
             preset's.
-        dtype: string. Dtype of the weights. Defaults to Keras's, float32.
+        dtype: string. Dtype policy. Defaults to Keras's, float32, or to a mixed or quantized policy
+            that the preset was saved with.
         gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
         merge: bool. If True, save a preset with the adapter merged into its weights.
         save_freq: int or "epoch". Number of batches between two checkpoints.
@@ -77,7 +78,7 @@ class FinetuneConfig:
     """
 
     preset: str = "vaultgemma_tiny"
-    validation: str | os.PathLike | None = None
+    validation: Any = None
     text_column: str | None = None
     prompt_column: str | None = None
     response_column: str | None = None

@@ -48,6 +48,8 @@ class Batches(keras.utils.PyDataset):
         # precede the position at which the run resumes.
         super().__init__()
         self._is_dataset = isinstance(data, keras.utils.PyDataset)
+        if getattr(data, "is_stream", False):
+            raise _not_random_access(data)
         if self._is_dataset:
             self.unit = "batches"
             self._data, self._count, self._batch_size = data, data.num_batches, 1
@@ -141,9 +143,14 @@ def _order(count, seed, pass_number):
 
 def _as_array(x):
     if not hasattr(x, "shape"):
-        raise ValueError(
-            "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
-            "which can be read at any position. "
-            f"Received: x of type {type(x).__name__}"
-        )
+        raise _not_random_access(x)
     return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+def _not_random_access(x):
+    kind = "stream" if getattr(x, "is_stream", False) else type(x).__name__
+    way = ", which can be read into a list of rows first" if hasattr(x, "__iter__") else ""
+    return ValueError(
+        "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
+        f"which can be read at any position. Received: x of type {kind}{way}"
+    )

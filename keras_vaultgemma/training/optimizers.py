@@ -2,8 +2,6 @@
 
 import json
 
-from keras_vaultgemma import backend
-
 
 def inner_optimizer(optimizer):
     """Return the optimizer that a `LossScaleOptimizer` wraps, or the optimizer itself."""
@@ -42,11 +40,10 @@ def check_variables(optimizer, trained):
 
 def constants(optimizer):
     """Return the hyperparameters of an optimizer as a dict for JSON."""
-    with backend.without_tensorflow():  # which Keras imports to serialize a schedule
-        try:
-            config = optimizer.get_config()
-        except NotImplementedError:  # of a schedule of the user's own
-            return {}
+    try:
+        config = optimizer.get_config()
+    except NotImplementedError:  # of a schedule of the user's own
+        return {}
     config |= (config.pop("inner_optimizer", None) or {}).get("config", {})
     rate = config.get("learning_rate")
     if isinstance(rate, dict) and rate.get("class_name") == "__lambda__":
