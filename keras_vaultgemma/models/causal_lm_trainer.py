@@ -273,7 +273,6 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
 
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Return logits, float32 of shape `[B, T, V]`, for data of the forms that `fit` takes."""
-        self._forget_stale_functions()
         x = self._predict_inputs(x, batch_size, kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 

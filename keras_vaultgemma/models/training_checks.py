@@ -1,7 +1,5 @@
 """What has to be right before the causal language model is trained or evaluated."""
 
-from collections.abc import Callable
-
 from keras_vaultgemma.training.loss import check_table
 from keras_vaultgemma.training.optimizers import check_variables
 
@@ -11,10 +9,6 @@ class TrainingChecks:
 
     On JAX an error inside Keras's step would leave the model without values.
     """
-
-    _compiled_for: Callable[[], list] = staticmethod(lambda: [])
-    """Function that returns the variables that Keras's functions were compiled for, because Keras
-    would track a list of them."""
 
     def _begin_training(self, options):
         """Check the model and the options of `fit`."""
@@ -40,14 +34,6 @@ class TrainingChecks:
             self._steps = self.train_function = self.test_function = None
         if self._steps is not None:
             check_table(self.backbone.token_embedding)
-        self._forget_stale_functions()
-
-    def _forget_stale_functions(self):
-        """Let Keras compile its functions again after variables were added or replaced."""
-        now = list(self.variables)
-        if list(map(id, now)) != list(map(id, self._compiled_for())):
-            self._compiled_for = lambda: now
-            self.train_function = self.test_function = self.predict_function = None
 
     def _check_trainable_dtypes(self):
         for variable in self.trainable_variables:
