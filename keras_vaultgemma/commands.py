@@ -237,6 +237,10 @@ COMMANDS = {
                 "RATE", f"of Adam (default: 1e-3, 1e-4 for all weights{RULE})", float
             ),
             "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
+            "--truncate": _choice(
+                ("prompt_start", "prompt_end", "row_end"),
+                "where to cut pairs longer than a row (default: the preset's, prompt_start)",
+            ),
             "--dtype": _choice(
                 ("float32", "bfloat16", "mixed_bfloat16"),
                 "dtype policy; bfloat16 only with an adapter (default: float32, or a mixed or "

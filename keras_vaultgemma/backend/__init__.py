@@ -21,6 +21,7 @@ from keras_vaultgemma.backend.autodiff import (
     padded,
     remat,
     while_loop,
+    without_gradients,
 )
 from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positions, rotate_left
 from keras_vaultgemma.backend.compile import (
@@ -68,7 +69,12 @@ from keras_vaultgemma.backend.tf_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.training import loss_gradients, test_step, train_step
+from keras_vaultgemma.backend.training import (
+    apply_gradients,
+    loss_gradients,
+    test_step,
+    train_step,
+)
 
 __all__ = [
     "BACKENDS",
@@ -78,6 +84,7 @@ __all__ = [
     "add_float64_noise",
     "add_in_place",
     "all_gathered",
+    "apply_gradients",
     "as_argument",
     "block_length",
     "block_size",
@@ -128,6 +135,7 @@ __all__ = [
     "update_variables",
     "value_of",
     "while_loop",
+    "without_gradients",
     "write_slice",
     "zeros",
 ]

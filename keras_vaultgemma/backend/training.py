@@ -67,6 +67,28 @@ def _run_step(groups, step, args):
     return logs, tuple([scope.get_current_value(v) for v in variables] for variables in groups)
 
 
+def apply_gradients(optimizer, gradients, variables):
+    """Update variables, like `optimizer.apply`.
+
+    On JAX, `LossScaleOptimizer.apply` of Keras 3.15 assigns variables inside `jax.lax.cond`, whose
+    values leak; its `stateless_apply` returns them.
+
+    Args:
+        optimizer: built `keras.optimizers.Optimizer`.
+        gradients: list of tensors or None, one for each of the variables.
+        variables: list of all variables that the optimizer was built for.
+    """
+    if NAME != "jax" or not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(gradients, variables)
+        return
+    known = optimizer.variables
+    results = optimizer.stateless_apply(
+        [value_of(v) for v in known], gradients, [value_of(v) for v in variables]
+    )
+    for variable, value in zip([*variables, *known], keras.tree.flatten(results), strict=True):
+        variable.assign(value)
+
+
 def loss_gradients(model, loss):
     """Compute the gradients of a loss with respect to a model's trainable variables.
 

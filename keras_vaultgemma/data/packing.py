@@ -11,6 +11,7 @@ Only the last row has padding.
 backbone keeps segments apart by it.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ from keras_vaultgemma.data.token_ids import check_ids
 
 if TYPE_CHECKING:
     from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
+
+
+CONTENT = "SHA-256 of the packed rows"
 
 
 def batches(
@@ -186,6 +190,20 @@ class PackedDataset(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         self.batches = list(batches(documents, preprocessor, batch_size, sequence_length))
+
+    @property
+    def run_identity(self):
+        """Properties by which a `TrainingCheckpoint` recognises the dataset, as a dict for JSON."""
+        digest = hashlib.sha256()
+        for array in keras.tree.flatten(self.batches):
+            digest.update(np.ascontiguousarray(array))
+        return {"items": len(self.batches), CONTENT: digest.hexdigest()}
+
+    @property
+    def run_identity_comparisons(self):
+        """`{name: function(saved, current)}` of the properties that equality does not compare."""
+        # Version 0.1.0 saved the number of batches alone.
+        return {CONTENT: lambda saved, current: saved in ("", current)}
 
     def __len__(self):
         return len(self.batches)

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.data.containers import CHATS, COLUMNS, as_chat, is_chat
-from keras_vaultgemma.data.fit_inputs import TruncationCounter
+from keras_vaultgemma.data.fit_inputs import TruncationCounter, drop_rows_without_labels
 from keras_vaultgemma.data.readers import read_file, read_table
 from keras_vaultgemma.data.text_inputs import as_samples
 
@@ -73,13 +73,15 @@ class TextRecords(NamedTuple):
         groups = None if self.groups is None else [self.groups[i] for i in indices]
         return TextRecords([self.texts[i] for i in indices], prompts, groups=groups)
 
-    def tokenize(self, preprocessor, packed):
-        """Return token ids and labels. Warns if rows are truncated.
+    def tokenize(self, preprocessor, packed, truncations=None):
+        """Return token ids and labels, without rows that have no label unless there are `groups`.
 
         Args:
             preprocessor: `VaultGemmaCausalLMPreprocessor`, whose `sequence_length` is T.
             packed: bool. If True, texts share full rows (see `packing`) and none is truncated. A
                 prompt and its response always have a row of their own, and so has a chat.
+            truncations: `TruncationCounter` that counts truncated rows. Defaults to one that warns
+                of them at once.
 
         Returns:
             Dict of the arguments `x` (a dict of `token_ids` and `padding_mask`), `y` and
@@ -91,8 +93,12 @@ class TextRecords(NamedTuple):
             x = {name: np.concatenate([batch[name] for batch in inputs]) for name in inputs[0]}
             y, weights = np.concatenate(labels), np.concatenate(label_weights)
         else:
-            with TruncationCounter() as truncations:
-                x, y, weights = preprocessor.call(self.samples, truncations=truncations)
+            counter = TruncationCounter() if truncations is None else truncations
+            x, y, weights = preprocessor.call(self.samples, truncations=counter)
+            if truncations is None:
+                counter.report()
+            if self.groups is None:
+                x, y, weights = drop_rows_without_labels(x, y, weights)
         return {"x": x, "y": y, "sample_weight": weights}
 
 

@@ -27,7 +27,10 @@ class CompiledFunctions:
     def _forget_those_of_other_variables(self):
         state = adapter_state(self)
         adapter = state.stored.get(state.active)
-        identity = adapter and adapter.without_values(), list(map(id, self.backbone.variables))
-        if self._compiled_for is not None and self._compiled_for != identity:
-            forget_compiled_functions(self)
-        self._compiled_for = identity
+        adapter, variables = adapter and adapter.without_values(), list(self.backbone.variables)
+        if self._compiled_for is not None:
+            old_adapter, old = self._compiled_for()
+            if adapter != old_adapter or list(map(id, variables)) != list(map(id, old)):
+                forget_compiled_functions(self)
+        # A function, because Keras would track a list of variables.
+        self._compiled_for = lambda: (adapter, variables)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_vaultgemma._plots import new_figure
+from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
@@ -56,8 +58,8 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
         **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
             `text_column`, `prompt_column`, `response_column`, `group_column`,
             `max_rows_per_group`, `packed`, `lora_rank`, `lora_targets`, `epochs`, `batch_size`,
-            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
-            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
+            `learning_rate`, `sequence_length`, `truncate`, `dtype`, `gradient_checkpointing`,
+            `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
             `clip_norm` and `extend_budget`.
 
     Returns:
@@ -100,10 +102,13 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
     begin_run(output, options)
 
     model = _model(config)
+    with TruncationCounter() as truncations:
+        training = records.tokenize(model.preprocessor, config.is_packed, truncations)
+        validation = held_out.tokenize(model.preprocessor, True, truncations)
     outcome = train(
         model,
-        records.tokenize(model.preprocessor, config.is_packed),
-        held_out.tokenize(model.preprocessor, packed=True),
+        training,
+        validation,
         compile_options=dict(
             optimizer=make_optimizer(config, private),
             gradient_checkpointing=config.gradient_checkpointing,
@@ -167,7 +172,11 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     if compile_options.get("privacy") is None:
         data["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
     callbacks = [pace, *fit_options.get("callbacks", ())]
-    history = model.fit(**data, **{**fit_options, "callbacks": callbacks})
+    with warnings.catch_warnings():
+        if samples is not None:
+            # They are tokenized again, and were counted when they were `training`.
+            warnings.filterwarnings("ignore", message=".* rows ", category=UserWarning)
+        history = model.fit(**data, **{**fit_options, "callbacks": callbacks})
     return Outcome(before, measure(model, **validation), history.history, pace.losses)
 
 
@@ -190,6 +199,8 @@ def _model(config):
     model = VaultGemmaCausalLM.from_preset(config.preset, **dtype)
     if config.sequence_length is not None:
         model.preprocessor.sequence_length = config.sequence_length
+    if config.truncate is not None:
+        model.preprocessor.truncate = config.truncate
     if config.lora_rank:
         model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     return model

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from keras_vaultgemma._validation import check_integer, check_number
+from keras_vaultgemma._validation import check_choice, check_integer, check_number
+from keras_vaultgemma.data.truncation import TRUNCATE
 from keras_vaultgemma.privacy import DPSGD
 from keras_vaultgemma.recipes.private_options import (
     CHOSEN,
@@ -50,6 +51,9 @@ class FinetuneConfig:
         batch_size: int. Rows of a batch, or users. Defaults to 8.
         learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
+        truncate: string. Where to cut pairs that are longer than a row: "prompt_start",
+            "prompt_end" or "row_end", as for `VaultGemmaCausalLMPreprocessor`. Defaults to the
+            preset's.
         dtype: string. Dtype policy. Defaults to Keras's, float32, or to a mixed or quantized policy
             that the preset was saved with.
         gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
@@ -87,6 +91,7 @@ class FinetuneConfig:
     batch_size: int | None = None
     learning_rate: float | None = None
     sequence_length: int | None = None
+    truncate: str | None = None
     dtype: str | None = None
     gradient_checkpointing: bool = False
     merge: bool = False
@@ -106,6 +111,7 @@ class FinetuneConfig:
         check_integer("epochs", self.epochs, allow_none=True)
         check_integer("batch_size", self.batch_size, allow_none=True)
         check_integer("sequence_length", self.sequence_length, allow_none=True)
+        check_choice("truncate", self.truncate, TRUNCATE, allow_none=True)
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")

@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_vaultgemma._validation import check_integer
 
+NOTHING = hashlib.sha256().hexdigest()
+
 
 class Batches(keras.utils.PyDataset):
     """Batches whose order in each epoch depends only on a seed and the number of the epoch.
@@ -78,14 +80,20 @@ class Batches(keras.utils.PyDataset):
     def identity(self):
         """Properties that must be equal for a saved run to resume, as a dict for JSON.
 
-        A dataset can have properties of its own as an attribute `run_identity`; otherwise the
-        number of its batches is one.
+        A dataset can have properties of its own as an attribute `run_identity`; otherwise they are
+        the number of its batches and the content of the first and the last one.
         """
-        digest = hashlib.sha256()
-        for array in [] if self._is_dataset else keras.tree.flatten(self._data):
-            digest.update(np.ascontiguousarray(array))
+        digest, own = hashlib.sha256(), getattr(self._data, "run_identity", None)
+        if not self._is_dataset:
+            parts = self._data
+        else:
+            parts = [] if own else [self._data[0], self._data[self._count - 1]]
+        for part in keras.tree.flatten(parts):
+            array = np.asarray(keras.ops.convert_to_numpy(part)) if hasattr(part, "shape") else None
+            is_number = array is not None and array.dtype.kind not in "OUS"
+            digest.update(np.ascontiguousarray(array) if is_number else repr(part).encode())
         return {
-            **getattr(self._data, "run_identity", {"items": self._count}),
+            **(own or {"items": self._count}),
             "SHA-256": digest.hexdigest(),
             "batch_size": self._batch_size,
             "shuffle": self._shuffle,
@@ -95,7 +103,11 @@ class Batches(keras.utils.PyDataset):
     @property
     def identity_comparisons(self):
         """`{name: function(saved, current)}` of the properties that equality does not compare."""
-        return getattr(self._data, "run_identity_comparisons", {})
+        own = getattr(self._data, "run_identity_comparisons", {})
+        if not self._is_dataset:
+            return own
+        # Version 0.1.0 did not look at the batches of a dataset.
+        return {"SHA-256": lambda saved, current: saved in (current, NOTHING), **own}
 
     def indices(self, index):
         """Return the indices of a batch's rows in the arrays, or of the batch in the dataset."""

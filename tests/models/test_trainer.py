@@ -180,14 +180,31 @@ def test_truncations_are_reported_once():
             ], name
 
 
-def test_rows_that_lose_their_answer_are_reported():
-    model = small_with_text(24)
+@pytest.mark.first_backend
+def test_rows_that_lose_their_answer_are_left_out():
+    """Once in memory, where other rows fill the batches, and with no weight in a stream."""
     pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
-    with pytest.warns(
-        UserWarning, match="2 of 2 rows.*truncated; the whole response was lost in 1 of them"
+    message = (
+        "2 of 2 rows were longer than sequence_length=24 and were truncated. "
+        "1 of 2 rows have no label to learn and are left out."
+    )
+    model = small_with_text(24)
+    model.preprocessor.truncate = "row_end"
+    alone = {name: texts[1:] for name, texts in pairs.items()}
+    losses = []
+    for data in (pairs, iter([pairs, pairs]), alone):
+        with pytest.warns(UserWarning, match="sequence_length") as caught:
+            logs = model.evaluate(data, verbose=0, return_dict=True)
+            losses.append(logs["loss"])
+        if data is pairs:
+            assert [str(w.message) for w in caught if w.category is UserWarning] == [message]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5) == pytest.approx(losses[1], rel=1e-5)
+    lost = {name: texts[:1] for name, texts in pairs.items()}
+    with (
+        pytest.warns(UserWarning, match="1 of 1 rows have no label"),
+        pytest.raises(ValueError, match="must have a row with a label to learn. Received: none"),
     ):
-        loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
-    assert np.isfinite(loss)
+        model.fit(lost, verbose=0)
 
 
 @pytest.mark.parametrize("labels", [dict(y=[1, 2]), dict(sample_weight=[1, 0])])

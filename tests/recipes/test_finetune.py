@@ -353,3 +353,15 @@ def test_pictures(data, tmp_path, monkeypatch):
 def test_bad_options(data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(data, tmp_path / "run", **options)
+
+
+def test_pairs_longer_than_a_row_warn_once(tmp_path):
+    """The prompts are cut, in training and held-out rows together, and every answer is learned."""
+    rows = [{"prompt": LINES[i % 4] * 2, "response": f"It was {i}."} for i in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="sequence_length") as caught:
+        run(path, tmp_path / "run", epochs=1)
+    assert [str(w.message) for w in caught if "rows" in str(w.message)] == [
+        "12 of 12 rows were longer than sequence_length=32 and were truncated."
+    ]
