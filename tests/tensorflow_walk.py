@@ -4,7 +4,7 @@ The examples of the docstrings, and what users do with Keras's own functions and
 layer here, which takes a third of the time.
 """
 
-import gc
+import copy
 import os
 import sys
 import tempfile
@@ -38,7 +38,7 @@ model.preprocessor.get_config()
 keras.layers.serialize(model)
 model.to_json()
 model.summary(print_fn=lambda line: None)
-keras.models.clone_model(model.backbone)
+copy.deepcopy(model.backbone)
 model.save("model.keras")
 keras.saving.load_model("model.keras")
 model.save_weights("model.weights.h5")
@@ -70,11 +70,10 @@ def main():
 
     from keras_vaultgemma.checkpoints import presets
 
-    gc.collect = lambda generation=2: 0  # Keras collects whenever it quantizes a layer.
     folder, bundled = Path(one_layer_preset()), presets.bundled
     presets.bundled = lambda: {**bundled(), "vaultgemma_tiny": folder}
     check("save_to_preset")
-    names = {"keras_vaultgemma": keras_vaultgemma, "keras": keras, "keras_hub": keras_hub}
+    names = dict(copy=copy, keras=keras, keras_hub=keras_hub, keras_vaultgemma=keras_vaultgemma)
     for line in BY_HAND.strip().splitlines():
         exec(line, names)
         check(line)

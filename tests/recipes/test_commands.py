@@ -303,7 +303,7 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
     defaults = dict(
         data="a.txt", output="finetuned", preset="vaultgemma_tiny", validation=None, text_column=None,
         prompt_column=None, response_column=None, group_column=None, max_rows_per_group=None, packed=None,
-        lora_rank=None, lora_targets=None, epochs=None, batch_size=None, learning_rate=None, sequence_length=None,
+        lora_rank=None, lora_targets=None, epochs=None, batch_size=None, learning_rate=None, sequence_length=None, truncate=None,
         dtype=None, gradient_checkpointing=False, merge=False, save_freq=100, seed=0, png=None, private=False,
         epsilon=None, delta=None, noise_multiplier=None, clip_norm=None, extend_budget=False,
     )  # fmt: skip
