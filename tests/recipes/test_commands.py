@@ -313,7 +313,8 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
 
     options = dict(
         data="a.txt", preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a",
-        group_column="g", max_rows_per_group=2, lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9, dtype="bfloat16", output="o",
+        group_column="g", max_rows_per_group=2, lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9,
+        truncate="row_end", dtype="bfloat16", output="o",
         seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
     )  # fmt: skip
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
