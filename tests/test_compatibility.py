@@ -41,10 +41,11 @@ TEXT = json.loads((SAVED / "expected.json").read_text())
 RUN_TEXT = json.loads((RUNS / "expected.json").read_text())
 EXPECTED = np.load(SAVED / "logits.npz")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::keras_vaultgemma.privacy.NotPrivateWarning",
-    "ignore:Layer .* does not have a `quantize`",
-)
+pytestmark = [
+    pytest.mark.first_backend,
+    pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
+    pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`"),
+]
 
 
 def load(name="task", **arguments):
@@ -94,6 +95,7 @@ def test_text_of_a_task(task):
     assert np.asarray(weights).tolist() == expected["weights"]
 
 
+@pytest.mark.every_backend
 def test_what_a_task_generates_and_scores(task):
     options = dict(max_new_tokens=12, stop_token_ids=None)
     assert task.generate(["The hare", "A"], **options) == TEXT["generated"]
@@ -120,13 +122,11 @@ def test_a_quantized_task():
     check(model, "int8")
 
 
-@pytest.mark.first_backend
 def test_a_task_in_several_files():
     assert len(list((SAVED / "shards").glob("*.weights.h5"))) > 1
     same_weights(load("shards"), load())
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize("folder", ["converted_to_hf", "converted_to_keras"])
 def test_a_converted_task(folder):
     model = VaultGemmaCausalLM.from_preset(SAVED / folder)
@@ -136,7 +136,6 @@ def test_a_converted_task(folder):
     )
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize("to", ["hf", "keras"])
 def test_a_conversion_writes_the_same_values(to, tmp_path):
     """Of a file that was converted, again: the file of weights is the same to the byte for "hf"."""
@@ -218,6 +217,7 @@ def copy_of(name, tmp_path):
     return tmp_path / name
 
 
+@pytest.mark.every_backend
 def test_an_interrupted_run_ends_as_it_did(tmp_path):
     folder = copy_of("plain", tmp_path)
     assert TrainingCheckpoint(folder).position == {"epoch": 1, "batch": 1, "is_finished": False}
@@ -239,7 +239,6 @@ def test_an_interrupted_private_run_goes_on(tmp_path, home):
     assert model.privacy.ledger == read_ledger(folder / FILE)
 
 
-@pytest.mark.first_backend
 def test_an_interrupted_fine_tuning_ends_as_it_did(tmp_path, monkeypatch):
     folder = copy_of("finetune", tmp_path)
     monkeypatch.chdir(SAVED)  # The option `preset` is compared as it was given.

@@ -10,6 +10,7 @@ from keras_vaultgemma.generation.state import Settings
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
 
 
+@pytest.mark.first_backend
 def test_contrastive_search_without_penalty_is_greedy(model):
     greedy = Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS[:1], [6]).tokens
     contrastive = SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.0))

@@ -87,6 +87,7 @@ def test_equals_the_model_with_merged_weights():
     np.testing.assert_allclose(logits(model)[0], reference.logits(model.backbone, ROW), atol=1e-4)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("mode", [None, "int8"])
 def test_only_merging_computes_the_merged_matrix(mode, monkeypatch):
     """tests/layers/test_low_rank.py shows that A B is not computed elsewhere either."""

@@ -14,8 +14,9 @@ from keras_vaultgemma.privacy.ledger_writer import OpenRun, PrivacyRecord
 from keras_vaultgemma.recipes.convert import convert
 from keras_vaultgemma.recipes.describe import describe
 
+pytestmark = pytest.mark.first_backend
 
-@pytest.mark.first_backend
+
 def test_spent_during_a_run_and_after_it():
     record = PrivacyRecord(Ledger(({"epsilon": 2.0},)))
     record.begin(OpenRun(None, a_run(), record.ledger))
@@ -34,7 +35,6 @@ def test_spent_during_a_run_and_after_it():
     assert record.spent().steps == 3 and record.spent(1e-3).epsilon < record.spent(1e-5).epsilon
 
 
-@pytest.mark.first_backend
 def test_runs_on_different_data_are_separate():
     record = PrivacyRecord()
     for dataset, steps in ((DATA, 3), (OTHER_DATA, 5)):
@@ -91,7 +91,6 @@ def test_training_without_privacy_is_recorded(tmp_path):
     assert "- without privacy since: 20 steps" in (tmp_path / "converted" / "README.md").read_text()
 
 
-@pytest.mark.first_backend
 def test_training_without_privacy_is_recorded_after_private_pre_training():
     model = language_model(4)
     model.privacy.add(Ledger(({"epsilon": 2.0},)))
@@ -150,7 +149,10 @@ COPIES = {
 
 @pytest.mark.usefixtures("own_key")
 @pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.every_backend] * (way == "save")) for way in COPIES],
+)
 def test_copies_of_weights_carry_their_ledger(tmp_path, way):
     model = language_model(4, dpsgd=dict(seed_for_tests=None))
     fit(model)

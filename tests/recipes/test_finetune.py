@@ -179,7 +179,6 @@ def test_more_epochs_and_other_options(data, tmp_path):
         run(data, tmp_path / "run")
 
 
-@pytest.mark.every_backend
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
 def test_a_private_run(data, tmp_path, monkeypatch):
     """It keeps to its budget, says so, and the ledger comes with the adapter."""

@@ -106,9 +106,8 @@ def test_another_alpha_or_dropout(tmp_path):
     fit(adapted(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "swap_on_epoch", [True, pytest.param(False, marks=pytest.mark.first_backend)]
-)
+@pytest.mark.first_backend
+@pytest.mark.parametrize("swap_on_epoch", [True, False])
 def test_averaged_weights_survive_an_interruption(swap_on_epoch, tmp_path):
     """Between epochs the model has the average, and the optimizer the weights to go on with."""
 
