@@ -15,19 +15,13 @@ def low_rank_matmul(x, first, second, scale, transposed=False):
 
     Args:
         x: tensor [..., in].
-        first: variable or tensor [in, r], or [U, in, r] for `x` [B, T, in], with a matrix for each
-            row, if U is B, or for each B / U consecutive rows.
+        first: variable or tensor [in, r], or [U, in, r], as for `backend.matmul`.
         second: variable or tensor [r, out], or [U, r, out].
         scale: float.
         transposed: bool. True if the matrices are [r, in] and [out, r] instead. Defaults to False.
     """
-    first, second, shape = backend.value_of(first), backend.value_of(second), x.shape
-    is_shared = len(first.shape) == 3 and first.shape[0] != shape[0]
-    if is_shared:
-        x = ops.reshape(x, (first.shape[0], -1, shape[-1]))
-    x = backend.matmul(ops.cast(x, "float32"), first, transposed)
-    x = backend.matmul(x * scale, second, transposed)
-    return ops.reshape(x, (*shape[:-1], x.shape[-1])) if is_shared else x
+    x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
+    return backend.matmul(x * scale, backend.value_of(second), transposed)
 
 
 class LowRankUpdate:
@@ -47,9 +41,6 @@ class LowRankUpdate:
 
     lora_factor_names = ("lora_kernel_a", "lora_kernel_b")
     """Keras's names of the factors A [in, r] and B [r, out]."""
-
-    takes_row_factors = False
-    """True if the layer also accepts factors [U, in, r] and [U, r, out], as `low_rank_matmul`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
