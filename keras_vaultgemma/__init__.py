@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from keras_vaultgemma._startup import choose_backend, hide_tensorflow
 from keras_vaultgemma._version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ __all__ = [
     "privacy",
 ]
 
+# Here, because a program may import Keras or keras-hub before it uses a name of this package.
+choose_backend()
+hide_tensorflow()
+
 # Imported on first access, because Keras and its backend take seconds to import.
 _MODULES = ("evaluation", "lora", "privacy")
 _SOURCES = {
@@ -59,7 +64,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # First, because this package selects the Keras backend before Keras is imported.
+    # First, because it rejects an unknown backend before Keras is imported.
     importlib.import_module(f"{__name__}.backend")
     value = getattr(importlib.import_module(f"{__name__}.{_SOURCES[name]}"), name)
     globals()[name] = value

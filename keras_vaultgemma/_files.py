@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
+
+from keras_vaultgemma._partial_folders import partial_folder
 
 SUPERSEDED = {
     "model.weights.json": "model.weights.h5",
@@ -15,7 +15,7 @@ SUPERSEDED = {
 
 
 @contextlib.contextmanager
-def new_folder(folder):
+def new_folder(folder, exclusive=False):
     """Write files to a folder atomically: all of them, or none.
 
     A context manager. The block writes into a new, empty folder, whose files are moved into
@@ -23,14 +23,20 @@ def new_folder(folder):
     `folder` that does not exist appears complete or not at all. Existing files that the block does
     not write stay, except a single weights file that a new index of shards supersedes.
 
+    SIGTERM and SIGHUP end the block like an exception. What a killed process has left next to the
+    target is deleted by the next one.
+
     Args:
         folder: `pathlib.Path` or string. The target.
+        exclusive: bool. If True, raise while another exclusive block writes to the same target, on
+            systems that have locks. Defaults to False.
 
     Yields:
         `pathlib.Path` of the temporary folder, on the file system of the target.
 
     Raises:
         ValueError: If `folder` or one of its parents is a file.
+        FileExistsError: If another exclusive block writes to the target.
         OSError: If the target is not writable.
     """
     target = Path(folder).resolve()
@@ -45,14 +51,19 @@ def new_folder(folder):
     # A mount point's parent is another file system, and files cannot be renamed across the two.
     if target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK)):
         parent = target
-    temporary = parent / f".saving-{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            name = target.name if exclusive else None
+            temporary = stack.enter_context(partial_folder(parent, name))
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"{folder} is being written by another process. Wait for it, or choose another "
+                "folder"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{folder} cannot be saved to: {error.strerror}", str(parent)
+            ) from error
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
@@ -60,8 +71,6 @@ def new_folder(folder):
             _move_files(new, target, old)
         else:
             new.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move_files(new, target, old):
@@ -107,24 +116,25 @@ MAX_JSON = 2**23
 """Largest JSON file in bytes. The index of a checkpoint has tens of thousands."""
 
 
-def read_json(path):
+def read_json(path, max_size=MAX_JSON):
     """Read a JSON object from a file.
 
     Args:
         path: `pathlib.Path` or string.
+        max_size: int. Largest legal size in bytes. Defaults to `MAX_JSON`.
 
     Returns:
         Dict.
 
     Raises:
-        ValueError: If the file is no JSON object, larger than `MAX_JSON`, or a link that leaves its
-            folder. The message names the file.
+        ValueError: If the file is no JSON object, too large, or a link that leaves its folder. The
+            message names the file.
     """
     path = Path(path)
     check_link(path)
-    if path.stat().st_size > MAX_JSON:
+    if path.stat().st_size > max_size:
         raise ValueError(
-            f"{path} must have at most {MAX_JSON} bytes. Received: {path.stat().st_size}"
+            f"{path} must have at most {max_size} bytes. Received: {path.stat().st_size}"
         )
     return parse_json(path.read_bytes(), path)
 
@@ -159,26 +169,48 @@ def parse_json(text, path):
     return content
 
 
-def check_link(path):
+LINKED_WEIGHTS = (".safetensors", ".h5", ".model", ".spm")
+"""Suffixes of weights and vocabularies, which users link from another disk."""
+
+
+def check_link(path, folder=None):
     """Raise ValueError if a file is a link that leaves its folder.
 
-    Such a link in a stranger's checkpoint could expose any file of the user. In Hugging Face's
-    cache every file is a link into the `blobs` of its repository, which is legal.
+    Such a link in a stranger's checkpoint could expose any file of the user. Two kinds of links are
+    legal: those to the `blobs` of a repository in Hugging Face's cache, in which every file is such
+    a link, and absolute ones from weights or a vocabulary to a file of the same type, which a user
+    makes to keep large files on another disk. A stranger does not know the user's folders, and
+    neither type of file is anything but numbers and pieces.
 
     Args:
         path: `pathlib.Path` or string.
+        folder: `pathlib.Path` or string. Folder that links may not leave. Defaults to the file's
+            own.
     """
-    path = Path(path)
-    if not path.is_symlink():
-        return
-    folder = path.parent.absolute()
-    caches = [parent.parent for parent in (folder, *folder.parents) if parent.name == "snapshots"]
-    legal = [folder.resolve(), *(cache.resolve() / "blobs" for cache in caches)]
-    if not any(path.resolve().is_relative_to(parent) for parent in legal):
+    if not is_legal_link(path, folder):
+        hint = ". If the link is yours, make it absolute" if _is_of_weights(path) else ""
         raise ValueError(
             f"{path} must not be a link that leaves its folder. "
-            f"Received: a link to {path.resolve()}"
+            f"Received: a link to {os.path.realpath(path)}{hint}"
         )
+
+
+def is_legal_link(path, folder=None):
+    """Return False if a file is a link that `check_link` rejects."""
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to(os.path.realpath(path.parent if folder is None else folder)):
+        return True
+    if target.parent.name == "blobs" and (target.parents[1] / "snapshots").is_dir():
+        return True
+    return _is_of_weights(path) and os.path.isabs(os.readlink(path))
+
+
+def _is_of_weights(path):
+    """Return True for a link from weights or a vocabulary to a file of the same type."""
+    path = Path(path)
+    suffix = os.path.splitext(os.path.realpath(path))[1]
+    return path.is_symlink() and path.suffix in LINKED_WEIGHTS and suffix == path.suffix
 
 
 def sync_folder(folder):

@@ -1,5 +1,6 @@
 """Checks of arguments. Every message names the argument, its legal range and what was received."""
 
+import difflib
 import math
 import numbers
 
@@ -105,6 +106,26 @@ def check_exactly_one(**arguments):
     names = " and ".join(f"`{name}`" for name in arguments)
     received = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     raise ValueError(f"Exactly one of {names} must be given. Received: {received}")
+
+
+def check_known(function, arguments, known):
+    """Raise TypeError unless a function has all the given keyword arguments.
+
+    Args:
+        function: string. Name of the function, for the message.
+        arguments: iterable of the names that were given.
+        known: iterable of the names that the function has.
+
+    Raises:
+        TypeError: If it lacks one. The message has the nearest name, or else all of them.
+    """
+    known = list(known)
+    for name in arguments:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        cure = f"Did you mean `{near[0]}`?" if near else f"It has {', '.join(known)}"
+        raise TypeError(f"{function} has no argument `{name}`. {cure}")
 
 
 def _reject(name, value, legal, allow_none):

@@ -174,6 +174,18 @@ class count_compilations:
             self.count += 1
 
 
+def table(text):
+    """Parse a description: `{section: {label: value}}`, or `{section: {sentence: ""}}`."""
+    sections, section = {}, None
+    for line in text.splitlines():
+        if line.startswith("  "):
+            name, _, value = line.strip().partition("  ")
+            section[name] = value.strip()
+        else:
+            section = sections[line] = {}
+    return sections
+
+
 def error_of(capsys, *arguments):
     """The message of a command that has to fail: one line on standard error, nothing on standard output."""
     assert main(list(arguments)) == 2

@@ -61,7 +61,6 @@ def quick_process():
     """
     import keras
 
-    keras.utils.set_random_seed(0)  # which imports TensorFlow
     if keras.config.backend() == "tensorflow" and not os.environ.get("FULL_OPTIMIZATION"):
         import tensorflow as tf
 

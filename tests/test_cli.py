@@ -50,6 +50,15 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "generate x --sampler top_k --seed 2147483648",
             "--seed must be from 0 to 2147483647. Received: 2147483648",
         ),
+        ("generate x --top-k 0", "--top-k must be a positive integer. Received: 0"),
+        (
+            "generate x --top-p 1.5",
+            "--top-p must be a number above 0 and at most 1. Received: 1.5",
+        ),
+        (
+            "generate x --sampler random --top-k 3",
+            "--top-k has no effect with --sampler random, only with top_k, top_p. Received: --top-k 3",
+        ),
         (
             "generate x --preset nowhere",
             "`preset` must be a bundled preset (vaultgemma_1b, vaultgemma_tiny), a folder",
@@ -71,11 +80,22 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "finetune",
             "the following arguments are required: --data (see keras-vaultgemma finetune --help)",
         ),
-        ("finetune --data a.pdf", "Data must be a file named .txt, .jsonl, .csv. Received: a.pdf"),
+        (
+            "finetune --data a.pdf",
+            "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
+        ),
         ("finetune --data nowhere.csv", "[Errno 2] No such file or directory: 'nowhere.csv'"),
         (
             "finetune --data a.csv --lora-rank -1",
             "`lora_rank` must be None or an integer of at least 0. Received: lora_rank=-1",
+        ),
+        (
+            "evaluate --data a.pdf",
+            "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
+        ),
+        (
+            "evaluate --data a.txt --sequence-length 0",
+            "`sequence_length` must be None or a positive integer. Received: sequence_length=0",
         ),
         (
             "info nowhere",
@@ -85,6 +105,51 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
 )
 def test_errors(capsys, arguments, message):
     assert error_of(capsys, *arguments.split()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "words, prompt, changes",
+    [
+        (["-5 degrees"], "-5 degrees", {}),
+        (["-how are you"], "-how are you", {}),
+        (["-Hello"], "-Hello", {}),
+        (["-5"], "-5", {}),
+        (["-"], "-", {}),
+        (["---"], "---", {}),
+        (["--- a title\nText"], "--- a title\nText", {}),
+        (["--", "--chat"], "--chat", {}),
+        (["--chat", "-Hello", "--seed", "3"], "-Hello", dict(chat=True, seed=3)),
+        (["--seed=3", "- one", "--chat"], "- one", dict(chat=True, seed=3)),
+        (["--stop", "- x", "--stop", "-hx", "Once"], "Once", dict(stop=["- x", "-hx"])),
+        (["Once", "--stop", ""], "Once", dict(stop=[""])),
+        ([""], "", {}),
+        (["--chat"], None, dict(chat=True)),
+    ],
+)
+def test_a_prompt_may_begin_with_a_dash(monkeypatch, words, prompt, changes):
+    parsed = {}
+
+    def run(options):
+        parsed.update(vars(options))
+        return ""
+
+    monkeypatch.setitem(cli.COMMANDS, "generate", cli.COMMANDS["generate"]._replace(run=run))
+    assert cli.main(["generate", *words]) == 0
+    assert parsed["prompt"] == prompt
+    assert {name: parsed[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--sampelr", "greedy", "x"], "unrecognized arguments: --sampelr"),
+        (["-one", "-two"], "unrecognized arguments: -two"),
+        (["Once", "--stop", "--chat"], "argument --stop: expected one argument"),
+        (["Once", "--temperature 0.5"], "unrecognized arguments: --temperature 0.5"),
+    ],
+)
+def test_a_misspelt_option_is_no_prompt(capsys, words, message):
+    assert error_of(capsys, "generate", *words).startswith(message)
 
 
 def make_info_fail(monkeypatch, error):

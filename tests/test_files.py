@@ -1,11 +1,14 @@
-"""Atomic writes: a folder gets all new files, or none."""
+"""Atomic writes: a folder gets all new files, or none. Links that may leave a folder."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from keras_vaultgemma._files import new_folder
+from keras_vaultgemma._files import check_link, new_folder
 
 pytestmark = pytest.mark.any_backend
 
@@ -226,3 +229,160 @@ def test_a_target_on_another_file_system_than_its_parent(tmp_path, monkeypatch, 
         assert folder.is_relative_to(target)
         write(folder, NEW)
     assert texts(target) == {"notes.txt": "mine", **NEW}
+
+
+# Killed processes
+
+WRITE_FOREVER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from keras_vaultgemma._files import new_folder
+with new_folder(sys.argv[2], exclusive=sys.argv[3] == "True") as folder:
+    (folder / "large").write_text("half")
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writing(target, exclusive=False):
+    """A process that has begun to write a folder."""
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", WRITE_FOREVER, root, str(target), str(exclusive)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    process.stdout.close()
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(tmp_path, how):
+    process = start_writing(tmp_path / "saved")
+    assert len(os.listdir(tmp_path)) == 1
+    process.send_signal(how)
+    assert process.wait(10) == 128 + how
+    assert os.listdir(tmp_path) == []
+
+
+def test_signals_are_as_before_afterwards(tmp_path):
+    with new_folder(tmp_path / "saved"):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with new_folder(tmp_path / "saved"):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("target", ["saved", "another"])
+def test_what_a_killed_process_has_left_is_deleted(tmp_path, exclusive, target):
+    process = start_writing(tmp_path / "saved", exclusive)
+    with new_folder(tmp_path / "other", exclusive) as folder:
+        write(folder, NEW)
+    assert len(os.listdir(tmp_path)) == 2, "the folder of a living process was deleted"
+    process.kill()
+    process.wait()
+    with new_folder(tmp_path / target, exclusive) as folder:
+        assert not os.listdir(folder)
+        write(folder, NEW)
+    assert sorted(os.listdir(tmp_path)) == sorted(["other", target])
+
+
+def test_hidden_folders_of_others_stay(tmp_path):
+    mine = {
+        ".saving-photos/new/a.jpg": "a",
+        f".saving-{'0' * 32}/holiday/b.jpg": "b",
+        f".saving-{'1' * 32}/old/weights": "the only copy",
+        f".saving-{'2' * 32}": "a file",
+    }
+    write(tmp_path, mine)
+    with new_folder(tmp_path / "saved") as folder:
+        write(folder, NEW)
+    assert texts(tmp_path) == mine | {f"saved/{name}": text for name, text in NEW.items()}
+
+
+def test_one_process_at_a_time_writes_exclusively(tmp_path):
+    process = start_writing(tmp_path / "saved", exclusive=True)
+    try:
+        expected = pytest.raises(FileExistsError, match="saved is being written by another process")
+        with expected, new_folder(tmp_path / "saved", exclusive=True):
+            pytest.fail("nothing should be written")
+        with new_folder(tmp_path / "saved") as folder:
+            write(folder, OLD)
+    finally:
+        process.terminate()
+        process.wait()
+    with new_folder(tmp_path / "saved", exclusive=True) as folder:
+        write(folder, NEW)
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_systems_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_vaultgemma._partial_folders.fcntl", None)
+    for name in ("a", "b"):
+        with new_folder(tmp_path / name, exclusive=True) as folder:
+            write(folder, NEW)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+# Links
+
+
+def linked(link, target):
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    return link
+
+
+def test_a_users_weights_on_another_disk(tmp_path):
+    write(tmp_path / "disk", {"big.safetensors": "", "v.model": "", "w.weights.h5": ""})
+    for name, target in (
+        ("model.safetensors", "big.safetensors"),
+        ("tokenizer.model", "v.model"),
+        ("model.weights.h5", "w.weights.h5"),
+    ):
+        check_link(linked(tmp_path / "preset" / name, tmp_path / "disk" / target))
+
+
+def test_a_snapshot_that_is_linked_from_elsewhere(tmp_path):
+    cache = tmp_path / "models--org--name"
+    write(cache / "blobs", {"0" * 64: "weights", "1" * 40: "config"})
+    linked(cache / "snapshots/abc/model.safetensors", f"../../blobs/{'0' * 64}")
+    linked(cache / "snapshots/abc/config.json", f"../../blobs/{'1' * 40}")
+    whole = linked(tmp_path / "models/whole", cache / "snapshots/abc")
+    for name in ("model.safetensors", "config.json"):
+        check_link(whole / name)
+        check_link(cache / "snapshots/abc" / name)
+        check_link(linked(tmp_path / "models/each" / name, cache / "snapshots/abc" / name))
+
+
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("model.safetensors", "../secret/model.safetensors"),
+        ("model.safetensors", "{root}/secret/key"),
+        ("config.json", "{root}/secret/config.json"),
+        ("tokenizer.model", "../secret/key"),
+        ("chat_template.jinja", "{root}/secret/chat_template.jinja"),
+    ],
+)
+def test_a_strangers_link_out_of_the_folder(tmp_path, name, target):
+    files = ("model.safetensors", "key", "config.json", "chat_template.jinja")
+    write(tmp_path / "secret", dict.fromkeys(files, "secret"))
+    link = linked(tmp_path / "preset" / name, target.format(root=tmp_path))
+    with pytest.raises(ValueError, match="must not be a link that leaves its folder"):
+        check_link(link)
+
+
+def test_a_linked_subfolder(tmp_path):
+    write(tmp_path / "secret", {"tokenizer/vocabulary.spm": "secret"})
+    linked(tmp_path / "preset/assets", tmp_path / "secret")
+    path = tmp_path / "preset/assets/tokenizer/vocabulary.spm"
+    with pytest.raises(ValueError, match="must not be a link that leaves its folder"):
+        check_link(path, tmp_path / "preset")
+
+
+def test_a_link_to_itself_is_no_endless_loop(tmp_path):
+    check_link(linked(tmp_path / "a.json", tmp_path / "a.json"))

@@ -11,6 +11,7 @@ import pytest
 from public import constructors, public_methods, public_names, public_objects
 
 import keras_vaultgemma
+from keras_vaultgemma.commands import COMMANDS
 
 README = Path(__file__).parents[1] / "README.md"
 HEAVY = ("jax", "keras", "keras_hub", "numpy", "tensorflow", "torch")
@@ -28,8 +29,10 @@ def run(code, *arguments):
     [
         "import keras_vaultgemma; dir(keras_vaultgemma)",
         "from keras_vaultgemma.cli import main; main(['--version'])",
-        "from keras_vaultgemma.cli import main; main(['--help'])",
-        "from keras_vaultgemma.cli import main; main(['finetune', '--help'])",
+        *(
+            f"from keras_vaultgemma.cli import main; main([*{command!r}.split(), '--help'])"
+            for command in ("", *COMMANDS)
+        ),
     ],
 )
 def test_importing_and_asking_for_help_import_no_backend(start):

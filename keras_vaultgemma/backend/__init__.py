@@ -2,13 +2,12 @@
 
 No other package asks which backend runs.
 
-Importing it also imports keras-hub, hiding TensorFlow from it on JAX and PyTorch: keras-hub imports
-TensorFlow wherever it is installed, which costs seconds and a gigabyte, and this package does not
-need it there.
+Importing it also imports Keras and keras-hub, which do not import TensorFlow on JAX and PyTorch
+(`TensorFlowGuard`).
 """
 
 # First, because it selects the backend before Keras is imported.
-from keras_vaultgemma.backend.selection import BACKENDS, NAME, without_tensorflow
+from keras_vaultgemma.backend.selection import BACKENDS, NAME
 
 # isort: split
 from keras_vaultgemma.backend.attention import HAS_FUSED_ATTENTION, fused_attention
@@ -22,11 +21,14 @@ from keras_vaultgemma.backend.autodiff import (
     padded,
     remat,
     while_loop,
+    without_gradients,
 )
 from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positions, rotate_left
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
+    in_32_bits,
+    is_tracing,
     seed_global_generator,
     trace_once,
     update_variables,
@@ -67,7 +69,12 @@ from keras_vaultgemma.backend.tf_data import (
     is_tensorflow,
     tensorflow_dataset,
 )
-from keras_vaultgemma.backend.training import loss_gradients, test_step, train_step
+from keras_vaultgemma.backend.training import (
+    apply_gradients,
+    loss_gradients,
+    test_step,
+    train_step,
+)
 
 __all__ = [
     "BACKENDS",
@@ -77,6 +84,7 @@ __all__ = [
     "add_float64_noise",
     "add_in_place",
     "all_gathered",
+    "apply_gradients",
     "as_argument",
     "block_length",
     "block_size",
@@ -90,6 +98,7 @@ __all__ = [
     "fused",
     "fused_attention",
     "gradients",
+    "in_32_bits",
     "in_blocks",
     "in_tensorflow_graph",
     "int8_matmul",
@@ -97,6 +106,7 @@ __all__ = [
     "is_first_process",
     "is_symbolic_tensorflow",
     "is_tensorflow",
+    "is_tracing",
     "log_softmax",
     "loss_gradients",
     "matmul",
@@ -125,7 +135,7 @@ __all__ = [
     "update_variables",
     "value_of",
     "while_loop",
-    "without_tensorflow",
+    "without_gradients",
     "write_slice",
     "zeros",
 ]

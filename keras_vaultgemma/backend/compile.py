@@ -1,5 +1,6 @@
 """Compilation of functions that read Keras variables."""
 
+import contextlib
 import functools
 
 import keras
@@ -46,6 +47,32 @@ def compile_function(function, variables, donate=(), jit_compile=True):
     import torch
 
     return torch.no_grad()(function)
+
+
+def is_tracing():
+    """True inside a function that JAX or TensorFlow compiles, where tensors have no values."""
+    if NAME == "jax":
+        import jax
+
+        return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
+
+
+def in_32_bits():
+    """Return a context in which JAX's default integers have 32 bits, as without `JAX_ENABLE_X64=1`.
+
+    keras-hub's samplers that run their own loop mix default integers with int32 in one list of
+    indices, which JAX rejects.
+    """
+    if NAME == "jax":
+        import jax
+
+        return jax.enable_x64(False)
+    return contextlib.nullcontext()
 
 
 def _signature(layer):

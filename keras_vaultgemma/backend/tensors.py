@@ -206,4 +206,5 @@ def write_slice(buffer, update, start):
         if update.shape[1] != 1:
             index = index + torch.arange(update.shape[1], device=buffer.device)
         return buffer.index_copy_(1, index, update)
-    return keras.ops.slice_update(buffer, [0, start, *[0] * (len(buffer.shape) - 2)], update)
+    zero = start * 0  # because JAX with 64-bit integers needs indices of one dtype
+    return keras.ops.slice_update(buffer, [zero, start, *[zero] * (len(buffer.shape) - 2)], update)

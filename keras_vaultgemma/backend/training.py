@@ -39,6 +39,20 @@ def test_step(model, step, *args):
     return _run_step(variables, step, args)
 
 
+def _uncompiled(function):
+    """Return `function` such that `torch.compile` leaves it alone on PyTorch; else unchanged.
+
+    Keras compiles steps so with `jit_compile=True`. PyTorch 2.13 raises in steps that take their
+    gradients themselves, or compiles one layer for minutes, in dozens of parts.
+    """
+    if NAME != "torch":
+        return function
+    import torch
+
+    return torch.compiler.disable(function)
+
+
+@_uncompiled
 def _run_step(groups, step, args):
     if NAME != "jax":
         return without_gradients(step)(*args)
@@ -51,6 +65,28 @@ def _run_step(groups, step, args):
     with keras.StatelessScope(state_mapping=mapping) as scope:
         logs = step(data)
     return logs, tuple([scope.get_current_value(v) for v in variables] for variables in groups)
+
+
+def apply_gradients(optimizer, gradients, variables):
+    """Update variables, like `optimizer.apply`.
+
+    On JAX, `LossScaleOptimizer.apply` of Keras 3.15 assigns variables inside `jax.lax.cond`, whose
+    values leak; its `stateless_apply` returns them.
+
+    Args:
+        optimizer: built `keras.optimizers.Optimizer`.
+        gradients: list of tensors or None, one for each of the variables.
+        variables: list of all variables that the optimizer was built for.
+    """
+    if NAME != "jax" or not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(gradients, variables)
+        return
+    known = optimizer.variables
+    results = optimizer.stateless_apply(
+        [value_of(v) for v in known], gradients, [value_of(v) for v in variables]
+    )
+    for variable, value in zip([*variables, *known], keras.tree.flatten(results), strict=True):
+        variable.assign(value)
 
 
 def loss_gradients(model, loss):

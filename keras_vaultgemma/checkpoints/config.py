@@ -7,6 +7,7 @@ from pathlib import Path
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma._validation import is_integer
 from keras_vaultgemma.checkpoints import presets
+from keras_vaultgemma.checkpoints.foreign_files import QUANTIZED
 from keras_vaultgemma.layers.hyperparameters import LAYER_TYPES
 
 MODEL_TYPE = "vaultgemma"
@@ -150,11 +151,6 @@ def read_config(folder):
     return {argument: arguments[argument] for argument in KERAS_FIELDS}
 
 
-def names_a_class(folder):
-    """Return True if the config of a folder names a class, as Keras's formats do."""
-    return "registered_name" in read_json(Path(folder) / presets.CONFIG)
-
-
 def keras_policy(folder):
     """Return the name of the dtype policy of a Keras preset.
 
@@ -181,6 +177,13 @@ def keras_policy(folder):
 def _hugging_face(path, config):
     if config.get("model_type") != MODEL_TYPE:
         _reject(path, "model_type", repr(MODEL_TYPE), config.get("model_type"))
+    for field in ("quantization_config", "compression_config"):
+        if quantization := config.get(field):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise ValueError(
+                f"{path}: this checkpoint is quantized, by {method or 'an unnamed method'} "
+                f"(`{field}`). {QUANTIZED}"
+            )
     arguments = _read(path, config, HUGGING_FACE_FIELDS)
     if config.get("attention_dropout"):
         warnings.warn(

@@ -8,7 +8,8 @@ import numpy as np
 
 from keras_vaultgemma._files import check_link, ignore_progress
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes
+from keras_vaultgemma.checkpoints.foreign_files import explain_pointer
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, READABLE, as_bytes
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -27,7 +28,7 @@ def open_hdf5(path):
 
     Raises:
         ValueError: If the file is missing, truncated, damaged or no HDF5 file, or if a dataset is
-            not contiguous or not of float32, float16 or bfloat16.
+            not contiguous or not of float32, float16, bfloat16 or float64.
     """
     path = Path(path)
     check_link(path)
@@ -44,6 +45,7 @@ def open_hdf5(path):
     except (OSError, KeyError, RuntimeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is missing, truncated or no Keras weights file: {error}"
+            f"{explain_pointer(path) if path.is_file() else ''}"
         ) from error
     return tensors
 
@@ -86,8 +88,10 @@ def _map(path, name, dataset):
     dtype = dataset.dtype
     if dtype == np.dtype("V2") and str(dataset.attrs.get("dtype")) == "bfloat16":
         dtype = BFLOAT16
-    if dtype not in DTYPES.values():
-        raise ValueError(f"{path}: {name} must be float32, float16 or bfloat16. Received: {dtype}")
+    if dtype not in READABLE:
+        raise ValueError(
+            f"{path}: {name} must be float32, float16, bfloat16 or float64. Received: {dtype}"
+        )
     # None if the bytes are compressed, chunked, in another file or not allocated.
     offset = dataset.id.get_offset()
     if offset is None or dataset.external or dataset.is_virtual:

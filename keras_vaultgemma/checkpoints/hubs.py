@@ -5,6 +5,8 @@ import re
 import time
 from pathlib import Path
 
+from keras_vaultgemma.checkpoints import names
+
 TIMEOUT = 10
 """Seconds in which Hugging Face must answer the first request."""
 
@@ -57,6 +59,7 @@ def from_hugging_face(preset, patterns):
         if isinstance(cause, errors.RepositoryNotFoundError):
             raise ValueError(
                 f"{preset} does not exist, or is private and needs `hf auth login`"
+                f"{names.suggest_release(name)}"
             ) from cause
         if isinstance(cause, errors.RevisionNotFoundError):
             raise ValueError(f"{preset} has no revision {revision!r}") from cause
@@ -70,6 +73,18 @@ def from_hugging_face(preset, patterns):
         if path.is_file():
             _check_content(path, start, preset)
     return Path(folder)
+
+
+def file_names(preset):
+    """Return the names of all files of a Hugging Face repository, or [] without network."""
+    import huggingface_hub
+
+    name, _, revision = preset.removeprefix("hf://").partition("@")
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision or None, timeout=TIMEOUT)
+    except Exception:  # The names are for a message about another error.
+        return []
+    return [file.rfilename for file in info.siblings or ()]
 
 
 def from_kaggle(preset):

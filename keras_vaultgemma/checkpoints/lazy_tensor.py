@@ -14,6 +14,9 @@ DTYPES = {
 }
 """NumPy dtype of each legal weight dtype, by its Keras name."""
 
+READABLE = (*DTYPES.values(), np.dtype("<f8"))
+"""NumPy dtypes of files. Scripts that average checkpoints in NumPy write float64."""
+
 BLOCK_BYTES = 2**25
 """Largest size of one block of `LazyTensor.blocks`, in bytes of float32."""
 
@@ -132,9 +135,14 @@ def dtype_name(dtype):
 
 
 def widest(dtypes):
-    """Return the narrowest of `DTYPES` that holds all the given NumPy dtypes without rounding."""
+    """Return the narrowest of `DTYPES` that holds all the given dtypes of files.
+
+    float64 is rounded to float32, because no model is trained in float64. Nothing else is rounded.
+    """
     dtypes = set(dtypes)
-    return dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    if len(dtypes) == 1 and dtypes <= set(DTYPES.values()):
+        return dtypes.pop()
+    return DTYPES["float32"]
 
 
 def equal_bits(a, b):

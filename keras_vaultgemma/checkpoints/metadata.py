@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import keras_hub
 
-from keras_vaultgemma._files import ignore_progress, read_json
+from keras_vaultgemma._files import ignore_progress, is_legal_link, read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.lazy_tensor import dtype_name
@@ -20,16 +20,31 @@ STATEMENTS = ("license", "sources", "privacy")
 """Keys of Google's metadata that are copied to a conversion of its release."""
 
 
-def model_files(folder):
-    """Return the paths of a folder's model files, of any of the formats, in sorted order."""
-    patterns = [*presets.DOWNLOADS["weights"], "assets/*/*.spm", "README.md"]
-    return sorted(
-        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
-    )
+def model_files(folder, as_names=False):
+    """Return the model files of a folder, of any of the formats.
+
+    Args:
+        folder: `pathlib.Path` or string.
+        as_names: bool. If True, return a set of paths relative to the folder, with "/". Defaults to
+            False, for a sorted list of `pathlib.Path`.
+    """
+    patterns = [
+        *presets.DOWNLOADS["weights"],
+        "assets/*/*.spm",
+        "additional_chat_templates/*.jinja",
+        "README.md",
+    ]
+    folder = Path(folder)
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if as_names:
+        return {path.relative_to(folder).as_posix() for path in paths}
+    return sorted(paths)
 
 
 def digests(folder, report=ignore_progress):
     """Return the SHA-256 digests of a model's files, except metadata.json.
+
+    Links that leave the folder are left out, because a digest tells something about their target.
 
     Args:
         folder: `pathlib.Path` or string.
@@ -39,7 +54,8 @@ def digests(folder, report=ignore_progress):
         Dict of paths relative to the folder to hexadecimal digests.
     """
     folder = Path(folder)
-    files = (path for path in model_files(folder) if path != folder / presets.METADATA)
+    files = [path for path in model_files(folder) if path != folder / presets.METADATA]
+    files = [path for path in files if is_legal_link(path, folder)]
     return {path.relative_to(folder).as_posix(): sha256(path, report) for path in files}
 
 

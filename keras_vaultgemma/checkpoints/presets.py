@@ -1,18 +1,17 @@
 """From the name or handle of a preset to a folder on this machine. Knows files, not classes."""
 
 import os
-import re
 from pathlib import Path
 
-from keras_vaultgemma._files import read_json
-from keras_vaultgemma.checkpoints import hubs
+from keras_vaultgemma._files import check_link, read_json
+from keras_vaultgemma.checkpoints import foreign_files, hubs, names
 
 CONFIG = "config.json"
 METADATA = "metadata.json"
 LEDGER = "privacy_ledger.jsonl"
 FILES = {
     "config": (CONFIG,),
-    "vocabulary": ("tokenizer.model", "assets/tokenizer/vocabulary.spm"),
+    "vocabulary": ("tokenizer.model", "assets/tokenizer/vocabulary.spm", "tokenizer.json"),
     "weights": (
         "model.weights.h5",
         "model.weights.json",
@@ -24,8 +23,8 @@ FILES = {
 
 DOWNLOADS = {
     "config": [CONFIG, METADATA, LEDGER],
-    "vocabulary": ["*.json", "*.model", "*.spm", LEDGER],
-    "weights": ["*.json", "*.model", "*.spm", "*.safetensors", "*.h5", LEDGER],
+    "vocabulary": ["*.json", "*.jinja", "*.model", "*.spm", LEDGER],
+    "weights": ["*.json", "*.jinja", "*.model", "*.spm", "*.safetensors", "*.h5", LEDGER],
 }
 """The same parts as patterns of files to download.
 
@@ -38,9 +37,6 @@ HUBS = {
     )
 }
 """Handles of the weights of bundled presets that are bundled without them."""
-
-RELEASE = "vaultgemma_1b"
-"""The bundled preset whose metadata holds Google's statements about its release."""
 
 
 def bundled():
@@ -63,11 +59,29 @@ def release_metadata(preset, parameter_count):
     Returns:
         Dict, the content of the bundled metadata.json. Empty for any other preset.
     """
-    name = re.sub(r"@.*|/\d+$", "", os.fspath(preset))
-    if name != RELEASE and name not in (re.sub(r"/\d+$", "", handle) for handle in HUBS[RELEASE]):
+    if not names.is_release(os.fspath(preset)):
         return {}
-    release = read_json(bundled()[RELEASE] / METADATA)
+    release = read_json(bundled()[names.RELEASE] / METADATA)
     return release if release["parameter_count"] == parameter_count else {}
+
+
+def hugging_face_name(preset):
+    """Return `(name, revision)` by which other packages know a preset's weights.
+
+    Args:
+        preset: string, as for `find`, or None.
+
+    Returns:
+        The name of a repository of Hugging Face and its revision or None where the preset is one;
+        otherwise the preset as it was given, and None.
+    """
+    if preset is None:
+        return None, None
+    handle = HUBS[preset][0] if preset in HUBS else preset
+    if not handle.startswith("hf://"):
+        return handle, None
+    name, _, revision = handle.removeprefix("hf://").partition("@")
+    return name, revision or None
 
 
 def cache_home():
@@ -84,7 +98,8 @@ def find(preset, need="weights"):
 
     Args:
         preset: string or path. A bundled preset's name, a local folder, `hf://org/name[@revision]`
-            or `kaggle://org/model/framework/variation[/version]`.
+            or `kaggle://org/model/framework/variation[/version]`, or what `names.canonical` knows
+            as one of these.
         need: string. The part that the caller will read, so that no more is downloaded: "config",
             "vocabulary" or "weights". Defaults to "weights".
 
@@ -99,7 +114,7 @@ def find(preset, need="weights"):
             is not what the hub announced.
         ImportError: If a `kaggle://` handle is given and kagglehub is not installed.
     """
-    name = os.fspath(preset) if isinstance(preset, (str, os.PathLike)) else ""
+    name = names.canonical(preset) if isinstance(preset, (str, os.PathLike)) else ""
     folders = bundled()
     if name in folders:
         folder = folders[name]
@@ -115,14 +130,18 @@ def find(preset, need="weights"):
         raise ValueError(
             f"`preset` must be a bundled preset ({', '.join(folders)}), a folder, "
             "hf://org/name[@revision] or kaggle://org/model/framework/variation[/version]. "
-            f"Received: preset={preset!r}"
+            f"{names.suggest(name, folders)}Received: preset={preset!r}"
         )
     if not file(folder, "config"):
         raise ValueError(
             f"{preset} has no {CONFIG}, so it is neither a preset nor a Hugging Face checkpoint"
+            f"{foreign_files.explain(_file_names(name, folder))}"
         )
     if not file(folder, need):
-        raise FileNotFoundError(f"{preset} has no {need}: none of {', '.join(FILES[need])} exists")
+        found = foreign_files.explain(_file_names(name, folder)) if need == "weights" else ""
+        raise FileNotFoundError(
+            f"{preset} has no {need}: none of {', '.join(FILES[need])} exists{found}"
+        )
     return folder
 
 
@@ -133,14 +152,38 @@ def file(folder, need):
         folder: `pathlib.Path` or string.
         need: string. "config", "vocabulary" or "weights" (a single file or the index of several).
     """
-    paths = (Path(folder) / name for name in FILES[need])
-    return next((path for path in paths if path.is_file()), None)
+    for name in FILES[need]:
+        path = Path(folder) / name
+        # In a Keras preset, tokenizer.json is the config of the tokenizer's class.
+        if path.is_file() and (name != "tokenizer.json" or not names_a_class(folder)):
+            return path
+    return None
+
+
+def check_links(folder):
+    """Raise ValueError if a file that keras-hub may read is a link that leaves its folder."""
+    folder = Path(folder)
+    for path in (*folder.glob("*.json"), *folder.glob("*.h5"), *folder.glob("assets/**/*")):
+        check_link(path, folder)
+
+
+def names_a_class(folder):
+    """Return True if the config of a folder names a class, as Keras's formats do."""
+    path = Path(folder) / CONFIG
+    return path.is_file() and "registered_name" in read_json(path)
 
 
 def is_keras(folder):
     """Return True if a folder is a Keras preset of this package."""
     registered_name = str(read_json(Path(folder) / CONFIG).get("registered_name"))
     return registered_name.startswith("keras_vaultgemma>")
+
+
+def _file_names(name, folder):
+    """Return the names of all files of a folder, or of the repository that it was loaded from."""
+    if name.startswith("hf://"):
+        return hubs.file_names(name)
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
 def _fetch(name, need):

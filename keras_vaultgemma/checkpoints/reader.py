@@ -6,13 +6,14 @@ from pathlib import Path
 from keras import ops
 
 from keras_vaultgemma.checkpoints import presets, weight_map
-from keras_vaultgemma.checkpoints.config import keras_policy, names_a_class, read_config
+from keras_vaultgemma.checkpoints.config import keras_policy, read_config
 from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5
 from keras_vaultgemma.checkpoints.lazy_tensor import LazyTensor, equal_bits
 from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
 
 WEIGHTS_FILE, SHARD_INDEX = "model.weights.h5", "model.weights.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIX = "model."
+EMBEDDING, HEAD = f"{PREFIX}embed_tokens.weight", "lm_head.weight"
 
 
 class KerasOnly(ValueError):
@@ -21,7 +22,7 @@ class KerasOnly(ValueError):
 
 def format_of(folder):
     """Return the format of `weight_map` that the config.json of a folder belongs to."""
-    if not names_a_class(folder):
+    if not presets.names_a_class(folder):
         return weight_map.HUGGING_FACE
     return weight_map.KERAS if presets.is_keras(folder) else weight_map.KERAS_HUB
 
@@ -49,7 +50,7 @@ def open_values(folder):
     hyperparameters = read_config(folder)
     file_format = format_of(folder)
     if file_format == weight_map.HUGGING_FACE:
-        tensors = open_tensors(folder)
+        tensors = _with_prefix(open_tensors(folder))
     else:
         if file_format == weight_map.KERAS:
             _check_plain_preset(folder)
@@ -114,6 +115,16 @@ def _is_finite(value):
     # A sum with a NaN or infinite term is never finite, and it needs no memory. Only a sum of
     # finite values that overflows needs the second test.
     return bool(ops.isfinite(ops.sum(value))) or bool(ops.all(ops.isfinite(value)))
+
+
+def _with_prefix(tensors):
+    """Return the tensors by the names that `AutoModelForCausalLM` gives them.
+
+    `AutoModel`, the model without its head, saves the same tensors without the prefix.
+    """
+    if any(name.startswith(PREFIX) for name in tensors):
+        return tensors
+    return {name if name == HEAD else PREFIX + name: value for name, value in tensors.items()}
 
 
 def _check_plain_preset(folder):

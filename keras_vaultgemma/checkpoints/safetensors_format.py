@@ -11,16 +11,26 @@ References:
 
 import json
 import math
+import re
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from keras_vaultgemma._files import check_link, ignore_progress, parse_json, read_json
+from keras_vaultgemma.checkpoints.foreign_files import QUANTIZED, explain_pointer
 from keras_vaultgemma.checkpoints.lazy_tensor import as_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype("<f8"),
+}
+INTEGERS_AND_FLOAT8 = re.compile("[IUF](4|8.*|16|32|64)")
+"""Other dtypes of the format, in which quantized checkpoints store their weights."""
+
 MAX_HEADER = 2**23
 """Largest header in bytes, which bounds the time that parsing a hostile file takes.
 
@@ -99,9 +109,12 @@ def open_safetensors(path):
             if end <= len(data):
                 tensors[name] = data[begin:end].view(dtype).reshape(shape)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
+            code = str(entry.get("dtype")) if isinstance(entry, dict) else ""
+            is_quantized = code not in DTYPES and INTEGERS_AND_FLOAT8.fullmatch(code)
             raise ValueError(
                 f"{path}: the entry of {name} must have a dtype of {', '.join(DTYPES)}, a shape "
                 f"and two data_offsets that agree. Received: {str(entry)[:200]}"
+                + (f". This checkpoint is quantized. {QUANTIZED}" if is_quantized else "")
             ) from error
     end = 0
     # The format has no gaps between tensors, so any overlap shows as a wrong beginning.
@@ -183,7 +196,7 @@ def _read_header(path):
         if size < 8 or length > size - 8:
             raise ValueError(
                 f"{path} is truncated or no safetensors file: it has {size} bytes and a header "
-                f"of {length}"
+                f"of {length}{explain_pointer(path)}"
             )
         if length > MAX_HEADER:
             raise ValueError(

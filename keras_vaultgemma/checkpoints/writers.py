@@ -5,7 +5,9 @@ For Hugging Face, everything but the weights (`safetensors_format` writes those)
 """
 
 import json
+import shutil
 
+from keras_vaultgemma._files import check_link, read_json
 from keras_vaultgemma.checkpoints import weight_map
 from keras_vaultgemma.checkpoints.config import HUGGING_FACE_FIELDS, MODEL_TYPE
 from keras_vaultgemma.checkpoints.hdf5_format import write_hdf5
@@ -18,6 +20,32 @@ UNUSED_WINDOW = 4096
 
 SPECIAL_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 """Gemma's ids, for a model without vocabulary."""
+
+GENERATION_CONFIG = "generation_config.json"
+TEXT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    GENERATION_CONFIG,
+)
+"""Files of a Hugging Face folder that say how text becomes ids and when generation ends."""
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Turns must alternate user/assistant/..., without a system role') }}\
+{% endif %}\
+{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}\
+{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+"""`apply_chat_template` in Jinja, after `<bos>`, as transformers and servers expect it."""
+
+TURNS = ["<start_of_turn>", "<end_of_turn>"]
 
 BACKBONE_NAME, TASK_NAME = "vault_gemma_backbone", "vault_gemma_causal_lm"
 LAYERS_WITHOUT_WEIGHTS = {
@@ -34,7 +62,8 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
     """Write the config and tokenizer files that transformers loads as VaultGemma.
 
     config.json and generation_config.json; with a vocabulary also tokenizer.model and
-    tokenizer_config.json.
+    tokenizer_config.json. A vocabulary that has turns gets Gemma's chat template, and generation
+    then ends at `<end_of_turn>` too.
 
     Args:
         folder: `pathlib.Path` of an existing folder.
@@ -57,13 +86,17 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
                 strict=True,
             )
         )
+    turns = {} if preprocessor is None else _turns(preprocessor.tokenizer)
+    stops = [ids["eos_token_id"], *list(turns)[-1:]]
     files = {
         CONFIG: {**_config(hyperparameters), "dtype": dtype_name(dtype), **ids},
-        "generation_config.json": {"_from_model_config": True, **ids},
+        GENERATION_CONFIG: {**ids, "eos_token_id": stops if turns else stops[0]},
     }
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary.read_bytes())
+        chat = {"chat_template": CHAT_TEMPLATE, "added_tokens_decoder": turns}
         files["tokenizer_config.json"] = {
+            **(chat if turns else {}),
             "tokenizer_class": "GemmaTokenizer",
             "add_bos_token": True,
             "add_eos_token": False,
@@ -75,9 +108,47 @@ def write_hugging_face_config(folder, hyperparameters, dtype, preprocessor, voca
             "model_max_length": hyperparameters["max_sequence_length"],
         }
     for name, content in files.items():
-        (folder / name).write_text(
-            json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        _write_json(folder / name, content)
+
+
+def copy_text_files(source, folder):
+    """Copy what the folder of another Hugging Face checkpoint says about text and its end.
+
+    Args:
+        source: `pathlib.Path` of the folder of the checkpoint.
+        folder: `pathlib.Path` of a folder with the files of `write_hugging_face_config`, which are
+            replaced. The ids of special tokens in its config become those of the source.
+
+    Raises:
+        ValueError: If a file of the source is a link that leaves its folder.
+    """
+    for pattern in TEXT_FILES:
+        for path in source.glob(pattern):
+            check_link(path, source)
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    theirs = read_json(source / CONFIG)
+    ids = {name: theirs[name] for name in SPECIAL_IDS if name in theirs}
+    _write_json(folder / CONFIG, {**read_json(folder / CONFIG), **ids})
+
+
+def _turns(tokenizer):
+    """Return a dict of the ids of the turn markers to special tokens; {} if one is missing.
+
+    transformers leaves special tokens out of decoded text.
+    """
+    ids = [tokenizer.token_to_id(text) for text in TURNS]
+    if [tokenizer.id_to_token(i) for i in ids] != TURNS:
+        return {}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {
+        i: {"content": text, "special": True, **flags} for i, text in zip(ids, TURNS, strict=True)
+    }
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _config(hyperparameters):

@@ -6,26 +6,41 @@ import keras
 import numpy as np
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.token_ids import check_ids
+from keras_vaultgemma.data.batch_checks import as_array, check_batch
+from keras_vaultgemma.data.containers import as_plain
+from keras_vaultgemma.data.streams import as_batches
 
 EMPTY = "Data must have at least one batch. Received: none"
 
 
-def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_are_ids=True):
+def prepare_fit_inputs(
+    x,
+    y,
+    sample_weight,
+    preprocess,
+    vocabulary_size,
+    labels_are_ids=True,
+    needs_labels=False,
+    batch_size=None,
+    steps=None,
+):
     """Preprocess and check the arguments of `fit`.
 
     Arrays are preprocessed at once, streams batch by batch as they are read.
 
     Args:
-        x: raw samples, as the preprocessor takes them; a `keras.utils.PyDataset`, a generator or a
-            `tf.data.Dataset` of batches of raw samples; or a dict of token ids.
+        x: raw samples, as the preprocessor takes them; a `keras.utils.PyDataset` of batches of raw
+            samples; a stream of batches or of single samples; or a dict of token ids.
         y: labels if `x` is a dict of token ids, else None.
         sample_weight: weights of the labels if `x` is a dict of token ids, else None.
-        preprocess: callable. Takes and returns a batch `(x, y, sample_weight)`. If None, the data
-            are passed on as they are.
+        preprocess: callable. Takes and returns a batch `(x, y, sample_weight)`. If None, batches
+            are checked and passed on as they are.
         vocabulary_size: int. V, against which ids in arrays are checked.
         labels_are_ids: bool. If True, labels whose weight is not 0 are checked against V too.
             Defaults to `True`.
+        needs_labels: bool, as for `check_batch`. Defaults to `False`.
+        batch_size: int. Number of samples of a batch, if a stream has single ones. Defaults to 32.
+        steps: int. Number of batches of an epoch of a stream. Defaults to all.
 
     Returns:
         Tuple `(x, y, sample_weight)` for `keras.Model.fit`.
@@ -36,31 +51,36 @@ def prepare_fit_inputs(x, y, sample_weight, preprocess, vocabulary_size, labels_
             have their own.
     """
 
-    def check_batch(x, y=None, sample_weight=None):
-        token_ids = _array(x["token_ids"])
-        if token_ids is not None:
-            check_ids(token_ids, vocabulary_size)
-        if labels_are_ids:
-            _check_labels(_array(y), _array(sample_weight), vocabulary_size)
+    if preprocess is not None:
+        x = as_batches(as_plain(x), batch_size, steps)
+
+    def check(x, y=None, sample_weight=None):
+        check_batch(x, y, sample_weight, vocabulary_size, labels_are_ids, needs_labels)
 
     if isinstance(x, dict) and "token_ids" in x:
-        if hasattr(x["token_ids"], "shape") and x["token_ids"].shape[0] == 0:
+        x = {name: as_array(part, name) for name, part in x.items()}
+        y, sample_weight = as_array(y, "y"), as_array(sample_weight, "sample_weight")
+        if hasattr(x["token_ids"], "shape") and 0 in x["token_ids"].shape[:1]:
             raise ValueError(EMPTY)
-        check_batch(x, y, sample_weight)
+        check(x, y, sample_weight)
         return x, y, sample_weight
     is_tf_data = backend.is_tensorflow(x) and hasattr(x, "cardinality")
     is_empty = isinstance(x, keras.utils.PyDataset) and x.num_batches == 0
     if is_empty or (is_tf_data and int(x.cardinality()) == 0):
         raise ValueError(EMPTY)
-    if preprocess is None or x is None:
+    is_stream = isinstance(x, keras.utils.PyDataset) or is_tf_data or hasattr(x, "__next__")
+    if x is None or (preprocess is None and not is_stream):
         return x, y, sample_weight
     check_no_labels(y, sample_weight)
+    preprocess = preprocess or keras.utils.pack_x_y_sample_weight
 
     def preprocess_batch(*batch):
         # `tf.data` unpacks a tuple into arguments; a PyDataset or generator passes the tuple.
         is_tuple = len(batch) == 1 and isinstance(batch[0], tuple)
         data = preprocess(*(batch[0] if is_tuple else batch))
-        check_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if isinstance(x, dict) and "token_ids" in x:
+            check(x, y, sample_weight)
         return data
 
     if isinstance(x, keras.utils.PyDataset):
@@ -92,22 +112,30 @@ def check_no_labels(y, sample_weight):
             )
 
 
-def _array(x):
-    """Return an array or tensor with a concrete value as a NumPy array, anything else as None."""
-    if not hasattr(x, "shape") or backend.is_symbolic_tensorflow(x):
-        return None
-    return keras.ops.convert_to_numpy(x)
+def drop_rows_without_labels(x, y, sample_weight):
+    """Return `(x, y, sample_weight)` without the rows whose weights are all 0.
 
+    Args:
+        x: dict of arrays of shape `[B, T]`.
+        y: array of shape `[B, T]`.
+        sample_weight: array of shape `[B, T]`.
 
-def _check_labels(y, weights, vocabulary_size):
-    """Raise ValueError for labels outside the vocabulary whose weight is not 0. `y` may be None."""
-    if y is None:
-        return
-    if weights is not None:
-        # The loss broadcasts weights of whole rows in the same way.
-        weights = weights.reshape(*weights.shape, *[1] * (y.ndim - weights.ndim))
-        y = y[np.broadcast_to(weights, y.shape) != 0]
-    check_ids(y, vocabulary_size, "Labels `y` whose sample weight is not 0")
+    Raises:
+        ValueError: If no row is left.
+    """
+    has_label = sample_weight.any(axis=1)
+    if not has_label.any():
+        raise ValueError(
+            "Data must have a row with a label to learn. Received: none in "
+            f"{len(has_label)} rows of sequence_length={y.shape[1]}"
+        )
+    if has_label.all():
+        return x, y, sample_weight
+    return (
+        {name: part[has_label] for name, part in x.items()},
+        y[has_label],
+        sample_weight[has_label],
+    )
 
 
 def _preprocess_stream(batches, function):
@@ -128,6 +156,7 @@ class _PreprocessedDataset(keras.utils.PyDataset):
     """
 
     def __init__(self, dataset, function):
+        self.is_stream = getattr(dataset, "is_stream", False)
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=dataset.use_multiprocessing,
@@ -143,6 +172,15 @@ class _PreprocessedDataset(keras.utils.PyDataset):
     def num_batches(self):
         return self.dataset.num_batches
 
+    @property
+    def run_identity(self):
+        """That of the dataset, by which a `TrainingCheckpoint` recognises it, if it has one."""
+        return self.dataset.run_identity
+
+    @property
+    def run_identity_comparisons(self):
+        return self.dataset.run_identity_comparisons
+
     def __getitem__(self, index):
         return self.function(self.dataset[index])
 
@@ -154,7 +192,7 @@ class _PreprocessedDataset(keras.utils.PyDataset):
 
 
 class TruncationCounter:
-    """Count of the rows that a preprocessor truncates.
+    """Count of the rows that a preprocessor truncates, and of those without a label.
 
     A context manager that warns on exit, and whenever `report` is called. A batch counts once,
     however often Keras reads it, and equal batches count as one. Rows that are read by other
@@ -165,7 +203,7 @@ class TruncationCounter:
         self.counts = {}
 
     def count(self, rows, weights):
-        """Count the truncated rows of a batch.
+        """Count the rows of a batch.
 
         Args:
             rows: list of B lists of ints. Token ids before truncation.
@@ -174,24 +212,26 @@ class TruncationCounter:
         self.sequence_length = weights.shape[1]
         # A row of T + 1 tokens fits, because its last token is only a label.
         is_truncated = np.array([len(row) > self.sequence_length + 1 for row in rows])
-        has_no_label = is_truncated & ~weights.any(axis=1)
         batch = hash(tuple(map(tuple, rows)))
-        self.counts[batch] = (len(rows), is_truncated.sum(), has_no_label.sum())
+        self.counts[batch] = (len(rows), is_truncated.sum(), (~weights.any(axis=1)).sum())
 
     def report(self):
-        """Warn if rows were truncated since the last call."""
+        """Warn if rows were truncated or have no label since the last call."""
         if not self.counts:
             return
         rows, truncated, without_label = np.sum([*self.counts.values()], axis=0)
-        self.counts = {}
+        self.counts, sentences = {}, []
         if truncated:
-            lost = f"; the whole response was lost in {without_label} of them"
-            warnings.warn(
+            sentences.append(
                 f"{truncated} of {rows} rows were longer than "
-                f"sequence_length={self.sequence_length} and were truncated"
-                f"{lost if without_label else ''}.",
-                stacklevel=3,
+                f"sequence_length={self.sequence_length} and were truncated."
             )
+        if without_label:
+            sentences.append(
+                f"{without_label} of {rows} rows have no label to learn and are left out."
+            )
+        if sentences:
+            warnings.warn(" ".join(sentences), stacklevel=3)
 
     def __enter__(self):
         return self

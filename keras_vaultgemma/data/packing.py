@@ -11,7 +11,8 @@ Only the last row has padding.
 backbone keeps segments apart by it.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import keras
@@ -19,10 +20,14 @@ import numpy as np
 
 from keras_vaultgemma import backend
 from keras_vaultgemma._validation import check_integer
+from keras_vaultgemma.data.containers import as_list, as_plain, is_chat
 from keras_vaultgemma.data.token_ids import check_ids
 
 if TYPE_CHECKING:
     from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
+
+
+CONTENT = "SHA-256 of the packed rows"
 
 
 def batches(
@@ -36,7 +41,9 @@ def batches(
     The same documents give the same batches.
 
     Args:
-        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`.
+        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`; or a
+            column, a table with the column "text", or a stream of them or of batches of them, as
+            for `fit`.
         preprocessor: `VaultGemmaCausalLMPreprocessor`.
         batch_size: int. Rows of a batch, B. The last batch may have fewer.
         sequence_length: int. Tokens of a row, T. Defaults to that of the preprocessor.
@@ -65,10 +72,11 @@ def batches(
     length = preprocessor.sequence_length if sequence_length is None else sequence_length
     check_integer("batch_size", batch_size)
     check_integer("sequence_length", length)
-    if isinstance(documents, (str, bytes, dict)):
+    documents = as_plain(documents)
+    if isinstance(documents, (str, bytes, dict)) or is_chat(documents):
         raise ValueError(
-            "`documents` must be an iterable of strings or of lists of ids. "
-            f"Received: documents={documents!r}"
+            "`documents` must be an iterable of strings or of lists of ids, because pairs and "
+            f"chats share no rows: `fit` takes them. Received: documents={str(documents)[:200]!r}"
         )
     return _batches(documents, preprocessor, batch_size * length, length)
 
@@ -77,7 +85,7 @@ def _batches(documents, preprocessor, size, length):
     start, end = preprocessor.special_ids
     # Tokens that are not in a batch yet, and for each the number of its document, from 1.
     tokens, owners = [], []
-    for i, document in enumerate(documents):
+    for i, document in enumerate(_unbatched(documents)):
         row = start + _token_ids(document, preprocessor.tokenizer, i) + end
         tokens += row
         owners += [i + 1] * len(row)
@@ -95,6 +103,23 @@ def _batches(documents, preprocessor, size, length):
     )
 
 
+def _unbatched(documents):
+    """Yield documents that may be in batches or in rows of a table."""
+    if isinstance(documents, keras.utils.PyDataset):
+        documents = (documents[i] for i in range(documents.num_batches))
+    for document in documents:
+        document = as_list(document)
+        if isinstance(document, Mapping) or is_chat(document):
+            document = as_plain(document)
+        if isinstance(document, tuple):
+            as_plain([document])  # Raises for a pair of strings.
+        is_batch = isinstance(document, list) and len(document) > 0
+        if is_batch and isinstance(document[0], (str, bytes)):
+            yield from document
+        else:
+            yield document
+
+
 def _token_ids(document, tokenizer, i):
     """Return the token ids of document `i`."""
     if isinstance(document, (str, bytes)):
@@ -103,7 +128,7 @@ def _token_ids(document, tokenizer, i):
     row = np.asarray(document)
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
         raise ValueError(
-            "Every document must be a string or a list of ids. "
+            "Every document must be a string or a list of ids; `fit` takes pairs and chats. "
             f"Received: document {i} is {document!r}"
         )
     check_ids(row, tokenizer.vocabulary_size())
@@ -132,7 +157,9 @@ class PackedDataset(keras.utils.PyDataset):
     Documents are packed once, by `packing.batches`, and stay in memory (16 bytes per token).
 
     Args:
-        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`.
+        documents: iterable of strings, or of lists of token ids without `<bos>` and `<eos>`; or a
+            column, a table with the column "text", or a stream of them or of batches of them, as
+            for `fit`.
         preprocessor: `VaultGemmaCausalLMPreprocessor`.
         batch_size: int. Rows of a batch, B. The last batch may have fewer.
         sequence_length: int. Tokens of a row, T. Defaults to that of the preprocessor.
@@ -163,6 +190,20 @@ class PackedDataset(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         self.batches = list(batches(documents, preprocessor, batch_size, sequence_length))
+
+    @property
+    def run_identity(self):
+        """Properties by which a `TrainingCheckpoint` recognises the dataset, as a dict for JSON."""
+        digest = hashlib.sha256()
+        for array in keras.tree.flatten(self.batches):
+            digest.update(np.ascontiguousarray(array))
+        return {"items": len(self.batches), CONTENT: digest.hexdigest()}
+
+    @property
+    def run_identity_comparisons(self):
+        """`{name: function(saved, current)}` of the properties that equality does not compare."""
+        # Version 0.1.0 saved the number of batches alone.
+        return {CONTENT: lambda saved, current: saved in ("", current)}
 
     def __len__(self):
         return len(self.batches)

@@ -1,27 +1,31 @@
-"""Training records from data files: texts, or prompts and responses."""
+"""Training records from data files and tables: texts, prompts and responses, or chats."""
 
-import csv
+import contextlib
 import itertools
-import json
-import re
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from keras_vaultgemma.data import packing
-from keras_vaultgemma.data.fit_inputs import TruncationCounter
+from keras_vaultgemma.data.containers import CHATS, COLUMNS, as_chat, is_chat
+from keras_vaultgemma.data.fit_inputs import TruncationCounter, drop_rows_without_labels
+from keras_vaultgemma.data.readers import read_file, read_table
+from keras_vaultgemma.data.text_inputs import as_samples
 
 HELD_OUT_EVERY, MAX_HELD_OUT = 10, 100
 """One record in this many is held out, and at most this many records."""
 
 
 class TextRecords(NamedTuple):
-    """Training records of one kind: texts, or prompts and responses.
+    """Training records of one kind: texts, prompts and responses, or chats.
 
     Attributes:
-        texts: list of strings, none of them blank. Whole texts, or the responses to `prompts`.
-        prompts: list of as many strings, or None.
+        texts: list of strings, none of them blank, or of chats. Whole texts, or the responses to
+            `prompts`.
+        prompts: list of as many strings or chats, or None.
         blank: int. Number of records that were left out because their text or response was blank.
         groups: list of as many strings, the labels of the users whose records they are, or None.
     """
@@ -69,45 +73,50 @@ class TextRecords(NamedTuple):
         groups = None if self.groups is None else [self.groups[i] for i in indices]
         return TextRecords([self.texts[i] for i in indices], prompts, groups=groups)
 
-    def tokenize(self, preprocessor, packed):
-        """Return token ids and labels. Warns if rows are truncated.
+    def tokenize(self, preprocessor, packed, truncations=None):
+        """Return token ids and labels, without rows that have no label unless there are `groups`.
 
         Args:
             preprocessor: `VaultGemmaCausalLMPreprocessor`, whose `sequence_length` is T.
             packed: bool. If True, texts share full rows (see `packing`) and none is truncated. A
-                prompt and its response always have a row of their own.
+                prompt and its response always have a row of their own, and so has a chat.
+            truncations: `TruncationCounter` that counts truncated rows. Defaults to one that warns
+                of them at once.
 
         Returns:
             Dict of the arguments `x` (a dict of `token_ids` and `padding_mask`), `y` and
             `sample_weight` of `fit`. All arrays are NumPy int32 of shape `[B, T]`.
         """
-        if packed and self.prompts is None:
+        if packed and self.prompts is None and isinstance(self.texts[0], str):
             batches = packing.batches(self.texts, preprocessor, batch_size=64)
             inputs, labels, label_weights = zip(*batches, strict=True)
             x = {name: np.concatenate([batch[name] for batch in inputs]) for name in inputs[0]}
             y, weights = np.concatenate(labels), np.concatenate(label_weights)
         else:
-            with TruncationCounter() as truncations:
-                x, y, weights = preprocessor.call(self.samples, truncations=truncations)
+            counter = TruncationCounter() if truncations is None else truncations
+            x, y, weights = preprocessor.call(self.samples, truncations=counter)
+            if truncations is None:
+                counter.report()
+            if self.groups is None:
+                x, y, weights = drop_rows_without_labels(x, y, weights)
         return {"x": x, "y": y, "sample_weight": weights}
 
 
 def read_records(
-    path, text_column=None, prompt_column=None, response_column=None, group_column=None
+    data, text_column=None, prompt_column=None, response_column=None, group_column=None
 ):
-    """Read a data file, in UTF-8.
-
-    - `.txt`: texts that are separated by blank lines.
-    - `.jsonl`: one object per line, whose keys are the columns.
-    - `.csv`: with a header, whose names are the columns.
+    """Read the records of a data file or of a table in memory.
 
     Args:
-        path: `pathlib.Path` or string.
-        text_column: string. Column of texts to train on. Defaults to "text" if there is such a
-            column and no column is named.
-        prompt_column: string. Column of prompts. Defaults to "prompt" if only `response_column` is
-            named, or if there are both default columns and no column is named.
-        response_column: string. Column of responses to train on. Defaults to "response" likewise.
+        data: `pathlib.Path` or string of a file, as `readers.read_file` takes it, or data in
+            memory, as `readers.read_table` takes it.
+        text_column: string. Column of texts or chats to train on. Defaults to "text" or "messages"
+            if there is such a column and no column is named.
+        prompt_column: string. Column of prompts, which are strings or lists of messages. Defaults
+            to "prompt" if only `response_column` is named, or if there are "prompt" and "response"
+            or "completion" and no column is named.
+        response_column: string. Column of responses to train on. Defaults to "response" if only
+            `prompt_column` is named, and to "response" or "completion" likewise.
         group_column: string. Column of strings or integers, the labels of the users whose records
             they are. Defaults to None.
 
@@ -116,13 +125,10 @@ def read_records(
 
     Raises:
         ValueError: If the file is of another kind, malformed or empty, lacks a column (the message
-            lists those that it has), has a value that is no string, or if columns of both kinds are
-            named. Lines are counted from 1.
+            lists those that it has), has a value that is no string or chat, or if columns of both
+            kinds are named. Lines are counted from 1.
         OSError: If the file cannot be read.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"Data must be a file named {', '.join(READERS)}. Received: {path}")
     if text_column is not None and (prompt_column is not None or response_column is not None):
         raise ValueError(
             "Data must be one column of texts, or two columns of prompts and responses. "
@@ -130,35 +136,40 @@ def read_records(
             f"response_column={response_column!r}"
         )
     named = [name for name in (text_column, prompt_column, response_column) if name is not None]
-    try:
-        records = list(READERS[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
-    if not records:
-        raise ValueError(f"{path} must have at least one record. Received: none")
-    if path.suffix == ".txt":
-        named += [] if group_column is None else [group_column]
-        if named:
+    labels = [] if group_column is None else [group_column]
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(data)
+        source, records = str(path), read_file(path)
+        if path.suffix.lower() == ".txt" and records and named + labels:
             raise ValueError(
-                f"{path} has no columns; only .jsonl and .csv files do. Received: {named}"
+                f"{path} has no columns; only the files of other kinds do. "
+                f"Received: {named + labels}"
             )
-        return TextRecords([text for _, text in records], None)
+    else:
+        wanted = itertools.chain(named, labels, *COLUMNS)
+        source, records = "The data", read_table(data, wanted)
+    if not records:
+        raise ValueError(f"{source} must have at least one record. Received: none")
     if text_column is not None:
         columns = [text_column]
     elif named:
         columns = [prompt_column or "prompt", response_column or "response"]
     else:
-        columns = _default_columns(path, records[0][1])
-    values = [
-        [_value(path, line, record, column) for column in columns] for line, record in records
-    ]
-    is_filled = [bool(row[-1].strip()) for row in values]
+        columns = _default_columns(source, records[0][1])
+    values = [_sample(source, place, record, columns) for place, record in records]
+    is_filled = [not isinstance(row[-1], str) or bool(row[-1].strip()) for row in values]
     filled = [*itertools.compress(values, is_filled)]
     if not filled:
         raise ValueError(
-            f"{path} must have a record whose {columns[-1]!r} is not blank. "
+            f"{source} must have a record whose {columns[-1]!r} is not blank. "
             f"Received: {len(values)} blank records"
         )
+    for row, (place, _) in zip(filled, itertools.compress(records, is_filled), strict=True):
+        if isinstance(row[-1], str) != isinstance(filled[0][-1], str):
+            raise ValueError(
+                f"{source}, {place}: {columns[-1]!r} must be of one kind in all records, strings "
+                f"or lists of messages. Received: {str(row[-1])[:100]}"
+            )
     return TextRecords(
         [row[-1] for row in filled],
         None if len(columns) == 1 else [row[0] for row in filled],
@@ -166,89 +177,72 @@ def read_records(
         None
         if group_column is None
         else [
-            _label(path, line, record, group_column)
-            for line, record in itertools.compress(records, is_filled)
+            _label(source, place, record, group_column)
+            for place, record in itertools.compress(records, is_filled)
         ],
     )
 
 
-def _default_columns(path, record):
-    for columns in (["text"], ["prompt", "response"]):
+def _default_columns(source, record):
+    for columns in COLUMNS:
         if set(columns) <= record.keys():
             return columns
     raise ValueError(
-        f"{path} must have a column 'text', or 'prompt' and 'response', unless `text_column`, or "
-        "`prompt_column` and `response_column`, name others. "
+        f"{source} must have a column 'text', or 'prompt' and 'response' or 'completion', or "
+        "'messages', unless `text_column`, or `prompt_column` and `response_column`, name others. "
         f"Received: the columns {list(record)}"
     )
 
 
-def _check_column(path, line, record, column):
+def _check_column(source, place, record, column):
     if column not in record:
         raise ValueError(
-            f"{path}, line {line}: there is no column {column!r}. "
+            f"{source}, {place}: there is no column {column!r}. "
             f"Received: the columns {list(record)}"
         )
 
 
-def _label(path, line, record, column):
-    _check_column(path, line, record, column)
+def _label(source, place, record, column):
+    _check_column(source, place, record, column)
     label = record[column]
     if type(label) not in (str, int) or not str(label).strip():
         raise ValueError(
-            f"{path}, line {line}: {column!r} must be a string or an integer that is not blank, "
+            f"{source}, {place}: {column!r} must be a string or an integer that is not blank, "
             f"because every row must belong to a user. Received: {label!r}"
         )
     return str(label).strip()
 
 
-def _value(path, line, record, column):
-    _check_column(path, line, record, column)
-    if not isinstance(record[column], str):
-        raise ValueError(
-            f"{path}, line {line}: {column!r} must be a string. Received: {record[column]!r}"
-        )
-    # Windows line breaks are other tokens, which the model should not be trained on.
-    return record[column].replace("\r\n", "\n")
+def _sample(source, place, record, columns):
+    """Return the values of a record's columns, strings or chats, as a list."""
+    for column in columns:
+        _check_column(source, place, record, column)
+    row = [_value(record[column]) for column in columns]
+    for column, value in zip(columns, row, strict=True):
+        if not is_chat(value) and (column in CHATS or not isinstance(value, str)):
+            kind = "a list of messages" if column in CHATS else "a string"
+            raise ValueError(
+                f"{source}, {place}: {column!r} must be {kind}. Received: {record[column]!r}"
+            )
+    if not all(isinstance(value, str) for value in row):
+        try:  # as `fit` will take it
+            as_samples(row[0] if len(row) == 1 else {"prompts": row[0], "responses": row[1]})
+        except ValueError as error:
+            raise ValueError(f"{source}, {place}: {error}") from error
+    return row
 
 
-def _read_text(path):
-    text = path.read_text(encoding="utf-8-sig")
-    return [(None, part.strip("\n")) for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+def _value(value):
+    """Return a string or a chat with the line breaks of Unix, and anything else unchanged.
 
-
-def _read_json_lines(path):
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {number}: must be an object. Received: {line.strip()[:100]}"
-                )
-            yield number, record
-
-
-def _read_csv(path):
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: must have {len(reader.fieldnames)} "
-                        "values, like the header"
-                    )
-                yield reader.line_num, record
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-READERS = {".txt": _read_text, ".jsonl": _read_json_lines, ".csv": _read_csv}
+    Those of Windows are other tokens, which the model should not be trained on.
+    """
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode("utf-8")
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n")
+    value = as_chat(value)
+    if not is_chat(value) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    return [{name: _value(part) for name, part in message.items()} for message in value]

@@ -59,6 +59,16 @@ def check_ids(ids, vocabulary_size, what="Token ids"):
         raise ValueError(f"{what} must be from 0 to {vocabulary_size - 1}. Received: {wrong}")
 
 
+def check_rank(token_ids):
+    """Raise ValueError for token ids that are known to have no batch axis."""
+    shape = token_ids.shape if hasattr(token_ids, "shape") else None
+    if shape is not None and getattr(shape, "rank", 2) is not None and len(shape) != 2:
+        raise ValueError(
+            "Token ids must have the shape [batch, length]: a stream or `PyDataset` has batches, "
+            f"as `.batch(batch_size)` of a dataset makes them. Received: shape {tuple(shape)}"
+        )
+
+
 def check_lengths(rows, max_length):
     """Raise ValueError if a row of token ids is longer than `max_length`.
 

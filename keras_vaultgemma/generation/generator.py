@@ -13,11 +13,16 @@ from keras_vaultgemma import backend
 from keras_vaultgemma.data.token_ids import pad_rows
 from keras_vaultgemma.generation import sampling
 from keras_vaultgemma.generation.prefill import Prefill
-from keras_vaultgemma.generation.state import NO_TOKEN, Controls, DecodeState, Generated, Settings
+from keras_vaultgemma.generation.state import (
+    NO_TOKEN,
+    Controls,
+    DecodeState,
+    Generated,
+    Settings,
+    pad_list,
+)
+from keras_vaultgemma.generation.validation import check_finite
 from keras_vaultgemma.layers.kv_cache import EMPTY, write
-
-ID_BLOCK = 8
-"""Lists of ids are padded to a multiple of this length, because each length compiles a function."""
 
 STOP_CHECK_INTERVAL = 4
 """Number of tokens between two calls of a function that ends rows."""
@@ -132,6 +137,7 @@ class Generator:
             tokens = ops.convert_to_numpy(state.tokens)[:, new]
             log_probs = ops.convert_to_numpy(state.log_probs)[:, new]
             is_token = tokens != NO_TOKEN
+            check_finite(log_probs[is_token])
             if continues_seeds:
                 self._assign_seeds(state.seeds)
             ended = yield tuple(
@@ -173,12 +179,12 @@ class Generator:
             seeds=seeds,
         )
         return state, Controls(
-            stop_token_ids=_int(_pad_list(stop_token_ids)),
+            stop_token_ids=_int(pad_list(stop_token_ids)),
             uniforms=_float(uniforms),
             repetition_penalty=_float(settings.repetition_penalty),
             min_p=_float(settings.min_p),
-            bias_ids=_int(_pad_list(settings.logit_bias)),
-            bias=_float(_pad_list(settings.logit_bias.values())),
+            bias_ids=_int(pad_list(settings.logit_bias)),
+            bias=_float(pad_list(settings.logit_bias.values())),
         )
 
     def _step_plain(self, state, controls):
@@ -211,6 +217,8 @@ class Generator:
         log_prob = chosen - ops.logsumexp(logits, axis=1)
         continues = state.remaining > 0
         stops = ops.any(token[:, None] == controls.stop_token_ids[None], axis=1)
+        # A row whose logits are not finite ends, so that the host can say so.
+        stops = ops.logical_or(stops, ops.isnan(log_prob))
         ended = ops.logical_or(stops, ops.logical_not(continues))
         return state._replace(
             tokens=write(state.tokens, ops.where(continues, token, NO_TOKEN)[:, None], state.slot),
@@ -272,10 +280,3 @@ def _int(x):
 
 def _float(x):
     return backend.as_argument(np.asarray(x, "float32"))
-
-
-def _pad_list(values):
-    """Return a list as an array, padded with `NO_TOKEN` to a multiple of `ID_BLOCK`."""
-    values = list(values)
-    length = -(-max(len(values), 1) // ID_BLOCK) * ID_BLOCK
-    return np.array(values + [NO_TOKEN] * (length - len(values)))

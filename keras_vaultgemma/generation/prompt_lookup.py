@@ -16,6 +16,7 @@ from keras_vaultgemma import backend
 from keras_vaultgemma.generation import sampling
 from keras_vaultgemma.generation.generator import Generator
 from keras_vaultgemma.generation.state import Generated
+from keras_vaultgemma.generation.validation import check_finite
 from keras_vaultgemma.layers.kv_cache import EMPTY
 
 DRAFT_LENGTH = 7
@@ -86,6 +87,7 @@ class PromptLookup:
         while True:
             stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), None)
             count = min(remaining, len(tokens) if stop is None else stop + 1)
+            check_finite(log_probs[:count])
             yield [tokens[:count]], [log_probs[:count]]
             text, remaining = text + tokens[:count], remaining - count
             if stop is not None or remaining == 0:

@@ -1,12 +1,12 @@
 """Conversion of prompts to rows of ids, and of rows of ids to the form of the prompts."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-from keras import ops
-
+from keras_vaultgemma.data.containers import as_list
 from keras_vaultgemma.data.text_inputs import apply_chat_template, as_chats, as_texts
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows, unpad_rows
+from keras_vaultgemma.generation.validation import id_rows, padded_arrays
 
 
 class Prompts(NamedTuple):
@@ -25,27 +25,27 @@ class Prompts(NamedTuple):
     length: int | None = None
 
 
-def read_prompts(inputs, preprocessor, vocabulary_size):
-    """Convert the inputs of `generate` to `Prompts`.
+def read_prompts(inputs, preprocessor, vocabulary_size, add_generation_prompt=True):
+    """Convert the inputs of `generate` or `score` to `Prompts`.
 
     Args:
         inputs: a string, a chat, a list of ids, or a batch of these.
         preprocessor: `VaultGemmaCausalLMPreprocessor`, or None if `inputs` are ids.
         vocabulary_size: int.
+        add_generation_prompt: bool. True if a chat ends with the start of the model's next turn.
+            Defaults to True.
 
     Raises:
         ValueError: If there are no prompts, a prompt is empty, an item is neither a string nor ids,
             an id is outside the vocabulary, or `inputs` are text and `preprocessor` is None.
     """
-    if isinstance(inputs, dict) and "token_ids" in inputs:
-        token_ids, mask = (
-            ops.convert_to_numpy(inputs[key]) for key in ("token_ids", "padding_mask")
-        )
+    inputs = inputs if isinstance(inputs, Mapping) else as_list(inputs)
+    ids = None if isinstance(inputs, Mapping) else id_rows(inputs)
+    if isinstance(inputs, Mapping):
+        token_ids, mask = padded_arrays(inputs)
         prompts = Prompts(unpad_rows(token_ids, mask), "padded", length=token_ids.shape[1])
-    elif _are_ids(inputs):
-        is_single = (inputs.ndim if hasattr(inputs, "ndim") else np.ndim(inputs[0]) + 1) == 1
-        rows = [list(map(int, row)) for row in ([inputs] if is_single else inputs)]
-        prompts = Prompts(rows, "ids", is_single)
+    elif ids is not None:
+        prompts = Prompts(ids[0], "ids", ids[1])
     elif preprocessor is None:
         raise ValueError(
             "`inputs` must be ids, {'token_ids', 'padding_mask'} or lists of ints, if "
@@ -53,7 +53,7 @@ def read_prompts(inputs, preprocessor, vocabulary_size):
         )
     elif as_chats(inputs)[0]:
         chats, is_single = as_chats(inputs)
-        texts = [apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        texts = [apply_chat_template(chat, add_generation_prompt) for chat in chats]
         prompts = Prompts(preprocessor.tokenize_prompts(texts), "chat", is_single)
     else:
         texts, is_single = as_texts(inputs)
@@ -98,15 +98,3 @@ def concatenate_rows(outputs):
     ]
     token_ids, padding_mask = pad_rows(rows, max(batch["token_ids"].shape[1] for batch in outputs))
     return {"token_ids": token_ids, "padding_mask": padding_mask}
-
-
-def _are_ids(inputs):
-    """True if `inputs` is a row of ints or a batch of rows, as lists or arrays."""
-    if hasattr(inputs, "dtype"):
-        return "int" in str(inputs.dtype) and inputs.ndim in (1, 2)
-    if not isinstance(inputs, (list, tuple)) or not len(inputs):
-        return False
-    first = inputs[0]
-    if isinstance(first, (list, tuple)) and len(first):
-        first = first[0]
-    return hasattr(first, "__index__") or (hasattr(first, "dtype") and "int" in str(first.dtype))

@@ -1,11 +1,10 @@
 """Requests: the arguments of `generate` as rows of ids and limits, and the form of its results."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
-from keras_vaultgemma._validation import check_integer, check_number
-from keras_vaultgemma.data.token_ids import check_ids, check_lengths
+from keras_vaultgemma.data.token_ids import check_lengths
+from keras_vaultgemma.generation import validation
 from keras_vaultgemma.generation.prompts import (
     Prompts,
     concatenate_rows,
@@ -13,7 +12,12 @@ from keras_vaultgemma.generation.prompts import (
     read_prompts,
 )
 from keras_vaultgemma.generation.state import Settings
-from keras_vaultgemma.generation.stream import TextStream, detokenizer, turn_end_stripper
+from keras_vaultgemma.generation.stream import (
+    TextStream,
+    detokenizer,
+    stop_finder,
+    turn_end_stripper,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,30 +36,17 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     min_p: float = 0.0
     logit_bias: dict | None = None
+    length_penalty: float | None = None
 
     def __post_init__(self):
-        if self.max_length is not None and self.max_new_tokens is not None:
-            raise ValueError(
-                "Only one of `max_length` and `max_new_tokens` can be given. Received: "
-                f"max_length={self.max_length} and max_new_tokens={self.max_new_tokens}"
-            )
-        check_integer("max_length", self.max_length, allow_none=True)
-        check_integer("max_new_tokens", self.max_new_tokens, allow_none=True)
-        check_integer("seed", self.seed, minimum=0, maximum=2**31 - 1, allow_none=True)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-        check_number("min_p", self.min_p, minimum=0, maximum=1)
-        for token, bias in (self.logit_bias or {}).items():
-            if not -math.inf <= bias < math.inf:
-                raise ValueError(
-                    "`logit_bias` must have numbers below infinity. Received: "
-                    f"{bias} for id {token}"
-                )
+        validation.check_options(self)
 
     def settings(self, vocabulary_size):
         """Return the `Settings` after a check of the ids in `logit_bias`."""
-        logit_bias = dict(self.logit_bias or {})
-        check_ids(list(logit_bias), vocabulary_size)
-        return Settings(self.seed, self.repetition_penalty, self.min_p, logit_bias)
+        logit_bias = validation.read_logit_bias(self.logit_bias, vocabulary_size)
+        return Settings(
+            self.seed, self.repetition_penalty, self.min_p, logit_bias, self.length_penalty
+        )
 
 
 class Request(NamedTuple):
@@ -117,7 +108,7 @@ def make_request(inputs, backbone, preprocessor, config):
         ValueError: If `inputs` or `config` do not fit the model.
     """
     settings = config.settings(backbone.vocabulary_size)
-    stop = _stop_strings(config.stop, preprocessor)
+    stop = validation.read_stop(config.stop, preprocessor)
     prompts = read_prompts(inputs, preprocessor, backbone.vocabulary_size)
     if config.max_new_tokens is not None:
         limits = [config.max_new_tokens] * len(prompts.rows)
@@ -132,7 +123,9 @@ def make_request(inputs, backbone, preprocessor, config):
         limits = [max_length - len(row) for row in prompts.rows]
     lengths = [len(row) + limit for row, limit in zip(prompts.rows, limits, strict=True)]
     backbone.warn_if_long(max(lengths))
-    stop_token_ids = _stop_ids(config.stop_token_ids, prompts.form, preprocessor)
+    stop_token_ids = validation.read_stop_ids(
+        config.stop_token_ids, preprocessor, prompts.form == "chat", backbone.vocabulary_size
+    )
     return Request(prompts, limits, stop_token_ids, stop, settings)
 
 
@@ -156,28 +149,26 @@ def complete(
         ValueError: If `log_probs` is True and the sampler has none.
     """
     prompts, detokenize = request.prompts, detokenizer(request, preprocessor)
-    texts = [TextStream(detokenize, request.stop) for _ in prompts.rows] if request.stop else None
-
-    def ends(i, tokens):
-        texts[i].push(tokens[len(texts[i].ids) :])
-        return texts[i].stopped
-
     tokens, probs, reasons = generator.generate(
         prompts.rows,
         request.limits,
         request.stop_token_ids,
         request.settings,
-        ends if texts else None,
+        stop_finder(request, preprocessor),
     )
     if log_probs and probs is None:
         raise ValueError("`return_log_probs` needs a sampler that chooses one token at a time")
     cut = [0] * len(tokens)
-    if texts:
-        ended = [ends(i, row) for i, row in enumerate(tokens)]
+    if request.stop:
+        texts = [TextStream(detokenize, request.stop) for _ in tokens]
+        for text, row in zip(texts, tokens, strict=True):
+            text.push(row)
         tokens = [
-            text.ids if end else row for text, row, end in zip(texts, tokens, ended, strict=True)
+            text.ids if text.stopped else row for text, row in zip(texts, tokens, strict=True)
         ]
-        reasons = ["stop" if end else reason for reason, end in zip(reasons, ended, strict=True)]
+        reasons = [
+            "stop" if text.stopped else reason for text, reason in zip(texts, reasons, strict=True)
+        ]
         cut = [len(detokenize(text.ids)) - len(text.text) if text.stopped else 0 for text in texts]
     stripped = list(map(turn_end_stripper(request, preprocessor), tokens))
     output = format_rows(prompts, stripped, strip_prompt, preprocessor, cut)
@@ -206,27 +197,3 @@ def concatenate(outputs):
         for parts in (probs, reasons)
     )
     return GenerationOutput(concatenate_rows(rows), *lists)
-
-
-def _stop_strings(stop, preprocessor):
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"`stop` must be non-empty strings. Received: stop={stop!r}")
-    if stop and preprocessor is None:
-        raise ValueError("`stop` needs a preprocessor; use `stop_token_ids` without one")
-    return stop
-
-
-def _stop_ids(stop_token_ids, form, preprocessor):
-    if not isinstance(stop_token_ids, str):
-        return () if stop_token_ids is None else tuple(map(int, stop_token_ids))
-    if stop_token_ids != "auto":
-        raise ValueError(
-            "`stop_token_ids` must be 'auto', None or a list of ids. Received: "
-            f"stop_token_ids={stop_token_ids!r}"
-        )
-    if preprocessor is None:
-        raise ValueError("`stop_token_ids='auto'` needs a preprocessor; pass None or a list of ids")
-    tokenizer = preprocessor.tokenizer
-    turn_ends = form == "chat" and tokenizer.end_of_turn_id is not None
-    return (tokenizer.end_token_id, *([tokenizer.end_of_turn_id] if turn_ends else []))

@@ -37,9 +37,6 @@ def rule_of(sampler):
 
     Returns:
         `Rule`, or None unless the sampler's class is exactly greedy, random, top-k or top-p.
-
-    Raises:
-        ValueError: If the temperature is not above 0.
     """
     greedy, *others = (
         getattr(keras_hub.samplers, f"{name}Sampler")
@@ -49,9 +46,6 @@ def rule_of(sampler):
     # Not `isinstance`, because subclasses may choose differently.
     if kind is not greedy and kind not in others:
         return None
-    # Not `<= 0`, so that NaN is rejected.
-    if not sampler.temperature > 0:
-        raise ValueError(f"`temperature` must be a number above 0. Received: {sampler.temperature}")
     if kind is greedy:
         return Rule("greedy")
     return Rule(

@@ -1,8 +1,8 @@
-"""Generation with samplers that run their own loop, such as beam and contrastive search.
+"""Generation with samplers that run their own loop, such as contrastive search.
 
 keras-hub's contract for them: slots and positions are equal, every row is processed again from the
-end of the shortest prompt, and each combination of lengths is compiled. This is correct and slower
-than `generator.py`.
+end of the shortest prompt, all rows end at one length, and each combination of lengths is compiled.
+So that a prompt gets the same text in every batch, they are called for one row after another.
 """
 
 import functools
@@ -15,8 +15,16 @@ from keras import ops
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.token_ids import pad_rows
 from keras_vaultgemma.generation.state import Generated, Settings
+from keras_vaultgemma.generation.validation import check_finite
 from keras_vaultgemma.layers import kv_cache
 from keras_vaultgemma.layers.attention import segment_positions
+
+LENGTH_BLOCK = 16
+"""Rows are padded to a multiple of this length, because each length compiles a function."""
+
+STOP_CHECK_INTERVAL = 32
+"""Number of tokens between two calls of a function that ends a row, before each of which the text
+is processed again."""
 
 
 class SearchGenerator:
@@ -42,7 +50,7 @@ class SearchGenerator:
         self._searches = {}
 
     def generate(self, rows, limits, stop_token_ids=(), settings=Settings(), ends=None):  # noqa: B008
-        """Continue each row of ids, like `Generator.generate`, without calling `ends`.
+        """Continue each row of ids, like `Generator.generate`.
 
         Raises:
             ValueError: If `settings` are not the defaults, because the sampler cannot apply them.
@@ -53,32 +61,42 @@ class SearchGenerator:
                 f"chooses one token at a time. Received: {settings} with "
                 f"{type(self.sampler).__name__}"
             )
-        if max(limits) <= 0:
-            return Generated([[] for _ in rows], None, ["length"] * len(rows))
-        total = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
-        token_ids, mask = pad_rows(rows, total)
         stop_token_ids = tuple(sorted(stop_token_ids))
+        ends_row = (lambda i, row: False) if ends is None else ends
+        interval = max(limits) if ends is None else STOP_CHECK_INTERVAL
+        tokens, reasons = [], []
+        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            new, stops = [], False
+            while len(new) < limit and not stops and not (new and ends_row(i, new)):
+                count = min(interval, limit - len(new))
+                new += self._continue([*row, *new], count, stop_token_ids, i)
+                stops = new[-1] in stop_token_ids
+            tokens.append(new)
+            reasons.append("stop" if stops else "length")
+        return Generated(tokens, None, reasons)
+
+    def _continue(self, row, count, stop_token_ids, number):
+        """Return up to `count` new tokens of one row, up to and including a stop id."""
+        length = -(-(len(row) + count) // LENGTH_BLOCK) * LENGTH_BLOCK
+        # keras-hub looks for stop ids in the padding, too.
+        size = self.model.backbone.vocabulary_size
+        pad_id = next((i for i in range(size) if i not in stop_token_ids), 0)
+        arrays = (*pad_rows([row], length, pad_id), len(row))
         if stop_token_ids not in self._searches:
             search = functools.partial(self._search, stop_token_ids=stop_token_ids or None)
             if not self._run_eagerly:
                 search = backend.compile_function(search, self.variables)
             self._searches[stop_token_ids] = search
-        seeds = [ops.convert_to_tensor(v) for v in self.sampler.variables]
-        arrays = (np.asarray(x, "int32") for x in (token_ids, mask, min(map(len, rows))))
-        tokens, seeds = self._searches[stop_token_ids](*map(backend.as_argument, arrays), seeds)
+        with backend.in_32_bits():
+            tokens, is_finite, seeds = self._searches[stop_token_ids](
+                *(backend.as_argument(np.asarray(x, "int32")) for x in arrays),
+                [ops.convert_to_tensor(v) for v in self.sampler.variables],
+            )
+        check_finite(0.0 if bool(is_finite) else np.nan, f"prompt {number}")
         for variable, value in zip(self.sampler.variables, seeds, strict=True):
             variable.assign(value)
-        tokens = ops.convert_to_numpy(tokens).tolist()
-        generated = [
-            cut_after_stop(found[len(row) : len(row) + limit], stop_token_ids)
-            for found, row, limit in zip(tokens, rows, limits, strict=True)
-        ]
-        reasons = ["stop" if row and row[-1] in stop_token_ids else "length" for row in generated]
-        return Generated(generated, None, reasons)
-
-    def stream(self, rows, limits, stop_token_ids=(), settings=Settings(), interval=None):  # noqa: B008
-        """Yield all tokens at once, because a search may revise them until its end."""
-        yield self.generate(rows, limits, stop_token_ids, settings).tokens, None
+        found = ops.convert_to_numpy(tokens)[0, len(row) :].tolist()
+        return cut_after_stop(found[:count], stop_token_ids)
 
     def _search(self, token_ids, padding_mask, index, seeds, stop_token_ids):
         backbone, variables = self.model.backbone, self.sampler.variables
@@ -87,9 +105,12 @@ class SearchGenerator:
         hidden_states, cache = backbone.walk(
             token_ids, segment_positions(padding_mask), cache=cache, start=0
         )
+        last = ops.take(hidden_states, index - 1, axis=1)
+        # Logits may be -inf, for ids that are never chosen.
+        is_finite = ops.all(ops.isfinite(ops.logsumexp(self.model.logits(last[:, None]), axis=-1)))
 
         def next_logits(prompt, cache, index):
-            token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
+            token = ops.take(prompt, index - 1, axis=1)[:, None]
             cache = kv_cache.merge_heads(cache)
             states, cache = backbone.walk(
                 token, ops.zeros_like(token) + index - 1, cache=cache, start=index - 1
@@ -112,7 +133,7 @@ class SearchGenerator:
                 model=self.model,
             )
             seeds = [scope.get_current_value(v) for v in variables]
-        return tokens, seeds
+        return tokens, is_finite, seeds
 
 
 def cut_after_stop(row, stop_token_ids):

@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from keras_vaultgemma.layers.kv_cache import KVCache
 
 NO_TOKEN = -1
 """Id that stands in `DecodeState.tokens` where a row has no token, and in padded lists of ids."""
+
+ID_BLOCK = 8
+"""Lists of ids are padded to a multiple of this length, because each length compiles a function."""
 
 
 class DecodeState(NamedTuple):
@@ -39,12 +44,15 @@ class Settings(NamedTuple):
         repetition_penalty: float. See `sampling.repetition_penalty`. 1.0 changes nothing.
         min_p: float. See `sampling.min_p`. 0.0 changes nothing.
         logit_bias: dict from ids to floats that are added to their logits.
+        length_penalty: float. Exponent of the length by which beam search divides the scores of
+            hypotheses. None for samplers without it, and for its default.
     """
 
     seed: int | None = None
     repetition_penalty: float = 1.0
     min_p: float = 0.0
     logit_bias: dict = {}  # noqa: RUF012 (never changed)
+    length_penalty: float | None = None
 
     @property
     def adjusts(self):
@@ -85,3 +93,10 @@ class Generated(NamedTuple):
     tokens: list
     log_probs: list | None
     finish_reasons: list
+
+
+def pad_list(values):
+    """Return a list as an array, padded with `NO_TOKEN` to a multiple of `ID_BLOCK`."""
+    values = list(values)
+    length = -(-max(len(values), 1) // ID_BLOCK) * ID_BLOCK
+    return np.array(values + [NO_TOKEN] * (length - len(values)))

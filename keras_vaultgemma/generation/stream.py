@@ -88,13 +88,17 @@ class Stream:
         self.finish_reason = None
         self._text = TextStream(detokenizer(request, preprocessor), request.stop)
         self._stop_token_ids = request.stop_token_ids
-        self._steps = generator.stream(
+        arguments = (
             request.prompts.rows,
             request.limits,
             request.stop_token_ids,
             request.settings,
-            interval=1,
         )
+        if hasattr(generator, "stream"):
+            self._steps = generator.stream(*arguments, interval=1)
+        else:  # a search may revise all tokens until its end
+            ends = stop_finder(request, preprocessor)
+            self._steps = (generator.generate(*arguments, ends)[:2] for _ in range(1))
         self._pieces = self._run()
 
     def __iter__(self):
@@ -142,3 +146,11 @@ def detokenizer(request, preprocessor):
     """Return a function from a generated row of ids to the text that the user is given."""
     strip = turn_end_stripper(request, preprocessor)
     return lambda row: preprocessor.detokenize([strip(row)])[0]
+
+
+def stop_finder(request, preprocessor):
+    """Return a function of a row's index and its new ids that finds a stop string; None without."""
+    if not request.stop:
+        return None
+    detokenize = detokenizer(request, preprocessor)
+    return lambda _, row: find_first(detokenize(row), request.stop) is not None

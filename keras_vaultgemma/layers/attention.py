@@ -60,9 +60,10 @@ def _same_segment(segments, start=None, length=None):
 
     The queries are `length` tokens from `start` on, or all tokens.
     """
-    queries = (
-        segments if start is None else ops.slice(segments, (0, start), (segments.shape[0], length))
-    )
+    if start is None:
+        queries = segments
+    else:  # `start * 0`, because JAX with 64-bit integers needs indices of one dtype
+        queries = ops.slice(segments, (start * 0, start), (segments.shape[0], length))
     return ops.equal(queries[:, :, None], segments[:, None, :])
 
 

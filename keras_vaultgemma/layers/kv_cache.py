@@ -53,6 +53,19 @@ def write(buffer, update, start):
     return backend.write_slice(buffer, ops.cast(update, buffer.dtype), start)
 
 
+def take_rows(cache, rows):
+    """Return a cache whose row i is row `rows[i]` of `cache`.
+
+    Args:
+        cache: `KVCache` of B rows.
+        rows: int32 [N].
+    """
+    heads = cache.keys[0].shape[0] // cache.positions.shape[0]
+    index = ops.reshape(rows[:, None] * heads + ops.arange(heads, dtype="int32"), (-1,))
+    keys, values = (tuple(ops.take(x, index, axis=0) for x in tensors) for tensors in cache[:2])
+    return KVCache(keys, values, ops.take(cache.positions, rows, axis=0))
+
+
 def split_heads(cache):
     """Return the cache with keys and values [B, K, S, H], for samplers that reorder rows."""
     return _reshape(cache, lambda shape: (cache.positions.shape[0], -1, *shape[1:]))

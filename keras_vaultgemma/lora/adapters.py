@@ -1,14 +1,17 @@
 """Adapters of a model: add, list, switch, remove, save and load."""
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import keras
 
 from keras_vaultgemma import backend
 from keras_vaultgemma._validation import check_integer, check_number
+from keras_vaultgemma.checkpoints import hubs, presets
 from keras_vaultgemma.lora import injection
-from keras_vaultgemma.lora.peft_format import Adapter, read_adapter, write_adapter
+from keras_vaultgemma.lora.adapter import Adapter
+from keras_vaultgemma.lora.peft_format import CONFIG, WEIGHTS, read_adapter, write_adapter
 from keras_vaultgemma.lora.state import (
     adapter_state,
     adapter_with_values,
@@ -197,11 +200,14 @@ def save_adapter(
             unchanged.
         name: string. Name of the adapter. Defaults to the active one.
         base_model: string. Name or folder of the Hugging Face checkpoint that the adapter's config
-            names as its base, or None.
+            names as its base. Defaults to the preset that the model was loaded from, if any.
 
     Raises:
         ValueError: If the model has no adapter of this name, or `folder` or one above it is a file.
         OSError: If the files cannot be written.
+
+    Warns:
+        UserWarning: If other weights than the adapter's are trainable, which are not saved.
 
     Example:
 
@@ -217,12 +223,30 @@ def save_adapter(
     name = state.active if name is None else name
     if name not in state.stored:
         raise ValueError(f"`name` must be one of {names(model)}. Received: name={name!r}")
+    _warn_of_trained_base(backbone)
+    revision = None
+    if base_model is None:
+        base_model, revision = presets.hugging_face_name(getattr(backbone, "preset", None))
     with backend.all_gathered(backbone.trainable_variables) as writes:
         if writes:
             adapter = adapter_with_values(backbone, name)
-            write_adapter(
-                folder, adapter, backbone.get_config(), base_model, backbone.privacy.ledger
-            )
+            ledger = backbone.privacy.ledger
+            write_adapter(folder, adapter, backbone.get_config(), base_model, ledger, revision)
+
+
+def _warn_of_trained_base(backbone):
+    layers = injection.adaptable_layers(backbone).values()
+    factors = {id(v) for layer in layers for v in layer.lora_factors}
+    paths = [v.path for v in backbone.trainable_weights if id(v) not in factors]
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warnings.warn(
+            "`save_adapter` saves the adapter alone, but other weights are trainable, too, and "
+            f"would be lost: {', '.join(paths[:3])}{more}. Save all of them with "
+            "`model.save_to_preset`, `model.save` or `model.save_weights`, or freeze them before "
+            "you train (`layer.trainable = False`).",
+            stacklevel=3,
+        )
 
 
 def load_adapter(model: keras.Model, folder: str | os.PathLike, name: str = "default") -> None:
@@ -233,13 +257,15 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike, name: str = "def
 
     Args:
         model: `VaultGemmaCausalLM` or `VaultGemmaBackbone`.
-        folder: string or path. Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: string or path. Folder with `adapter_config.json` and `adapter_model.safetensors`,
+            or `hf://org/name[@revision]`, a repository of Hugging Face with these files.
         name: string. Name of the adapter in this model. Defaults to "default".
 
     Raises:
         ValueError: If the name is taken, the active adapter is merged, the adapter belongs to a
             model of another shape (the message names the tensor and both shapes) or is not plain
             LoRA, or a file is missing, truncated or malformed. The model is then unchanged.
+        FileNotFoundError: If the repository is gated or cannot be downloaded.
 
     Example:
 
@@ -255,6 +281,8 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike, name: str = "def
     print(lora.active(model))  # tales
     ```
     """
+    if os.fspath(folder).startswith("hf://"):
+        folder = hubs.from_hugging_face(os.fspath(folder), [CONFIG, WEIGHTS, presets.LEDGER])
     adapter = read_adapter(folder, backbone_of(model).get_config())
     ledger = preset_ledger(folder)
     add_adapter(model, name, adapter)

@@ -1,5 +1,6 @@
 """The layers of a backbone that accept an adapter, and access to the adapter's variables."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -17,6 +18,14 @@ def adaptable_layers(backbone):
         layers += [getattr(block.attention, name) for name in ATTENTION]
         layers += [getattr(block, name) for name in MLP]
     return {layer.path: layer for layer in layers}
+
+
+def weight_layers(backbone):
+    """Return a list of all layers with weights of their own: the above and the norms."""
+    layers = list(adaptable_layers(backbone).values())
+    for block in backbone.transformer_layers:
+        layers += [block.attention_norm, block.mlp_norm]
+    return [*layers, backbone.final_norm]
 
 
 def match_targets(backbone, targets):
@@ -77,7 +86,10 @@ def create_factors(backbone, adapter):
             initializers = {"a_initializer": a, "b_initializer": b}
         layers[path].trainable = True
         layers[path].enable_lora(
-            adapter.rank, adapter.alpha, dropout=adapter.dropout, **initializers
+            adapter.rank_of(path),
+            adapter.alpha_of(path),
+            dropout=adapter.dropout,
+            **initializers,
         )
 
 
@@ -106,8 +118,21 @@ def remove_factors(backbone):
 def saved_values(layer):
     """Return `{key: array}` that Keras saves for a layer, in which its adapter is merged."""
     values = {}
-    layer.save_own_variables(values)
+    with saving_merged([layer]):
+        layer.save_own_variables(values)
     return {key: _copy(value) for key, value in values.items()}
+
+
+@contextlib.contextmanager
+def saving_merged(layers):
+    """Context in which layers save their matrix merged with the adapter instead of both."""
+    for layer in layers:
+        layer.saves_merged = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.saves_merged = False
 
 
 def _initializer(value):

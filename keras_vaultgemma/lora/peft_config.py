@@ -1,5 +1,6 @@
 """The `adapter_config.json` of PEFT: which values are supported, and which modules it targets."""
 
+import math
 import re
 import sys
 
@@ -9,6 +10,7 @@ PREFIX = "base_model.model."
 """Prefix of every module's name in PEFT's files."""
 
 SUPPORTED_FIELDS = {
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -30,9 +32,11 @@ SUPPORTED_FIELDS = {
     "peft_version",
     "qalora_group_size",
     "r",
+    "rank_pattern",
     "revision",
     "target_modules",
     "task_type",
+    "use_rslora",
 }
 """Fields that are read here, or do not change what a trained adapter computes."""
 
@@ -54,16 +58,57 @@ def _is_list_of(type_, value):
     return isinstance(value, list) and all(type(item) is type_ for item in value)
 
 
+def _is_rank(value):
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_alpha(value):
+    return _is_number(value) and 0 < value <= sys.float_info.max
+
+
+def _is_pattern(text):
+    """Return True if a regular expression from a stranger's file takes little time to match."""
+    is_short = re.fullmatch(r"[\w.^$|()\[\]\\*+?-]{1,200}", text)
+    is_costly = re.search(r"\)[*+?]|\(\?|\\[1-9]", text) or len(re.findall(r"[*+?]", text)) > 2
+    if not is_short or is_costly or text.count("|") > 8:
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _is_dict_of(is_legal, value):
+    return value is None or (
+        isinstance(value, dict)
+        and all(map(_is_pattern, value))
+        and all(map(is_legal, value.values()))
+    )
+
+
+PATTERNS = "null or an object from names, or expressions with at most two of * + ?, to "
+"""What `rank_pattern` and `alpha_pattern` must be."""
+
 LEGAL_VALUES = {
     "peft_type": ("'LORA'", lambda value: value == "LORA"),
     "r": (
         "an integer from 1 to 2147483647",
-        lambda value: type(value) is int and 0 < value < 2**31,
+        _is_rank,
     ),
     "lora_alpha": (
         "a finite number above 0",
-        lambda value: _is_number(value) and 0 < value <= sys.float_info.max,
+        _is_alpha,
     ),
+    "rank_pattern": (
+        f"{PATTERNS}integers above 0",
+        lambda value: _is_dict_of(_is_rank, value),
+    ),
+    "alpha_pattern": (
+        f"{PATTERNS}finite numbers above 0",
+        lambda value: _is_dict_of(_is_alpha, value),
+    ),
+    "use_rslora": ("true, false or null", lambda value: value in (True, False, None)),
     "lora_dropout": (
         "a number in [0, 1)",
         lambda value: _is_number(value) and 0 <= value < 1,
@@ -141,6 +186,28 @@ def is_target(module, config, tensors):
     if layers and module not in targets and not (layer and int(layer[1]) in layers):
         return False
     return _matches(module, targets) and not _matches(module, excluded)
+
+
+def rank_and_alpha(module, config):
+    """Return the rank r of a module and the alpha of the scale `alpha / r`.
+
+    Rank-stabilised LoRA has the scale `alpha / sqrt(r)`, which is that of another alpha.
+
+    Args:
+        module: string. Name of the module in Hugging Face's model.
+        config: dict that `read_config` returned.
+    """
+    rank = _first_match(module, config.get("rank_pattern"), config["r"])
+    alpha = _first_match(module, config.get("alpha_pattern"), config["lora_alpha"])
+    return rank, float(alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
+
+
+def _first_match(module, pattern, default):
+    """Return the value of the first expression that matches the end of a module's name."""
+    for expression, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({expression})$", module):
+            return value
+    return default
 
 
 def _matches(module, names):

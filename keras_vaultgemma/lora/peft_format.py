@@ -8,7 +8,6 @@ own, so that a file contains the embedding's factors twice.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,30 +17,20 @@ from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, LazyTensor
 from keras_vaultgemma.checkpoints.reader import check_shapes
 from keras_vaultgemma.checkpoints.safetensors_format import open_safetensors, write_safetensors
 from keras_vaultgemma.checkpoints.weight_map import Location
-from keras_vaultgemma.lora.peft_config import PREFIX, is_target, read_config, unsupported
+from keras_vaultgemma.lora.adapter import Adapter
+from keras_vaultgemma.lora.peft_config import (
+    PREFIX,
+    is_target,
+    rank_and_alpha,
+    read_config,
+    unsupported,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
-class Adapter(NamedTuple):
-    """An adapter in host memory.
-
-    Attributes:
-        rank: int. Rank r.
-        alpha: float. A layer computes `x W + alpha / rank * (x A) B`.
-        dropout: float. Fraction of the adapter's input that is dropped during training.
-        factors: dict. `{path of the layer: (A, B)}`, float32 NumPy arrays of shapes `[in, r]` and
-            `[r, out]`.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    factors: dict
-
-
-def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None):
+def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None, revision=None):
     """Write an adapter to a folder in PEFT's format. If writing fails, the folder is unchanged.
 
     Args:
@@ -51,6 +40,7 @@ def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None
         base_model: string. Name or folder of the Hugging Face checkpoint that PEFT loads the
             adapter onto, or None to leave it open.
         ledger: `privacy.ledger.Ledger` to write to the same folder, or None.
+        revision: string. Revision of `base_model`, or None.
 
     Raises:
         ValueError: If `folder` or a folder above it is a file.
@@ -65,23 +55,26 @@ def write_adapter(folder, adapter, hyperparameters, base_model=None, ledger=None
         (location, LazyTensor(value, Location("", value.shape, (0, 1)), value.shape))
         for path, weight in weights.items()
         for locations, value in zip(
-            _locations(weight, adapter.rank), adapter.factors[path], strict=True
+            _locations(weight, adapter.rank_of(path)), adapter.factors[path], strict=True
         )
         for location in locations
     ]
     modules = {location.name.removeprefix(PREFIX).partition(".lora_")[0] for location, _ in tensors}
     config = {
+        "alpha_pattern": _pattern(weights, adapter.alphas),
         "base_model_name_or_path": base_model,
         "bias": "none",
         "ensure_weight_tying": EMBEDDING in modules,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_alpha": _number(adapter.alpha),
         "lora_dropout": adapter.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.rank,
+        "rank_pattern": _pattern(weights, adapter.ranks),
+        "revision": revision,
         "target_modules": _target_modules(modules, weights.keys(), hyperparameters),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -121,7 +114,8 @@ def read_adapter(folder, hyperparameters):
         for path, weight in _matrices(hyperparameters).items()
         if is_target(_module(weight), config, tensors)
     }
-    locations = {path: _locations(weight, config["r"]) for path, weight in targets.items()}
+    scales = {path: _rank_and_alpha(folder, weight, config) for path, weight in targets.items()}
+    locations = {path: _locations(weight, scales[path][0]) for path, weight in targets.items()}
     expected = {
         location.name: location.shape
         for pair in locations.values()
@@ -135,15 +129,46 @@ def read_adapter(folder, hyperparameters):
     if not targets:
         legal = "names of layers that this model has"
         raise unsupported(folder / CONFIG, "target_modules", legal, config["target_modules"])
+    rank, alpha = rank_and_alpha("", {**config, "rank_pattern": None, "alpha_pattern": None})
     return Adapter(
-        config["r"],
-        float(config["lora_alpha"]),
+        rank,
+        alpha,
         float(config["lora_dropout"]),
         {
             path: tuple(_read_factor(folder, factor, tensors) for factor in pair)
             for path, pair in locations.items()
         },
+        {path: found[0] for path, found in scales.items() if found[0] != rank},
+        {path: found[1] for path, found in scales.items() if found[1] != alpha},
     )
+
+
+def _rank_and_alpha(folder, weight, config):
+    """Return rank and alpha of a layer, which embedding and head must share."""
+    found = rank_and_alpha(_module(weight), config)
+    if _module(weight) == EMBEDDING and rank_and_alpha(HEAD, config) != found:
+        raise unsupported(
+            folder / CONFIG,
+            "rank_pattern` and `alpha_pattern",
+            f"equal for {EMBEDDING} and {HEAD}, which are tied",
+            [config.get("rank_pattern"), config.get("alpha_pattern")],
+        )
+    return found
+
+
+def _pattern(weights, values):
+    """Return `{module: value}` for PEFT from `{path: value}`."""
+    modules = {}
+    for path, value in values.items():
+        modules[_module(weights[path])] = _number(value)
+        if _module(weights[path]) == EMBEDDING:
+            modules[HEAD] = _number(value)
+    return modules
+
+
+def _number(value):
+    """Return a number as an int if it is one."""
+    return int(value) if value == int(value) else value
 
 
 def _matrices(hyperparameters):

@@ -19,6 +19,10 @@ class AdapterState:
     """
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget all adapters."""
         self.stored, self.active, self.base_values = {}, None, None
 
     @property
@@ -78,7 +82,7 @@ def switch_adapter(model, name):
         state.stored[state.active] = injection.read_factors(backbone, old)
     if old is not None and new is not None and _fits_variables(new, old):
         injection.assign_factors(backbone, new)
-        state.stored[name] = _without_values(new)
+        state.stored[name] = new.without_values()
     else:
         injection.remove_factors(backbone)
         if new is not None:
@@ -91,7 +95,7 @@ def create_variables(backbone, name):
     """Create the layers' factor variables from the values of the stored adapter `name`."""
     stored = adapter_state(backbone).stored
     injection.create_factors(backbone, stored[name])
-    stored[name] = _without_values(stored[name])
+    stored[name] = stored[name].without_values()
 
 
 def adapter_with_values(backbone, name):
@@ -114,8 +118,4 @@ def forget_compiled_functions(model):
 
 def _fits_variables(new, old):
     """Return True if `new` has values and the variables that hold `old` can hold them."""
-    return None not in new.factors.values() and _without_values(new) == _without_values(old)
-
-
-def _without_values(adapter):
-    return adapter._replace(factors=dict.fromkeys(adapter.factors))
+    return None not in new.factors.values() and new.without_values() == old.without_values()

@@ -32,13 +32,22 @@ from keras_vaultgemma.layers.initializers import StoredValues
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
 from keras_vaultgemma.layers.rotary import RotaryAngles
+from keras_vaultgemma.models.cloning import LayerwiseCloning
 from keras_vaultgemma.models.lora_methods import LoraMethods
 from keras_vaultgemma.models.preset_io import BackboneIO
+from keras_vaultgemma.models.quantization import Quantization
 from keras_vaultgemma.models.sharding import LayoutMapMethod
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
-class VaultGemmaBackbone(BackboneIO, LoraMethods, LayoutMapMethod, keras_hub.models.Backbone):
+class VaultGemmaBackbone(
+    BackboneIO,
+    LoraMethods,
+    Quantization,
+    LayerwiseCloning,
+    LayoutMapMethod,
+    keras_hub.models.Backbone,
+):
     """VaultGemma without its language-model head.
 
     It maps `{"token_ids", "padding_mask"}`, int32 of shape `[B, T]` each, to hidden states of shape

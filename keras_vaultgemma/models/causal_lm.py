@@ -1,5 +1,6 @@
 """The causal language model: a head on the backbone, generation, training and scoring."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,25 +9,37 @@ import keras_hub
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.generation.generator import Generator
-from keras_vaultgemma.generation.prompt_lookup import PromptLookup
+from keras_vaultgemma._validation import check_known
 from keras_vaultgemma.generation.requests import (
     GenerationConfig,
     complete,
     concatenate,
     make_request,
 )
-from keras_vaultgemma.generation.search import SearchGenerator
+from keras_vaultgemma.generation.selection import find_generator, restore_sampler
 from keras_vaultgemma.generation.stream import Stream
+from keras_vaultgemma.generation.validation import check_no_unknown, check_outside_graph
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
+from keras_vaultgemma.models.cloning import LayerwiseCloning
+from keras_vaultgemma.models.compiled_functions import CompiledFunctions
+from keras_vaultgemma.models.pieces import check_piece_count, with_piece_logits
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.models.preset_io import CausalLMIO
+from keras_vaultgemma.models.quantization import Quantization
 from keras_vaultgemma.training.scoring import Scoring
 
 
 @keras.saving.register_keras_serializable(package="keras_vaultgemma")
-class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.CausalLM):
+class VaultGemmaCausalLM(
+    CausalLMIO,
+    Quantization,
+    LayerwiseCloning,
+    CompiledFunctions,
+    CausalLMTrainer,
+    Scoring,
+    keras_hub.models.CausalLM,
+):
     """VaultGemma with its language-model head, which is the transposed embedding.
 
     Called on `{"token_ids", "padding_mask"}`, int32 of shape `[B, T]` each, it returns logits,
@@ -58,6 +71,9 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         preprocessor: VaultGemmaCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ) -> None:
+        check_piece_count(preprocessor, backbone.vocabulary_size)
+        # Keras's functional models ignore arguments that they do not know.
+        check_known(type(self).__name__, kwargs, ("compile", "name", "trainable"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         outputs = self.logits(backbone(backbone.input))
@@ -92,6 +108,8 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         prompt_lookup: bool = False,
         return_log_probs: bool = False,
         return_finish_reason: bool = False,
+        length_penalty: float | None = None,
+        **unknown: Any,
     ) -> Any:
         """Continue prompts with the sampler given to `compile`.
 
@@ -132,6 +150,10 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
                 returns the same text sooner where the text repeats itself. Defaults to False.
             return_log_probs: bool. If True, return a `GenerationOutput` with log-probabilities.
             return_finish_reason: bool. If True, return a `GenerationOutput` with finish reasons.
+            length_penalty: float, for beam search. A hypothesis is scored by its log-probability
+                divided by its number of new tokens to this power. Defaults to 1, their mean; 0
+                compares sums.
+            **unknown: Rejected, with the name of what to use instead.
 
         Returns:
             A string, a list of strings, a list of ids or a dict of NumPy arrays, according to
@@ -140,8 +162,9 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
 
         Raises:
             ValueError: If there is no prompt, a prompt is longer than `max_length`, an item is not
-                a string, an id is outside the vocabulary, both lengths are given, or another
-                argument is out of its range.
+                a string, an id is outside the vocabulary, both lengths are given, another argument
+                or an attribute of the sampler is out of its range, or logits are not finite.
+            TypeError: If an argument is unknown, such as `temperature`, which the sampler has.
 
         Example:
 
@@ -153,6 +176,9 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
         texts = model.generate(["The fox said", "In the garden"], max_new_tokens=8, seed=7)
         ```
         """
+        if unknown:
+            check_no_unknown("generate", unknown, _names(self.generate))
+        check_outside_graph("generate", inputs)
         config = GenerationConfig(
             max_length=max_length,
             max_new_tokens=max_new_tokens,
@@ -162,6 +188,7 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
             repetition_penalty=repetition_penalty,
             min_p=min_p,
             logit_bias=logit_bias,
+            length_penalty=length_penalty,
         )
         output_options = (strip_prompt, return_log_probs, return_finish_reason)
 
@@ -169,9 +196,8 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
             request = make_request(inputs, self.backbone, self.preprocessor, config)
             if as_batch:
                 request = request._replace(prompts=request.prompts._replace(is_single=False))
-            return complete(
-                self._generator(prompt_lookup), request, self.preprocessor, *output_options
-            )
+            generator = self._generator(prompt_lookup, length_penalty)
+            return complete(generator, request, self.preprocessor, *output_options)
 
         if backend.is_tensorflow(inputs) and hasattr(inputs, "as_numpy_iterator"):
             return concatenate([generate(batch, True) for batch in inputs.as_numpy_iterator()])
@@ -193,15 +219,15 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
             max_length: int, as for `generate`.
             stop_token_ids: list of ints, None or "auto", as for `generate`.
             prompt_lookup: bool, as for `generate`.
-            **options: `max_new_tokens`, `stop`, `seed`, `repetition_penalty`, `min_p` and
-                `logit_bias`, as for `generate`.
+            **options: `max_new_tokens`, `stop`, `seed`, `repetition_penalty`, `min_p`,
+                `logit_bias` and `length_penalty`, as for `generate`.
 
         Returns:
             `Stream`, an iterator of strings. Joined, they are what
             `generate(..., strip_prompt=True)` returns.
 
         Raises:
-            ValueError: As `generate`, and if there is more than one prompt.
+            ValueError, TypeError: As `generate`, and if there is more than one prompt.
 
         Example:
 
@@ -213,20 +239,39 @@ class VaultGemmaCausalLM(CausalLMIO, CausalLMTrainer, Scoring, keras_hub.models.
             print(piece, end="", flush=True)
         ```
         """
+        known = list(dict.fromkeys([*_names(self.stream), *_names(GenerationConfig)]))
+        check_no_unknown("stream", {k: v for k, v in options.items() if k not in known}, known)
+        check_outside_graph("stream", inputs)
         config = GenerationConfig(max_length=max_length, stop_token_ids=stop_token_ids, **options)
         request = make_request(inputs, self.backbone, self.preprocessor, config)
         if not request.prompts.is_single or request.prompts.form not in ("text", "chat"):
             raise ValueError(
                 f"`inputs` of `stream` must be one string or one chat. Received: {inputs!r}"
             )
-        return Stream(self._generator(prompt_lookup), request, self.preprocessor)
+        generator = self._generator(prompt_lookup, config.length_penalty)
+        return Stream(generator, request, self.preprocessor)
 
-    def _generator(self, prompt_lookup=False):
-        """Return the compiled generator; a new one after variables were added or replaced."""
-        # Samplers that override `__call__`, such as beam search, have a decoding loop of their own.
-        has_own_loop = type(self.sampler).__call__ is not keras_hub.samplers.Sampler.__call__
-        kind = PromptLookup if prompt_lookup else SearchGenerator if has_own_loop else Generator
-        generator = self._generators.get(kind)
-        if generator is None or list(map(id, generator.variables)) != list(map(id, self.variables)):
-            self._generators[kind] = generator = kind(self, self.sampler, self.run_eagerly)
-        return generator
+    def _generator(self, prompt_lookup=False, length_penalty=None):
+        """Return the compiled generator for the sampler."""
+        model = with_piece_logits(self)
+        return find_generator(model, self._generators, prompt_lookup, length_penalty)
+
+    def get_config(self):
+        # In a dict of this name, which keras-hub leaves out of presets: a file of a whole model
+        # keeps its sampler, and a preset has none.
+        sampler = keras.saving.serialize_keras_object(self.sampler)
+        return {**super().get_config(), "compile_config": {"sampler": sampler}}
+
+    @classmethod
+    def from_config(cls, config):
+        compiled = config.get("compile_config", {})
+        model = super().from_config({k: v for k, v in config.items() if k != "compile_config"})
+        if compiled.get("sampler"):
+            model.sampler = restore_sampler(compiled["sampler"])
+        return model
+
+
+def _names(function):
+    """Return the names of the arguments of a function, without `**`."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

@@ -1,32 +1,37 @@
 """Training of the causal language model: compile, fit, evaluate and predict on text."""
 
-import functools
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_vaultgemma.data.fit_inputs import TruncationCounter, check_no_labels, prepare_fit_inputs
-from keras_vaultgemma.data.text_inputs import as_samples
+from keras_vaultgemma.data.containers import as_plain, is_stream
+from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
-from keras_vaultgemma.models.sharding import check_batches
 from keras_vaultgemma.models.trainer import Trainer
+from keras_vaultgemma.models.training_checks import TrainingChecks
+from keras_vaultgemma.models.training_data import TrainingData
 from keras_vaultgemma.privacy.dpsgd import DPSGD
 from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
-from keras_vaultgemma.training.loss import check_table
-from keras_vaultgemma.training.next_token import NextTokenSteps
+from keras_vaultgemma.training.accumulation import FlushAtEpochEnd
+from keras_vaultgemma.training.checkpoint import all_callbacks, resumes_version_0_1
+from keras_vaultgemma.training.next_token import (
+    NextTokenSteps,
+    label_weights,
+    mean_loss_of_logits,
+)
 
 
-class CausalLMTrainer(Trainer):
+class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
     """The part of `VaultGemmaCausalLM` that trains. It precedes keras-hub's `CausalLM`.
 
-    With the default loss, no logits are computed between the backbone and the loss. A loss or
-    metrics of the user's own get logits, as in Keras.
+    With the default loss, no logits are computed between the backbone and the loss. Losses,
+    metrics, steps and `compute_loss` of the user's own get logits, as in Keras.
     """
 
     def __init__(self, *args, **kwargs):
         self._generators = {}
-        self._had_keras_metrics = False
+        self._has_default_loss = self._had_keras_metrics = False
         super().__init__(*args, **kwargs)
 
     def compile(
@@ -47,10 +52,14 @@ class CausalLMTrainer(Trainer):
             loss: string or `keras.losses.Loss`. "auto", the default, is the cross-entropy of the
                 next token in nats, averaged over the tokens that count, and computed in chunks so
                 that logits of shape `[B, T, V]` never exist. (Keras's average also counts padding,
-                so that a text has another loss in a longer row.)
+                so that a text has another loss in a longer row.) The loss of an epoch, of
+                validation data and of batches that the optimizer accumulates
+                (`gradient_accumulation_steps`) is this mean over all their tokens, whatever the
+                batch size; what is accumulated when an epoch ends is applied then.
             weighted_metrics: list of metrics. "auto", the default, is the fraction of these tokens
                 that the model ranks first. Metrics of your own get logits, which then have to be
-                computed and stored, as with a loss of your own.
+                computed and stored, as with a loss of your own, or with `train_step`, `test_step`,
+                `compute_loss` or `compute_metrics` of a subclass.
             sampler: string or `keras_hub.samplers.Sampler`. Defaults to "greedy".
             gradient_checkpointing: bool. If True, save only each block's input for the backward
                 pass and recompute the rest: a fraction of the memory, for about a quarter more time
@@ -59,7 +68,8 @@ class CausalLMTrainer(Trainer):
                 False.
             privacy: `DPSGD`, which trains with differential privacy and states the guarantee, or
                 None. Defaults to None.
-            **kwargs: Other arguments of `keras.Model.compile`.
+            **kwargs: Other arguments of `keras.Model.compile`. On PyTorch, `jit_compile=True` does
+                not compile steps with the default loss, which take their gradients themselves.
 
         Raises:
             ValueError: If private training does not support the optimizer, a layer or a metric.
@@ -76,18 +86,23 @@ class CausalLMTrainer(Trainer):
         """
         is_auto = isinstance(loss, str) and loss == "auto"
         reports_accuracy = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
-        takes_logits = (
-            not is_auto
-            or kwargs.get("metrics")
-            or (weighted_metrics and not reports_accuracy)
-            or self._has_own_steps()
+        has_own_metrics = kwargs.get("metrics") or (weighted_metrics and not reports_accuracy)
+        takes_logits = bool(has_own_metrics) or self._overrides(
+            "train_step", "test_step", "compute_metrics"
         )
-        steps = None if takes_logits else NextTokenSteps(self, reports_accuracy)
-        if steps is not None:
-            # Without a loss, because Keras would trace the model once more to build it. None
-            # instead of [] would leave the metrics of an earlier `compile`.
-            loss, weighted_metrics = None, [] if self._had_keras_metrics else None
-        elif is_auto:
+        has_own_loss = not is_auto or self._overrides("compute_loss")
+        steps = None
+        if not has_own_loss and (privacy is None or not takes_logits):
+            steps = NextTokenSteps(
+                self, optimizer, reports_accuracy and not takes_logits, takes_logits
+            )
+        if steps is not None and not takes_logits:
+            # None instead of [] would leave the metrics of an earlier `compile`.
+            weighted_metrics = [] if self._had_keras_metrics else None
+        if is_auto:
+            # Keras would trace the model once more to build a loss, which private steps need.
+            loss = None
+        if is_auto and steps is None and privacy is not None:
             loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="mean_with_sample_weight"
             )
@@ -95,14 +110,17 @@ class CausalLMTrainer(Trainer):
             weighted_metrics = None  # the default metric's name does not say that it is unprotected
         options = dict(weighted_metrics=weighted_metrics, sampler=sampler, privacy=privacy)
         super().compile(optimizer, loss, steps=steps, **options, **kwargs)
-        self._had_keras_metrics = steps is None
+        self._has_default_loss = is_auto
+        # For a loss of the user's own, labels may mean something else, such as classes to ignore.
+        self._labels_are_ids = not has_own_loss and not self._overrides("train_step", "test_step")
+        self._had_keras_metrics = steps is None or takes_logits
         self.backbone.gradient_checkpointing = gradient_checkpointing
         self._generators = {}
 
-    def _has_own_steps(self):
-        """Return True if a subclass overrides how Keras trains, which is with logits."""
-        names = ("compute_loss", "compute_metrics", "train_step", "test_step")
-        return any(getattr(type(self), name) is not _METHODS[name] for name in names)
+    def _overrides(self, *names):
+        """Return True if one of these methods is a subclass's or was assigned to the instance."""
+        methods = {name: getattr(getattr(self, name), "__func__", None) for name in names}
+        return any(method is not _METHODS[name] for name, method in methods.items())
 
     def _make_private_training(self, settings):
         losses = RowLosses(self) if self._steps is None else NextTokenRowLosses(self)
@@ -110,18 +128,19 @@ class CausalLMTrainer(Trainer):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Return the loss for logits `y_pred`, like `keras.Model.compute_loss`."""
-        if self._steps is None:
+        if not self._has_default_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        added = sum(ops.sum(loss) for loss in self.losses)
-        return self._steps.loss_of_logits(y, y_pred, sample_weight) + added
+        sample_weight = label_weights(x, y, sample_weight)
+        if self.private_training is not None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        loss = mean_loss_of_logits(y, y_pred, sample_weight)
+        return loss + sum(ops.sum(added) for added in self.losses)
 
-    def preprocess_samples(self, x, y=None, sample_weight=None, truncations=None):
-        """Return `(x, y, sample_weight)` for raw samples. Samples that are ids pass unchanged."""
-        if self.preprocessor is None or (isinstance(x, dict) and "token_ids" in x):
-            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        check_no_labels(y, sample_weight)
-        # Not `Layer.__call__`, which inspects every string and wraps errors.
-        return self.preprocessor.call(x, truncations=truncations)
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Update the metrics with logits `y_pred`, like `keras.Model.compute_metrics`."""
+        if self._has_default_loss:
+            sample_weight = label_weights(x, y, sample_weight)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def fit(
         self,
@@ -141,8 +160,13 @@ class CausalLMTrainer(Trainer):
                 - strings;
                 - `{"prompts": strings, "responses": strings}`: the responses are trained on;
                 - chats, lists of `{"role", "content"}`: the model's messages are trained on;
-                - a `keras.utils.PyDataset`, generator or `tf.data.Dataset` of batches of one of
-                  these, or a `PackedDataset`;
+                - a column or table of these, such as a pandas or Hugging Face one or a list of
+                  rows, with the columns that `VaultGemmaCausalLMPreprocessor` names;
+                - a `keras.utils.PyDataset` of batches of one of these, or a `PackedDataset`;
+                - a stream of batches or single samples, such as a generator, a torch `DataLoader`
+                  (of chats with `collate_fn=list`), a Grain dataset or a `tf.data.Dataset`, in its
+                  own order. Without a length or `steps_per_epoch` it is read once more, to count
+                  its batches. Private training takes no streams;
                 - `{"token_ids", "padding_mask"}` with labels `y`, which may have any value where
                   `sample_weight` is 0.
             y: labels for token ids. The other forms have their own.
@@ -181,28 +205,25 @@ class CausalLMTrainer(Trainer):
         model.fit({"prompts": prompts, "responses": responses}, batch_size=2, verbose=0)
         ```
         """
-        self._check_trainable_dtypes()
-        self._check_default_loss()
+        self._begin_training(kwargs)
         with TruncationCounter() as truncations:
+            if self.preprocessor is not None:
+                x = as_plain(x)
             records = self._records(x)
             is_sampled = self.private_training is not None
+            steps = kwargs.get("steps_per_epoch")
             x, y, sample_weight = self._arrays(
-                x, y, sample_weight, batch_size, truncations, is_sampled
+                x, y, sample_weight, batch_size, truncations, is_sampled, steps
             )
-            rows = kwargs.get("validation_batch_size") or batch_size
-            if isinstance(validation_data, tuple):
-                validation_data = self._arrays(
-                    *validation_data, batch_size=rows, truncations=truncations
-                )
-            elif validation_data is not None:
-                x_val, y_val, weight_val = self._arrays(
-                    validation_data, batch_size=rows, truncations=truncations
-                )
-                validation_data = x_val if y_val is None else (x_val, y_val, weight_val)
+            if getattr(x, "is_stream", is_stream(x)) and not is_sampled:
+                kwargs["shuffle"] = False  # Keras would warn that it does not.
+            validation_data = self._validation_arrays(
+                validation_data,
+                kwargs.get("validation_batch_size") or batch_size,
+                truncations,
+                kwargs.get("validation_steps"),
+            )
             truncations.report()
-            if self.optimizer and not self.optimizer.built:
-                # TensorFlow traces a step that creates variables twice: a second for each block.
-                self.optimizer.build(self.trainable_variables)
             arguments = dict(
                 x=x,
                 y=y,
@@ -212,6 +233,8 @@ class CausalLMTrainer(Trainer):
                 groups=groups,
                 **kwargs,
             )
+            self._build_optimizer()
+            self._prepare_steps(arguments)
             return self._fit(arguments, records)
 
     def evaluate(
@@ -240,65 +263,47 @@ class CausalLMTrainer(Trainer):
         logs = model.evaluate(["The fox said no."], verbose=0, return_dict=True)
         ```
         """
-        self._check_default_loss()
+        self._begin_evaluation()
         with TruncationCounter() as truncations:
-            x, y, sample_weight = self._arrays(x, y, sample_weight, batch_size, truncations)
+            x, y, sample_weight = self._arrays(
+                x, y, sample_weight, batch_size, truncations, steps=kwargs.get("steps")
+            )
             options = dict(batch_size=batch_size, sample_weight=sample_weight, **kwargs)
             return keras.Model.evaluate(self, x=x, y=y, **options)
 
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Return logits, float32 of shape `[B, T, V]`, for data of the forms that `fit` takes."""
-        x, _, _ = self._arrays(x, batch_size=batch_size)
+        x = self._predict_inputs(x, batch_size, kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _arrays(
-        self, x, y=None, sample_weight=None, batch_size=None, truncations=None, is_sampled=False
-    ):
-        """Preprocess and check data for Keras. Of sampled rows, a batch may have any number."""
-        preprocess = None
-        if self.preprocessor is not None:
-            preprocess = functools.partial(self.preprocess_samples, truncations=truncations)
-        # For a loss of the user's own, labels may mean something else, such as classes to ignore.
-        size, labels_are_ids = self.backbone.vocabulary_size, self._steps is not None
-        data = prepare_fit_inputs(x, y, sample_weight, preprocess, size, labels_are_ids)
-        if not is_sampled:
-            check_batches(data[0], batch_size)
-        return data
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        """Train on one batch, like `keras.Model.train_on_batch`, of the forms that `fit` takes."""
+        self._begin_training(kwargs)
+        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        self._build_optimizer()
+        return super().train_on_batch(x, y, sample_weight, **kwargs)
 
-    def _records(self, x):
-        """Return the training examples as the user gave them, by which private training recognises
-        a dataset; None for token ids and streams."""
-        is_stream = hasattr(x, "__next__") or hasattr(x, "cardinality")
-        if self.private_training is None or self.preprocessor is None or is_stream:
-            return None
-        batches = [x]
-        if isinstance(x, keras.utils.PyDataset):
-            batches = (x[i] for i in range(x.num_batches or 0))
-            batches = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
-        records = []
-        for batch in batches:
-            if isinstance(batch, dict) and "token_ids" in batch:
-                return None
-            records += ["\0".join(parts) for parts in as_samples(batch)[0]]
-        return records
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """Evaluate one batch, like `keras.Model.test_on_batch`, of the forms that `fit` takes."""
+        self._begin_evaluation()
+        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        return super().test_on_batch(x, y, sample_weight, **kwargs)
 
-    def _check_default_loss(self):
-        # Before Keras begins, because on JAX an error inside its step leaves the model without
-        # values.
-        if self._steps is not None:
-            check_table(self.backbone.token_embedding)
-
-    def _check_trainable_dtypes(self):
-        for variable in self.trainable_variables:
-            if variable.dtype in ("bfloat16", "float16"):
-                raise ValueError(
-                    "`fit` needs float32 weights to train, because Keras's Adam does not move "
-                    '16-bit ones at all: load the model with dtype="mixed_bfloat16" or '
-                    'dtype="float32", or call `backbone.enable_lora`, whose factors are float32. '
-                    f"Received: {variable.path} of dtype {variable.dtype}"
-                )
+    def _prepare_steps(self, arguments):
+        """Get the steps ready for a `fit`, whose dict of arguments may get one more callback."""
+        if self._steps is None or self.private_training is not None:
+            return
+        if resumes_version_0_1(arguments):
+            self._steps.weigh_rows()
+            self.train_function = self.test_function = None
+        if self._steps.accumulation is not None:
+            flush = FlushAtEpochEnd(self._steps.accumulation)
+            arguments["callbacks"] = [flush, *all_callbacks(arguments)]
 
 
 _METHODS = {
-    name: getattr(CausalLMTrainer, name) for name in ("compute_loss", "train_step", "test_step")
-} | {"compute_metrics": keras.Model.compute_metrics}
+    name: getattr(CausalLMTrainer, name)
+    for name in ("compute_loss", "compute_metrics", "train_step", "test_step")
+}

@@ -1,13 +1,17 @@
 """Strings to padded token ids and next-token labels, as NumPy arrays on every backend."""
 
 import itertools
+from typing import Any
 
 import keras
 import keras_hub
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.text_inputs import as_samples, as_texts
+from keras_vaultgemma._validation import check_choice
+from keras_vaultgemma.data.containers import as_plain
+from keras_vaultgemma.data.text_inputs import TURN_END, TURN_START, as_samples, as_texts
 from keras_vaultgemma.data.token_ids import check_lengths, pad_rows, unpad_rows
+from keras_vaultgemma.data.truncation import TRUNCATE, TurnMarkers, fit_parts
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.preset_io import PreprocessorIO
 from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
@@ -23,16 +27,26 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
     - a string, or a list or array of strings: every token is trained on;
     - `{"prompts": strings, "responses": strings}`: the responses and their `<eos>` are trained on;
     - a chat, which is a list of `{"role", "content"}`, or a list of chats: the model's turns and
-      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`.
+      their `<end_of_turn>` are trained on. A chat ends there, without `<eos>`;
+    - a pandas or polars `DataFrame` or `Series`, an Arrow table, a Hugging Face `Dataset` or
+      `Column`, a dict of columns, or a list of rows. Columns are "text", "messages" (chats), or
+      "prompt" and "completion" or "response", which are strings or messages.
 
-    The first two kinds also work inside `tf.data.Dataset.map`. A text that is truncated gets no
-    `<eos>`, because it does not end there.
+    Strings and pairs also work inside `tf.data.Dataset.map`. A text that is truncated gets no
+    `<eos>`, because it does not end there. Of pairs and chats that are longer than a row, what
+    precedes the last answer is cut, because nothing can be learned from a row without its answer.
+    An answer that is longer than a row by itself is truncated like a text, after at most half a row
+    of its prompt.
 
     Args:
         tokenizer: `VaultGemmaTokenizer`.
         sequence_length: int. Length T of padded rows. Defaults to 1,024.
         add_start_token: bool. If True, training rows begin with `<bos>`. Defaults to True.
         add_end_token: bool. If True, training rows end with `<eos>`. Defaults to True.
+        truncate: string. Where to cut pairs and chats that are longer than a row: "prompt_start",
+            the beginning of the prompt; "prompt_end", its end; or "row_end", the end of the row,
+            with which answers are lost. Turn markers of a chat are kept; its first turns are left
+            out before the prompt of its last answer is cut. Defaults to "prompt_start".
 
     Call returns:
         Tuple `(x, y, sample_weight)`: `x = {"token_ids", "padding_mask"}`, and all arrays int32 of
@@ -58,6 +72,27 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
     backbone_cls = VaultGemmaBackbone
     tokenizer_cls = VaultGemmaTokenizer
 
+    def __init__(
+        self,
+        tokenizer: VaultGemmaTokenizer,
+        sequence_length: int = 1024,
+        add_start_token: bool = True,
+        add_end_token: bool = True,
+        truncate: str = "prompt_start",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("truncate", truncate, TRUNCATE)
+        super().__init__(tokenizer, sequence_length, add_start_token, add_end_token, **kwargs)
+        self.truncate = truncate
+
+    @classmethod
+    def from_config(cls, config):
+        # Version 0.1.0 saved no `truncate` and cut the end of a row.
+        return super().from_config({"truncate": "row_end", **config})
+
+    def get_config(self):
+        return {**super().get_config(), "truncate": self.truncate}
+
     def build(self, input_shape=None):
         self.built = True
 
@@ -72,6 +107,7 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
             truncations: `TruncationCounter` that counts truncated rows, or None.
         """
         length = sequence_length or self.sequence_length
+        x = as_plain(x)
         texts = x.get("prompts") if isinstance(x, dict) else x
         if backend.is_symbolic_tensorflow(texts):
             token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(
@@ -91,23 +127,38 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
     def _pack_for_training(self, x, length, truncations):
         samples, has_end, is_single = as_samples(x)
         start, end = self.special_ids
-        end = end if has_end else []
-        pieces = iter(self.tokenizer.tokenize([part for parts in samples for part in parts]))
-        rows, trained = [], []
-        for parts in samples:
-            row, is_trained = [*start], [0] * len(start)
-            for i, piece in enumerate(itertools.islice(pieces, len(parts))):
-                row += piece
-                is_trained += [i % 2] * len(piece)
-            rows.append(row + end)
-            trained.append(is_trained + [1] * len(end))
+        # Chats end with `<end_of_turn>`.
+        end, markers = (end, None) if has_end else ([], self._turn_markers())
         # One token more than the length, because the last one is only a label.
+        room = length + 1 - len(start) - len(end)
+        pieces = iter(self.tokenizer.tokenize([part for parts in samples for part in parts]))
+        whole, rows, trained = [], [], []
+        for sample in samples:
+            parts = list(itertools.islice(pieces, len(sample)))
+            whole.append([*start, *itertools.chain(*parts), *end])
+            if self.truncate != "row_end":
+                parts = fit_parts(parts, room, self.truncate == "prompt_start", markers)
+            rows.append([*start, *itertools.chain(*parts), *end])
+            is_trained = (itertools.repeat(i % 2, len(part)) for i, part in enumerate(parts))
+            trained.append([0] * len(start) + [*itertools.chain(*is_trained)] + [1] * len(end))
         token_ids, mask = pad_rows(rows, length + 1, self.tokenizer.pad_token_id)
         weights, _ = pad_rows(trained, length + 1)
         if truncations is not None:
-            truncations.count(rows, weights[:, 1:])
+            truncations.count(whole, weights[:, 1:])
         arrays = [token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], weights[:, 1:]]
         return [array[0] for array in arrays] if is_single else arrays
+
+    def _turn_markers(self):
+        """Return the `TurnMarkers` of chats, in tokens."""
+        return TurnMarkers(
+            *self.tokenizer.tokenize(
+                [
+                    f"{TURN_START}user\n",
+                    f"\n{TURN_START}user\n",
+                    f"{TURN_END}\n{TURN_START}model\n",
+                ]
+            )
+        )
 
     @property
     def special_ids(self):

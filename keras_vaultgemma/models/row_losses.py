@@ -7,6 +7,7 @@ from keras import ops
 from keras_vaultgemma import backend
 from keras_vaultgemma.privacy.train_step import RowLosses
 from keras_vaultgemma.training.loss import cross_entropy, head_terms
+from keras_vaultgemma.training.next_token import label_weights
 from keras_vaultgemma.training.scoring import token_losses
 
 MICROBATCH_TOKENS = 1024
@@ -29,9 +30,8 @@ class NextTokenRowLosses(RowLosses):
         backbone = self.model.backbone
         if backbone.token_embedding.lora_enabled:
             return False
-        return {id(v) for v in self.model.trainable_variables} <= {
-            id(v) for v in backbone.variables
-        }
+        known = {id(v) for v in backbone.variables}
+        return all(id(v) in known for v in self.model.trainable_variables)
 
     @property
     def takes_user_variables(self):
@@ -50,7 +50,7 @@ class NextTokenRowLosses(RowLosses):
         return self.user_losses(ops.ones((y.shape[0], 1), "bool"), x, y, sample_weight)
 
     def user_losses(self, is_drawn, x, y=None, sample_weight=None):
-        users = is_drawn.shape[0]
+        users, sample_weight = is_drawn.shape[0], label_weights(x, y, sample_weight)
         weights = ops.cast(ops.reshape(is_drawn, (-1, 1)), "float32")
         if sample_weight is not None:
             sample_weight = ops.cast(sample_weight, "float32")

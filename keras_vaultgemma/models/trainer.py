@@ -8,6 +8,7 @@ from keras_vaultgemma.privacy.fit import plain_fit, private_fit
 from keras_vaultgemma.privacy.ledger_writer import PrivacyRecord
 from keras_vaultgemma.privacy.train_step import PrivateTraining
 from keras_vaultgemma.training.checkpoint import resumable
+from keras_vaultgemma.training.optimizers import constants
 
 
 class Trainer:
@@ -18,6 +19,7 @@ class Trainer:
 
     Attributes:
         private_training: `PrivateTraining` if the model is compiled with `privacy`, else None.
+        optimizer_constants: dict. Hyperparameters of the optimizer at `compile`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -38,8 +40,9 @@ class Trainer:
         Args:
             privacy: `DPSGD`, which states the guarantee, or None to train without privacy. Defaults
                 to None.
-            steps: object that replaces Keras's training and test step. It has `train(data)` and
-                `test(data)`, which return logs, `results()` and `metrics`. Defaults to None.
+            steps: object that replaces Keras's training and test step, such as `NextTokenSteps`. It
+                has `train(data)` and `test(data)`, which return logs, `results()`, `metrics`,
+                `accumulation` and `takes_logits`. Defaults to None.
 
         Raises:
             ValueError: If private training does not support the optimizer, a layer or a metric.
@@ -54,6 +57,8 @@ class Trainer:
             self.compiled = False  # or `fit` would run half-configured, past the failed check
             raise
         self._steps = steps
+        # As the script sets them: callbacks and checkpoints change the learning rate.
+        self.optimizer_constants = constants(self.optimizer) if self.optimizer else {}
         if privacy is not None:
             self.private_training = self._make_private_training(privacy)
             self.private_training.compiled_metrics = metrics
@@ -68,11 +73,13 @@ class Trainer:
         return [*super().metrics, *own]
 
     def get_metrics_result(self):
-        if self._steps is not None:
+        if self._steps is not None and not self._steps.takes_logits:
             return self._steps.results()
         # The metrics of private steps are reported by these steps alone.
-        private = self.private_training.metrics if self.private_training is not None else []
-        names = {metric.name for metric in private}
+        hidden = [] if self.private_training is None else [*self.private_training.metrics]
+        if self._steps is not None and self._steps.accumulation is not None:
+            hidden.append(self._steps.accumulation.labels)
+        names = {metric.name for metric in hidden}
         results = super().get_metrics_result()
         return {name: value for name, value in results.items() if name not in names}
 

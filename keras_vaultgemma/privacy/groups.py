@@ -10,6 +10,7 @@ import numbers
 
 import numpy as np
 
+from keras_vaultgemma.data.containers import as_list
 from keras_vaultgemma.privacy.fingerprint import fingerprint
 from keras_vaultgemma.privacy.sampling import random_bits
 
@@ -86,7 +87,7 @@ def group_labels(groups, count):
     take two users for one protects both; to take one user for two would not.
 
     Args:
-        groups: list, array or tensor of strings or integers, of length N.
+        groups: list, array, tensor or column of strings or integers, of length N.
         count: int. N, the number of rows.
 
     Returns:
@@ -104,8 +105,7 @@ def group_labels(groups, count):
     assert group_labels([7, "7 ", "8"], count=3) == ["7", "7", "8"]
     ```
     """
-    if hasattr(groups, "numpy") and not hasattr(groups, "tolist"):  # TensorFlow
-        groups = groups.numpy()
+    groups = as_list(groups)
     groups = groups.tolist() if hasattr(groups, "tolist") else groups
     if not isinstance(groups, (list, tuple)):
         raise ValueError(

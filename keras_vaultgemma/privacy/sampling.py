@@ -223,7 +223,8 @@ def _as_arrays(*parts):
         if not hasattr(x, "shape"):
             raise ValueError(
                 "Private training draws its rows one by one: data must be strings, arrays or a "
-                f"`keras.utils.PyDataset`. Received: {type(x).__name__}"
+                "`keras.utils.PyDataset`, or a table of strings. Read a stream into a list of "
+                f"rows first. Received: {type(x).__name__}"
             )
         return np.asarray(keras.ops.convert_to_numpy(x))
 

@@ -4,30 +4,42 @@ import json
 import os
 import re
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from keras_vaultgemma._files import new_folder
+from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma._validation import check_choice
 from keras_vaultgemma.checkpoints import presets, weight_map
+from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, widest
 from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
-from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
+from keras_vaultgemma.checkpoints.reader import KerasOnly, format_of, open_values
 from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
 from keras_vaultgemma.checkpoints.writers import (
+    TEXT_FILES,
+    copy_text_files,
     write_hugging_face_config,
     write_keras_config,
     write_keras_weights,
 )
+from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
+from keras_vaultgemma.recipes.sources import Source, find_source, merged_preset
 from keras_vaultgemma.recipes.verification import verify_conversion
 
 FORMATS = ("keras", "hf")
 SHARD_SIZE = "5GB"
+READ = {
+    "keras": {*presets.FILES["vocabulary"], "preprocessor.json", presets.LEDGER},
+    "hf": {*presets.FILES["vocabulary"], *TEXT_FILES, "model.safetensors", presets.LEDGER},
+}
+"""Files that loaders of a format take for a part of the model next to them."""
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -46,8 +58,11 @@ def convert(
     Args:
         source: string or path. A Hugging Face checkpoint, a keras-hub `GemmaBackbone` preset or a
             Keras preset of this package, as a folder, a handle (`hf://`, `kaggle://`) or the name
-            of a bundled preset. A preset that was saved with LoRA holds the merged weights.
-        target: string or path. Folder to write. It appears complete at the end, or not at all.
+            of a bundled preset. A preset that was saved with LoRA holds the merged weights. Also
+            the folder of an adapter that names its base, or one that `finetune` wrote: the adapter
+            is merged, for which the whole model is in memory.
+        target: string or path. Folder to write. It appears complete at the end, or not at all. One
+            conversion at a time writes to it.
         to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
             that transformers loads. Defaults to "keras".
         dtype: string. "float32", "bfloat16" or "float16". Defaults to the dtype of the source, or
@@ -57,8 +72,9 @@ def convert(
         verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
             the logits of transformers and this package where transformers and torch are installed.
             Defaults to `False`.
-        overwrite: bool. If True, replace the model in an existing `target`. Other files in it are
-            left unchanged. Defaults to `False`.
+        overwrite: bool. If True, replace the model in an existing `target`. Of its other files,
+            only those are deleted that an earlier conversion lists in metadata.json. Defaults to
+            `False`.
         progress: bool. If True, show a progress bar on standard error if that is a terminal.
             Defaults to `True`.
 
@@ -66,10 +82,15 @@ def convert(
         Dict. The content of the new metadata.json.
 
     Raises:
-        FileExistsError: If `target` exists and `overwrite` is False.
+        FileExistsError: If `target` exists and `overwrite` is False, or another process is
+            writing it.
         FileNotFoundError: If the weights of `source` do not exist or cannot be downloaded.
         ValueError: If an argument is out of its range, the source is malformed, quantized or in
-            several files of Keras, a value does not fit into `dtype`, or verification fails.
+            several files of Keras, a value does not fit into `dtype`, verification fails, or
+            `target` has files that would become a part of the new model.
+
+    Warns:
+        UserWarning: If the source has no vocabulary, because the target then has none either.
 
     Example:
 
@@ -81,12 +102,29 @@ def convert(
     ```
     """
     _check_arguments(to, dtype, shard_size)
-    folder = presets.find(source)
-    _check_target(folder, target, overwrite)
+    options = dict(
+        to=to, shard_size=shard_size, verify=verify, overwrite=overwrite, progress=progress
+    )
+    source, adapter = find_source(source)
+    target = os.path.expanduser(target)
+    if adapter is None:
+        folder = presets.find(source)
+        _check_target(folder, target, overwrite)
+        return _convert(source, folder, target, dtype, **options)
+    _check_target(Path(adapter), target, overwrite)
+    own = own_dtype(presets.find(source, "config"))
+    dtype = dtype or (own if own in DTYPES else None)
+    with merged_preset(Source(source, adapter), target) as folder:
+        return _convert(source, folder, target, dtype, **options, adapter=adapter)
+
+
+def _convert(
+    source, folder, target, dtype, to, shard_size, verify, overwrite, progress, adapter=None
+):
+    """Convert the folder that `source` stands for, with `adapter` merged; see `convert`."""
     hyperparameters, values = _open(folder)
     new_dtype = DTYPES[dtype] if dtype else widest(value.dtype for value in values.values())
-    vocabulary = presets.file(folder, "vocabulary")
-    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset(folder) if vocabulary else None
+    preprocessor = _open_vocabulary(source, folder, hyperparameters)
     weights = weight_map.weight_map(hyperparameters)
     parameter_count = sum(weight.size for weight in weights)
 
@@ -95,10 +133,12 @@ def convert(
     source_size = sum(path.stat().st_size for path in model_files(folder))
     total = source_size + (3 if verify else 2) * parameter_count * new_dtype.itemsize
     with (
-        new_folder(target) as new,
+        new_folder(target, exclusive=True) as new,
         _progress_bar(total, progress) as bar,
         ThreadPoolExecutor(1) as executor,
     ):
+        # Again, because another process may have written it in the meantime.
+        _check_target(folder, target, overwrite)
         # In a thread, because hashing releases the interpreter lock and takes about as long as
         # everything else together.
         source_digests = executor.submit(digests, folder, bar.update)
@@ -106,7 +146,11 @@ def convert(
             write_keras_config(new, hyperparameters, new_dtype, preprocessor)
             write_keras_weights(new, hyperparameters, values, new_dtype, bar.update)
         else:
+            is_hugging_face = format_of(folder) == weight_map.HUGGING_FACE
+            vocabulary = None if is_hugging_face else presets.file(folder, "vocabulary")
             write_hugging_face_config(new, hyperparameters, new_dtype, preprocessor, vocabulary)
+            if is_hugging_face:
+                copy_text_files(folder, new)
             tensors = [
                 (weight.locations[weight_map.HUGGING_FACE], values[weight.path])
                 for weight in weights
@@ -117,17 +161,20 @@ def convert(
         if verify:
             verify_conversion(folder, new, new_dtype, bar.update)
         metadata = new_metadata(source, folder, source_digests.result(), parameter_count, new_dtype)
+        if adapter is not None:
+            metadata["source"]["adapter"] = dict(
+                name=Path(adapter).resolve().name, files=digests(adapter)
+            )
         training = _copy_ledger(folder, new)
-        card = model_card(to, metadata, hyperparameters, vocabulary is not None, training)
+        card = model_card(to, metadata, hyperparameters, preprocessor is not None, training)
         (new / "README.md").write_text(card, encoding="utf-8")
         metadata["files"] = digests(new, bar.update)
         (new / presets.METADATA).write_text(
             json.dumps(metadata, indent=4, ensure_ascii=False), encoding="utf-8"
         )
-        written = {path.relative_to(new) for path in model_files(new)}
-    for path in model_files(target):  # Files of an overwritten model that the new one lacks.
-        if path.relative_to(target) not in written:
-            path.unlink()
+        old = _old_files(Path(target), to, written=model_files(new, as_names=True))
+    for path in old:
+        path.unlink()
     return metadata
 
 
@@ -195,6 +242,39 @@ def _check_target(folder, target, overwrite):
         raise ValueError(
             f"{target} has no {presets.CONFIG}, so it holds no model and is not overwritten"
         )
+
+
+def _old_files(target, to, written):
+    """Return the files that an earlier conversion lists and the new one does not write.
+
+    Raises:
+        ValueError: If another such file would become a part of the new model.
+    """
+    path = target / presets.METADATA
+    listed = read_json(path).get("files") if path.is_file() else {}
+    rest = model_files(target, as_names=True) - written if target.is_dir() else set()
+    old = rest & {*(listed if isinstance(listed, dict) else {})}
+    others = sorted((rest - old) & READ[to])
+    if others:
+        raise ValueError(
+            f"{target} has {', '.join(others)}, which would become a part of the new model, and "
+            "which no conversion lists in its metadata.json. Move it away, or choose another target"
+        )
+    return [target / name for name in old]
+
+
+def _open_vocabulary(source, folder, hyperparameters):
+    """Return the preprocessor of a source. Warn and return None if it has no vocabulary."""
+    if presets.file(folder, "vocabulary") is None:
+        warnings.warn(
+            f"{source} has no vocabulary ({', '.join(presets.FILES['vocabulary'])}), so the "
+            "converted model works on token ids only (`preprocessor=None`)",
+            stacklevel=3,
+        )
+        return None
+    preprocessor = VaultGemmaCausalLMPreprocessor.from_preset(folder)
+    check_piece_count(preprocessor, hyperparameters["vocabulary_size"])
+    return preprocessor
 
 
 def _open(folder):

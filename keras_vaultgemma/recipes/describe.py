@@ -4,27 +4,41 @@ import contextlib
 import os
 import textwrap
 from collections import Counter
+from pathlib import Path
 
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma.checkpoints import presets, weight_map
 from keras_vaultgemma.checkpoints.config import read_config
+from keras_vaultgemma.checkpoints.dtypes import own_dtype, quantization_modes
+from keras_vaultgemma.checkpoints.metadata import model_files
+from keras_vaultgemma.checkpoints.reader import format_of
 from keras_vaultgemma.data.text_inputs import TURN_END, TURN_START
+from keras_vaultgemma.lora import peft_format
 from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
 from keras_vaultgemma.privacy.accounting import SEEDED
 from keras_vaultgemma.privacy.ledger import preset_ledger
+from keras_vaultgemma.recipes.sources import find_source
+
+FORMATS = {
+    weight_map.KERAS: "Keras preset",
+    weight_map.HUGGING_FACE: "Hugging Face",
+    weight_map.KERAS_HUB: "keras-hub GemmaBackbone preset",
+}
+"""Words for the formats of `weight_map`."""
 
 WIDTH, LABEL = 100, 26
 """Columns of a description, and of the labels in it."""
 
 
 def describe(preset: str | os.PathLike) -> str:
-    """Describe the architecture, parameters, tokenizer and privacy of a preset.
+    """Describe the files, architecture, parameters, tokenizer and privacy of a preset.
 
     Reads small files only; no weights are downloaded.
 
     Args:
         preset: string or path. The name of a bundled preset, a folder or a handle (`hf://`,
-            `kaggle://`).
+            `kaggle://`). Also the folder of an adapter that names its base, or one that `finetune`
+            wrote.
 
     Returns:
         String of several lines.
@@ -42,13 +56,22 @@ def describe(preset: str | os.PathLike) -> str:
     ```
     """
     preset = os.fspath(preset)
-    folder = _find(preset)
+    source = find_source(preset)
+    try:
+        folder = _find(os.fspath(source.preset))
+    except (ValueError, OSError, ImportError) as error:
+        if source.adapter is None:
+            raise
+        section = {**_adapter(source), "base is not here": str(error).partition("\n")[0]}
+        return "\n".join([preset, "", "Adapter", *_table(section)])
     architecture = read_config(folder)
     count = sum(weight.size for weight in weight_map.weight_map(architecture))
     layers = Counter(architecture["layer_types"]).items()
     metadata_file = folder / presets.METADATA
     metadata = read_json(metadata_file) if metadata_file.is_file() else {}
     sections = {
+        **({} if source.adapter is None else {"Adapter": _adapter(source)}),
+        "Files": _files(source, folder),
         "Architecture": {
             **architecture,
             "layer_types": ", ".join(f"{n} x {layer_type}" for layer_type, n in layers),
@@ -60,12 +83,54 @@ def describe(preset: str | os.PathLike) -> str:
         },
         "Tokenizer": _vocabulary(folder),
         "Privacy": _privacy(metadata),
-        **_private_runs(preset_ledger(folder)),
+        **_private_runs(preset_ledger(folder if source.adapter is None else source.adapter)),
     }
     lines = [preset, *textwrap.wrap(str(metadata.get("description", "")), WIDTH)]
     for title, section in sections.items():
         lines += ["", title, *_table(section)]
     return "\n".join(lines)
+
+
+def _adapter(source):
+    """Return a section about an adapter, from its small files."""
+    folder = Path(source.adapter)
+    config = read_json(folder / peft_format.CONFIG)
+    targets, weights = config.get("target_modules"), folder / peft_format.WEIGHTS
+    return {
+        "base": source.preset,
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": ", ".join(targets) if isinstance(targets, list) else targets,
+        "weights": _sizes([weights] if weights.is_file() else []) or "not there",
+    }
+
+
+def _files(source, folder):
+    """Return a section about the files of a preset: kind, format, dtype and size."""
+    preset, missing = os.fspath(source.preset), f"not in {folder}"
+    if preset in presets.HUBS:  # bundled without weights
+        home = presets.cache_home()
+        missing = f"not in {home}; downloaded from {' or '.join(presets.HUBS[preset])}"
+        downloaded = (path for path in (home / preset, home) if presets.file(path, "weights"))
+        folder = next(downloaded, folder)
+    weights = [path for path in model_files(folder) if path.suffix in (".h5", ".safetensors")]
+    dtype, modes = own_dtype(folder), quantization_modes(folder)
+    return {
+        "kind": "preset" if source.adapter is None else "base of the adapter",
+        "format": FORMATS[format_of(folder)],
+        "dtype": dtype or " and ".join([*modes, "float"] if modes else ["not stated"]),
+        "weights": _sizes(weights) or missing,
+        "all files": _sizes(model_files(folder)),
+    }
+
+
+def _sizes(paths):
+    """Return the number and the total size of files in words, or "" for none."""
+    if not paths:
+        return ""
+    name = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+    size = sum(path.stat().st_size for path in paths)
+    return f"{name}, {size / 1e6:,.1f} MB" if size >= 1e6 else f"{name}, {size / 1e3:,.0f} kB"
 
 
 def _find(preset):

@@ -3,13 +3,15 @@
 import dataclasses
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_vaultgemma._plots import new_figure
+from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
@@ -41,12 +43,14 @@ class Outcome(NamedTuple):
     losses: list
 
 
-def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", **options) -> str:
+def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> str:
     """Fine-tune a preset on a data file, or resume the run of a call that was killed.
 
     Args:
-        data: string or path of a `.txt`, `.jsonl` or `.csv` file. A blank line ends a text in
-            `.txt`; the others have columns: "text", or "prompt" and "response".
+        data: string or path of a `.txt`, `.jsonl`, `.json`, `.csv` or `.tsv` file, or a table or
+            texts in memory, as for `VaultGemmaCausalLM.fit`. A blank line ends a text in `.txt`;
+            without blank lines each line is a text. The others have columns: "text", "messages"
+            (chats), or "prompt" and "response" or "completion".
         output: string or path of the run's folder, created if it does not exist. It gets `adapter/`
             (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
@@ -54,8 +58,8 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
             `text_column`, `prompt_column`, `response_column`, `group_column`,
             `max_rows_per_group`, `packed`, `lora_rank`, `lora_targets`, `epochs`, `batch_size`,
-            `learning_rate`, `sequence_length`, `dtype`, `gradient_checkpointing`, `merge`,
-            `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
+            `learning_rate`, `sequence_length`, `truncate`, `dtype`, `gradient_checkpointing`,
+            `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
             `clip_norm` and `extend_budget`.
 
     Returns:
@@ -90,16 +94,21 @@ def finetune(data: str | os.PathLike, output: str | os.PathLike = "finetuned", *
         records, held_out = records.split()
     else:
         held_out = read_records(config.validation, **config.columns)
+    data, validation = _describe_data(data), _describe_data(config.validation)
+    config = dataclasses.replace(config, validation=validation)
     users = None if records.groups is None else len({*records.groups})
     config, private = config.complete(users or len(records.texts))
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
 
     model = _model(config)
+    with TruncationCounter() as truncations:
+        training = records.tokenize(model.preprocessor, config.is_packed, truncations)
+        validation = held_out.tokenize(model.preprocessor, True, truncations)
     outcome = train(
         model,
-        records.tokenize(model.preprocessor, config.is_packed),
-        held_out.tokenize(model.preprocessor, packed=True),
+        training,
+        validation,
         compile_options=dict(
             optimizer=make_optimizer(config, private),
             gradient_checkpointing=config.gradient_checkpointing,
@@ -163,7 +172,11 @@ def train(model, training, validation, compile_options, fit_options, samples=Non
     if compile_options.get("privacy") is None:
         data["validation_data"] = (validation["x"], validation["y"], validation["sample_weight"])
     callbacks = [pace, *fit_options.get("callbacks", ())]
-    history = model.fit(**data, **{**fit_options, "callbacks": callbacks})
+    with warnings.catch_warnings():
+        if samples is not None:
+            # They are tokenized again, and were counted when they were `training`.
+            warnings.filterwarnings("ignore", message=".* rows ", category=UserWarning)
+        history = model.fit(**data, **{**fit_options, "callbacks": callbacks})
     return Outcome(before, measure(model, **validation), history.history, pace.losses)
 
 
@@ -174,12 +187,20 @@ def make_optimizer(config, private):
     return keras.optimizers.Adam(rate, **average)
 
 
+def _describe_data(data):
+    """Return a path, or None, unchanged, and the kind of data in memory."""
+    is_path = data is None or isinstance(data, (str, os.PathLike))
+    return data if is_path else f"a {type(data).__name__} in memory"
+
+
 def _model(config):
     keras.utils.set_random_seed(config.seed)
     dtype = {"dtype": config.dtype} if config.dtype else {}
     model = VaultGemmaCausalLM.from_preset(config.preset, **dtype)
     if config.sequence_length is not None:
         model.preprocessor.sequence_length = config.sequence_length
+    if config.truncate is not None:
+        model.preprocessor.truncate = config.truncate
     if config.lora_rank:
         model.backbone.enable_lora(config.lora_rank, config.lora_targets)
     return model

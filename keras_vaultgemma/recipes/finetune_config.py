@@ -3,9 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from keras_vaultgemma._validation import check_integer, check_number
+from keras_vaultgemma._validation import check_choice, check_integer, check_number
+from keras_vaultgemma.data.truncation import TRUNCATE
 from keras_vaultgemma.privacy import DPSGD
 from keras_vaultgemma.recipes.private_options import (
     CHOSEN,
@@ -30,10 +31,10 @@ class FinetuneConfig:
 
     Args:
         preset: string. Preset to start from, as for `VaultGemmaCausalLM.from_preset`.
-        validation: string or path of a file of held-out records with the same columns. Defaults to
-            every tenth record of the data, at most 100 of them.
-        text_column: string. Column of texts to train on.
-        prompt_column: string. Column of prompts.
+        validation: string or path of a file of held-out records with the same columns, or a table
+            in memory. Defaults to every tenth record of the data, at most 100 of them.
+        text_column: string. Column of texts to train on, or of chats.
+        prompt_column: string. Column of prompts, strings or lists of messages.
         response_column: string. Column of responses, which are trained on.
         group_column: string. Column of the users whose rows they are, strings or integers. Only
             for private training, which then protects users: `privacy.DPSGD(unit="user")`. All
@@ -50,7 +51,11 @@ class FinetuneConfig:
         batch_size: int. Rows of a batch, or users. Defaults to 8.
         learning_rate: float. Of Adam. Defaults to 1e-3 for an adapter and 1e-4 for all weights.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
-        dtype: string. Dtype of the weights. Defaults to Keras's, float32.
+        truncate: string. Where to cut pairs that are longer than a row: "prompt_start",
+            "prompt_end" or "row_end", as for `VaultGemmaCausalLMPreprocessor`. Defaults to the
+            preset's.
+        dtype: string. Dtype policy. Defaults to Keras's, float32, or to a mixed or quantized policy
+            that the preset was saved with.
         gradient_checkpointing: bool, as for `VaultGemmaCausalLM.compile`.
         merge: bool. If True, save a preset with the adapter merged into its weights.
         save_freq: int or "epoch". Number of batches between two checkpoints.
@@ -73,7 +78,7 @@ class FinetuneConfig:
     """
 
     preset: str = "vaultgemma_tiny"
-    validation: str | os.PathLike | None = None
+    validation: Any = None
     text_column: str | None = None
     prompt_column: str | None = None
     response_column: str | None = None
@@ -86,6 +91,7 @@ class FinetuneConfig:
     batch_size: int | None = None
     learning_rate: float | None = None
     sequence_length: int | None = None
+    truncate: str | None = None
     dtype: str | None = None
     gradient_checkpointing: bool = False
     merge: bool = False
@@ -105,6 +111,7 @@ class FinetuneConfig:
         check_integer("epochs", self.epochs, allow_none=True)
         check_integer("batch_size", self.batch_size, allow_none=True)
         check_integer("sequence_length", self.sequence_length, allow_none=True)
+        check_choice("truncate", self.truncate, TRUNCATE, allow_none=True)
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")

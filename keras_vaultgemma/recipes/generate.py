@@ -1,39 +1,56 @@
 """Generation with a preset, as a function: `keras-vaultgemma generate`."""
 
+import json
+
 from keras_vaultgemma import backend
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.generation.requests import read_prompts
-from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.recipes.samplers import make_sampler
+from keras_vaultgemma.recipes.sources import find_source, load_model
 
 
 def generate(
     prompt,
-    preset="vaultgemma_tiny",
+    preset=None,
     max_new_tokens=64,
     *,
-    sampler="greedy",
+    adapter=None,
+    sampler=None,
     temperature=None,
+    top_k=None,
+    top_p=None,
+    repetition_penalty=None,
     seed=None,
     dtype=None,
+    int8=False,
     stop=(),
     chat=False,
+    as_json=False,
 ):
     """Load a preset and continue a prompt with it.
 
     Args:
         prompt: string.
-        preset: string or path, as for `VaultGemmaCausalLM.from_preset`. Defaults to
-            "vaultgemma_tiny".
+        preset: string or path, as for `sources.find_source`. Defaults to the base of `adapter`, and
+            to "vaultgemma_tiny" without one.
         max_new_tokens: int. Largest number of tokens to generate. There are fewer if the text ends
             or the context of the model is full. Defaults to 64.
-        sampler: string. A key of `samplers.SAMPLERS`. Defaults to "greedy".
+        adapter: string or path, as for `sources.find_source`. Defaults to None.
+        sampler: string. A key of `samplers.SAMPLERS`. Defaults to the one that the next three
+            options need, and to "greedy" without them.
         temperature: float. Temperature of the sampler. Defaults to that of the sampler.
+        top_k: int. Number of likeliest tokens to sample from. Defaults to that of the sampler.
+        top_p: float in (0, 1]. Sample from the likeliest tokens that have this probability
+            together. Defaults to that of the sampler.
+        repetition_penalty: float above 0, as for `VaultGemmaCausalLM.generate`. Defaults to 1.
         seed: int. Seed of the sampler. Defaults to None, for a random one.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
+        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
         stop: iterable of strings that end the text.
         chat: bool. If True, the prompt is a user's turn and the reply alone is returned. Defaults
             to `False`.
+        as_json: bool. If True, return one JSON object instead of the text: `prompt`, `text` (what
+            follows it), `finish_reason` and `new_tokens`. Defaults to `False`.
 
     Returns:
         Iterator of strings: the prompt, then its continuation as it is generated.
@@ -43,8 +60,11 @@ def generate(
         KeyboardInterrupt: By the iterator, if the user interrupts generation.
     """
     backend.cache_compilations(presets.cache_home() / "compiled")
-    sampler = make_sampler(sampler, temperature=temperature, seed=seed)
-    model = VaultGemmaCausalLM.from_preset(preset, **({"dtype": dtype} if dtype else {}))
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampler = make_sampler(sampler, **options)
+    model = load_model(find_source(preset, adapter), dtype, int8)
+    if top_k is not None:
+        sampler.k = min(top_k, model.backbone.vocabulary_size)
     model.compile(sampler=sampler)
     inputs = [{"role": "user", "content": prompt}] if chat else prompt
     context = model.backbone.max_sequence_length
@@ -54,7 +74,11 @@ def generate(
             f"PROMPT must have at most {context - 1} tokens, `<bos>` included, because the model's "
             f"context has {context}. Received: {len(row)} tokens"
         )
-    stream = model.stream(inputs, max_new_tokens=min(max_new_tokens, context - len(row)), stop=stop)
+    penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+    limit = min(max_new_tokens, context - len(row))
+    stream = model.stream(inputs, max_new_tokens=limit, stop=stop, **penalty)
+    if as_json:
+        return _json(prompt, stream)
     return _pieces("" if chat else model.preprocessor.detokenize([row])[0], stream)
 
 
@@ -62,4 +86,15 @@ def _pieces(prompt, stream):
     yield prompt
     yield from stream
     if stream.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+def _json(prompt, stream):
+    text = "".join(stream)
+    reason = stream.finish_reason
+    # In ASCII, which every encoding has.
+    yield json.dumps(
+        dict(prompt=prompt, text=text, finish_reason=reason, new_tokens=len(stream.ids))
+    )
+    if reason == "interrupted":
         raise KeyboardInterrupt

@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_vaultgemma._validation import check_integer
 
+NOTHING = hashlib.sha256().hexdigest()
+
 
 class Batches(keras.utils.PyDataset):
     """Batches whose order in each epoch depends only on a seed and the number of the epoch.
@@ -46,6 +48,8 @@ class Batches(keras.utils.PyDataset):
         # precede the position at which the run resumes.
         super().__init__()
         self._is_dataset = isinstance(data, keras.utils.PyDataset)
+        if getattr(data, "is_stream", False):
+            raise _not_random_access(data)
         if self._is_dataset:
             self.unit = "batches"
             self._data, self._count, self._batch_size = data, data.num_batches, 1
@@ -76,14 +80,20 @@ class Batches(keras.utils.PyDataset):
     def identity(self):
         """Properties that must be equal for a saved run to resume, as a dict for JSON.
 
-        A dataset can have properties of its own as an attribute `run_identity`; otherwise the
-        number of its batches is one.
+        A dataset can have properties of its own as an attribute `run_identity`; otherwise they are
+        the number of its batches and the content of the first and the last one.
         """
-        digest = hashlib.sha256()
-        for array in [] if self._is_dataset else keras.tree.flatten(self._data):
-            digest.update(np.ascontiguousarray(array))
+        digest, own = hashlib.sha256(), getattr(self._data, "run_identity", None)
+        if not self._is_dataset:
+            parts = self._data
+        else:
+            parts = [] if own else [self._data[0], self._data[self._count - 1]]
+        for part in keras.tree.flatten(parts):
+            array = np.asarray(keras.ops.convert_to_numpy(part)) if hasattr(part, "shape") else None
+            is_number = array is not None and array.dtype.kind not in "OUS"
+            digest.update(np.ascontiguousarray(array) if is_number else repr(part).encode())
         return {
-            **getattr(self._data, "run_identity", {"items": self._count}),
+            **(own or {"items": self._count}),
             "SHA-256": digest.hexdigest(),
             "batch_size": self._batch_size,
             "shuffle": self._shuffle,
@@ -93,7 +103,11 @@ class Batches(keras.utils.PyDataset):
     @property
     def identity_comparisons(self):
         """`{name: function(saved, current)}` of the properties that equality does not compare."""
-        return getattr(self._data, "run_identity_comparisons", {})
+        own = getattr(self._data, "run_identity_comparisons", {})
+        if not self._is_dataset:
+            return own
+        # Version 0.1.0 did not look at the batches of a dataset.
+        return {"SHA-256": lambda saved, current: saved in (current, NOTHING), **own}
 
     def indices(self, index):
         """Return the indices of a batch's rows in the arrays, or of the batch in the dataset."""
@@ -129,9 +143,14 @@ def _order(count, seed, pass_number):
 
 def _as_array(x):
     if not hasattr(x, "shape"):
-        raise ValueError(
-            "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
-            "which can be read at any position. "
-            f"Received: x of type {type(x).__name__}"
-        )
+        raise _not_random_access(x)
     return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+def _not_random_access(x):
+    kind = "stream" if getattr(x, "is_stream", False) else type(x).__name__
+    way = ", which can be read into a list of rows first" if hasattr(x, "__iter__") else ""
+    return ValueError(
+        "With a TrainingCheckpoint, `x` must be strings, arrays or a `keras.utils.PyDataset`, "
+        f"which can be read at any position. Received: x of type {kind}{way}"
+    )

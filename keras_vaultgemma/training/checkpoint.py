@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_vaultgemma._validation import is_integer
 from keras_vaultgemma.training.batches import Batches
-from keras_vaultgemma.training.resumable_run import ResumableRun
+from keras_vaultgemma.training.resumable_run import ResumableRun, is_of_version_0_1
 from keras_vaultgemma.training.state import read_state_metadata
 
 FILE = "training.state"
@@ -141,6 +141,14 @@ def checkpoint_of(arguments):
             f"Received: {len(checkpoints)} of them"
         )
     return checkpoints[0] if checkpoints else None
+
+
+def resumes_version_0_1(arguments):
+    """Return True if a dict of arguments of `fit` resumes a run that version 0.1.0 began."""
+    checkpoint = checkpoint_of(arguments)
+    if checkpoint is None or not checkpoint.path.exists():
+        return False
+    return is_of_version_0_1(read_state_metadata(checkpoint.path))
 
 
 @contextlib.contextmanager

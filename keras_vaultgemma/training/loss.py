@@ -78,7 +78,7 @@ def cross_entropy(terms, targets, weights, cap=None, with_gradient=True, chunk_s
     Args:
         terms: list of `LogitTerm`.
         targets: int tensor `[N]`. Token ids in `[0, V)`; any value where the weight is 0.
-        weights: tensor `[N]`. Weights of at least 0.
+        weights: tensor `[N]`. Weights of the tokens.
         cap: float. Soft cap on the logits, or None. Defaults to None.
         with_gradient: bool. If False, do not compute gradients. Defaults to True.
         chunk_size: int. Number of tokens in a chunk. Defaults to `CHUNK_LOGITS / V`.
@@ -160,7 +160,7 @@ def _chunked_cross_entropy(terms, targets, weights, cap, with_gradient, chunk_si
         for term in terms
     ]
     # Inputs of weight 0 may be out of range or not finite, and 0 times such a loss would be NaN.
-    targets, is_counted = ops.where(weights > 0, targets, 0), weights[:, None] > 0
+    targets, is_counted = ops.where(weights != 0, targets, 0), weights[:, None] != 0
     inputs = [
         term._replace(rows=ops.where(is_counted, term.rows, 0), table=table)
         for term, table in zip(terms, tables, strict=True)
@@ -190,10 +190,10 @@ def _loop_over_chunks(terms, targets, weights, cap, with_gradient, chunk_size):
     padded = chunks * chunk_size
     position = ops.arange(count, dtype="int32")
     # A stable sort that puts the tokens of weight 0 last.
-    order = ops.cast(ops.argsort(ops.where(weights > 0, position, position + count)), "int32")
+    order = ops.cast(ops.argsort(ops.where(weights != 0, position, position + count)), "int32")
     inverse = ops.argsort(order)
     order = ops.concatenate([order, ops.zeros((padded - count,), "int32")])
-    used = ops.sum(ops.cast(weights > 0, "int32"))
+    used = ops.sum(ops.cast(weights != 0, "int32"))
     rows = [ops.take(term.rows, order, axis=0) for term in terms]
     targets = ops.take(targets, order, axis=0)
     weights = ops.where(
@@ -266,7 +266,7 @@ def _softmax_cross_entropy(logits, targets, weights, cap, with_gradient):
     """
     capped = soft_cap(logits, cap)
     log_softmax = backend.log_softmax(capped)
-    is_counted = ops.cast(weights > 0, "float32")
+    is_counted = ops.cast(weights != 0, "float32")
     losses = -is_counted * ops.take_along_axis(log_softmax, targets[:, None], axis=1)[:, 0]
     is_correct = is_counted * ops.cast(backend.is_argmax(capped, targets), "float32")
     if not with_gradient:

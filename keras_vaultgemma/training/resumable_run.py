@@ -9,12 +9,14 @@ import numpy as np
 from keras_vaultgemma import backend
 from keras_vaultgemma.training.state import (
     GROUPS,
+    adapter_identity,
     assign_values,
     best_weight_arrays,
     callback_states,
     copy_values,
     metric_variables,
     model_identity,
+    optimizer_identity,
     read_state_arrays,
     restore_callbacks,
     state_nbytes,
@@ -51,11 +53,18 @@ class ResumableRun(keras.callbacks.Callback):
             "seed": batches.seed,
             "data": batches.identity,
             "model": model_identity(model),
+            "optimizer": optimizer_identity(model),
+            "adapter": adapter_identity(model),
         }
         self.start = {"epoch": initial_epoch, "batch": 0, "is_finished": False}
         if saved:
             self._check_identity("data", batches.identity_comparisons)
             self._check_identity("model", {})
+            for part in ("optimizer", "adapter"):
+                if is_of_version_0_1(saved):
+                    del self._identity[part]
+                else:
+                    self._check_identity(part, {})
             self.start = saved["position"]
         self._saved_position = self.start
         self._variables = state_variables(model)
@@ -232,6 +241,11 @@ class ResumableRun(keras.callbacks.Callback):
                     f"{saved.get(name)}. Received: {current.get(name)}. Use another folder for "
                     "this run"
                 )
+
+
+def is_of_version_0_1(saved):
+    """Return True if a run's saved metadata are of version 0.1.0, which had fewer of them."""
+    return "optimizer" not in saved
 
 
 def _describe_position(position):

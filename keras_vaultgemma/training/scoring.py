@@ -1,5 +1,6 @@
 """Scoring: how well a language model predicts each token of given rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -7,8 +8,15 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.data.text_inputs import as_texts
+from keras_vaultgemma.data.containers import as_plain
 from keras_vaultgemma.data.token_ids import check_ids, pad_rows
+from keras_vaultgemma.generation.prompts import read_prompts
+from keras_vaultgemma.generation.validation import (
+    as_array,
+    check_outside_graph,
+    check_padded,
+    padded_arrays,
+)
 from keras_vaultgemma.training.loss import check_table, cross_entropy, head_terms
 
 BATCH_ROWS = 32
@@ -50,9 +58,11 @@ class Scoring:
         """Compute how well the model predicts each token.
 
         Args:
-            token_ids: strings, or int array of shape `[B, T]`.
+            token_ids: what `generate` takes: strings in a list, column or table, chats, ids as an
+                array of shape `[B, T]` or as lists, or `{"token_ids", "padding_mask"}`. Rows that
+                differ in length are padded on the right.
             padding_mask: array of shape `[B, T]` or None. True at tokens, or the number of each
-                token's segment. Defaults to None, all tokens.
+                token's segment. It belongs to an array of ids. Defaults to None, all tokens.
             scoring_mode: string, "loss" or "logits". Defaults to "loss".
             target_ids: int array of shape `[B, T]` or None. The id to predict at each position.
                 Defaults to the next token; then nothing is predicted at a segment's last token.
@@ -62,9 +72,9 @@ class Scoring:
             nothing is predicted. For "logits" of shape `[B, T, V]`.
 
         Raises:
-            ValueError: If `scoring_mode` is another one, an id is outside the vocabulary (a target,
-                where the mask is true), or the mode is "loss" and the embedding is quantized to
-                another mode than int8.
+            ValueError: If `scoring_mode` is another one, there is no row, shapes differ, an id is
+                outside the vocabulary (a target, where the mask is true), or the mode is "loss" and
+                the embedding is quantized to another mode than int8.
 
         Example:
 
@@ -79,15 +89,8 @@ class Scoring:
             raise ValueError(
                 f"`scoring_mode` must be 'loss' or 'logits'. Received: {scoring_mode!r}"
             )
-        if self.preprocessor is not None and not hasattr(token_ids, "dtype"):
-            texts, _ = as_texts(token_ids)
-            rows = self.preprocessor.tokenize_prompts(texts)
-            token_ids, padding_mask = pad_rows(rows, max(map(len, rows)))
-        token_ids = np.asarray(ops.convert_to_numpy(token_ids), "int32")
-        check_ids(token_ids, self.backbone.vocabulary_size)
-        if padding_mask is None:
-            padding_mask = np.ones_like(token_ids)
-        segments = np.asarray(ops.convert_to_numpy(padding_mask)).astype("int32")
+        check_outside_graph("score", token_ids)
+        token_ids, segments = self._rows(token_ids, padding_mask)
         if scoring_mode == "logits":
             x = {"token_ids": token_ids, "padding_mask": segments}
             return keras.Model.predict(self, x, verbose=0)
@@ -100,6 +103,38 @@ class Scoring:
         ]
         return np.concatenate([ops.convert_to_numpy(score(*batch)) for batch in batches])
 
+    def _rows(self, inputs, padding_mask):
+        """Return ids and segments, int32 of shape `[B, T]` each, of what `score` takes."""
+        size = self.backbone.vocabulary_size
+        is_padded = isinstance(inputs, Mapping) and "text" not in inputs
+        if self.preprocessor is not None and padding_mask is None and not is_padded:
+            inputs = as_plain(inputs)
+        if isinstance(inputs, Mapping):
+            token_ids, segments = padded_arrays(inputs, "token_ids")
+            if padding_mask is not None:
+                raise ValueError(
+                    "`padding_mask` must be None if `token_ids` is a dict, which has its own. "
+                    "Received: both"
+                )
+        elif padding_mask is not None or _is_matrix(inputs):
+            token_ids = as_array(inputs, "token_ids")
+            segments = np.ones_like(token_ids)
+            if padding_mask is not None:
+                segments = as_array(padding_mask, "padding_mask")
+            if token_ids.ndim == segments.ndim == 1:
+                token_ids, segments = token_ids[None], segments[None]
+            check_padded(token_ids, segments)
+        else:
+            rows = read_prompts(inputs, self.preprocessor, size, add_generation_prompt=False).rows
+            token_ids, segments = pad_rows(rows, max(map(len, rows)))
+        if not token_ids.size:
+            raise ValueError(
+                "`token_ids` must have at least one row and one token. "
+                f"Received: an array of shape {token_ids.shape}"
+            )
+        check_ids(token_ids, size)
+        return token_ids.astype("int32"), segments.astype("int32")
+
     def _targets(self, token_ids, segments, target_ids):
         """Return targets, int32, and their weights, float32, of shape `[B, T]` each."""
         is_token = segments > 0
@@ -108,7 +143,12 @@ class Scoring:
             is_scored = is_token & (np.roll(segments, -1, axis=1) == segments)
             is_scored[:, -1] = False
         else:
-            targets, is_scored = np.asarray(ops.convert_to_numpy(target_ids)), is_token
+            targets, is_scored = as_array(target_ids, "target_ids"), is_token
+            if targets.shape != token_ids.shape:
+                raise ValueError(
+                    "`target_ids` must have the shape of `token_ids`. "
+                    f"Received: {targets.shape} and {token_ids.shape}"
+                )
             what = "`target_ids` where the mask is true"
             check_ids(targets[is_scored], self.backbone.vocabulary_size, what)
         return targets.astype("int32"), is_scored.astype("float32")
@@ -131,3 +171,7 @@ class Scoring:
             with_gradient=False,
         )
         return ops.reshape(losses, ops.shape(weights)) * weights
+
+
+def _is_matrix(x):
+    return hasattr(x, "dtype") and len(x.shape) == 2 and not hasattr(x, "row_splits")

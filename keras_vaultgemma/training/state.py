@@ -21,6 +21,8 @@ import ml_dtypes  # noqa: F401  (registers the names of its dtypes with NumPy)
 import numpy as np
 
 from keras_vaultgemma._files import sync_folder
+from keras_vaultgemma.lora.injection import adaptable_layers
+from keras_vaultgemma.training.optimizers import constants
 
 GROUPS = ("weight", "seed", "optimizer")
 """The groups of variables that are a model's state."""
@@ -33,6 +35,7 @@ CALLBACK_ATTRIBUTES = {
     keras.callbacks.EarlyStopping: ("best", "best_epoch", "wait", "stopped_epoch"),
     keras.callbacks.ReduceLROnPlateau: ("best", "wait", "cooldown_counter"),
     keras.callbacks.ModelCheckpoint: ("best",),
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
 }
 """Attributes of Keras's callbacks that last from one epoch to the next.
 
@@ -117,6 +120,31 @@ def model_identity(model):
         digest.update(f"{v.path} {list(v.shape)} ".encode())
         digest.update(as_array(v.value[:1] if len(v.shape) else v).tobytes())
     return {**identity, "values of frozen weights": digest.hexdigest()}
+
+
+def optimizer_identity(model):
+    """Return the hyperparameters of a model's optimizer, for JSON.
+
+    A learning rate that is a number is one of the optimizer's variables, which callbacks change and
+    which a checkpoint restores. It is compared as it was at `compile`, where that is known.
+    """
+    found = getattr(model, "optimizer_constants", None) or constants(model.optimizer)
+    is_known = hasattr(model, "optimizer_constants")
+    return {
+        name: value
+        for name, value in found.items()
+        if is_known or name != "learning_rate" or not isinstance(value, float)
+    }
+
+
+def adapter_identity(model):
+    """Return the properties of a model's adapter that its variables do not have, for JSON."""
+    layers = adaptable_layers(model.backbone).values() if hasattr(model, "backbone") else []
+    adapted = [layer for layer in layers if layer.lora_enabled]
+    return {
+        "alpha": sorted({float(layer.lora_alpha) for layer in adapted}),
+        "dropout": sorted({float(layer.lora_dropout) for layer in adapted}),
+    }
 
 
 def callback_states(callbacks):

@@ -76,3 +76,20 @@ def test_equal_layers_are_traced_once(widths, traces):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(to_numpy(one), other, rtol=1e-5)
     assert len(calls) == (len(widths) if backend.NAME == "torch" else traces)
+
+
+def test_is_tracing_inside_a_compiled_function_alone():
+    found = []
+    compiled = backend.compile_function(lambda x: found.append(backend.is_tracing()) or x, [])
+    compiled(keras.ops.convert_to_tensor(np.ones(2, "float32")))
+    assert found[0] == (backend.NAME != "torch") and not backend.is_tracing()
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="other backends have no such setting")
+def test_in_32_bits():
+    import jax
+
+    with jax.enable_x64(True):
+        assert jax.numpy.arange(2).dtype == "int64"
+        with backend.in_32_bits():
+            assert jax.numpy.arange(2).dtype == "int32"

@@ -7,10 +7,10 @@ import pytest
 import transformers
 
 from keras_vaultgemma import VaultGemmaBackbone
+from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.checkpoints.config import (
     KERAS_FIELDS,
     keras_policy,
-    names_a_class,
     read_config,
 )
 
@@ -365,8 +365,8 @@ def test_a_saved_backbone_is_read_back(tmp_path):
     }
     assert read_config(tmp_path / "saved") == built
     assert keras_policy(tmp_path / "saved") == "bfloat16"
-    assert names_a_class(tmp_path / "saved")
-    assert not names_a_class(hugging_face(tmp_path))
+    assert presets.names_a_class(tmp_path / "saved")
+    assert not presets.names_a_class(hugging_face(tmp_path))
 
 
 def test_absent_fields_take_the_backbones_defaults(tmp_path):

@@ -68,13 +68,14 @@ def test_a_dataset_that_is_not_contiguous_raises(path, write):
 
 
 @pytest.mark.parametrize(
-    "value", [np.ones(4, "int8"), np.ones(4), np.ones(4, ">f4"), "text", np.zeros(4, "V2")]
+    "value", [np.ones(4, "int8"), np.ones(4, ">f8"), np.ones(4, ">f4"), "text", np.zeros(4, "V2")]
 )
 def test_another_dtype_raises(path, value):
     with h5py.File(path, "w") as file:
         file["x"] = value
     with pytest.raises(
-        ValueError, match=f"{path.name}: x must be float32, float16 or bfloat16. Received: "
+        ValueError,
+        match=f"{path.name}: x must be float32, float16, bfloat16 or float64. Received: ",
     ):
         open_hdf5(path)
 

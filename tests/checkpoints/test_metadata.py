@@ -184,3 +184,11 @@ def test_a_card_of_a_source_that_states_nothing():
     assert "Converted from `folder` by keras_vaultgemma" in card
     assert 'from_preset("path/to/this/folder", preprocessor=None)' in card
     assert "The source states no licence; its terms apply to this copy too." in card
+
+
+def test_what_a_link_out_of_the_folder_leads_to_is_not_hashed(tmp_path):
+    (tmp_path / "secret.json").write_text("secret")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text("{}")
+    (tmp_path / "folder/notes.json").symlink_to(tmp_path / "secret.json")
+    assert digests(tmp_path / "folder").keys() == {"config.json"}

@@ -132,6 +132,65 @@ def test_shards_and_their_index(theirs, tmp_path):
     assert_values(VaultGemmaBackbone.from_preset(tmp_path), expected_values(theirs.state_dict()))
 
 
+def test_a_model_without_its_head(theirs, tmp_path):
+    """`AutoModel` saves the tensors without the prefix."""
+    theirs.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert_values(VaultGemmaBackbone.from_preset(tmp_path), expected_values(theirs.state_dict()))
+    (tmp_path / "model.safetensors").unlink()
+    theirs.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert_values(VaultGemmaBackbone.from_preset(tmp_path), expected_values(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("target", [None, "bfloat16"])
+def test_float64_tensors(theirs, folder, target):
+    edit(folder, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    kwargs = {} if target is None else {"dtype": target}
+    backbone = VaultGemmaBackbone.from_preset(folder, **kwargs)
+    assert {variable.dtype for variable in backbone.variables} == {target or "float32"}
+    state = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    if target:
+        state = {name: tensor.bfloat16() for name, tensor in state.items()}
+    assert_values(backbone, expected_values(state))
+
+
+def test_float64_is_converted_to_float32(theirs, folder, tmp_path):
+    edit(folder, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    with pytest.warns(UserWarning, match="has no vocabulary"):
+        metadata = convert(folder, tmp_path / "new", to="hf")
+    assert metadata["dtype"] == "float32"
+    assert_values(
+        VaultGemmaBackbone.from_preset(tmp_path / "new"), expected_values(theirs.state_dict())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_named(folder, dtype):
+    edit(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].to(dtype)}))
+    with pytest.raises(ValueError, match=f"the entry of {QUERY}.*This checkpoint is quantized"):
+        open_values(folder)
+
+
+def test_float64_keras_weights(tmp_path):
+    backbone = random_backbone(num_layers=1)
+    backbone.save_to_preset(tmp_path)
+    path = tmp_path / "model.weights.h5"
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    with h5py.File(path, "r+") as file:
+        for name, value in found.items():
+            del file[name]
+            file.create_dataset(name, data=value.astype("float64"))
+    loaded = VaultGemmaBackbone.from_preset(tmp_path)
+    for ours, expected in zip(loaded.get_weights(), backbone.get_weights(), strict=True):
+        assert ours.dtype == expected.dtype and np.array_equal(ours, expected)
+
+
 def test_weights_do_not_change_with_the_file(theirs, folder):
     """The data of the file are aligned, because JAX adopts only memory aligned to 64 bytes."""
     path = folder / "model.safetensors"

@@ -38,6 +38,7 @@ TEXTS = [
     " a  b   c    d\n\n\n\tx",
     "It's 12,345.67 — naïve, 한국 𒀀𒁀 e\u0301",
     "<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n",
+    "<table><tr></b> <unused7> x<i>y",
     "",
 ]
 
@@ -120,7 +121,7 @@ def test_tokenizers_agree(tiny, tmp_path):
     for text in TEXTS:
         ids = theirs(text).input_ids
         assert ids == [2, *tiny.preprocessor.tokenizer.tokenize([text])[0]], text
-        assert theirs.decode(ids, skip_special_tokens=True) == text
+        assert theirs.decode(ids[1:]) == text
 
 
 # Keras presets.

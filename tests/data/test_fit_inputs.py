@@ -9,7 +9,8 @@ from keras_vaultgemma.data.fit_inputs import TruncationCounter, prepare_fit_inpu
 
 def count_letters(x, y=0, sample_weight=0):
     """Preprocess a batch of texts to their lengths."""
-    return {"token_ids": np.array([[len(text)] for text in x])}, y, sample_weight
+    ids = np.array([[len(text)] for text in x])
+    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}, y, sample_weight
 
 
 class Batches(keras.utils.PyDataset):
@@ -66,7 +67,7 @@ def test_ids_pass_unchanged_and_are_checked():
 @pytest.mark.parametrize("weights", [None, np.ones(2), np.ones((2, 1)), np.array([[1, 0], [1, 1]])])
 @pytest.mark.parametrize("label", [-100, 10])
 def test_labels_of_nonzero_weight_are_checked(label, weights):
-    x = {"token_ids": np.array([[1, 9], [2, 3]])}
+    x = {"token_ids": np.array([[1, 9], [2, 3]]), "padding_mask": np.ones((2, 2))}
     message = f"^Labels `y` whose sample weight is not 0 must be from 0 to 9. Received: {label}$"
     with pytest.raises(ValueError, match=message):
         prepare_fit_inputs(x, np.array([[label, 1], [3, 4]]), weights, None, 10)
@@ -88,7 +89,8 @@ def test_labels_of_nonzero_weight_are_checked(label, weights):
     "weights", [np.array([0, 1]), np.array([[0], [1]]), np.array([[0, 1], [1, 1]])]
 )
 def test_labels_of_weight_zero_are_not_checked(weights):
-    x, y = {"token_ids": np.array([[1, 9], [2, 3]])}, np.array([[-100, 1], [3, 4]])
+    x = {"token_ids": np.array([[1, 9], [2, 3]]), "padding_mask": np.ones((2, 2))}
+    y = np.array([[-100, 1], [3, 4]])
     assert prepare_fit_inputs(x, y, weights, None, 10) == (x, y, weights)
 
 
@@ -157,15 +159,15 @@ def test_empty_tf_data_raises():
 
 
 def test_truncations_are_counted():
-    """Of three labels: the first row just fits, the second is truncated, the third loses its response."""
+    """Of three labels: the first row just fits, the second is truncated, the third loses its labels."""
     rows, weights = [[1] * 4, [1] * 5, [1] * 9], np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]])
     truncations = TruncationCounter()
     truncations.count(rows, weights)
     truncations.count(rows[:2], weights[:2])
     truncations.count(rows, weights)  # read again
     message = (
-        "3 of 5 rows were longer than sequence_length=3 and were truncated; "
-        "the whole response was lost in 1 of them."
+        "3 of 5 rows were longer than sequence_length=3 and were truncated. "
+        "3 of 5 rows have no label to learn and are left out."
     )
     with pytest.warns(UserWarning) as caught:
         truncations.report()
@@ -173,7 +175,7 @@ def test_truncations_are_counted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         truncations.report()
-        truncations.count(rows[:1], weights[:1])
+        truncations.count(rows[:1], weights[1:2])
         truncations.report()
     with (
         pytest.warns(

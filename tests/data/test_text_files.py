@@ -10,6 +10,9 @@ from keras_vaultgemma.data.text_files import TextRecords, read_records
 pytestmark = pytest.mark.any_backend
 
 
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(name, content):
@@ -27,6 +30,87 @@ def lines(*records):
 def test_texts_end_at_blank_lines(write):
     path = write("a.txt", "\ufeffOne fox,\nred.\n\nA hare\r\n \t\r\n\r\n  indented, 한국\n\n\n")
     assert read_records(path) == TextRecords(["One fox,\nred.", "A hare", "  indented, 한국"], None)
+
+
+def test_a_text_a_line_where_no_line_is_blank(write):
+    assert read_records(write("a.txt", "One fox,\r\n a hare\nA wolf\n\n")).texts == [
+        "One fox,",
+        " a hare",
+        "A wolf",
+    ]
+
+
+def test_arrays_and_tables_with_tabs(write):
+    records = [{"text": "a, b"}, {"text": 'c "d"', "id": 3}]
+    expected = TextRecords(["a, b", 'c "d"'], None)
+    assert read_records(write("a.json", json.dumps(records, indent=1))) == expected
+    assert read_records(write("b.json", json.dumps(expected.texts))) == expected
+    assert read_records(write("c.json", lines(*records))) == expected
+    assert read_records(write("d.TSV", 'id\ttext\n1\ta, b\n2\t"c ""d"""\n')) == expected
+
+
+def test_chats(write):
+    """Rows of TRL: messages, or a prompt and a completion that are strings or messages."""
+    windows = [{**message, "content": f"{message['content']}\r\n"} for message in CHAT]
+    unix = [{**message, "content": f"{message['content']}\n"} for message in CHAT]
+    found = read_records(
+        write("a.jsonl", lines({"messages": windows, "id": 1}, {"messages": CHAT}))
+    )
+    assert found == TextRecords([unix, CHAT], None) and found.samples == [unix, CHAT]
+    found = read_records(write("b.jsonl", lines({"prompt": CHAT[:1], "completion": CHAT[1:]})))
+    assert found == TextRecords([CHAT[1:]], [CHAT[:1]])
+    found = read_records(write("c.jsonl", lines({"prompt": "Who?", "completion": "I."})))
+    assert found == TextRecords(["I."], ["Who?"])
+    found = read_records(write("d.jsonl", lines({"talk": CHAT})), text_column="talk")
+    assert found == TextRecords([CHAT], None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "frame", "Dataset", "stream"])
+def test_tables_in_memory(kind):
+    rows = [{"text": f"t{i}", "note": f"n{i}", "id": i} for i in range(3)] + [
+        {"text": " ", "note": "x", "id": 9}
+    ]
+    if kind == "frame":
+        data = pytest.importorskip("pandas").DataFrame(rows)
+    elif kind == "Dataset":
+        data = pytest.importorskip("datasets").Dataset.from_list(rows)
+    elif kind == "columns":
+        data = {name: [row[name] for row in rows] for name in rows[0]}
+    else:
+        data = rows if kind == "rows" else iter(rows)
+    found = read_records(data, group_column="id")
+    assert found == TextRecords(["t0", "t1", "t2"], None, 1, ["0", "1", "2"])
+    if kind != "stream":
+        found = read_records(data, prompt_column="text", response_column="note")
+        assert found.texts == ["n0", "n1", "n2", "x"] and found.prompts[1] == "t1"
+
+
+@pytest.mark.parametrize(
+    "data, columns, message",
+    [
+        ([], {}, "The data must have at least one record"),
+        (["a", None], {}, "The data, row 1: 'text' must be a string. Received: None"),
+        ([{"note": "a"}], {}, r"must have a column 'text'.*columns \['note'\]"),
+        ([{"note": "a"}], {"text_column": "txt"}, r"row 0: there is no column 'txt'.*\['note'\]"),
+        ([("a", "b")], {}, "Pairs must be"),
+        (iter([("a", "b")]), {}, "Pairs must be"),
+        (3, {}, "row 0: 'text' must be a string. Received: 3"),
+        ([b"a", b"\xff"], {}, r"row 1: 'text' must be a string. Received: b'\\xff'"),
+    ],
+)
+def test_bad_tables(data, columns, message):
+    with pytest.raises(ValueError, match=message):
+        read_records(data, **columns)
+
+
+def test_texts_and_chats_in_memory():
+    texts = ["a", "b"]
+    data_of_bytes = np.array([text.encode() for text in texts])
+    for data in (texts, np.array(texts), data_of_bytes, iter(texts), iter([texts])):
+        assert read_records(data) == TextRecords(texts, None)
+    assert read_records([CHAT, CHAT]) == TextRecords([CHAT, CHAT], None)
+    pairs = {"prompts": texts, "responses": ["c", "d"]}
+    assert read_records(pairs) == TextRecords(["c", "d"], texts)
 
 
 def test_columns_of_a_table(write):
@@ -69,7 +153,7 @@ def test_very_long_values(write):
             "a.parquet",
             "x",
             {},
-            r"must be a file named \.txt, \.jsonl, \.csv\. Received: .*a\.parquet",
+            r"must be a file named \.txt, \.jsonl, .*\.tsv, or a table .*read_parquet.* Received: .*a\.parquet",
         ),
         ("a.txt", " \n\n\t\n", {}, r"a\.txt must have at least one record\. Received: none"),
         ("a.csv", "", {}, "at least one record. Received: none"),
@@ -139,6 +223,20 @@ def test_very_long_values(write):
         ("a.csv", 'text,b\nx,y\n"x,y\n', {}, "not CSV"),
         ("a.csv", "text,b\nx\n", {}, "line 2: must have 2 values, like the header"),
         ("a.csv", "text,b\nx,y,z\n", {}, "line 2: must have 2 values, like the header"),
+        ("a.json", '[{"text": "x"}, 3]', {}, "record 2: must be an object. Received: 3"),
+        ("a.json", '{"text": ["x"]}', {}, r'an array of objects .* Received: \{"text"'),
+        ("a.json", '[{"text"', {}, r"a\.json: not JSON"),
+        ("a.json", "[" * 100_000, {}, r"a\.json: not JSON"),
+        ("a.json", '[{"text": null}]', {}, "record 1: 'text' must be a string. Received: None"),
+        ("a.tsv", "text\tb\nx\n", {}, "line 2: must have 2 values, like the header"),
+        (
+            "a.jsonl",
+            lines({"messages": CHAT}, {"messages": CHAT[:1]}),
+            {},
+            "line 2: A chat must have an answer",
+        ),
+        ("a.jsonl", lines({"messages": "x"}), {}, "line 1: 'messages' must be a list of messages"),
+        ("a.jsonl", lines({"text": "x"}, {"text": CHAT}), {}, "line 2: 'text' must be of one kind"),
         ("a.txt", b"\xff\xfe", {}, r"a\.txt must be text in UTF-8"),
         ("a.csv", b"text\n\xff\n", {}, r"a\.csv must be text in UTF-8"),
         (

@@ -54,15 +54,17 @@ def test_only_responses_count(tiny):
 @pytest.mark.first_backend
 @pytest.mark.filterwarnings("ignore:.*were truncated")
 def test_truncated_labels_do_not_count(tiny):
-    preprocessor = type(tiny.preprocessor)(tiny.preprocessor.tokenizer, sequence_length=8)
+    preprocessor = type(tiny.preprocessor)(
+        tiny.preprocessor.tokenizer, sequence_length=8, truncate="row_end"
+    )
     pairs = TextRecords(
         ["The tortoise.", "The hare."], ["Who?", "A much longer tale of a hare and a tortoise"]
     )
     found = measure(tiny, **pairs.tokenize(preprocessor, packed=True))
     assert found.bytes == len(b"The tortoise.")
-    pairs = TextRecords(pairs.texts[1:], pairs.prompts[1:])
+    x, y, weights = preprocessor({"prompts": pairs.prompts[1:], "responses": pairs.texts[1:]})
     with pytest.raises(
         ValueError,
         match="must have a label that stands for text and is not truncated. Received: none",
     ):
-        measure(tiny, **pairs.tokenize(preprocessor, packed=True))
+        measure(tiny, x, y, weights)

@@ -71,7 +71,7 @@ def test_ids(inputs, expected):
             "`inputs` must have at least one prompt. Received: none",
         ),
         (["a", 3], r"item 1 is 3"),
-        ({"prompt": "a"}, "must be a string or a non-empty list"),
+        ({"prompt": "a"}, "must have the keys 'token_ids' and 'padding_mask'.*\\['prompt'\\]"),
         ([[2, 4096]], "from 0 to 4095. Received: 4096"),
         ([[2], []], "at least one token. Received: none in prompt 1"),
         (

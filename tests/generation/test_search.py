@@ -1,4 +1,3 @@
-import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -9,39 +8,6 @@ from keras_vaultgemma.generation.search import SearchGenerator, cut_after_stop
 from keras_vaultgemma.generation.state import Settings
 
 ROWS = [[2, 17, 5, 99], [2, 4], [2, *range(30, 55)], [9]]
-
-
-def test_beam_search_finds_what_a_full_search_finds(model):
-    """With as many beams as the vocabulary has pieces, two steps of beam search are exhaustive."""
-    row = [2, 17, 5]
-    size = model.backbone.vocabulary_size
-
-    def log_probs(rows):
-        x = {"token_ids": np.array(rows), "padding_mask": np.ones_like(rows)}
-        return to_numpy(keras.ops.log_softmax(model(x), axis=-1))[:, -1]
-
-    first = log_probs([row])[0]
-    second = log_probs([[*row, i] for i in range(size)])
-    best = np.unravel_index(np.argmax(first[:, None] + second), (size, size))
-    found = (
-        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=size))
-        .generate([row], [2])
-        .tokens
-    )
-    assert found == [[int(i) for i in best]]
-
-
-@pytest.mark.first_backend
-def test_one_beam_is_greedy_for_rows_of_different_lengths(model):
-    greedy = (
-        Generator(model, keras_hub.samplers.GreedySampler()).generate(ROWS, [6, 5, 4, 3]).tokens
-    )
-    assert (
-        SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1))
-        .generate(ROWS, [6, 5, 4, 3])
-        .tokens
-        == greedy
-    )
 
 
 def test_contrastive_search_without_penalty_is_greedy(model):
@@ -90,20 +56,45 @@ def test_speculative_sampler_is_rejected(model):
         SearchGenerator(model, keras_hub.samplers.SpeculativeSampler())
 
 
-def test_settings_are_rejected(model):
-    with pytest.raises(ValueError, match="one token at a time. Received: Settings\\(seed=3"):
-        SearchGenerator(model, keras_hub.samplers.BeamSampler()).generate(
-            ROWS, [2] * 4, settings=Settings(seed=3)
-        )
+def contrastive(model, **kwargs):
+    return SearchGenerator(model, keras_hub.samplers.ContrastiveSampler(**kwargs))
 
 
 @pytest.mark.first_backend
-def test_finish_reasons_and_no_tokens(model):
-    search = SearchGenerator(model, keras_hub.samplers.BeamSampler(num_beams=1))
-    tokens = search.generate(ROWS[:1], [3]).tokens
-    assert search.generate(ROWS[:1], [3]).finish_reasons == ["length"]
-    assert search.generate(ROWS[:1], [3], [tokens[0][1]]).finish_reasons == ["stop"]
-    assert search.generate(ROWS, [0] * 4).tokens == [[]] * 4
+def test_rows_of_a_batch_get_what_they_get_alone(model):
+    search, limits = contrastive(model, k=4, alpha=0.6), [6, 5, 0, 4]
+    alone = [search.generate([row], [limit]) for row, limit in zip(ROWS, limits, strict=True)]
+    assert search.generate(ROWS, limits).tokens == [found.tokens[0] for found in alone]
+    assert [len(found.tokens[0]) for found in alone] == limits
+
+
+@pytest.mark.first_backend
+def test_stop_ids_and_a_function_end_rows(model):
+    search = contrastive(model, k=4, alpha=0.6)
+    full = search.generate(ROWS, [6] * 4).tokens
+    stop = full[0][2]
+    found = search.generate(ROWS, [6] * 4, [stop, 0])  # 0 is the padding
+    assert found.tokens == [cut_after_stop(row, (stop, 0)) for row in full]
+    assert found.finish_reasons == [
+        "stop" if row[-1] in (stop, 0) else "length" for row in found.tokens
+    ]
+    assert contrastive(model, k=4).generate(ROWS, [0] * 4).tokens == [[]] * 4
+
+
+@pytest.mark.first_backend
+def test_a_function_is_asked_every_few_tokens(model, monkeypatch):
+    monkeypatch.setattr("keras_vaultgemma.generation.search.STOP_CHECK_INTERVAL", 4)
+    search, asked = contrastive(model, k=2), []
+    full = search.generate(ROWS[1:2], [12]).tokens[0]
+    found = search.generate(
+        ROWS[1:2], [12], ends=lambda i, row: asked.append(len(row)) or len(row) > 6
+    )
+    assert asked == [4, 8] and found.tokens == [full[:8]]
+
+
+def test_settings_are_rejected(model):
+    with pytest.raises(ValueError, match="one token at a time. Received: Settings\\(seed=3"):
+        contrastive(model).generate(ROWS, [2] * 4, settings=Settings(seed=3))
 
 
 def test_cut_after_stop():

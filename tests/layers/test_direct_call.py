@@ -6,6 +6,7 @@ from common import random_backbone, to_numpy
 from keras_vaultgemma import lora
 from keras_vaultgemma.layers.attention import segment_positions
 from keras_vaultgemma.layers.direct_call import call_layer
+from keras_vaultgemma.lora.injection import adaptable_layers
 
 TOKEN_IDS = np.array([[2, 17, 5, 99, 31]], "int32")
 MODES = [
@@ -27,7 +28,8 @@ def as_floats(x):
 def quantized_backbone(dtype, mode, **changes):
     backbone = random_backbone(num_layers=2, dtype=dtype, **changes)
     if mode:
-        backbone.quantize(mode)
+        for layer in adaptable_layers(backbone).values():
+            layer.quantize(mode)
     return backbone
 
 

@@ -391,7 +391,8 @@ def test_functions_that_need_another_adapter_state_raise(tmp_path):
 
 
 def test_an_int4_base_is_unsupported():
-    model = make_model(mode="int4")
+    model = make_model()
+    model.backbone.transformer_layers[0].attention.query.quantize("int4")
     with pytest.raises(
         ValueError,
         match="base in floating point or int8. Received: decoder_block_0/attention/query in int4",

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -10,10 +11,14 @@ import safetensors.numpy
 import torch
 import transformers
 from common import random_backbone, to_numpy
+from hub_client import run
+from hub_stub import HubStub
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora
+from keras_vaultgemma.checkpoints import hubs
 from keras_vaultgemma.lora import peft_format
 from keras_vaultgemma.lora.peft_format import Adapter
+from keras_vaultgemma.privacy.ledger import Ledger
 from keras_vaultgemma.recipes.convert import convert
 
 IDS = np.array([[2, 5, 77, 9, 100, 31]], "int32")
@@ -165,6 +170,24 @@ def test_peft_loads_our_adapter(model, base, targets, tmp_path):
             ensure_weight_tying=True,
         ),
         dict(target_modules=["k_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=0),
+        dict(target_modules=["q_proj", "down_proj"], use_rslora=True),
+        dict(
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"down_proj": 5, "layers.1.self_attn.q_proj": 2},
+            alpha_pattern={"q_proj": 11, "down_proj": 2.5},
+        ),
+        dict(
+            target_modules="all-linear",
+            rank_pattern={r"layers\.[01]\..*(q|up)_proj": 2, "model.layers.2.mlp.up_proj": 6},
+            alpha_pattern={"^model.layers.0.self_attn.(q|k)_proj": 9},
+            use_rslora=True,
+        ),
+        dict(
+            target_modules=["embed_tokens", "o_proj"],
+            ensure_weight_tying=True,
+            rank_pattern={"embed_tokens": 4, "lm_head": 4},
+            alpha_pattern={"embed_tokens|lm_head": 3},
+        ),
     ],
 )
 def test_we_load_an_adapter_of_peft(model, base, options, tmp_path):
@@ -184,6 +207,10 @@ def test_we_load_an_adapter_of_peft(model, base, options, tmp_path):
     expected = their_logits(theirs)
     assert np.abs(expected - before).max() > 0.05
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
+    if "use_rslora" in options or "rank_pattern" in options:
+        lora.save_adapter(model, tmp_path / "ours")
+        ours = peft.PeftModel.from_pretrained(their_model(base[1]), tmp_path / "ours")
+        np.testing.assert_allclose(their_logits(ours), expected, atol=2e-4)
 
 
 def test_adapters_are_written_and_read_bit_for_bit(hyperparameters, tmp_path):
@@ -196,7 +223,11 @@ def test_adapters_are_written_and_read_bit_for_bit(hyperparameters, tmp_path):
     )
     peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
     read = peft_format.read_adapter(tmp_path / "a", hyperparameters)
-    assert read[:3] == (3, 5.0, 0.25) and list(read.factors) == list(ours.factors)
+    assert (
+        read[:3] == (3, 5.0, 0.25)
+        and read[4:] == ({}, {})
+        and list(read.factors) == list(ours.factors)
+    )
     for path, factors in ours.factors.items():
         assert all(
             np.array_equal(one, other)
@@ -216,6 +247,103 @@ def test_adapters_are_written_and_read_bit_for_bit(hyperparameters, tmp_path):
     assert config["lora_alpha"] == 5 and type(config["lora_alpha"]) is int
 
 
+OPTIONS = dict(
+    use_dora=True,
+    bias="lora_only",
+    lora_bias=True,
+    modules_to_save=["norm"],
+    trainable_token_indices=[3],
+    layer_replication=[(0, 2), (1, 3)],
+    alora_invocation_tokens=[5],
+    target_parameters=["model.layers.0.mlp.up_proj.weight"],
+)
+"""Options of PEFT that change what an adapter computes, and that this package cannot load."""
+
+
+@pytest.mark.first_backend
+@pytest.mark.parametrize("option", OPTIONS)
+def test_other_options_of_peft_are_rejected_by_name(model, base, option, tmp_path):
+    options = dict(target_modules=["q_proj"], task_type="CAUSAL_LM", r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(**options, **{option: OPTIONS[option]})
+        theirs = peft.get_peft_model(their_model(base[1]), config)
+        theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=f"`{option}` must be"):
+        lora.load_adapter(model, tmp_path / "theirs")
+    assert lora.names(model) == []
+
+
+@pytest.mark.first_backend
+def test_an_embedding_with_another_scale_than_the_head_is_rejected(hyperparameters, tmp_path):
+    ours = Adapter(
+        2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))}
+    )
+    peft_format.write_adapter(tmp_path / "a", ours, hyperparameters)
+    path = tmp_path / "a" / peft_format.CONFIG
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "alpha_pattern": {"lm_head": 7}}))
+    with pytest.raises(ValueError, match="must be equal for model.embed_tokens and lm_head"):
+        peft_format.read_adapter(tmp_path / "a", hyperparameters)
+
+
+@pytest.mark.first_backend
+@pytest.mark.parametrize(
+    "preset, name, revision",
+    [
+        ("hf://org/name@v2", "org/name", "v2"),
+        ("hf://org/name", "org/name", None),
+        ("vaultgemma_1b", "google/vaultgemma-1b", None),
+        ("some/folder", "some/folder", None),
+        (None, None, None),
+    ],
+)
+def test_an_adapter_names_its_base(model, preset, name, revision, tmp_path):
+    model.backbone.enable_lora(2)
+    model.backbone.preset = preset
+    lora.save_adapter(model, tmp_path / "a")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "a")
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)
+    lora.save_adapter(model, tmp_path / "b", base_model="mine")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "b")
+    assert (config.base_model_name_or_path, config.revision) == ("mine", None)
+    model.backbone.preset = None
+
+
+@pytest.mark.any_backend
+def test_an_adapter_from_hugging_face(model, hyperparameters, monkeypatch, tmp_path):
+    ledger = Ledger(({"training": "without privacy", "steps": 3, "name": "a"},))
+    adapter = random_adapter(down=(96, 48))
+    peft_format.write_adapter(tmp_path / "theirs", adapter, hyperparameters, ledger=ledger)
+    (tmp_path / "theirs" / "training.bin").write_bytes(b"not needed")
+    with HubStub({"test/adapter": {"v1": tmp_path / "theirs"}}) as hub:
+        env = hub.environment(tmp_path, PYTHONPATH=str(Path(hubs.__file__).parents[2]))
+
+        def download(preset, patterns):
+            """Run `hubs.from_hugging_face` in a process that asks the stub."""
+            return Path(run(DOWNLOAD, hubs.__file__, preset, *patterns, env=env))
+
+        monkeypatch.setattr(hubs, "from_hugging_face", download)
+        lora.load_adapter(model, "hf://test/adapter@v1", name="theirs")
+        assert not any("training.bin" in request for request in hub.requests)
+    lora.save_adapter(model, tmp_path / "ours")
+    one, other = (
+        safetensors.numpy.load_file(tmp_path / name / peft_format.WEIGHTS)
+        for name in ("ours", "theirs")
+    )
+    assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+    assert ledger.statements[0] in model.privacy.ledger.statements
+
+
+DOWNLOAD = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("hubs", sys.argv[1])
+hubs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hubs)
+print(json.dumps(str(hubs.from_hugging_face(sys.argv[2], sys.argv[3:]))))
+"""
+
+
 def test_tensors_of_another_dtype_are_cast_to_float32(hyperparameters, tmp_path):
     tensors = write_like_peft(tmp_path / "a")
     save(tmp_path / "a", {name: tensor.astype("float16") for name, tensor in tensors.items()})
@@ -233,9 +361,14 @@ def test_tensors_of_another_dtype_are_cast_to_float32(hyperparameters, tmp_path)
         (dict(lora_alpha=-1), "`lora_alpha` must be a finite number above 0. Received: -1"),
         (dict(lora_dropout=1), "`lora_dropout` must be a number in \\[0, 1\\). Received: 1"),
         (dict(bias="all"), "`bias` must be 'none'. Received: 'all'"),
-        (dict(use_rslora=True), "`use_rslora` must be absent.*Received: True"),
+        (dict(use_rslora="yes"), "`use_rslora` must be true, false or null. Received: 'yes'"),
         (dict(use_dora=True), "`use_dora` must be absent"),
-        (dict(rank_pattern={"q_proj": 2}), "`rank_pattern` must be absent"),
+        (dict(rank_pattern={"q_proj": 0}), "`rank_pattern` must be null or .* integers above 0"),
+        (dict(rank_pattern=["q_proj"]), "`rank_pattern` must be null or an object"),
+        (dict(alpha_pattern={"q_proj": -1}), "`alpha_pattern` must be .* finite numbers above 0"),
+        (dict(alpha_pattern={"(a|a)*b": 1}), "`alpha_pattern` must be .* at most two of"),
+        (dict(alpha_pattern={".*.*.*x": 1}), "`alpha_pattern` must be .* at most two of"),
+        (dict(alpha_pattern={"q_proj(": 1}), "`alpha_pattern` must be .* at most two of"),
         (dict(modules_to_save=["lm_head"]), "`modules_to_save` must be absent"),
         (dict(a_new_method=True), "`a_new_method` must be absent"),
         (

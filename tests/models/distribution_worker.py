@@ -84,8 +84,8 @@ def layout(variable):
     return np.array(str(axes + (None,) * (len(variable.shape) - len(axes))))
 
 
-def fit(model, optimizer, steps=1, **compile_options):
-    """Losses of `steps` epochs of one step."""
+def fit(model, optimizer, steps=1, batches=1, **compile_options):
+    """Losses of `steps` epochs of as many equal batches."""
     model.compile(optimizer=optimizer, **compile_options)
     x, y, weight = batch()
     distribution = keras.distribution.distribution()
@@ -95,6 +95,7 @@ def fit(model, optimizer, steps=1, **compile_options):
     share = slice(jax.process_index(), None, shares) if shares > 1 else slice(None)
     x, y, weight = jax.tree.map(lambda a: a[share], (x, y, weight))
     options = dict(batch_size=len(y), epochs=steps, shuffle=False, verbose=0)
+    x, y, weight = jax.tree.map(lambda a: np.concatenate([a] * batches), (x, y, weight))
     return np.array(model.fit(x, y, sample_weight=weight, **options).history["loss"])
 
 
@@ -123,7 +124,7 @@ def lora(results, quantized=False):
     for v in factors:
         v.assign(rng.normal(size=v.shape) * 0.1)
     optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2, name="adam")
-    results["loss"] = fit(trained, optimizer, steps=4)
+    results["loss"] = fit(trained, optimizer, steps=2, batches=2)
     for v in [*trained.backbone.variables, *optimizer.variables]:
         results[f"layout/{v.path}"] = layout(v)
     for v in factors:

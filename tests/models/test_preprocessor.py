@@ -203,3 +203,75 @@ def test_empty_string_is_a_row_of_its_own(preprocessor):
         and weight.tolist() == [1] + [0] * 7
     )
     assert to_numpy(preprocessor.generate_preprocess("")["token_ids"]).tolist() == [2] + [0] * 7
+
+
+# Rows that are too long.
+
+
+def rows_of(preprocessor, x, y, weight):
+    """Whole rows and the ids that are trained on."""
+    row = [*x["token_ids"][x["padding_mask"] > 0].tolist()]
+    trained = y[weight > 0].tolist()
+    if weight[-1]:
+        row.append(int(y[-1]))  # the label of the last token
+    return row, trained
+
+
+@pytest.mark.first_backend
+@pytest.mark.parametrize("truncate", ["prompt_start", "prompt_end", "row_end"])
+@pytest.mark.parametrize("length", range(4, 22))
+def test_pairs_that_are_too_long(preprocessor, truncate, length):
+    """The answer stays while it fits beside `<bos>` and `<eos>`; the prompt gets what is left."""
+    prompt, answer = "Once upon a time a Fox saw the Crow", "The Hare ran."
+    cut = VaultGemmaCausalLMPreprocessor(
+        preprocessor.tokenizer, sequence_length=length, truncate=truncate
+    )
+    given, wanted = ids_of(preprocessor, prompt), ids_of(preprocessor, answer)
+    row, trained = rows_of(cut, *cut({"prompts": prompt, "responses": answer}))
+    room = length + 1 - 2 - len(wanted)
+    if truncate == "row_end":
+        expected = [2, *given, *wanted, 1][: length + 1]
+        assert row == expected[: len(row)] and trained == expected[1 + len(given) :]
+    elif room >= 0:
+        kept = given[max(0, len(given) - room) :] if truncate == "prompt_start" else given[:room]
+        assert row == [2, *kept, *wanted, 1] and trained == [*wanted, 1]
+    else:
+        half = (length - 1) // 2
+        kept = given[len(given) - half :] if truncate == "prompt_start" else given[:half]
+        assert row == [2, *kept, *wanted][: length + 1] and trained == wanted[: length - half]
+
+
+@pytest.mark.first_backend
+@pytest.mark.parametrize("truncate", ["prompt_start", "prompt_end"])
+def test_chats_that_are_too_long(preprocessor, truncate):
+    """Turn markers stay; first turns go before the prompt of the last answer is cut."""
+    long = [
+        *CHAT[:2],
+        {"role": "user", "content": "Once upon a time a Fox saw the Crow. Who was it?"},
+        {"role": "assistant", "content": "The Fox."},
+    ]
+    cut = VaultGemmaCausalLMPreprocessor(
+        preprocessor.tokenizer, sequence_length=64, truncate=truncate
+    )
+    whole, _ = rows_of(cut, *cut(long))
+    last = ids_of(preprocessor, apply_chat_template(long[2:]))[:-1]
+    answers = [ids_of(preprocessor, text + "<end_of_turn>") for text in ("The fox", "The Fox.")]
+    start, end = (
+        ids_of(preprocessor, t) for t in ("<start_of_turn>user\n", "<start_of_turn>model\n")
+    )
+    for length in range(len(whole) - 2, len(start) + len(end) + len(answers[1]) + 4, -1):
+        row, trained = rows_of(cut, *cut(long, sequence_length=length))
+        assert len(row) == length + 1 or len(row) <= len(last) + 1
+        assert row[: 1 + len(start)] == [2, *start]
+        assert row[-len(answers[1]) - len(end) :] == [*end, *answers[1]]
+        assert trained in (answers[0] + answers[1], answers[1])
+        if len(row) == len(last) + 1:
+            assert row == [2, *last]
+
+
+def test_truncate_is_checked_and_saved(preprocessor):
+    with pytest.raises(ValueError, match="`truncate` must be one of .*prompt_start"):
+        VaultGemmaCausalLMPreprocessor(preprocessor.tokenizer, truncate="left")
+    cut = VaultGemmaCausalLMPreprocessor(preprocessor.tokenizer, truncate="prompt_end")
+    assert VaultGemmaCausalLMPreprocessor.from_config(cut.get_config()).truncate == "prompt_end"
+    assert preprocessor.truncate == "prompt_start"

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor
+from keras_vaultgemma import VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor, backend
 from keras_vaultgemma.models.trainer import Trainer
 
 
@@ -49,6 +49,22 @@ def test_lora_changes_its_factors_alone():
     assert changed == {v.path for v in model.backbone.trainable_variables}
     assert all("lora_kernel" in path for path in changed) and len(changed) == 4
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="others compile steps by default")
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_torch_compile_changes_no_step(mode):
+    histories = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = VaultGemmaCausalLM(random_backbone(num_layers=1))
+        if mode:
+            model.quantize(mode)
+        model.backbone.enable_lora(2, ["query", "token_embedding"])
+        model.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        data = dict(x=IDS, y=IDS["token_ids"], verbose=0)
+        histories.append(model.fit(**data, epochs=2).history["loss"] + model.evaluate(**data))
+    np.testing.assert_allclose(histories[1], histories[0], rtol=1e-6)
 
 
 def test_predict_gives_logits(tiny):
@@ -164,14 +180,31 @@ def test_truncations_are_reported_once():
             ], name
 
 
-def test_rows_that_lose_their_answer_are_reported():
-    model = small_with_text(24)
+@pytest.mark.first_backend
+def test_rows_that_lose_their_answer_are_left_out():
+    """Once in memory, where other rows fill the batches, and with no weight in a stream."""
     pairs = {"prompts": [LINES[0], "The Hare"], "responses": ["so it was", "and " * 40]}
-    with pytest.warns(
-        UserWarning, match="2 of 2 rows.*truncated; the whole response was lost in 1 of them"
+    message = (
+        "2 of 2 rows were longer than sequence_length=24 and were truncated. "
+        "1 of 2 rows have no label to learn and are left out."
+    )
+    model = small_with_text(24)
+    model.preprocessor.truncate = "row_end"
+    alone = {name: texts[1:] for name, texts in pairs.items()}
+    losses = []
+    for data in (pairs, iter([pairs, pairs]), alone):
+        with pytest.warns(UserWarning, match="sequence_length") as caught:
+            logs = model.evaluate(data, verbose=0, return_dict=True)
+            losses.append(logs["loss"])
+        if data is pairs:
+            assert [str(w.message) for w in caught if w.category is UserWarning] == [message]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5) == pytest.approx(losses[1], rel=1e-5)
+    lost = {name: texts[:1] for name, texts in pairs.items()}
+    with (
+        pytest.warns(UserWarning, match="1 of 1 rows have no label"),
+        pytest.raises(ValueError, match="must have a row with a label to learn. Received: none"),
     ):
-        loss = model.evaluate(pairs, verbose=0, return_dict=True)["loss"]
-    assert np.isfinite(loss)
+        model.fit(lost, verbose=0)
 
 
 @pytest.mark.parametrize("labels", [dict(y=[1, 2]), dict(sample_weight=[1, 0])])
@@ -239,7 +272,7 @@ def test_labels_of_a_loss_that_ignores_some(model):
 @pytest.mark.parametrize("call", ["fit", "evaluate", "score"])
 def test_an_embedding_in_int4_has_no_loss(call):
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
-    model.quantize("int4")
+    model.backbone.token_embedding.quantize("int4")
     message = (
         "The loss needs an embedding in floating point or int8.*Received: token_embedding in int4"
     )

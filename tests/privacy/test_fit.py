@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -237,6 +239,27 @@ def test_texts_are_recognised_in_any_form():
     model.fit(tuple(LINES[::-1]), batch_size=2, verbose=0)
     model.fit(TwoTexts(), batch_size=2, verbose=0)
     assert len(model.privacy.ledger.spent()) == 1 and model.privacy.spent().steps == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*rows were longer")
+def test_a_dataset_is_the_same_in_every_container():
+    rows = [{"id": i, "text": line} for i, line in enumerate(LINES)]
+    containers = [LINES, rows, {"text": LINES}, np.array(LINES), deque(LINES)]
+    if find_spec("pandas"):
+        import pandas
+
+        containers += [pandas.DataFrame(rows), pandas.Series(LINES)]
+    if find_spec("datasets"):
+        import datasets
+
+        containers += [datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows)["text"]]
+    model = tiny_model(extend_budget=True)
+    for container in containers:
+        model.fit(container, batch_size=2, verbose=0)
+    runs = [run for run, _ in model.privacy.ledger.runs]
+    assert len({run.dataset for run in runs}) == 1 and len(runs) == len(containers)
+    with pytest.raises(ValueError, match="a list of rows first. Received: dict_values"):
+        model.fit(dict(enumerate(LINES)).values(), verbose=0)
 
 
 def test_ids_are_recognised_with_any_dtype_and_weights():

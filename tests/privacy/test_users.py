@@ -1,5 +1,7 @@
 """`DPSGD(unit="user")`: users are sampled and clipped, not rows; against a plain loop over users."""
 
+from collections import deque
+
 import keras
 import numpy as np
 import pytest
@@ -246,6 +248,7 @@ def test_the_same_rows_in_other_units_are_the_same_data():
 )
 def test_labels_of_all_kinds(labels):
     one, two, three = groups.group_labels(labels, 3)
+    assert groups.group_labels(deque(labels), 3) == [one, two, three]
     assert one == three != two
 
 

@@ -1,6 +1,8 @@
 """Each subcommand: the recipe it calls, with which arguments, and what it prints."""
 
 import io
+import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -31,10 +33,11 @@ def fake_model(monkeypatch, tiny):
         return fake_model
 
     class Pieces(list):
-        finish_reason = "length"
+        finish_reason, ids = "length", [7, 8]
 
-    def stream(inputs, max_new_tokens, stop):
+    def stream(inputs, max_new_tokens, stop, **options):
         fake_model.inputs, fake_model.max_new_tokens, fake_model.stop = inputs, max_new_tokens, stop
+        fake_model.options = options
         return Pieces([" A", " text."])
 
     fake_model.compile = lambda sampler: setattr(fake_model, "sampler", sampler)
@@ -60,9 +63,15 @@ def test_chat_prints_the_reply_alone(capsys, tiny):
 
 
 def test_a_pipe_brings_the_prompt(tiny):
-    done = run_command("generate", "--max-new-tokens", "8", input=PROMPT + "\n")
-    assert done.returncode == 0
-    assert done.stdout == tiny.generate(PROMPT, max_new_tokens=8) + "\n"
+    """Whatever the encoding of standard input and output. Standard error begins with the backend."""
+    options = dict(input=f"“{PROMPT}\n", env={"PYTHONIOENCODING": "ascii"}, encoding="utf-8")
+    done = run_command("generate", "--max-new-tokens", "8", **options)
+    assert done.returncode == 0, done.stderr
+    text = tiny.generate(f"“{PROMPT}", max_new_tokens=8) + "\n"
+    assert done.stdout == re.sub("[“”]", '"', text).encode("ascii", "backslashreplace").decode()
+    (note,) = re.findall("^keras-vaultgemma: (.*)$", done.stderr, re.M)
+    others = " or ".join(name for name in backend.BACKENDS if name != backend.NAME)
+    assert note == f"running on {backend.NAME}; set KERAS_BACKEND to {others} for another backend"
 
 
 def test_an_unknown_backend_is_a_usual_error():
@@ -119,6 +128,46 @@ def test_samplers(capsys, fake_model, name, sampler, takes):
         assert error.endswith(f"Received: --{option} {values[option]}")
 
 
+@pytest.mark.parametrize(
+    "options, sampler, config",
+    [
+        ("--temperature 0.5", keras_hub.samplers.RandomSampler, dict(temperature=0.5)),
+        ("--top-k 3", keras_hub.samplers.TopKSampler, dict(k=3)),
+        ("--top-k 99999", keras_hub.samplers.TopKSampler, dict(k=4096)),
+        ("--top-p 0.9 --seed 2", keras_hub.samplers.TopPSampler, dict(p=0.9, seed=2)),
+        ("--top-p 0.9 --top-k 5", keras_hub.samplers.TopPSampler, dict(p=0.9, k=5)),
+        ("--top-k 3 --temperature 2", keras_hub.samplers.TopKSampler, dict(k=3, temperature=2.0)),
+    ],
+)
+def test_options_choose_the_sampler(fake_model, options, sampler, config):
+    assert cli.main(["generate", PROMPT, *options.split()]) == 0
+    assert type(fake_model.sampler) is sampler
+    assert {name: fake_model.sampler.get_config()[name] for name in config} == config
+
+
+def test_options_of_generation_and_of_weights(fake_model, monkeypatch):
+    calls = []
+    fake_model.quantize = calls.append
+    monkeypatch.setattr(
+        "keras_vaultgemma.lora.adapters.load_adapter",
+        lambda model, folder: calls.append((model, folder)),
+    )
+    options = (
+        "--repetition-penalty 1.5 --int8 --preset a/folder --adapter an/adapter --dtype float32"
+    )
+    assert cli.main(["generate", PROMPT, *options.split()]) == 0
+    assert fake_model.options == {"repetition_penalty": 1.5}
+    assert calls == ["int8", (fake_model, "an/adapter")]
+
+
+def test_json(capsys, fake_model):
+    assert cli.main(["generate", "ε: once", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and out.count("\n") == 1
+    expected = dict(prompt="ε: once", text=" A text.", finish_reason="length", new_tokens=2)
+    assert json.loads(out) == expected
+
+
 def test_text_ends_at_the_context(capsys, fake_model, tiny):
     context = tiny.backbone.max_sequence_length
     word = tiny.preprocessor.tokenizer("a")
@@ -155,6 +204,16 @@ def test_a_piped_prompt_loses_one_line_break(monkeypatch, fake_model, piped, pro
     monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
     assert cli.main(["generate"]) == 0
     assert fake_model.inputs == prompt
+
+
+def test_a_pipe_that_is_not_utf_8(monkeypatch, capsys, fake_model):
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xce\xb5\r\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert cli.main(["generate", "--stop", "x\udcff"]) == 0
+    assert (fake_model.inputs, fake_model.stop) == ("caf\ufffd ε", ["x\ufffd"])
+    notes = capsys.readouterr().err.splitlines()
+    note = "keras-vaultgemma: {} has bytes that are not UTF-8, read as \ufffd"
+    assert notes == [note.format("--stop"), note.format("PROMPT")]
 
 
 def test_an_argument_is_the_prompt_whatever_is_piped(monkeypatch, fake_model):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from shutil import copytree
 
 import huggingface_hub
 import keras
@@ -23,11 +24,18 @@ from hub_stub import HubStub
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from keras_vaultgemma import VaultGemmaBackbone, VaultGemmaCausalLM
+from keras_vaultgemma import (
+    VaultGemmaBackbone,
+    VaultGemmaCausalLM,
+    VaultGemmaTokenizer,
+    apply_chat_template,
+)
+from keras_vaultgemma._files import new_folder
 from keras_vaultgemma.checkpoints import lazy_tensor, presets
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, equal_bits
 from keras_vaultgemma.checkpoints.reader import open_values
 from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
+from keras_vaultgemma.checkpoints.sentencepiece_format import Piece, with_pieces
 from keras_vaultgemma.recipes import convert as convert_module
 from keras_vaultgemma.recipes import verification
 from keras_vaultgemma.recipes.convert import _parse_size, convert
@@ -281,7 +289,8 @@ def test_keras_hub_uploads_the_preset(tmp_path, monkeypatch):
 
 def test_a_model_without_vocabulary(theirs, tmp_path):
     theirs[0].save_pretrained(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "keras")
+    with pytest.warns(UserWarning, match="source has no vocabulary .*works on token ids only"):
+        convert(tmp_path / "source", tmp_path / "keras")
     assert names(tmp_path / "keras") == {
         "README.md",
         "config.json",
@@ -291,7 +300,8 @@ def test_a_model_without_vocabulary(theirs, tmp_path):
     }
     ours = VaultGemmaCausalLM.from_preset(tmp_path / "keras", preprocessor=None)
     assert ours.backbone.num_query_heads == 6
-    convert(tmp_path / "keras", tmp_path / "hf", to="hf")
+    with pytest.warns(UserWarning, match="keras has no vocabulary"):
+        convert(tmp_path / "keras", tmp_path / "hf", to="hf")
     assert not list((tmp_path / "hf").glob("tokenizer*"))
 
 
@@ -389,6 +399,141 @@ def test_overwriting_removes_the_old_model(tmp_path):
     )
 
 
+def test_overwriting_leaves_the_users_files(tmp_path):
+    """Only what an earlier conversion lists is deleted."""
+    new = tmp_path / "new"
+    convert(TINY, new, to="hf", shard_size="2MB")
+    mine = {"run.json", "my_notes.json", "other.safetensors", "old.h5", "sub/model.safetensors"}
+    for name in mine:
+        (new / name).parent.mkdir(exist_ok=True)
+        (new / name).write_text("mine")
+    convert(TINY, new, overwrite=True)
+    convert(TINY, new, to="hf", overwrite=True)
+    convert(TINY, new, overwrite=True)
+    assert names(new) == names(TINY) | mine
+    assert {(new / name).read_text() for name in mine} == {"mine"}
+
+
+@pytest.mark.parametrize("listed", [["../secret.json"], {"../secret.json": ""}, {"/etc/x": ""}, 3])
+def test_a_list_of_files_elsewhere_deletes_nothing(tmp_path, listed):
+    (tmp_path / "secret.json").touch()
+    convert(TINY, tmp_path / "new")
+    path = tmp_path / "new/metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": listed}))
+    convert(TINY, tmp_path / "new", overwrite=True)
+    assert (tmp_path / "secret.json").exists()
+
+
+def test_files_that_would_join_the_new_model_raise(tiny, tmp_path):
+    """Those of a model that no conversion wrote, which is neither deleted nor mixed."""
+    tiny.save_to_preset(tmp_path / "saved")
+    before = names(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved has .*tokenizer.json.* a part of the new model"):
+        convert(TINY, tmp_path / "saved", to="hf", overwrite=True)
+    assert names(tmp_path / "saved") == before
+    convert(TINY, tmp_path / "saved", overwrite=True)
+    assert names(tmp_path / "saved") == before | {"README.md"}
+
+
+def test_one_conversion_at_a_time_writes_to_a_target(tmp_path):
+    with new_folder(tmp_path / "new", exclusive=True):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="new is being written by another process"):
+                convert(TINY, tmp_path / "new", overwrite=overwrite)
+        convert(TINY, tmp_path / "other")
+    convert(TINY, tmp_path / "third")
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "other", "third"}
+
+
+def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        convert_module,
+        "_open_vocabulary",
+        lambda *_: (tmp_path / "new").mkdir(),
+    )
+    with pytest.raises(FileExistsError, match="new exists"):
+        convert(TINY, tmp_path / "new")
+
+
+# Text: chat templates, stop ids and tokenizers
+
+
+CHAT = [
+    {"role": "user", "content": " Hello "},
+    {"role": "assistant", "content": "Hi!\n"},
+    {"role": "user", "content": "A\nstory?"},
+]
+
+
+def test_an_exported_model_can_chat(tmp_path):
+    convert(TINY, tmp_path / "hf", to="hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for chat, prompt in ((CHAT[:2], False), (CHAT, True)):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        assert text == "<bos>" + apply_chat_template(chat, add_generation_prompt=prompt)
+    found = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    ours = VaultGemmaTokenizer.from_preset(TINY)
+    prompt = apply_chat_template(CHAT, add_generation_prompt=True)
+    assert found["input_ids"] == [2, *map(int, ours(prompt))]
+    for chat in ([{"role": "system", "content": "x"}], [CHAT[0], CHAT[0]]):
+        with pytest.raises(Exception, match="alternate"):
+            tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.decode([106, 300, 107], skip_special_tokens=True) == ours.detokenize([300])
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert config.eos_token_id == [1, 107]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.generation_config.eos_token_id == [1, 107]
+
+
+def test_a_vocabulary_without_turns_gets_no_template(tmp_path):
+    folder = copytree(TINY, tmp_path / "source")
+    path = folder / "assets/tokenizer/vocabulary.spm"
+    turns = {106: Piece("<unused106>", kind=4), 107: Piece("<unused107>", kind=4)}
+    path.write_bytes(with_pieces(path.read_bytes(), turns))
+    convert(folder, tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert "chat_template" not in config
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_hugging_face_to_hugging_face_keeps_what_is_about_text(theirs, tmp_path):
+    folder = copytree(theirs[1], tmp_path / "source")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5], "top_k": 7}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tools.jinja").write_text("tools")
+    edit = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**edit, "eos_token_id": [1, 5]}))
+    metadata = convert(folder, tmp_path / "hf", to="hf", dtype="float32")
+    kept = names(folder) - {"config.json", "model.safetensors"}
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= kept
+    assert {"additional_chat_templates/tools.jinja"} <= kept == kept & {*metadata["files"]}
+    for name in kept:
+        assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [1, 5]
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to(TINY / "README.md")
+    with pytest.raises(ValueError, match="must not be a link that leaves its folder"):
+        convert(folder, tmp_path / "other", to="hf")
+
+
+def test_a_folder_with_tokenizer_json_alone(theirs, tmp_path):
+    """As every trainer of transformers 5 saves it."""
+    folder = copytree(theirs[1], tmp_path / "source")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    convert(folder, tmp_path / "keras")
+    ours = VaultGemmaCausalLM.from_preset(tmp_path / "keras").preprocessor.tokenizer
+    hub = keras_hub.models.CausalLM.from_preset(str(tmp_path / "keras")).preprocessor.tokenizer
+    text = "Once  upon\n\n a time<end_of_turn>"
+    expected = tokenizer(text, add_special_tokens=False).input_ids
+    assert ours(text).tolist() == hub(text).tolist() == expected
+
+
 def test_a_malformed_source_leaves_no_target(theirs, tmp_path):
     theirs[0].save_pretrained(tmp_path / "source")
     path = tmp_path / "source/model.safetensors"
@@ -481,11 +626,15 @@ def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
         assert list(tmp_path.rglob("model.*"))
     finally:
         process.send_signal(how)
-        process.wait()
+        code = process.wait()
         process.stdout.close()
+    if how != signal.SIGKILL:
+        assert code == 128 + how
+        assert list(tmp_path.iterdir()) == []
     assert not target.exists()
     convert("vaultgemma_tiny", target, to=to)
     assert open_values(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_the_tool_runs_the_command(tiny, tmp_path):

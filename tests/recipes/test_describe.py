@@ -4,24 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from common import table
 
 from keras_vaultgemma import VaultGemmaBackbone
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.recipes.describe import describe
 
 pytestmark = pytest.mark.any_backend
-
-
-def table(text):
-    """Parse a description: `{section: {label: value}}`, or `{section: {sentence: ""}}`."""
-    sections, section = {}, None
-    for line in text.splitlines():
-        if line.startswith("  "):
-            name, _, value = line.strip().partition("  ")
-            section[name] = value.strip()
-        else:
-            section = sections[line] = {}
-    return sections
 
 
 @pytest.fixture

@@ -103,6 +103,26 @@ def test_pairs_and_a_file_of_held_out_ones(tmp_path):
     assert report(tmp_path / "run")["before"]["bytes"] == 3
 
 
+def test_data_in_memory(tmp_path):
+    """Texts in a table, and chats, give what a file gives; `run.json` has no data."""
+    chats = [
+        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": t}] for t in TEXTS
+    ]
+    for name, rows in (
+        ("texts", [{"text": text, "id": i} for i, text in enumerate(TEXTS)]),
+        ("chats", [{"messages": chat} for chat in chats]),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        options = dict(epochs=1, sequence_length=64)
+        text = run(rows, tmp_path / f"{name} in memory", validation=rows[:1], **options)
+        other = run(path, tmp_path / name, validation=rows[:1], **options)
+        assert "on a list in memory: 12 rows to train on, 1 held out" in text
+        assert text.splitlines()[1:3] == other.splitlines()[1:3]
+        options = report(tmp_path / f"{name} in memory")["options"]
+        assert options["data"] == options["validation"] == "a list in memory"
+
+
 def test_blank_rows_are_counted(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "a tale\n" * 4 + " \n" * 2)
     assert "3 rows to train on, 1 held out, 2 blank ones left out" in run(
@@ -333,3 +353,15 @@ def test_pictures(data, tmp_path, monkeypatch):
 def test_bad_options(data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(data, tmp_path / "run", **options)
+
+
+def test_pairs_longer_than_a_row_warn_once(tmp_path):
+    """The prompts are cut, in training and held-out rows together, and every answer is learned."""
+    rows = [{"prompt": LINES[i % 4] * 2, "response": f"It was {i}."} for i in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="sequence_length") as caught:
+        run(path, tmp_path / "run", epochs=1)
+    assert [str(w.message) for w in caught if "rows" in str(w.message)] == [
+        "12 of 12 rows were longer than sequence_length=32 and were truncated."
+    ]

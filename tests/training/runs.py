@@ -55,10 +55,10 @@ class Kill(Interrupt):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def small(optimizer="adam", dtype=None, num_layers=1, **kwargs):
+def small(optimizer="adam", dtype=None, num_layers=1, vocabulary_size=32, **kwargs):
     sizes = dict(
         num_layers=num_layers,
-        vocabulary_size=32,
+        vocabulary_size=vocabulary_size,
         hidden_dim=16,
         intermediate_dim=24,
         head_dim=8,

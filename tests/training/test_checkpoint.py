@@ -122,8 +122,9 @@ def test_interrupted_with_lora_and_its_dropout(tmp_path):
 
 def test_interrupted_with_gradient_accumulation_mixed_precision_and_a_schedule(tmp_path):
     model = accumulating_gradients()
-    assert_survives(model, tmp_path, [5], save_freq=3)
-    assert int(to_numpy(model.optimizer.iterations)) == 4
+    assert_survives(model, tmp_path, [5], save_freq=1)
+    # In each of three epochs two batches together, and the last one alone.
+    assert int(to_numpy(model.optimizer.iterations)) == 6
 
 
 @pytest.mark.skipif(
