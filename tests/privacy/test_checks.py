@@ -215,8 +215,8 @@ def test_several_rows_with_a_custom_loss_or_metric(own):
             model.fit(x, x["token_ids"], batch_size=8, verbose=0)
 
 
-def test_several_rows_with_weights_that_are_not_lora_factors():
-    model = language_model()
+def test_several_rows_with_an_adapter_of_the_embedding():
+    model = language_model(2, lora_arguments=dict(target_layer_names=["token_embedding"]))
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
     with pytest.raises(ValueError, match=SEVERAL_ROWS):
         model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
