@@ -216,7 +216,8 @@ def test_several_rows_with_a_custom_loss_or_metric(own):
 
 
 def test_several_rows_with_an_adapter_of_the_embedding():
-    model = language_model(2, lora_arguments=dict(target_layer_names=["token_embedding"]))
+    model = language_model()
+    model.backbone.enable_lora(2, ["query", "token_embedding"])
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
     with pytest.raises(ValueError, match=SEVERAL_ROWS):
         model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)
