@@ -29,12 +29,17 @@ def matmul(x, kernel, transposed=False):
 
     Args:
         x: float tensor [..., in].
-        kernel: float tensor [in, out], or [B, in, out] for `x` [B, T, in].
-        transposed: bool. True if `kernel` is [out, in] instead. Defaults to False.
+        kernel: float tensor [in, out]. Or [U, in, out], with a matrix for each B / U consecutive
+            rows of `x` [B, T, in].
+        transposed: bool. True if the matrices are [out, in] instead. Defaults to False.
 
     Returns:
         Tensor [..., out].
     """
+    if len(kernel.shape) == 3:
+        rows = keras.ops.reshape(x, (kernel.shape[0], -1, x.shape[-1]))
+        kernel = keras.ops.transpose(kernel, (0, 2, 1)) if transposed else kernel
+        return keras.ops.reshape(keras.ops.matmul(rows, kernel), (*x.shape[:-1], kernel.shape[2]))
     if NAME == "torch" and x.dtype == kernel.dtype:
         return _torch_matmul(x, kernel, transposed)
     if NAME == "jax" and x.dtype.itemsize == 2 and is_jax_cpu():
@@ -51,12 +56,18 @@ def take_rows(table, ids):
     """Return rows of a table of embeddings.
 
     Args:
-        table: tensor [V, D].
-        ids: int tensor [...].
+        table: tensor [V, D]. Or [U, V, D], with a table for each B / U consecutive rows of ids.
+        ids: int tensor [...]. [B, T] with several tables.
 
     Returns:
         Tensor [..., D].
     """
+    if len(table.shape) == 3:
+        tables, size, width = table.shape
+        first = keras.ops.arange(tables, dtype=ids.dtype)[:, None] * size
+        ids_of_all = keras.ops.reshape(ids, (tables, -1)) + first
+        rows = keras.ops.take(keras.ops.reshape(table, (-1, width)), ids_of_all, axis=0)
+        return keras.ops.reshape(rows, (*ids.shape, width))
     if NAME == "jax" and table.dtype.itemsize == 2 and is_jax_cpu():
         ids, table = jax_barrier(ids, table)
     return keras.ops.take(table, ids, axis=0)

@@ -18,19 +18,13 @@ def low_rank_matmul(x, first, second, scale, transposed=False):
 
     Args:
         x: tensor [..., in].
-        first: variable or tensor [in, r], or [U, in, r] for `x` [B, T, in], with a matrix for each
-            row, if U is B, or for each B / U consecutive rows.
+        first: variable or tensor [in, r], or [U, in, r], as for `backend.matmul`.
         second: variable or tensor [r, out], or [U, r, out].
         scale: float.
         transposed: bool. True if the matrices are [r, in] and [out, r] instead. Defaults to False.
     """
-    first, second, shape = backend.value_of(first), backend.value_of(second), x.shape
-    is_shared = len(first.shape) == 3 and first.shape[0] != shape[0]
-    if is_shared:
-        x = ops.reshape(x, (first.shape[0], -1, shape[-1]))
-    x = backend.matmul(ops.cast(x, "float32"), first, transposed)
-    x = backend.matmul(x * scale, second, transposed)
-    return ops.reshape(x, (*shape[:-1], x.shape[-1])) if is_shared else x
+    x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
+    return backend.matmul(x * scale, backend.value_of(second), transposed)
 
 
 class LowRankUpdate:
@@ -53,9 +47,6 @@ class LowRankUpdate:
 
     zero_factor = 1
     """Index of the factor that starts at zero."""
-
-    takes_row_factors = False
-    """True if the layer also accepts factors [U, in, r] and [U, r, out], as `low_rank_matmul`."""
 
     saves_merged = False
     """True to save the matrix merged with the adapter instead of the matrix and the factors."""

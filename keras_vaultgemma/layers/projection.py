@@ -15,7 +15,8 @@ class Projection(LowRankUpdate, keras.layers.Dense):
 
     PyTorch and Hugging Face have the same layout, and `backend.matmul` is up to twice as fast in it
     for few rows. Files of Keras hold the matrix as `kernel` [in, units], and so does a quantized
-    layer.
+    layer. The matrix and the factors of an adapter may have a leading axis, as `backend.matmul`
+    takes it, so that rows of a batch are computed with variables of their own.
 
     Args:
         units: int. Size of the output.
@@ -33,8 +34,6 @@ class Projection(LowRankUpdate, keras.layers.Dense):
     y = Projection(units=3)(np.ones((1, 2, 4), "float32"))  # [1, 2, 3]
     ```
     """
-
-    takes_row_factors = True
 
     def __init__(
         self, units, initializer_range=0.02, stored_values=None, quantization_config=None, **kwargs

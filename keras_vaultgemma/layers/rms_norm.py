@@ -44,7 +44,13 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x):
         x = backend.rms_normalize(ops.cast(x, "float32"), self.epsilon)
-        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+        scale = 1.0 + ops.cast(backend.value_of(self.scale), "float32")
+        if len(scale.shape) == 2:  # [U, D], one for each B / U consecutive rows of `x`
+            rows = ops.reshape(x, (scale.shape[0], -1, x.shape[-1])) * scale[:, None]
+            x = ops.reshape(rows, x.shape)
+        else:
+            x = x * scale
+        return ops.cast(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape

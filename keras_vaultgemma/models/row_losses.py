@@ -1,14 +1,20 @@
 """Losses of single rows for private training of the causal language model."""
 
+import math
+
 from keras import ops
 
-from keras_vaultgemma.lora.injection import adaptable_layers
+from keras_vaultgemma import backend
 from keras_vaultgemma.privacy.train_step import RowLosses
+from keras_vaultgemma.training.loss import cross_entropy, head_terms
 from keras_vaultgemma.training.next_token import label_weights
 from keras_vaultgemma.training.scoring import token_losses
 
 MICROBATCH_TOKENS = 1024
 """Tokens of the rows that private training computes together."""
+
+MICROBATCH_NUMBERS = 2**26
+"""Largest number of elements that the gradients of these rows have together, 256 MiB in float32."""
 
 
 class NextTokenRowLosses(RowLosses):
@@ -20,10 +26,12 @@ class NextTokenRowLosses(RowLosses):
 
     @property
     def takes_row_variables(self):
-        """True if LoRA factors of projections are all that is trained."""
-        layers = adaptable_layers(self.model.backbone).values()
-        factors = [v for layer in layers if layer.takes_row_factors for v in layer.lora_factors]
-        return {id(v) for v in self.model.trainable_variables} <= {id(v) for v in factors}
+        """True if all trained variables are the backbone's, without an adapter of the embedding."""
+        backbone = self.model.backbone
+        if backbone.token_embedding.lora_enabled:
+            return False
+        known = {id(v) for v in backbone.variables}
+        return all(id(v) in known for v in self.model.trainable_variables)
 
     @property
     def takes_user_variables(self):
@@ -31,7 +39,9 @@ class NextTokenRowLosses(RowLosses):
         return self.takes_row_variables
 
     def rows_at_once(self, rows):
-        return max(1, MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1])
+        copied = sum(math.prod(v.shape) for v in self.model.trainable_variables)
+        most = MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1]
+        return max(1, min(most, MICROBATCH_NUMBERS // copied))
 
     def unit(self, rows, unit):
         return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
@@ -50,11 +60,23 @@ class NextTokenRowLosses(RowLosses):
         rows = ops.sum(ops.cast(ops.reshape(tokens, (users, -1)) > 0, "float32"), axis=1)
         weights = weights / ops.maximum(tokens, 1.0)
         weights = ops.reshape(weights, (users, -1)) / ops.maximum(rows, 1.0)[:, None]
-        total, losses, _ = token_losses(
-            self.model.backbone.token_embedding,
-            self.model.hidden_states(x, training=True),
-            ops.reshape(y, (-1,)),
-            ops.reshape(weights, (-1,)),
-            with_gradient=True,
-        )
+        total, losses = self._token_losses(self.model.hidden_states(x, training=True), y, weights)
         return total, ops.sum(ops.reshape(losses, ops.shape(weights)) * weights, axis=1)
+
+    def _token_losses(self, hidden_states, y, weights):
+        """Return the total and the losses of all tokens, of which `weights` are `[U, k * T]`."""
+        embedding = self.model.backbone.token_embedding
+        table = backend.value_of(embedding.table)
+        if len(table.shape) == 2:
+            y, weights = ops.reshape(y, (-1,)), ops.reshape(weights, (-1,))
+            return token_losses(embedding, hidden_states, y, weights, with_gradient=True)[:2]
+        users = table.shape[0]
+        rows = ops.reshape(hidden_states, (users, -1, hidden_states.shape[-1]))
+        of_users = zip(
+            *map(ops.unstack, (rows, table, ops.reshape(y, (users, -1)), weights)), strict=True
+        )
+        found = [
+            cross_entropy(head_terms(embedding, rows, table), y, weights, embedding.logit_soft_cap)
+            for rows, table, y, weights in of_users
+        ]
+        return sum(total for total, *_ in found), ops.stack([losses for _, losses, _ in found])

@@ -184,8 +184,8 @@ def check_microbatch(size, takes_row_variables):
     if size not in (None, 1) and not takes_row_variables:
         raise ValueError(
             "`microbatch_size` must be 1 or None unless the model can compute the gradient of each "
-            "of several rows, as `VaultGemmaCausalLM` can with the default loss and metrics if "
-            "only LoRA factors of projections are trainable. "
+            "of several rows, as `VaultGemmaCausalLM` can with the default loss and metrics unless "
+            "the embedding has an adapter. "
             f"Received: microbatch_size={size}"
         )
 

@@ -103,8 +103,8 @@ class DPSGD:
             More rows average out more of a user's own gradient noise; more users in a batch, for
             the same time, average out more of the privacy noise. Defaults to 4.
         microbatch_size: int or None. Rows, or users, that a device computes together. More than 1
-            requires that the model computes each of them separately, as it does with LoRA on
-            projections and the default loss. Defaults to as many as pay off.
+            requires that the model computes each of them separately, as it does with the default
+            loss unless the embedding has an adapter. Defaults to as many as pay off.
         extend_budget: bool. If True, another `fit` on the same data may exceed the budget; `spent`
             and the ledger report by how much. Defaults to False.
         public_validation: bool. States that validation data given to `fit` is public, so that its

@@ -279,11 +279,8 @@ class PrivateTraining:
             def losses_of(copies):
                 with keras.StatelessScope(state_mapping=now) as scope:
                     # Not in the mapping, which takes values of the variables' own shapes alone.
-                    for variable, value in [
-                        *zip(trained, copies, strict=True),
-                        *zip(states, before, strict=True),
-                    ]:
-                        scope.add_update((variable, value))
+                    for update in zip([*trained, *states], [*copies, *before], strict=True):
+                        scope.add_update(update)
                     others = [v for v, _ in now if not any(v is state for state in states)]
                     fixed = [scope.get_current_value(v) for v in others]
                     total, losses = losses_of_rows(*rows)

@@ -43,12 +43,13 @@ def check_table(embedding):
         )
 
 
-def head_terms(embedding, rows):
+def head_terms(embedding, rows, table=None):
     """Return the terms of the logits that the tied head computes.
 
     Args:
         embedding: `ReversibleEmbedding`, whose table is also the head's.
         rows: tensor `[N, D]`. Final hidden states of N tokens.
+        table: tensor `[V, D]`. Values of the embedding. Defaults to its own.
 
     Returns:
         List of one `LogitTerm`, or two if the embedding has an adapter.
@@ -56,7 +57,7 @@ def head_terms(embedding, rows):
     is_int8 = embedding.quantization_mode == "int8"
     base = LogitTerm(
         rows,
-        embedding.table,
+        embedding.table if table is None else table,
         embedding.embeddings_scale if is_int8 else None,
         embedding.inputs_quantizer if is_int8 else None,
         embedding.table.trainable,

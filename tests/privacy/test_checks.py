@@ -215,8 +215,9 @@ def test_several_rows_with_a_custom_loss_or_metric(own):
             model.fit(x, x["token_ids"], batch_size=8, verbose=0)
 
 
-def test_several_rows_with_weights_that_are_not_lora_factors():
+def test_several_rows_with_an_adapter_of_the_embedding():
     model = language_model()
+    model.backbone.enable_lora(2, ["query", "token_embedding"])
     model.compile(keras.optimizers.SGD(0.1), privacy=dpsgd(microbatch_size=4))
     with pytest.raises(ValueError, match=SEVERAL_ROWS):
         model.fit(packed(1), packed(1)["token_ids"], batch_size=8, verbose=0)

@@ -38,7 +38,7 @@ def test_equal_to_a_plain_loop_over_rows(monkeypatch, name):
     clip_norm = float(np.mean(np.sort(norms)[3:5]))
     monkeypatch.setattr(model.private_training.settings, "clip_norm", clip_norm)
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
-    for size in (1, 3) if "LoRA" in name else (1,):
+    for size in (1, 3):
         clipped = sum_of(model, rows, size=size)
         assert (clipped.clipped, clipped.not_finite) == (3, 0)
         np.testing.assert_allclose(clipped.loss, sum(losses), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_the_sum_carries_its_sensitivity():
 def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
     monkeypatch.setattr(mechanism, "sum_rounding", lambda *sizes: 0.0)  # ρ depends on the capacity
     model, rows = private_model(**MODELS[name]), some_rows(6)  # a sum without ρ of its own
-    for size in (1, 4) if name == "LoRA" else (1,):
+    for size in (1, 4):
         few, cut = (
             sum_of(model, take(rows, range(3)), size=size),
             sum_of(model, rows, count=3, size=size),
@@ -246,7 +246,7 @@ def test_bfloat16_is_equal_to_a_plain_loop_over_rows(name):
     model.private_training.settings.clip_norm = clip_norm = float(np.mean(np.sort(norms)[3:5]))
     expected, _ = plain_sum(found, clip_norm * (1 - mechanism.ROUNDING))
     length = np.sqrt(sum((e**2).sum() for e in expected))
-    for size in (1, 3) if name == "LoRA" else (1,):
+    for size in (1, 3):
         clipped = sum_of(model, rows, size=size)
         assert (clipped.clipped, clipped.not_finite) == (3, 0)
         np.testing.assert_allclose(clipped.loss, sum(losses), rtol=0.02)
@@ -259,10 +259,10 @@ def test_bfloat16_is_equal_to_a_plain_loop_over_rows(name):
             assert norm <= clip_norm and (norms[i] < clip_norm or norm > 0.998 * clip_norm)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(size):
+@pytest.mark.parametrize(("name", "size"), [("LoRA", 1), ("LoRA", 3), ("full", 3)])
+def test_a_row_that_is_not_finite_contributes_nothing_and_is_counted(name, size):
     """It is the first row of its microbatch, with a weight that overflows, and the rows next to it are unchanged."""
-    model, (x, y, weight) = shared("LoRA"), some_rows(6)
+    model, (x, y, weight) = shared(name), some_rows(6)
     rows = (x, y, weight.astype("float32"))
     finite = sum_of(model, take(rows, range(1, 6)), size=1)
     rows[2][0, 0] = np.inf

@@ -90,7 +90,7 @@ def first_step(model, rows, labels=LABELS, **arguments):
     return [old - new for old, new in zip(before, seen[0][0], strict=True)], seen[0][1]
 
 
-@pytest.mark.parametrize(("rank", "microbatch"), [(None, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("rank", "microbatch"), [(None, 1), (None, 2), (4, 1), (4, 2)])
 def test_the_clipped_sum_equals_a_plain_loop_over_users(rank, microbatch):
     """Within 1e-5 of its norm, with one expected user of two of each microbatch clipped."""
     model, rows, secret = user_model(rank, microbatch), labelled_rows(), fixed_secret(5)
@@ -346,7 +346,8 @@ def test_any_model_loss_and_metric(weighted):
 
 
 def test_several_users_at_once_need_layers_that_take_their_copies():
-    model = user_model(None, microbatch=2)
+    embedding = dict(target_layer_names=["token_embedding"])
+    model = user_model(microbatch=2, lora_arguments=embedding)
     with pytest.raises(ValueError, match="`microbatch_size` must be 1 or None"):
         fit(model, labelled_rows(), groups=LABELS)
 
