@@ -20,6 +20,7 @@ from keras_vaultgemma.backend.autodiff import (
     multiply_no_nan,
     padded,
     remat,
+    rows_with_own_weights,
     while_loop,
     without_gradients,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "reshape",
     "rms_normalize",
     "rotate_left",
+    "rows_with_own_weights",
     "schedule_after",
     "seed_global_generator",
     "sum_of_squares",

@@ -51,8 +51,11 @@ def gradients(function, tensors):
 def multiply_no_nan(x, factors):
     """Return `x * factors`, with 0 where a factor is 0 even if `x` is not finite there.
 
-    TensorFlow's own operation reuses the memory of an `x` that nothing else needs.
+    The caller must not use `x` again: PyTorch writes into it, and TensorFlow's own operation reuses
+    the memory of an `x` that nothing else needs.
     """
+    if NAME == "torch":
+        return x.mul_(factors).masked_fill_(factors == 0, 0.0)
     if NAME == "tensorflow":
         import tensorflow as tf
 
@@ -166,6 +169,19 @@ def block_size(most, expected):
     # The last block is padded: half of a block on average is computed for nothing. A quarter of
     # what is expected costs less than that, and more if its operations have too little to do.
     return max(1, min(most, max(expected // 4, min(expected // 2, most // 2))))
+
+
+def rows_with_own_weights(most):
+    """Return how many rows are best computed together, each with a copy of all weights.
+
+    A step of private training of 4 layers and 64 rows takes, next to a plain one, on PyTorch 2.8
+    times as long with one row and 1.8 with eight, on TensorFlow 2.4 and 1.8, and on JAX, whose loop
+    over rows runs without Python, 1.3 and 1.9 (2 Intel cores).
+
+    Args:
+        most: int. Largest number.
+    """
+    return 1 if NAME == "jax" else most
 
 
 def padded(count, size):

@@ -41,7 +41,10 @@ class NextTokenRowLosses(RowLosses):
     def rows_at_once(self, rows):
         copied = sum(math.prod(v.shape) for v in self.model.trainable_variables)
         most = MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1]
-        return max(1, min(most, MICROBATCH_NUMBERS // copied))
+        most = max(1, min(most, MICROBATCH_NUMBERS // max(1, copied)))
+        if self.model.backbone.token_embedding.table.trainable:
+            return backend.rows_with_own_weights(most)
+        return most
 
     def unit(self, rows, unit):
         return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
