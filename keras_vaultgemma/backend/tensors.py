@@ -1,6 +1,7 @@
 """Conversion, update and comparison of tensors."""
 
 import keras
+import numpy as np
 
 from keras_vaultgemma.backend.selection import NAME
 
@@ -86,6 +87,19 @@ def value_of(x):
 
         return tf.convert_to_tensor(x)
     return x if keras.ops.is_tensor(x) else keras.ops.convert_to_tensor(x)
+
+
+def numpy_view(x):
+    """Return a tensor or variable as a NumPy array, of the same memory if that is the host's.
+
+    `keras.ops.convert_to_numpy` copies it on PyTorch. The caller must not write into the array.
+    """
+    x = value_of(x)
+    if NAME != "torch":
+        return np.asarray(x)
+    x = x.detach()
+    is_readable = x.device.type == "cpu" and keras.backend.standardize_dtype(x.dtype) != "bfloat16"
+    return x.numpy() if is_readable else keras.ops.convert_to_numpy(x)
 
 
 def reshape(x, shape):

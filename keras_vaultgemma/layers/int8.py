@@ -1,8 +1,60 @@
-"""Matmuls with int8 weights and a gradient with respect to the activations."""
+"""Int8 weights: their rounding, and matmuls with a gradient with respect to the activations."""
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+
+BLOCK = 2**18
+"""Numbers of a matrix that are rounded at a time, so that they stay in the cache."""
+
+
+class BlockQuantizer(keras.quantizers.AbsMaxQuantizer):
+    """`keras.quantizers.AbsMaxQuantizer` of a matrix on the host, a block of rows at a time.
+
+    The results are equal. Keras makes five temporary copies of the matrix, whose memory takes
+    longer than the arithmetic: 1B parameters in float32 take 20 to 23 s instead of 8 to 10
+    (2 Intel cores).
+
+    Args:
+        axis: int. The axis that shares a scale, of a matrix with two.
+    """
+
+    def __call__(self, x, axis=None, to_numpy=True):
+        (axis,) = self.axis
+        matrix = np.moveaxis(backend.numpy_view(x), axis, 1)
+        rounded = np.empty(matrix.shape, "int8")
+        scales = np.empty((len(matrix), 1), matrix.dtype)
+        low, high = self.value_range
+        step = max(1, BLOCK // matrix.shape[1])
+        for start in range(0, len(matrix), step):
+            rows = matrix[start : start + step]
+            largest = np.max(np.abs(rows), 1, keepdims=True)
+            with np.errstate(divide="ignore", over="ignore"):
+                # As Keras computes it, so that the rounded numbers are the same.
+                scale = np.divide(high, np.add(largest, self.epsilon))
+            # In float16, epsilon is 0, and Keras would round 0 times infinity.
+            scale[np.isinf(scale)] = 1
+            block = np.multiply(rows, scale)
+            np.clip(np.round(block, out=block), low, high, out=block)
+            rounded[start : start + step], scales[start : start + step] = block, scale
+        return np.moveaxis(rounded, 1, axis), np.moveaxis(scales, 1, axis)
+
+
+def in_blocks(config, axis):
+    """Return the config of an int8 quantization with a `BlockQuantizer` in place of Keras's own.
+
+    Args:
+        config: `keras.quantizers.Int8QuantizationConfig`, or None for Keras's default.
+        axis: int. Axis of the matrix that shares a scale.
+    """
+    default = keras.quantizers.Int8QuantizationConfig() if config is None else config
+    if default.weight_quantizer is not None:
+        return config
+    return keras.quantizers.Int8QuantizationConfig(
+        BlockQuantizer(axis=axis), default.activation_quantizer
+    )
 
 
 def int8_matmul(x, weight, scale, quantizer, transposed=False):

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.layers.int8 import in_blocks
 
 
 def low_rank_matmul(x, first, second, scale, transposed=False):
@@ -136,11 +137,16 @@ class LowRankUpdate:
         """The scale s."""
         return self.lora_alpha / self.lora_rank
 
+    quantized_axis = 0
+    """Axis of the matrix, as Keras has it, that shares a scale in int8."""
+
     def quantize(self, mode=None, type_check=True, config=None):
         if self.lora_enabled:
             self.check_base(mode)
+        faster = in_blocks(config, self.quantized_axis) if mode == "int8" else config
         # Keras quantizes subclasses only without the type check.
-        super().quantize(mode, type_check=False, config=config)
+        super().quantize(mode, type_check=False, config=faster)
+        self.quantization_config = config
 
     def merged(self, matrix, transposed=False):
         """Return W + s A B in the dtype of the matrix W, rounded once.

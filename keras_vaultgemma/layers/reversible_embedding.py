@@ -34,6 +34,7 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
     """
 
     lora_factor_names = ("lora_embeddings_a", "lora_embeddings_b")
+    quantized_axis = -1
     zero_factor = 0
 
     def __init__(self, *args, stored_values=None, **kwargs):

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import reference
 from common import to_numpy
+from keras import ops
 
+from keras_vaultgemma.layers import int8
 from keras_vaultgemma.layers.projection import Projection
 from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
@@ -123,3 +125,25 @@ def test_quantized_matmuls_equal_those_of_keras():
     np.testing.assert_allclose(
         to_numpy(ours(x, reverse=True)), to_numpy(theirs(x, reverse=True)), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_matrices_are_rounded_as_keras_rounds_them(dtype, axis):
+    """With a column and a row of zeros, in several blocks of rows."""
+    matrix = np.random.default_rng(0).normal(size=(1500, 517))
+    if dtype != "float16":
+        matrix[:, 3] = matrix[700] = 0
+    matrix = ops.cast(ops.convert_to_tensor(matrix), dtype)
+    expected = keras.quantizers.AbsMaxQuantizer(axis=axis)(matrix, to_numpy=True)
+    for found, one in zip(int8.BlockQuantizer(axis=axis)(matrix), expected, strict=True):
+        found, one = to_numpy(ops.convert_to_tensor(found)), to_numpy(one)
+        assert found.dtype == one.dtype
+        np.testing.assert_array_equal(found, one)
+
+
+def test_zeros_in_float16_are_rounded_to_zeros():
+    """Keras's epsilon is 0 in float16, and 0 times the infinite scale would be NaN."""
+    zeros = ops.zeros((2, 3), "float16")
+    rounded, scale = int8.BlockQuantizer(axis=-1)(zeros)
+    assert not rounded.any() and np.isfinite(scale).all()
