@@ -9,7 +9,7 @@ of the fingerprints:
 - rows.npy, a sketch of its records (`fingerprint.RowSketch`), which finds records in common;
 - about.json, when it began and where the model's own ledger is.
 
-Nothing of it is ever copied beside a model. Deleting the folder of a run makes the machine forget
+Nothing of it is ever copied next to a model. Deleting the folder of a run makes the machine forget
 it, which is right if nothing learned from the run was seen by anybody else, or ever will be. Runs
 with `DPSGD(seed_for_tests=...)` are not recorded.
 

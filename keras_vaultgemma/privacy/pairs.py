@@ -12,7 +12,7 @@ UNIT = 2.0**-24
 
 
 def add_pairs(total, rest, x, x_rest):
-    """Return the sum of two pairs of float32 tensors as a pair, whose rest rounds to 0 beside it.
+    """Return the sum of two pairs of float32 tensors as a pair, whose rest rounds to 0 next to it.
 
     It is exact up to 5 u^2 (|total| + |x|), if each rest is at most u times its value: the error of
     `total + x` is exact, each of the three sums of small terms is rounded once, and none of them
