@@ -4,6 +4,17 @@ from keras_vaultgemma._validation import check_integer, check_number, is_integer
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
+SHAPES = (
+    "vocabulary_size",
+    "num_layers",
+    "num_query_heads",
+    "num_key_value_heads",
+    "hidden_dim",
+    "intermediate_dim",
+    "head_dim",
+)
+"""Arguments of the backbone that the shapes of its weights depend on."""
+
 
 def check_hyperparameters(hyperparameters):
     """Check the constructor arguments of `VaultGemmaBackbone`.
@@ -21,16 +32,7 @@ def check_hyperparameters(hyperparameters):
         if not is_legal:
             raise ValueError(f"`{name}` must be {legal}. Received: {name}={h[name]!r}")
 
-    for name in (
-        "vocabulary_size",
-        "num_layers",
-        "num_query_heads",
-        "num_key_value_heads",
-        "hidden_dim",
-        "intermediate_dim",
-        "head_dim",
-        "max_sequence_length",
-    ):
+    for name in (*SHAPES, "max_sequence_length"):
         check_integer(name, h[name])
     for name in ("query_pre_attn_scalar", "rope_theta", "layer_norm_epsilon", "initializer_range"):
         check_number(name, h[name], above=0)

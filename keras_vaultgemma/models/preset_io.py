@@ -20,6 +20,7 @@ from keras_vaultgemma.checkpoints.config import KERAS_FIELDS, read_config
 from keras_vaultgemma.checkpoints.dtypes import saved_policy
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
 from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
+from keras_vaultgemma.layers.hyperparameters import SHAPES
 from keras_vaultgemma.lora.injection import adaptable_layers, saving_merged
 from keras_vaultgemma.lora.state import backbone_of, unmerged_state
 from keras_vaultgemma.privacy.ledger import preset_ledger
@@ -290,18 +291,6 @@ class CausalLMIO(_ModelIO):
         if takes_text:
             kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder)
         return cls(**kwargs)
-
-
-SHAPES = (
-    "vocabulary_size",
-    "num_layers",
-    "num_query_heads",
-    "num_key_value_heads",
-    "hidden_dim",
-    "intermediate_dim",
-    "head_dim",
-)
-"""Arguments of the backbone that the shapes of its weights depend on."""
 
 
 def _check_shapes(hyperparameters, kwargs):
