@@ -11,7 +11,7 @@ export TF_ENABLE_ONEDNN_OPTS = 0
 export PYTHONMALLOC = malloc
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=4294967296
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo docs test test-all lint clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py $(BACKENDS)
@@ -37,6 +37,11 @@ run_tests = chosen="$(1)"; for backend in $(TESTED); do echo "== $$backend"; \
 	KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "$$chosen" $(3) tests/$(ROOM) $(PYTEST) || [ $$? = 5 ] || exit 1; \
 	chosen="$(2)not any_backend"; done
+
+# The site, in .cache/site. Without a network, and a warning is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)
+	$(BIN)/mkdocs build -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "README.md", "SECURITY.md")
 
-pytestmark = [pytest.mark.any_backend, pytest.mark.any_backend]
+pytestmark = pytest.mark.any_backend
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,15 @@ def distributions(tmp_path_factory):
 def test_the_source_distribution_has_all_a_developer_needs(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = ("LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "tests/conftest.py")
+    expected = (
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        "docs/index.md",
+        "mkdocs.yml",
+        "pyproject.toml",
+        "tests/conftest.py",
+    )
     assert {*expected, *DOCUMENTS} <= names
 
 

@@ -13,7 +13,8 @@ from public import constructors, public_methods, public_names, public_objects
 import keras_vaultgemma
 from keras_vaultgemma.commands import COMMANDS
 
-README = Path(__file__).parents[1] / "README.md"
+TOP = Path(__file__).parents[1]
+PAGES = [TOP / "README.md", *(TOP / "docs").rglob("*.md")]
 HEAVY = ("jax", "keras", "keras_hub", "numpy", "tensorflow", "torch")
 
 pytestmark = pytest.mark.any_backend
@@ -79,8 +80,9 @@ def test_an_unknown_name_is_an_attribute_error():
         keras_vaultgemma.gemma  # noqa: B018
 
 
-def test_readme_uses_public_names_only():
-    snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+def test_readme_and_guides_use_public_names_only():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    snippets = re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.M | re.S)
     assert snippets
     for snippet in snippets:
         for node in ast.walk(ast.parse(snippet)):
