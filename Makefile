@@ -11,7 +11,7 @@ export TF_ENABLE_ONEDNN_OPTS = 0
 export PYTHONMALLOC = malloc
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=4294967296
 
-.PHONY: demo docs test test-all lint clean
+.PHONY: demo docs notebooks test test-all lint clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py $(BACKENDS)
@@ -42,6 +42,10 @@ run_tests = chosen="$(1)"; for backend in $(TESTED); do echo "== $$backend"; \
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)
 	$(BIN)/mkdocs build -q
+
+# A notebook next to each script of examples/.
+notebooks: $(READY)
+	$(BIN)/jupytext -q --to notebook examples/*.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
