@@ -24,12 +24,9 @@ def on_page_markdown(markdown, page, **_):
         return example(path.stem)
     if path.name not in PAGES or path.parent.name:
         return markdown
-    markdown = (
-        (TOP / PAGES[path.name])
-        .read_text(encoding="utf-8")
-        .replace("](docs/", "](")
-        .replace("](examples)", "](examples/generate_on_three_backends.md)")
-    )
+    markdown = (TOP / PAGES[path.name]).read_text(encoding="utf-8")
+    markdown = markdown.replace("](examples)", "](examples/generate_on_three_backends.md)")
+    markdown = markdown.replace("](docs/", "](")
     for page_name, file_name in PAGES.items():
         markdown = markdown.replace(f"]({file_name})", f"]({page_name})")
     return markdown
