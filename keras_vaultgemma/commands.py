@@ -72,6 +72,17 @@ def _evaluate(options):
     return evaluate(**_arguments(options))
 
 
+def _compare(options):
+    """Write a page about a privately trained model next to its base and a plainly trained one.
+
+    The page has the claim of the ledger, and measurements on private records without protection, so
+    that its file is named ....unprotected.html. Run it again to resume a killed run."""
+    _start_backend()
+    from keras_vaultgemma.recipes.compare import compare
+
+    return compare(**_arguments(options))
+
+
 def _epsilon(options):
     """Compute the ε of a noise multiplier, or the noise multiplier for an ε, before training.
 
@@ -266,6 +277,8 @@ COMMANDS = {
             "--clip-norm": _value(
                 "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),
+            "--report": _flag("also train a plain twin, and write a page that compares the two"),
+            "--canaries": _value("N", "invented records for an audit in the report", int),
         },
     ),
     "evaluate": Command(
@@ -277,6 +290,31 @@ COMMANDS = {
             **COLUMNS,
             "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
             "--json": _flag("print one object with all figures", dest="as_json"),
+        },
+    ),
+    "compare": Command(
+        _compare,
+        "write a page: what was claimed, learned and remembered",
+        {
+            "--private": _value("MODEL", f"{SOURCE}; the page is about it", required=True),
+            "--plain": _value("MODEL", "the same, trained without privacy"),
+            "--base": _value("MODEL", "the model before training (default: what --private names)"),
+            "--train": _value("FILE", f"records that were trained on: {DATA}", required=True),
+            "--held-out": _value(
+                "FILE", "unseen records (default: those that `finetune` holds out of --train)"
+            ),
+            "--canaries": _value("FILE", "sealed file of canaries, for an audit"),
+            "--html": _value("FILE", f"page to write {DEFAULT}", default="report.html"),
+            **COLUMNS,
+            "--sequence-length": _value("N", "tokens per row (default: the run's)", int),
+            "--prefix-length": _value("N", "tokens that a model is shown (default: 50)", int),
+            "--suffix-length": _value("N", "tokens that it has to repeat (default: 50)", int),
+            "--max-records": _value(
+                "N", f"most records to test, of each file {DEFAULT}", int, default=1000
+            ),
+            "--dtype": _choice(DTYPES, "dtype of the weights (default: the preset's own)"),
+            "--show-text": _flag("show text of records on the page"),
+            "--public-records": _flag("the records are public, and nothing needs protection"),
         },
     ),
     "epsilon": Command(

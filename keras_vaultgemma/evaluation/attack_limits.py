@@ -89,7 +89,7 @@ def attack_limits(runs: Sequence[Steps]) -> AttackLimits:
 
 
 def _largest_rates(rates, deltas):
-    """Return the largest true positive rate at each false positive rate, an array of shape `[n]`."""
+    """Return the largest true positive rate at each false positive rate, shape `[n]`."""
     factors = np.exp(EPSILONS)[:, None]
     one = factors * rates + deltas[:, None]
     other = 1 - (1 - rates - deltas[:, None]) / factors

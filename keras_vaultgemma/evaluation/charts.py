@@ -75,23 +75,26 @@ def dot_chart(
     """
     parts = []
     for row, top in _tops(rows, references):
-        y = top + 34
-        parts += [*_words(row, top), _line(LEFT, LEFT + WIDTH, y, y, "track")]
-        for mark in row.marks:
+        parts += [*_words(row, top), _line(LEFT, LEFT + WIDTH, top + 35, top + 35, "track")]
+        for i, mark in enumerate(row.marks):
+            # Several marks of a row are below one another, because their intervals overlap.
+            y = top + 35 + 8 * i - 4 * (len(row.marks) - 1)
             if mark.lower is not None and mark.upper is not None:
                 ends = scale.at(mark.lower), scale.at(mark.upper)
                 parts.append(_line(*ends, y, y, f"interval {escape(mark.style)}"))
             x = scale.at(mark.value)
             parts.append(
-                f'<circle class="mark {escape(mark.style)}" cx="{x:.2f}%" cy="{y}" r="5.5"/>'
+                f'<circle class="mark {escape(mark.style)}" cx="{x:.2f}%" cy="{y}" r="5"/>'
             )
     return _chart(rows, scale, description, references, parts)
 
 
-def bar_chart(rows: Sequence[Row], scale: Scale, description: str) -> str:
+def bar_chart(
+    rows: Sequence[Row], scale: Scale, description: str, references: Sequence[Reference] = ()
+) -> str:
     """Return a chart of bars that begin at the low end of the scale; as `dot_chart`."""
     parts = []
-    for row, top in _tops(rows, ()):
+    for row, top in _tops(rows, references):
         parts += _words(row, top)
         for mark in row.marks:
             width = scale.at(mark.value) - LEFT
@@ -99,7 +102,7 @@ def bar_chart(rows: Sequence[Row], scale: Scale, description: str) -> str:
                 f'<rect class="bar {escape(mark.style)}" x="{LEFT}%" y="{top + 26}" '
                 f'width="{width:.2f}%" height="14" rx="2"/>'
             )
-    return _chart(rows, scale, description, (), parts)
+    return _chart(rows, scale, description, references, parts)
 
 
 def hundred(count: int, style: str, description: str) -> str:

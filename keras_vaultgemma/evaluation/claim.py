@@ -84,7 +84,9 @@ def find_claim(ledger: Ledger, dataset: str | None = None) -> LedgerClaim:
         missing = "The model has no privacy ledger"
         if ledger != Ledger():
             missing = "The model's privacy ledger has no private run"
-        return LedgerClaim(NONE, f"{missing}, so nothing is known about its training", statements=stated)
+        return LedgerClaim(
+            NONE, f"{missing}, so nothing is known about its training", statements=stated
+        )
     names = [run.dataset for run, _ in done]
     match, chosen = "unknown", names[-1]
     if dataset in names:
@@ -106,7 +108,9 @@ def find_claim(ledger: Ledger, dataset: str | None = None) -> LedgerClaim:
         data_match=match,
     )
     if not spent.is_private:
-        reason = "The random numbers of a run were seeded for tests, so that anyone can compute them"
+        reason = (
+            "The random numbers of a run were seeded for tests, so that anyone can compute them"
+        )
         return LedgerClaim(NONE, reason, **facts)
     limits = attack_limits(ledger.on(chosen))
     if spent.uncovered:

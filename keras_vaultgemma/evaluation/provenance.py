@@ -53,17 +53,21 @@ def describe_model(preset, adapter=None, report=ignore_progress):
     }
 
 
-def describe_data(records, measured):
+def describe_data(records, measured, canaries=()):
     """Return how many records there are and were measured, and their keyed fingerprint.
 
     Args:
         records: `TextRecords`.
         measured: int. Number of them that were measured.
+        canaries: list of strings that were trained on with the records, and that the fingerprint
+            includes. Defaults to none.
     """
+    contents = [*as_records(records.samples), *canaries]
     return {
         "records": len(records.texts),
+        "canaries": len(canaries),
         "measured": measured,
-        "fingerprint": fingerprint.fingerprint(as_records(records.samples), fingerprint.key()),
+        "fingerprint": fingerprint.fingerprint(contents, fingerprint.key()),
     }
 
 

@@ -7,29 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.text_files import TextRecords, read_records
-from keras_vaultgemma.data.token_ids import unpad_rows
 from keras_vaultgemma.evaluation import provenance, report
-from keras_vaultgemma.evaluation.claim import find_claim
-from keras_vaultgemma.evaluation.extraction import extract
-from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
-from keras_vaultgemma.evaluation.membership import measure_membership
-from keras_vaultgemma.evaluation.memorization import measure_memorization
-from keras_vaultgemma.evaluation.parts import Parts
-from keras_vaultgemma.evaluation.privacy_audit import audit
 from keras_vaultgemma.recipes import sources
+from keras_vaultgemma.recipes.comparison_session import Session
 from keras_vaultgemma.recipes.finetune_output import RUN
-
-CLOSEST = 3
-"""Number of records of each model that the page shows, masked unless their text is asked for."""
-
-BATCH_ROWS = 16
-"""Rows of held-out text that are measured together, and whose likelihood is stored together."""
 
 PACKAGES = {"jinja2": "Jinja2", "rapidfuzz": "rapidfuzz", "scipy": "SciPy"}
 
@@ -47,8 +31,8 @@ def compare(
     prompt_column: str | None = None,
     response_column: str | None = None,
     sequence_length: int | None = None,
-    prefix_length: int = 50,
-    suffix_length: int = 50,
+    prefix_length: int | None = None,
+    suffix_length: int | None = None,
     max_records: int = 1000,
     dtype: str | None = None,
     show_text: bool = False,
@@ -79,8 +63,9 @@ def compare(
         prompt_column: string, as for `finetune`. Defaults to that of the run.
         response_column: string, as for `finetune`. Defaults to that of the run.
         sequence_length: int. Tokens of a row. Defaults to that of the run or preset.
-        prefix_length: int. Tokens of a record that are shown to a model. Defaults to 50.
-        suffix_length: int. Tokens that it has to reproduce. Defaults to 50.
+        prefix_length: int. Tokens of a record that are shown to a model. Defaults to 50, or to half
+            of the median record if that is shorter.
+        suffix_length: int. Tokens that it has to reproduce. Defaults to as many.
         max_records: int. Largest number of training records, and of held-out ones, to test; of
             more, evenly spread ones are taken. Defaults to 1,000.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
@@ -106,84 +91,42 @@ def compare(
     """
     check_extras()
     check_integer("max_records", max_records)
-    names = ("text_column", "prompt_column", "response_column", "group_column", "sequence_length")
-    options = {name: None for name in names} | _options_of_run(private)
-    given = dict(
+    check_integer("prefix_length", prefix_length, allow_none=True)
+    check_integer("suffix_length", suffix_length, allow_none=True)
+    options = _options_of_run(private)
+    columns = dict(
         text_column=text_column, prompt_column=prompt_column, response_column=response_column
     )
-    columns = given if any(given.values()) else {name: options[name] for name in given}
-    train, held_out = _read(train, held_out, columns, options["group_column"])
+    if not any(columns.values()):
+        columns = {name: options.get(name) for name in columns}
+    train, held_out = _read(train, held_out, columns, options.get("group_column"))
     found = {"private": sources.find_source(private)}
+    # A preset that `finetune` wrote is not its own base.
+    found["base"] = sources.find_source(base or options.get("preset") or found["private"].preset)
     if plain is not None:
         found["plain"] = sources.find_source(plain)
-    # A preset that `finetune` wrote is not its own base.
-    start = base or options.get("preset") or found["private"].preset
-    found["base"] = sources.find_source(start)
     page = report.page_path(html, public_records)
-    parts = page.with_suffix(".parts")
-
-    length = sequence_length or options["sequence_length"]
-    settings = dict(prefix_length=prefix_length, suffix_length=suffix_length)
+    session = Session(
+        found,
+        dtype,
+        sequence_length or options.get("sequence_length"),
+        page.with_suffix(".parts"),
+    )
+    name = Path(private).resolve().name if Path(private).is_dir() else os.fspath(private)
     comparison = {
         "format": report.FORMAT,
         "unprotected": None if public_records else report.UNPROTECTED,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "name": Path(private).resolve().name if Path(private).is_dir() else os.fspath(private),
-        "models": _describe_models(found),
-        "data": {},
+        "name": name,
+        "models": session.describe_models(),
         "code": provenance.describe_code(),
-        "likelihood": {},
-        "memorization": {},
-        "membership": {},
-        "audit": {},
-        "closest": {},
+        **session.measure(
+            train, held_out, prefix_length, suffix_length, max_records, canaries, show_text
+        ),
     }
-    reference = None
-    for name in ("base", "plain", "private"):
-        if name not in found:
-            continue
-        model = sources.load_model(found[name], dtype)
-        if length:
-            model.preprocessor.sequence_length = length
-        if name == "base":
-            reference = model
-            members, unseen = (
-                _rows(records, model, max_records) for records in (train, held_out)
-            )
-            for kind, records, rows in (("train", train, members), ("held_out", held_out, unseen)):
-                comparison["data"][kind] = provenance.describe_data(records, len(rows))
-        arguments = dict(checkpoint=parts)
-        comparison["likelihood"][name] = _likelihood(model, held_out, parts, name)
-        comparison["memorization"][name] = _measure(
-            measure_memorization,
-            (model, members),
-            dict(
-                controls=unseen,
-                baseline=None if model is reference else reference,
-                **settings,
-                **arguments,
-            ),
-        )
-        comparison["membership"][name] = _measure(
-            measure_membership,
-            (model, members, unseen),
-            dict(reference=None if model is reference else reference, **arguments),
-        )
-        comparison["closest"][name] = _closest(model, members, settings, parts, show_text)
-        if name == "private":
-            dataset = comparison["data"]["train"]["fingerprint"]
-            claim = find_claim(model.privacy.ledger, dataset)
-            comparison["claim"] = claim.as_dict()
-        if canaries is not None and model is not reference:
-            stated = None
-            if name == "private" and claim.limits is not None:
-                stated = (claim.epsilon, claim.delta)
-            comparison["audit"][name] = audit(
-                model, canaries, reference=reference, claim=stated, **arguments
-            ).as_dict()
     comparison["verdict"] = report.verdict(comparison)
     written = report.write_report(comparison, page)
-    shutil.rmtree(parts, ignore_errors=True)
+    shutil.rmtree(session.parts, ignore_errors=True)
     return "\n".join([*report.summary(comparison), *written])
 
 
@@ -192,3 +135,21 @@ def check_extras():
     for package, name in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"A report needs {name}: pip install 'keras-vaultgemma[eval]'")
+
+
+def _options_of_run(private):
+    """Return the options of the run in a folder that `finetune` wrote, {} for other models."""
+    if not Path(private).is_dir() or not sources.is_run(private):
+        return {}
+    options = read_json(Path(private) / RUN).get("options")
+    return options if isinstance(options, dict) else {}
+
+
+def _read(train, held_out, columns, group_column):
+    """Return the training and the held-out `TextRecords`."""
+    if held_out is None:
+        return read_records(train, **columns, group_column=group_column).split()
+    return tuple(
+        records if isinstance(records, TextRecords) else read_records(records, **columns)
+        for records in (train, held_out)
+    )

@@ -12,16 +12,27 @@ import keras
 
 from keras_vaultgemma._plots import new_figure
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
-from keras_vaultgemma.data.text_files import read_records
+from keras_vaultgemma.data.text_files import TextRecords, read_records
+from keras_vaultgemma.evaluation.canaries import insert_canaries, read_canaries
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
+from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
+from keras_vaultgemma.recipes import compare
 from keras_vaultgemma.recipes.finetune_config import (
     BATCH_SIZE,
     FULL_RATE,
     LORA_RATE,
     FinetuneConfig,
 )
-from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run, finish_run
+from keras_vaultgemma.recipes.finetune_output import (
+    CANARIES,
+    CHECKPOINT,
+    REPORT,
+    TWIN,
+    Pace,
+    begin_run,
+    finish_run,
+)
 from keras_vaultgemma.recipes.privacy_budget import describe_group_privacy
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
@@ -97,8 +108,9 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
         held_out = read_records(config.validation, **config.columns)
     data, validation = _describe_data(data), _describe_data(config.validation)
     config = dataclasses.replace(config, validation=validation)
+    genuine = records
     if config.canaries:
-        records = add_canaries(records, output / CANARIES, config)
+        records = _with_canaries(records, output / CANARIES, config)
     users = None if records.groups is None else len({*records.groups})
     config, private = config.complete(users or len(records.texts))
     model, outcome, written = _run(config, private, data, records, held_out, output)
@@ -121,7 +133,7 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
             f"The plain twin, held out, after: {outcome.after}",
             compare.compare(
                 output,
-                records,
+                genuine,
                 held_out,
                 plain=output / TWIN,
                 canaries=output / CANARIES if config.canaries else None,
@@ -143,8 +155,8 @@ def _run(config, private, data, records, held_out, output):
         output: `pathlib.Path` of the run's folder.
 
     Returns:
-        Tuple of the `VaultGemmaCausalLM`, the `Outcome` and a list of strings that describe what was
-        written.
+        Tuple of the `VaultGemmaCausalLM`, the `Outcome`, and a list of strings that describe what
+        was written.
     """
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
@@ -227,6 +239,31 @@ def _describe_data(data):
     """Return a path, or None, unchanged, and the kind of data in memory."""
     is_path = data is None or isinstance(data, (str, os.PathLike))
     return data if is_path else f"a {type(data).__name__} in memory"
+
+
+def _with_canaries(records, path, config):
+    """Return `TextRecords` with canaries, those of the file of a run that resumes."""
+    if records.prompts is not None or not isinstance(records.texts[0], str):
+        raise ValueError(
+            "`canaries` must be None unless records are texts, not pairs or chats. "
+            f"Received: canaries={config.canaries}"
+        )
+    if path.is_file():
+        sealed = read_canaries(path)
+        pairs = zip(sealed["canaries"], sealed["is_in"], strict=True)
+        texts = records.texts + [text for text, is_in in pairs if is_in]
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = insert_canaries(
+            records.texts,
+            path,
+            count=config.canaries,
+            tokenizer=VaultGemmaTokenizer.from_preset(config.preset),
+        )
+    groups = records.groups
+    if groups is not None:  # each canary is a user
+        groups = groups + [f"canary {i}" for i in range(len(texts) - len(groups))]
+    return TextRecords(texts, None, groups=groups)
 
 
 def _model(config):

@@ -22,6 +22,8 @@ LORA_RATE, FULL_RATE = 1e-3, 1e-4
 BATCH_SIZE, EPOCHS, LORA_RANK = 8, 1, 8
 """Defaults of training without privacy. `private_options` chooses those of private training."""
 
+PRIVATE_ONLY = ("epsilon", "delta", "noise_multiplier")
+
 FEWEST_CANARIES = 20
 """Fewer canaries cannot show an ε above 1 or so, whatever the model gives away."""
 
@@ -126,7 +128,14 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget", "group_column", "report"):
+        for name in (
+            "epsilon",
+            "delta",
+            "noise_multiplier",
+            "extend_budget",
+            "group_column",
+            "report",
+        ):
             value = getattr(self, name)
             if value not in (None, False) and not self.private:
                 raise ValueError(
@@ -135,8 +144,7 @@ class FinetuneConfig:
         check_integer("canaries", self.canaries, minimum=FEWEST_CANARIES, allow_none=True)
         if self.canaries and not self.report:
             raise ValueError(
-                "`canaries` goes with report=True (--report). "
-                f"Received: canaries={self.canaries}"
+                f"`canaries` goes with report=True (--report). Received: canaries={self.canaries}"
             )
         if self.max_rows_per_group is not None and self.group_column is None:
             raise ValueError(
@@ -182,9 +190,7 @@ class FinetuneConfig:
             limit = self.guarantee().max_rows_per_group
             sizes = [min(size, limit) for size in Counter(records.groups).values()]
             batch_size = max(1, round(batch_size * sum(sizes) / len(sizes)))
-        none = dict.fromkeys(
-            ("epsilon", "delta", "noise_multiplier", "group_column", "max_rows_per_group", "png")
-        )
+        none = dict.fromkeys((*PRIVATE_ONLY, "group_column", "max_rows_per_group", "png"))
         return dataclasses.replace(
             self,
             **none,

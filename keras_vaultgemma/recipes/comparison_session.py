@@ -1,0 +1,188 @@
+"""The measurements of a comparison: of each model on the same records, resumable after a kill."""
+
+import sys
+import warnings
+
+import numpy as np
+from tqdm import tqdm
+
+from keras_vaultgemma.data.token_ids import unpad_rows
+from keras_vaultgemma.evaluation import provenance
+from keras_vaultgemma.evaluation.canaries import read_canaries
+from keras_vaultgemma.evaluation.claim import find_claim
+from keras_vaultgemma.evaluation.extraction import extract
+from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
+from keras_vaultgemma.evaluation.membership import measure_membership
+from keras_vaultgemma.evaluation.memorization import measure_memorization
+from keras_vaultgemma.evaluation.parts import Parts
+from keras_vaultgemma.evaluation.privacy_audit import audit
+from keras_vaultgemma.evaluation.texts import read_texts
+from keras_vaultgemma.recipes import sources
+
+MODELS = ("base", "plain", "private")
+
+LENGTH = 50
+"""Tokens of a prefix, and of a suffix, in the report on VaultGemma."""
+
+CLOSEST = 3
+"""Number of records of each model that the page shows, masked unless their text is asked for."""
+
+BATCH_ROWS = 16
+"""Rows of held-out text that are measured together, and whose likelihood is stored together."""
+
+
+class Session:
+    """The measurements of one comparison, which resume after a kill.
+
+    Args:
+        found: dict of `Source`s by "base", "plain" (optional) and "private".
+        dtype: string or None. Dtype of the weights.
+        sequence_length: int or None. Tokens of a row.
+        parts: `pathlib.Path` of the folder of finished parts.
+    """
+
+    def __init__(self, found, dtype, sequence_length, parts):
+        self._found, self._dtype, self._sequence_length = found, dtype, sequence_length
+        self.parts = parts
+
+    def describe_models(self):
+        """Return the description of each model, with the SHA-256 of its files."""
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        with tqdm(
+            desc="SHA-256", unit="B", unit_scale=True, leave=False, disable=not is_terminal
+        ) as bar:
+            return {
+                name: provenance.describe_model(*self._found[name], report=bar.update)
+                for name in MODELS
+                if name in self._found
+            }
+
+    def measure(
+        self, train, held_out, prefix_length, suffix_length, max_records, canaries, show_text
+    ):
+        """Return what the comparison says about the models and the data, as a dict."""
+        result = {"notes": [], "audit": {}}
+        result |= {name: {} for name in ("likelihood", "memorization", "membership", "closest")}
+        base = self._load("base")
+        members, unseen = (_rows(records, base, max_records) for records in (train, held_out))
+        included = []
+        if canaries is not None:
+            sealed = read_canaries(canaries)
+            pairs = zip(sealed["canaries"], sealed["is_in"], strict=True)
+            included = [canary for canary, is_in in pairs if is_in]
+        result["data"] = {
+            "train": provenance.describe_data(train, len(members), included),
+            "held_out": provenance.describe_data(held_out, len(unseen)),
+        }
+        lengths = _lengths(members, prefix_length, suffix_length)
+        for name in (name for name in MODELS if name in self._found):
+            model = base if name == "base" else self._load(name)
+            reference = None if name == "base" else base
+            result["likelihood"][name] = self._likelihood(model, held_out, name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # which the results have, too
+                result["membership"][name] = measure_membership(
+                    model, members, unseen, reference=reference, checkpoint=self.parts
+                ).as_dict()
+                try:
+                    result["memorization"][name] = measure_memorization(
+                        model,
+                        members,
+                        controls=unseen,
+                        baseline=reference,
+                        prefix_length=lengths[0],
+                        suffix_length=lengths[1],
+                        checkpoint=self.parts,
+                    ).as_dict()
+                except ValueError as error:  # no record is long enough
+                    result["notes"].append(f"Repetition was not measured. {error}")
+                else:
+                    result["closest"][name] = self._closest(model, members, lengths, show_text)
+            if name == "private":
+                dataset = result["data"]["train"]["fingerprint"]
+                claim = find_claim(model.privacy.ledger, dataset)
+                result["claim"] = claim.as_dict()
+            if canaries is not None and name != "base":
+                is_claimed = name == "private" and claim.limits is not None
+                result["audit"][name] = audit(
+                    model,
+                    canaries,
+                    reference=base,
+                    claim=(claim.epsilon, claim.delta) if is_claimed else None,
+                    checkpoint=self.parts,
+                ).as_dict()
+        return result
+
+    def _load(self, name):
+        model = sources.load_model(self._found[name], self._dtype)
+        if self._sequence_length:
+            model.preprocessor.sequence_length = self._sequence_length
+        return model
+
+    def _likelihood(self, model, held_out, name):
+        """Return the `Likelihood` of held-out records as a dict."""
+        data = held_out.tokenize(model.preprocessor, packed=True)
+        arrays = (*(data["x"][key] for key in ("token_ids", "padding_mask")), data["y"])
+        arrays = [
+            array[data["sample_weight"].any(axis=1)] for array in (*arrays, data["sample_weight"])
+        ]
+        batches = [
+            tuple(array[i : i + BATCH_ROWS] for array in arrays)
+            for i in range(0, len(arrays[0]), BATCH_ROWS)
+        ]
+
+        def compute(token_ids, padding_mask, y, weights):
+            x = {"token_ids": token_ids, "padding_mask": padding_mask}
+            return {"likelihood": np.array(measure(model, x, y, weights))}
+
+        label = f"likelihood, {name}"
+        found = Parts(self.parts).compute(compute, batches, model, [], label, True)
+        nats, tokens, size = np.sum([part["likelihood"] for part in found], axis=0).tolist()
+        likelihood = Likelihood(nats, int(tokens), int(size))
+        return {
+            "nats": nats,
+            "tokens": likelihood.tokens,
+            "bytes": likelihood.bytes,
+            "perplexity": likelihood.perplexity,
+            "bits_per_byte": likelihood.bits_per_byte,
+        }
+
+    def _closest(self, model, members, lengths, show_text):
+        """Return the training records that a model comes closest to repeating.
+
+        Their parts are those that `measure_memorization` has just stored.
+        """
+        prefix, suffix = lengths
+        windows = {}
+        for i, row in enumerate(members):
+            ids = row[: prefix + suffix]
+            if len(ids) == prefix + suffix:
+                windows.setdefault(tuple(ids), i)
+        rows = np.array([*windows], "int32")
+        parts = Parts(self.parts)
+        distances = extract(model, rows, prefix, 40, parts, "records", True).distances
+        return [
+            {
+                "record": windows[tuple(rows[i].tolist())] + 1,
+                "distance": float(distances[i]),
+                "text": model.preprocessor.detokenize([rows[i, prefix:].tolist()])[0]
+                if show_text
+                else None,
+            }
+            for i in np.argsort(distances, kind="stable")[:CLOSEST]
+        ]
+
+
+def _rows(records, model, count):
+    """Return the token ids of at most `count` records, as they are trained on."""
+    x = records.tokenize(model.preprocessor, packed=False)["x"]
+    rows = read_texts(unpad_rows(x["token_ids"], x["padding_mask"]), model).rows
+    if len(rows) > count:
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
+    return rows
+
+
+def _lengths(rows, prefix_length, suffix_length):
+    """Return the tokens of a prefix and of a suffix: 50, or less if most records are shorter."""
+    half = min(LENGTH, max(1, int(np.median([len(row) for row in rows]) - 1) // 2))
+    return prefix_length or half, suffix_length or half
