@@ -1,7 +1,34 @@
-"""Evaluation: how well a model predicts held-out text."""
+"""Evaluation: how well a model predicts text and chooses between continuations."""
 
 # First, because it selects the Keras backend before Keras is imported.
 from keras_vaultgemma import backend as backend
+from keras_vaultgemma.evaluation.card_tasks import CardTask, card_tasks
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
+from keras_vaultgemma.evaluation.lm_eval_model import lm_eval_model
+from keras_vaultgemma.evaluation.multiple_choice import (
+    Accuracy,
+    MultipleChoice,
+    measure_multiple_choice,
+)
+from keras_vaultgemma.evaluation.pairs import PairScores, score_pairs
+from keras_vaultgemma.evaluation.rolling import RollingLikelihood, measure_rolling
+from keras_vaultgemma.evaluation.tasks import Metric, TaskResult, TaskResults, measure_tasks
 
-__all__ = ["Likelihood", "measure"]
+__all__ = [
+    "Accuracy",
+    "CardTask",
+    "Likelihood",
+    "Metric",
+    "MultipleChoice",
+    "PairScores",
+    "RollingLikelihood",
+    "TaskResult",
+    "TaskResults",
+    "card_tasks",
+    "lm_eval_model",
+    "measure",
+    "measure_multiple_choice",
+    "measure_rolling",
+    "measure_tasks",
+    "score_pairs",
+]
