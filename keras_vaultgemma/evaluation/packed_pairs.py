@@ -13,7 +13,8 @@ import numpy as np
 from keras_vaultgemma.layers.kv_cache import EMPTY
 
 BATCH_TOKENS = 2048
-"""Tokens of a batch. Every batch reads all weights once, which takes as long as 24 tokens."""
+"""Most tokens of a batch, unless one row is longer. Each batch reads all weights, which takes as
+long as 24 tokens."""
 
 ROW_LENGTHS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Lengths of rows, in tokens. Longer ones are multiples of the last."""
@@ -45,13 +46,11 @@ class _Group(NamedTuple):
     size: int
 
 
-def pack_pairs(pairs, batch_tokens=BATCH_TOKENS):
+def pack_pairs(pairs):
     """Pack pairs of ids into batches, the longest first.
 
     Args:
         pairs: list of `(context, continuation)`, non-empty tuples of ids.
-        batch_tokens: int. Most tokens of a batch, if a row is not longer than that. Defaults to
-            `BATCH_TOKENS`.
 
     Returns:
         List of `Batch`.
@@ -66,7 +65,7 @@ def pack_pairs(pairs, batch_tokens=BATCH_TOKENS):
         by_length.setdefault(max(length, shortest), []).append(row)
     batches = []
     for length in sorted(by_length, reverse=True):
-        count = max(1, batch_tokens // length)
+        count = max(1, BATCH_TOKENS // length)
         rows = by_length[length]
         batches += [_batch(rows[i : i + count], length) for i in range(0, len(rows), count)]
     return batches

@@ -130,6 +130,8 @@ def main():
     parser.add_argument("--preset", default="vaultgemma_tiny")
     parser.add_argument("--limit", type=int, help="items of each task")
     parser.add_argument("--reference", type=Path, help="file for the results of the model hf")
+    # The bundled model has 256, and PIQA longer solutions, on which the harness fails.
+    parser.add_argument("--max-length", type=int, default=1024, help="positions")
     parser.add_argument("--batch-size", type=int, default=16, help="of the model hf")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -149,11 +151,14 @@ def main():
                 dtype="float32",
                 device="cpu",
                 batch_size=options.batch_size,
+                max_length=options.max_length,
             )
             theirs = evaluate(hf, names, folder, options.limit)
             if reference is not None:
                 reference.write_text(json.dumps(theirs))
-        lm = evaluation.lm_eval_model(model, truncation="lm_eval", score_bos=True)
+        lm = evaluation.lm_eval_model(
+            model, truncation="lm_eval", score_bos=True, max_length=options.max_length
+        )
         ours = evaluate(lm, names, folder, options.limit)
         print(
             "task | items | metric: ours, hf | other items | largest difference of log p | s, s hf"
@@ -177,8 +182,7 @@ def main():
         for choice in ("sol1", "sol2")
     ]
     encoded = encode_pairs(model.preprocessor.tokenizer, texts)
-    positions = model.backbone.max_sequence_length
-    cut = [cut_pair(i, *ids, positions, "lm_eval") for i, ids in enumerate(encoded)]
+    cut = [cut_pair(i, *ids, options.max_length, "lm_eval") for i, ids in enumerate(encoded)]
     pairs = [(pair.context, pair.continuation) for pair in cut]
     batches = pack_pairs(pairs)
     shapes = {batch.arrays[0].shape for batch in batches}
