@@ -150,24 +150,24 @@ def measure_multiple_choice(
     )
     bounds = np.cumsum([len(item["choices"]) for item in items])
     conditional = np.split(scores.log_probs[: bounds[-1]], bounds[:-1])
-    names = ["acc", "acc_norm", "acc_bytes"]
     values = [conditional]
     for length in (len, lambda choice: len(choice.encode())):
         lengths = [np.array([length(choice) for choice in item["choices"]]) for item in items]
         with np.errstate(divide="ignore"):  # an empty choice is the last, as in the harness
             values.append([x / n for x, n in zip(conditional, lengths, strict=True)])
     if mutual_information:
-        names.append("acc_mutual_info")
         alone = np.split(scores.log_probs[bounds[-1] :], bounds[:-1])
         values.append([x - y for x, y in zip(conditional, alone, strict=True)])
-    accuracies = {
-        name: Accuracy.of(
-            np.argmax(x) == item["gold"] for x, item in zip(found, items, strict=True)
-        )
-        for name, found in zip(names, values, strict=True)
-    }
+    accuracies = [
+        Accuracy.of(np.argmax(x) == item["gold"] for x, item in zip(found, items, strict=True))
+        for found in values
+    ]
+    acc, acc_norm, acc_bytes = accuracies[:3]
     return MultipleChoice(
-        **{"acc_mutual_info": None, **accuracies},
+        acc,
+        acc_norm,
+        acc_bytes,
+        acc_mutual_info=accuracies[3] if mutual_information else None,
         truncated=scores.truncated,
         log_probs=tuple(tuple(x.tolist()) for x in conditional),
     )

@@ -102,8 +102,10 @@ def score_pairs(
     check_choice("truncation", truncation, TRUNCATIONS)
     length = positions_of(model, max_length)
     encoded = [
-        cut_pair(i, *ids, length, truncation)
-        for i, ids in enumerate(encode_pairs(model.preprocessor.tokenizer, pairs))
+        cut_pair(i, context, continuation, length, truncation)
+        for i, (context, continuation) in enumerate(
+            encode_pairs(model.preprocessor.tokenizer, pairs)
+        )
     ]
     log_probs, is_greedy = score_ids(
         model, [(pair.context, pair.continuation) for pair in encoded], checkpoint, verbose

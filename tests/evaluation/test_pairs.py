@@ -5,6 +5,7 @@ import pytest
 from common import LINES, count_compilations, one_layer_preset
 
 from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma.data.token_ids import pad_rows
 from keras_vaultgemma.evaluation import packed_pairs, score_pairs
 from keras_vaultgemma.evaluation.pairs import encode_pairs
 
@@ -27,14 +28,19 @@ def model():
     return VaultGemmaCausalLM.from_preset(one_layer_preset())
 
 
-def alone(model, context, continuation):
-    """Log-probability of a continuation and whether it is greedy, both from logits of one row of ids."""
-    row = np.array([[*context, *continuation]])
-    logits = np.asarray(model.score(row, scoring_mode="logits"))[0].astype("float64")
-    logits = logits[len(context) - 1 : -1]
-    chosen = logits[np.arange(len(continuation)), continuation]
-    log_probs = chosen - np.log(np.exp(logits).sum(-1))
-    return log_probs.sum(), list(logits.argmax(-1)) == list(continuation)
+def alone(model, pairs):
+    """Log-probability of each continuation and whether it is greedy, from the logits of a row for each pair of ids."""
+    rows = [[*context, *continuation] for context, continuation in pairs]
+    token_ids, padding_mask = pad_rows(rows, max(map(len, rows)))
+    x = {"token_ids": token_ids, "padding_mask": padding_mask}
+    log_probs, is_greedy = [], []
+    logits = np.asarray(model.score(x, scoring_mode="logits")).astype("float64")
+    for (context, continuation), row in zip(pairs, logits, strict=True):
+        row = row[len(context) - 1 :][: len(continuation)]
+        chosen = row[np.arange(len(continuation)), continuation]
+        log_probs.append((chosen - np.log(np.exp(row).sum(-1))).sum())
+        is_greedy.append(list(row.argmax(-1)) == list(continuation))
+    return log_probs, is_greedy
 
 
 @pytest.mark.first_backend
@@ -55,9 +61,9 @@ def test_pairs_of_shared_and_other_contexts_are_scored_as_if_alone(model):
     with count_compilations() as compilations:
         found = score_pairs(model, PAIRS, verbose=False)
     assert compilations.count is None or compilations.count <= 12
-    expected = [alone(model, *ids) for ids in encode_pairs(model.preprocessor.tokenizer, PAIRS)]
-    np.testing.assert_allclose(found.log_probs, [x for x, _ in expected], rtol=1e-5)
-    assert found.is_greedy.tolist() == [x for _, x in expected]
+    log_probs, is_greedy = alone(model, encode_pairs(model.preprocessor.tokenizer, PAIRS))
+    np.testing.assert_allclose(found.log_probs, log_probs, rtol=1e-5)
+    assert found.is_greedy.tolist() == is_greedy
     assert found.characters.tolist() == [len(text) for _, text in PAIRS]
     assert found.bytes.tolist() == [len(text.encode()) for _, text in PAIRS]
     assert found.truncated == 0
@@ -79,7 +85,7 @@ def test_long_contexts_are_cut(model, truncation):
     (context, continuation), (second, rest) = encode_pairs(model.preprocessor.tokenizer, pairs)
     size = length + 1 - len(continuation)
     kept = context[-size:] if truncation == "lm_eval" else (2, *context[-size + 1 :])
-    expected = [alone(model, kept, continuation)[0], alone(model, second, rest)[0]]
+    expected, _ = alone(model, [(kept, continuation), (second, rest)])
     np.testing.assert_allclose(found.log_probs, expected, rtol=1e-5)
     assert found.tokens_cut.tolist() == [len(context) - size, 0]
     assert found.truncated == 1
