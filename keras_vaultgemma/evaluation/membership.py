@@ -14,9 +14,10 @@ from keras_vaultgemma.evaluation.intervals import Rate, bootstrap
 from keras_vaultgemma.evaluation.memorization import MIN_RECORDS
 from keras_vaultgemma.evaluation.parts import Parts
 from keras_vaultgemma.evaluation.results import Result
+from keras_vaultgemma.evaluation.roc import auc, true_positives
 from keras_vaultgemma.evaluation.shift import DistributionShift, find_shift
-from keras_vaultgemma.evaluation.signals import record_signals
-from keras_vaultgemma.evaluation.texts import read_texts
+from keras_vaultgemma.evaluation.signals import record_signals, token_losses
+from keras_vaultgemma.evaluation.texts import Texts, read_texts, training_rows
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 
@@ -58,7 +59,9 @@ class Membership(Result):
     """Result of `measure_membership`.
 
     Attributes:
-        members, controls: int. Number of records of each kind.
+        members, controls: int. Number of different records of each kind.
+        truncated: int. Number of records of which only the beginning is tested, because training
+            rows are no longer.
         confidence: float. Confidence of all intervals.
         attacks: tuple of `Attack`.
         shift: `DistributionShift` between members and controls, without the model.
@@ -69,6 +72,7 @@ class Membership(Result):
 
     members: int
     controls: int
+    truncated: int
     confidence: float
     attacks: tuple[Attack, ...]
     shift: DistributionShift
@@ -139,44 +143,51 @@ def measure_membership(
     check_number("k", k, above=0, maximum=1)
     check_number("confidence", confidence, minimum=0.5, below=1)
     check_integer("seed", seed, 0)
-    found, left_out = [], {}
-    sets = {}
+    found, left_out, sets = [], {}, {}
     for name, records in (("members", members), ("controls", controls)):
         texts = read_texts(records, model, name)
         left_out[f"{name}_empty"], left_out[f"{name}_not_utf8"] = texts.empty, texts.undecodable
-        pairs = dict(zip(map(tuple, texts.rows), texts.contents, strict=True))
-        left_out[f"{name}_repeated"] = len(texts.rows) - len(pairs)
-        sets[name] = pairs
+        sets[name] = dict(zip(map(tuple, texts.rows), texts.contents, strict=True))
+        left_out[f"{name}_repeated"] = len(texts.rows) - len(sets[name])
     if shared := sets["members"].keys() & sets["controls"].keys():
         left_out["controls_among_members"] = len(shared)
-        found.append(f"{len(shared)} controls equal members, so they are not unseen: left out")
-    unseen = {row: x for row, x in sets["controls"].items() if row not in shared}
-    for name, pairs in (("members", sets["members"]), ("controls", unseen)):
-        if not pairs:
+        found.append(f"{len(shared)} controls are members as well: they were left out")
+    sets["controls"] = {row: x for row, x in sets["controls"].items() if row not in shared}
+    for name, records in sets.items():
+        if not records:
             raise ValueError(f"`{name}` must have a record to test. Received: {left_out}")
-    rows = [*sets["members"], *unseen]
-    contents = [*sets["members"].values(), *unseen.values()]
-    is_member = np.arange(len(rows)) < len(sets["members"])
+    count, unseen = len(sets["members"]), len(sets["controls"])
+    is_member = np.arange(count + unseen) < count
+    texts = Texts(
+        [*sets["members"], *sets["controls"]],
+        [*sets["members"].values(), *sets["controls"].values()],
+    )
+    rows, contents, truncated = training_rows(texts, model)
     parts = Parts(checkpoint)
-    scores = record_signals(model, rows, contents, k, parts, "records", verbose)
+    losses = token_losses(model, rows, parts, "records", verbose)
+    scores, reference_loss = record_signals(losses, contents, k), None
     if reference is not None:
-        of_reference = record_signals(
-            reference, rows, contents, k, parts, "records, reference", verbose
-        )
-        scores["reference"] = scores["loss"] - of_reference["loss"]
-    smallest = min(len(sets["members"]), len(unseen))
-    if smallest < MIN_RECORDS:
+        losses = token_losses(reference, rows, parts, "records, reference", verbose)
+        reference_loss = -record_signals(losses, contents, k)["loss"]
+        scores["reference"] = scores["loss"] + reference_loss
+    is_claim = min(count, unseen) >= MIN_RECORDS
+    if not is_claim:
         found.append(
-            f"{smallest} members or controls are fewer than {MIN_RECORDS}: intervals, but no claim"
+            f"{count} members and {unseen} controls: with fewer than {MIN_RECORDS} of either there "
+            "are intervals, but no claim"
         )
-    shift = find_shift(rows, contents, is_member, confidence, seed)
-    if shift.warning:
-        found.append(shift.warning)
+    shift = find_shift(rows, is_member, reference_loss)
+    if shift.is_found:
+        found.append(
+            "Members and controls differ in their words, lengths or difficulty, so that an attack "
+            "may detect the difference instead of membership. Take both from one source at random"
+        )
     for message in found:
         warnings.warn(message, stacklevel=2)
     return Membership(
-        len(sets["members"]),
-        len(unseen),
+        count,
+        unseen,
+        truncated,
         confidence,
         tuple(
             measure_attack(name, x[is_member], x[~is_member], confidence, seed)
@@ -184,25 +195,9 @@ def measure_membership(
         ),
         shift,
         left_out,
-        smallest >= MIN_RECORDS,
+        is_claim,
         tuple(found),
     )
-
-
-def auc(members, controls):
-    """Return the probability that a random member scores higher than a random control.
-
-    Equal scores count one half.
-    """
-    controls = np.sort(controls)
-    below = np.searchsorted(controls, members, "left") + np.searchsorted(controls, members, "right")
-    return below.mean() / (2 * len(controls))
-
-
-def true_positives(members, controls, false_positive_rate):
-    """Return the number of members above a threshold that accuses that fraction of controls."""
-    allowed = int(np.floor(false_positive_rate * len(controls) + 1e-9))
-    return int(np.sum(members > np.sort(controls)[::-1][allowed]))
 
 
 def measure_attack(name, members, controls, confidence=0.95, seed=0):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma._validation import check_integer, check_number
-from keras_vaultgemma.evaluation.extraction import extract
+from keras_vaultgemma.evaluation.extraction import Extractor
 from keras_vaultgemma.evaluation.intervals import Rate, clopper_pearson
 from keras_vaultgemma.evaluation.parts import Parts
 from keras_vaultgemma.evaluation.results import Result
@@ -51,7 +51,7 @@ class Extraction(Result):
         exact: `Rate` of records whose suffix the greedy continuation equals.
         approximate: `Rate` of records whose suffix it equals up to an edit distance of 10 %.
         probabilistic: tuple of `Probabilistic`.
-        median_distance: float. Median edit distance, from 0 (equal) to 1.
+        median_distance: float. Median edit distance, from 0 (equal) to 1, of 1,000 random records.
         fewest_attempts: float. Sampled continuations that find the suffix of the most exposed
             record with probability one half.
     """
@@ -231,16 +231,16 @@ def measure_memorization(
     unseen = np.array([x for x in control_counts if x not in shared], "int32").reshape(-1, length)
     parts = Parts(checkpoint)
 
-    def run(model, windows, label):
-        return extract(model, windows, prefix_length, top_k, parts, label, verbose)
+    def extract(model, name):
+        if model is None:
+            return None, None
+        arguments = (prefix_length, suffix_length, APPROXIMATE, top_k, parts, verbose)
+        extractor = Extractor(model, *arguments)
+        of_controls = extractor(unseen, f"{name}controls") if len(unseen) else None
+        return extractor(windows, f"{name}records"), of_controls
 
-    extracted = run(model, windows, "records")
-    of_controls = run(model, unseen, "controls") if len(unseen) else None
-    by_baseline = None if baseline is None else run(baseline, windows, "records, baseline")
-    controls_by_baseline = None
-    if baseline is not None and len(unseen):
-        controls_by_baseline = run(baseline, unseen, "controls, baseline")
-
+    extracted, of_controls = extract(model, "")
+    by_baseline, controls_by_baseline = extract(baseline, "baseline, ")
     is_claim = len(windows) >= MIN_RECORDS
     if not is_claim:
         found.append(
@@ -303,7 +303,7 @@ def _summary(extracted, confidence):
             Probabilistic(n, p, _rate(n * log_missed <= math.log1p(-p), confidence))
             for n, p in ATTEMPTS
         ),
-        median_distance=float(np.median(extracted.distances)),
+        median_distance=extracted.median_distance,
         fewest_attempts=max(1.0, float(fewest)),
     )
 

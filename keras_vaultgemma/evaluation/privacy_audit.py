@@ -3,22 +3,18 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_vaultgemma._validation import check_number
 from keras_vaultgemma.evaluation.canaries import read_canaries
-from keras_vaultgemma.evaluation.intervals import import_stats
-from keras_vaultgemma.evaluation.membership import auc
+from keras_vaultgemma.evaluation.one_run import lower_bound
 from keras_vaultgemma.evaluation.parts import Parts
 from keras_vaultgemma.evaluation.results import Result
-from keras_vaultgemma.evaluation.signals import record_signals
-from keras_vaultgemma.evaluation.texts import read_texts
-
-GUESSES = (0.05, 0.125, 0.25, 0.5, 1.0)
-"""Fractions of the canaries that are guessed, of which the best one counts."""
+from keras_vaultgemma.evaluation.roc import auc
+from keras_vaultgemma.evaluation.signals import token_losses
+from keras_vaultgemma.evaluation.texts import read_texts, special_ids, training_rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +23,13 @@ class Claim(Result):
 
     Attributes:
         epsilon, delta: float.
+        unit: string. What it protects, "" if that is not known.
         uncovered: string. What the guarantee does not cover, "" if it covers everything.
     """
 
     epsilon: float
     delta: float
+    unit: str = ""
     uncovered: str = ""
 
 
@@ -122,91 +120,59 @@ def audit(
     """
     check_number("confidence", confidence, minimum=0.5, below=1)
     check_number("delta", delta, minimum=0, below=1)
-    sealed = read_canaries(path)
-    claim = _claim(model, claim)
+    sealed, claim, found = read_canaries(path), _claim(model, claim), []
     delta = delta if claim is None else claim.delta
-    texts = read_texts(sealed["canaries"], model, "canaries")
+    if sealed.is_seeded:
+        found.append("The coins come from a seed: the audit proves nothing to those who do not")
+    if claim is not None and claim.uncovered:
+        found.append(f"The claim does not cover {claim.uncovered}")
     parts = Parts(checkpoint)
-    scores = _log_likelihoods(model, texts, parts, "canaries", verbose)
+    scores = _log_likelihoods(model, sealed, parts, "canaries", verbose)
     if reference is not None:
-        scores = scores - _log_likelihoods(reference, texts, parts, "reference", verbose)
-    is_in = np.array(sealed["is_in"])
-    bound, guesses, correct = lower_bound(scores, is_in, delta, confidence)
+        scores -= _log_likelihoods(reference, sealed, parts, "canaries, reference", verbose)
+    bound, guesses, correct = lower_bound(scores, sealed.is_in, delta, confidence)
+    of_in, of_out = scores[sealed.is_in], scores[~sealed.is_in]
     return Audit(
-        sealed["kind"],
-        len(is_in),
-        int(is_in.sum()),
-        guesses,
-        correct,
-        bound,
-        delta,
-        confidence,
-        float(auc(scores[is_in], scores[~is_in])) if 0 < is_in.sum() < len(is_in) else math.nan,
-        claim,
-        None if claim is None else bound <= claim.epsilon,
-        (),
+        kind=sealed.kind,
+        canaries=len(scores),
+        included=len(of_in),
+        guesses=guesses,
+        correct=correct,
+        epsilon_lower_bound=bound,
+        delta=delta,
+        confidence=confidence,
+        auc=float(auc(of_in, of_out)) if len(of_in) and len(of_out) else math.nan,
+        claim=claim,
+        is_consistent=None if claim is None else bound <= claim.epsilon,
+        warnings=tuple(found),
     )
 
 
-def _claim(model, claim: Any):
+def _claim(model, claim):
+    """Return a `Claim` from `(epsilon, delta)`, or else from the model's ledger; None without."""
     if claim is not None:
-        return claim if isinstance(claim, Claim) else Claim(*claim)
-    try:
-        spent = model.privacy.spent()
-    except ValueError:  # no private run
+        epsilon, delta = claim
+        check_number("claim[0]", epsilon, minimum=0)
+        check_number("claim[1]", delta, minimum=0, below=1)
+        return Claim(float(epsilon), float(delta))
+    if not model.privacy.ledger.runs:
         return None
-    return Claim(spent.epsilon, spent.delta, spent.uncovered)
+    spent = model.privacy.spent()
+    return Claim(spent.epsilon, spent.delta, spent.unit, spent.uncovered)
 
 
-def _log_likelihoods(model, texts, parts, label, verbose):
-    signals = record_signals(model, texts.rows, texts.contents, 1.0, parts, label, verbose)
-    return signals["loss"]
-
-
-def lower_bound(scores, is_in, delta, confidence=0.95):
-    """Return the lower bound on ε of the best of several numbers of guesses, and that number.
-
-    Args:
-        scores: float array `[M]`. Higher scores speak for membership.
-        is_in: bool array `[M]`. The coin flips.
-        delta: float.
-        confidence: float. Defaults to 0.95.
-
-    Returns:
-        Tuple `(epsilon, guesses, correct)`.
-    """
-    order, count = np.argsort(scores, kind="stable"), len(scores)
-    numbers = sorted({max(1, int(count * share / 2)) for share in GUESSES})
-    best = (0.0, 0, 0)
-    for each in numbers:
-        correct = int(is_in[order[-each:]].sum() + (~is_in[order[:each]]).sum())
-        significance = (1 - confidence) / len(numbers)
-        bound = epsilon_lower_bound(count, 2 * each, correct, delta, significance)
-        best = max(best, (bound, 2 * each, correct), key=lambda x: x[0])
-    return best
-
-
-def p_value(canaries, guesses, correct, epsilon, delta):
-    """Return the largest probability of this many right guesses under (ε, δ)-DP."""
-    binom = import_stats().binom
-    q = 1 / (1 + math.exp(-epsilon))
-    beta = float(binom.sf(correct - 1, guesses, q))
-    if not delta or not correct:
-        return beta
-    fewer = np.arange(1, correct + 1)
-    alpha = np.max((binom.sf(correct - fewer - 1, guesses, q) - beta) / fewer, initial=0)
-    return float(min(1.0, beta + 2 * canaries * delta * alpha))
-
-
-def epsilon_lower_bound(canaries, guesses, correct, delta, significance):
-    """Return the largest ε whose p-value is at most `significance`, or 0."""
-    low, high = 0.0, 1.0
-    if p_value(canaries, guesses, correct, low, delta) > significance:
-        return 0.0
-    while p_value(canaries, guesses, correct, high, delta) <= significance:
-        low, high = high, 2 * high
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        is_rejected = p_value(canaries, guesses, correct, middle, delta) <= significance
-        low, high = (middle, high) if is_rejected else (low, middle)
-    return low
+def _log_likelihoods(model, sealed, parts, label, verbose):
+    """Return the log-likelihood of each canary; of its new token alone if it has one."""
+    texts = read_texts(sealed.canaries, model, "canaries")
+    rows, _, truncated = training_rows(texts, model)
+    if len(rows) < len(sealed.canaries) or truncated:
+        raise ValueError(
+            "Canaries must not be empty and must fit into the model's training rows. "
+            f"Received: {len(sealed.canaries) - len(rows)} empty ones, and {truncated} that are "
+            "longer"
+        )
+    losses = [nats for nats, _ in token_losses(model, rows, parts, label, verbose)]
+    if sealed.kind == "new_token":
+        end = len(special_ids(model)[1])
+        losses = [nats[len(nats) - end - 1 :][:1] for nats in losses]
+    return np.array([-nats.sum() for nats in losses])

@@ -58,7 +58,7 @@ def read_texts(records, model, name="records"):
             )
         check_ids(ids, model.backbone.vocabulary_size, f"Token ids of `{name}[{i}]`")
         ids = _without_special_ids(ids.tolist(), model)
-        if ids:
+        if len(ids) + len(special_ids(model)[0]) > 1:  # something can be predicted
             rows.append(ids)
         else:
             empty += 1
@@ -85,6 +85,33 @@ def _tokenize(records, model, name):
             empty += 1
     rows = [list(row) for row in model.preprocessor.tokenizer.tokenize(texts)] if texts else []
     return Texts(rows, [text.encode() for text in texts], empty, undecodable)
+
+
+def training_rows(texts, model):
+    """Return rows of ids as a model is trained on them.
+
+    Args:
+        texts: `Texts`.
+        model: `VaultGemmaCausalLM`.
+
+    Returns:
+        Tuple `(rows, contents, truncated)`: N lists of ids with `<bos>` and `<eos>`, no longer than
+        the preprocessor's rows; N bytes, the text in them; and the number of truncated rows.
+    """
+    start, end = special_ids(model)
+    # One id more than inputs, because the last one is only a label.
+    longest = model.backbone.max_sequence_length + 1
+    if model.preprocessor is not None:
+        longest = min(longest, model.preprocessor.sequence_length + 1)
+    rows, contents, truncated = [], [], 0
+    for ids, content in zip(texts.rows, texts.contents, strict=True):
+        row = [*start, *ids, *end]
+        if len(row) > longest:
+            row, truncated = row[:longest], truncated + 1
+            content = contents_of([row[len(start) :]], model)[0]
+        rows.append(row)
+        contents.append(content)
+    return rows, contents, truncated
 
 
 def _without_special_ids(ids, model):
