@@ -65,11 +65,26 @@ def _finetune(options):
 
 
 def _evaluate(options):
-    """Measure the perplexity and the bits per byte of a file of texts under a model."""
+    """Measure a model on a file of texts (perplexity, bits per byte), or on benchmark tasks.
+
+    Tasks are those of lm-evaluation-harness; "card" stands for the five of VaultGemma's model card,
+    whose figures are printed next to the measured ones."""
+    arguments = _arguments(options)
+    of_tasks = {option: arguments.pop(_name(option)) for option in TASK_OPTIONS}
+    of_file = {option: arguments.pop(_name(option)) for option in FILE_OPTIONS}
+    if (options.data is None) == (options.tasks is None):
+        raise ValueError("Name either --data FILE or --tasks NAMES, and not both")
+    used, unused = (of_tasks, of_file) if options.data is None else (of_file, of_tasks)
+    for option, value in unused.items():
+        if value is not None and value is not False:
+            other = "--tasks" if option in TASK_OPTIONS else "--data"
+            raise ValueError(f"{option} has an effect only with {other}")
     _start_backend()
     from keras_vaultgemma.recipes.evaluate import evaluate
+    from keras_vaultgemma.recipes.evaluate_tasks import evaluate_tasks
 
-    return evaluate(**_arguments(options))
+    given = {_name(option): value for option, value in used.items() if value is not None}
+    return (evaluate if options.tasks is None else evaluate_tasks)(**given, **arguments)
 
 
 def _compare(options):
@@ -112,6 +127,11 @@ def _start_backend():
             f"{PROGRAM}: running on {NAME}; set KERAS_BACKEND to {others} for another backend",
             file=sys.stderr,
         )
+
+
+def _name(option):
+    """Return the name under which argparse stores an option."""
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _arguments(options):
@@ -173,6 +193,21 @@ MODEL = {
     "--int8": _flag("quantize the weights to int8, a quarter of the memory of float32"),
 }
 """Options of the commands that compute with a model and do not train it."""
+
+FILE_OPTIONS = {"--data": _value("FILE", DATA), **COLUMNS}
+TASK_OPTIONS = {
+    "--tasks": _value("NAMES", 'tasks with commas, such as "piqa,boolq", or "card"'),
+    "--include-path": _value("FOLDER", "tasks of your own, or with data on this machine"),
+    "--limit": _value("N", "items of each task; below 1, their fraction (default: all)", float),
+    "--num-fewshot": _value("N", "examples before each item (default: the task's)", int),
+    "--truncation": _choice(
+        ("keep_bos", "lm_eval"),
+        "cut what follows <bos> in a long context (default), or <bos> too, as the harness does",
+    ),
+    "--score-bos": _flag("count <bos> in rolling likelihoods, as the harness's model hf does"),
+    "--output": _value("FOLDER", "for results.json, and parts from which the command resumes"),
+}
+"""Options of `evaluate` on a file and on tasks."""
 
 COMMANDS = {
     "generate": Command(
@@ -274,6 +309,7 @@ COMMANDS = {
             "--noise": _value("σ", "noise multiplier", float, dest="noise_multiplier"),
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--extend-budget": _flag("go on where earlier runs on these rows used the budget up"),
+            "--secure": _flag("make the noise with a cryptographic generator"),
             "--clip-norm": _value(
                 "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),
@@ -283,12 +319,17 @@ COMMANDS = {
     ),
     "evaluate": Command(
         _evaluate,
-        "measure perplexity and bits per byte on a file",
+        "measure perplexity on a file, or benchmark tasks",
         {
-            "--data": _value("FILE", DATA, required=True),
+            "preset": _value(
+                "PRESET", "the same as --preset", nargs="?", default=argparse.SUPPRESS
+            ),
+            **FILE_OPTIONS,
+            **TASK_OPTIONS,
             **MODEL,
-            **COLUMNS,
-            "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
+            "--sequence-length": _value(
+                "N", "tokens per row, or positions of a task (default: the preset's)", int
+            ),
             "--json": _flag("print one object with all figures", dest="as_json"),
         },
     ),

@@ -183,8 +183,9 @@ class PrivateTraining:
         own = len(self.seeds)  # these stay as they are, whatever was drawn (privacy/seeds.py)
         for variable, value in zip(self._states[own:], states[own:], strict=True):
             variable.assign(value)
-        multiplier, expected = factors
-        gradients = mechanism.noised_mean(clipped, multiplier, noise_seeds, expected)
+        gradients = mechanism.noised_mean(
+            clipped, factors[0], noise_seeds, factors[1], self.settings.secure
+        )
         model.optimizer.apply(gradients, model.trainable_variables)
         return self._report(clipped, drawn)
 

@@ -78,6 +78,7 @@ class FinetuneConfig:
         noise_multiplier: float, as for `privacy.DPSGD`.
         clip_norm: float, as for `privacy.DPSGD`.
         extend_budget: bool, as for `privacy.DPSGD`.
+        secure: bool, as for `privacy.DPSGD`.
         report: bool. If True, also train the plain twin of a private run, with the same steps and
             everything else the same but clipping and noise, and write a page that compares the two
             (`recipes.compare`).
@@ -115,6 +116,7 @@ class FinetuneConfig:
     noise_multiplier: float | None = None
     clip_norm: float | None = None
     extend_budget: bool = False
+    secure: bool = False
     report: bool = False
     canaries: int | None = None
 
@@ -128,14 +130,8 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in (
-            "epsilon",
-            "delta",
-            "noise_multiplier",
-            "extend_budget",
-            "group_column",
-            "report",
-        ):
+        with_privacy = (*PRIVATE_ONLY, "extend_budget", "secure", "group_column", "report")
+        for name in with_privacy:
             value = getattr(self, name)
             if value not in (None, False) and not self.private:
                 raise ValueError(
@@ -177,6 +173,7 @@ class FinetuneConfig:
             unit="row" if self.group_column is None else "user",
             max_rows_per_group=self.max_rows_per_group,
             extend_budget=self.extend_budget,
+            secure=self.secure,
         )
 
     def plain_twin(self, records):
@@ -200,6 +197,7 @@ class FinetuneConfig:
             report=False,
             canaries=None,
             extend_budget=False,
+            secure=False,
         )
 
     def complete(self, rows):
