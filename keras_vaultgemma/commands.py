@@ -345,6 +345,7 @@ COMMANDS = {
                 "FILE", "unseen records (default: those that `finetune` holds out of --train)"
             ),
             "--canaries": _value("FILE", "sealed file of canaries, for an audit"),
+            **{name: TASK_OPTIONS[name] for name in ("--tasks", "--include-path", "--limit")},
             "--html": _value("FILE", f"page to write {DEFAULT}", default="report.html"),
             **COLUMNS,
             "--sequence-length": _value("N", "tokens per row (default: the run's)", int),

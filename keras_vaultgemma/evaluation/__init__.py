@@ -2,8 +2,10 @@
 
 # First, because it selects the Keras backend before Keras is imported.
 from keras_vaultgemma import backend as backend
+from keras_vaultgemma.evaluation.attack_limits import AttackLimits, attack_limits
 from keras_vaultgemma.evaluation.canaries import insert_canaries
 from keras_vaultgemma.evaluation.card_tasks import CardTask, card_tasks
+from keras_vaultgemma.evaluation.claim import LedgerClaim, find_claim
 from keras_vaultgemma.evaluation.intervals import Rate
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.evaluation.lm_eval_model import lm_eval_model
@@ -21,8 +23,10 @@ from keras_vaultgemma.evaluation.tasks import Metric, TaskResult, TaskResults, m
 
 __all__ = [
     "Accuracy",
+    "AttackLimits",
     "Audit",
     "CardTask",
+    "LedgerClaim",
     "Likelihood",
     "Membership",
     "Memorization",
@@ -33,8 +37,10 @@ __all__ = [
     "RollingLikelihood",
     "TaskResult",
     "TaskResults",
+    "attack_limits",
     "audit",
     "card_tasks",
+    "find_claim",
     "insert_canaries",
     "lm_eval_model",
     "measure",

@@ -21,7 +21,7 @@ import numpy as np
 from keras_vaultgemma.privacy import accounting
 from keras_vaultgemma.privacy.accounting import Steps
 
-EPSILONS = np.concatenate([[0.0], np.geomspace(0.05, 50.0, 28)])
+EPSILONS = np.concatenate([[0.0], np.geomspace(0.05, 30.0, 40)])
 """ε of the bounds. More of them lower the limits by less than 0.001."""
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)

@@ -214,13 +214,17 @@ def membership(comparison: dict) -> dict | None:
         return None
     limits = limits_of(comparison)
     one = results["private"]
-    notes = list(dict.fromkeys(w for name in models for w in results[name]["warnings"]))
+    shift = one["shift"]
+    notes = [
+        "Training and unseen records by themselves, without the models: "
+        f"{100 * shift['words']:.0f} of 100 pairs are told apart by their words, and "
+        f"{100 * shift['length']:.0f} by their lengths.",
+        *dict.fromkeys(w for name in models for w in results[name]["warnings"]),
+    ]
     return {
         "models": _heads(models),
         "plots": [_auc_plot(results, models, limits), _caught_plot(results, models, limits)],
         "table": _attacks(results, models),
-        "members": one["members"],
-        "controls": one["controls"],
         "notes": notes,
     }
 
@@ -330,22 +334,25 @@ def audit(comparison: dict) -> dict | None:
 
 def tasks(comparison: dict) -> list[dict]:
     """Return rows of the tasks that models were evaluated on; none if there are none."""
-    results = comparison.get("tasks") or {}
-    models = names(comparison, "likelihood")
+    results = {name: x["tasks"] for name, x in comparison["tasks"].items()}
     rows = dict.fromkeys(
-        (task, metric) for found in results.values() for task, x in found.items() for metric in x
+        (task, metric)
+        for found in results.values()
+        for task, x in found.items()
+        for metric in x["metrics"]
     )
 
-    def cell(x):
+    def cell(name, task, metric):
+        x = results.get(name, {}).get(task, {"metrics": {}})["metrics"].get(metric)
         if x is None or x["value"] is None:
             return "–"
-        error = "" if x["stderr"] is None else f" ± {100 * x['stderr']:.1f}"
-        return f"{100 * x['value']:.1f}{error}"
+        error = x["standard_error"]
+        return f"{100 * x['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
     return [
         {
             "label": f"{task}, {metric}",
-            "values": [cell(results.get(name, {}).get(task, {}).get(metric)) for name in models],
+            "values": [cell(name, task, metric) for name in names(comparison, "likelihood")],
         }
         for task, metric in rows
     ]

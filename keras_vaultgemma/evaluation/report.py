@@ -67,11 +67,12 @@ def _alarms(comparison):
     measured = comparison["membership"].get("private")
     if limits and measured:
         attack = figures.best_attack(measured)
-        if attack["auc_low"] > limits["auc"]:
+        # Records of two kinds can be told apart without the model.
+        if attack["auc_low"] > limits["auc"] and not measured["shift"]["is_found"]:
             alarms.append(
                 f"An attack tells {100 * attack['auc']:.0f} of 100 pairs apart, and the claim "
-                f"allows {100 * limits['auc']:.0f}. Either training and unseen records differ by "
-                "themselves, or the claim is wrong."
+                f"allows {100 * limits['auc']:.0f}. Do not rely on the claim until the reason is "
+                "found."
             )
     return alarms
 
@@ -174,7 +175,7 @@ def render(comparison: dict) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise ImportError(
-            f"A report needs Jinja2: pip install 'keras-vaultgemma[eval]' ({error})"
+            f"A report needs Jinja2: pip install 'keras-vaultgemma[report]' ({error})"
         ) from error
     folder = Path(__file__).parent / "templates"
     environment = Environment(

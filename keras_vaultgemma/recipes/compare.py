@@ -11,6 +11,7 @@ from keras_vaultgemma._files import read_json
 from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.text_files import TextRecords, read_records
 from keras_vaultgemma.evaluation import provenance, report
+from keras_vaultgemma.evaluation.lm_eval_model import import_lm_eval
 from keras_vaultgemma.recipes import sources
 from keras_vaultgemma.recipes.comparison_session import Session
 from keras_vaultgemma.recipes.finetune_output import RUN
@@ -26,6 +27,9 @@ def compare(
     base: str | os.PathLike | None = None,
     plain: str | os.PathLike | None = None,
     canaries: str | os.PathLike | None = None,
+    tasks: str | None = None,
+    include_path: str | os.PathLike | None = None,
+    limit: float | None = None,
     html: str | os.PathLike = "report.html",
     text_column: str | None = None,
     prompt_column: str | None = None,
@@ -58,6 +62,10 @@ def compare(
         plain: string or path. A model that was trained without privacy. Defaults to None.
         canaries: path of the file that `evaluation.insert_canaries` wrote before training. Defaults
             to None, for no audit.
+        tasks: string of names of benchmark tasks with commas, as for `evaluation.measure_tasks`.
+            Defaults to None, for no tasks.
+        include_path: path, as for `evaluation.measure_tasks`.
+        limit: number, as for `evaluation.measure_tasks`.
         html: path of the page. Defaults to "report.html".
         text_column: string, as for `finetune`. Defaults to that of the run.
         prompt_column: string, as for `finetune`. Defaults to that of the run.
@@ -78,7 +86,8 @@ def compare(
 
     Raises:
         ValueError: If an argument is out of its range, or no record is long enough.
-        ImportError: If Jinja2, rapidfuzz or SciPy is not installed.
+        ImportError: If Jinja2, rapidfuzz or SciPy is not installed, or for `tasks`
+            lm-evaluation-harness.
 
     Example:
 
@@ -90,6 +99,8 @@ def compare(
     ```
     """
     check_extras()
+    if tasks is not None:
+        import_lm_eval()
     check_integer("max_records", max_records)
     check_integer("prefix_length", prefix_length, allow_none=True)
     check_integer("suffix_length", suffix_length, allow_none=True)
@@ -120,6 +131,7 @@ def compare(
         "name": name,
         "models": session.describe_models(),
         "code": provenance.describe_code(),
+        "tasks": session.measure_tasks(tasks, include_path, limit),
         **session.measure(
             train, held_out, prefix_length, suffix_length, max_records, canaries, show_text
         ),
@@ -134,7 +146,7 @@ def check_extras():
     """Raise ImportError, which names the extra to install, if a package is missing."""
     for package, name in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"A report needs {name}: pip install 'keras-vaultgemma[eval]'")
+            raise ImportError(f"A report needs {name}: pip install 'keras-vaultgemma[report]'")
 
 
 def _options_of_run(private):

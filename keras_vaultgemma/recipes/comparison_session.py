@@ -16,6 +16,7 @@ from keras_vaultgemma.evaluation.membership import measure_membership
 from keras_vaultgemma.evaluation.memorization import measure_memorization
 from keras_vaultgemma.evaluation.parts import Parts
 from keras_vaultgemma.evaluation.privacy_audit import audit
+from keras_vaultgemma.evaluation.tasks import measure_tasks
 from keras_vaultgemma.evaluation.texts import read_texts
 from keras_vaultgemma.recipes import sources
 
@@ -56,6 +57,22 @@ class Session:
                 for name in MODELS
                 if name in self._found
             }
+
+    def measure_tasks(self, tasks, include_path, limit):
+        """Return the results of benchmark tasks by model, {} without tasks."""
+        if tasks is None:
+            return {}
+        return {
+            name: measure_tasks(
+                self._load(name),
+                tasks,
+                include_path=include_path,
+                limit=limit,
+                checkpoint=self.parts,
+            ).as_dict()
+            for name in MODELS
+            if name in self._found
+        }
 
     def measure(
         self, train, held_out, prefix_length, suffix_length, max_records, canaries, show_text
