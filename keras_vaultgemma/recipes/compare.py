@@ -10,7 +10,7 @@ from typing import Any
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.text_files import TextRecords, read_records
-from keras_vaultgemma.evaluation import provenance, report
+from keras_vaultgemma.evaluation import provenance, report, verdict
 from keras_vaultgemma.evaluation.lm_eval_model import import_lm_eval
 from keras_vaultgemma.recipes import sources
 from keras_vaultgemma.recipes.comparison_session import Session
@@ -136,10 +136,10 @@ def compare(
             train, held_out, prefix_length, suffix_length, max_records, canaries, show_text
         ),
     }
-    comparison["verdict"] = report.verdict(comparison)
+    comparison["verdict"] = verdict.verdict(comparison)
     written = report.write_report(comparison, page)
     shutil.rmtree(session.parts, ignore_errors=True)
-    return "\n".join([*report.summary(comparison), *written])
+    return "\n".join([*verdict.summary(comparison), *written])
 
 
 def check_extras():

@@ -84,9 +84,7 @@ class Session:
         members, unseen = (_rows(records, base, max_records) for records in (train, held_out))
         included = []
         if canaries is not None:
-            sealed = read_canaries(canaries)
-            pairs = zip(sealed["canaries"], sealed["is_in"], strict=True)
-            included = [canary for canary, is_in in pairs if is_in]
+            included = included_canaries(canaries)
         result["data"] = {
             "train": provenance.describe_data(train, len(members), included),
             "held_out": provenance.describe_data(held_out, len(unseen)),
@@ -188,6 +186,12 @@ class Session:
             }
             for i in np.argsort(distances, kind="stable")[:CLOSEST]
         ]
+
+
+def included_canaries(path):
+    """Return the canaries of a sealed file that were trained on."""
+    sealed = read_canaries(path)
+    return [canary for canary, is_in in zip(sealed.canaries, sealed.is_in, strict=True) if is_in]
 
 
 def _rows(records, model, count):

@@ -13,11 +13,12 @@ import keras
 from keras_vaultgemma._plots import new_figure
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.data.text_files import TextRecords, read_records
-from keras_vaultgemma.evaluation.canaries import insert_canaries, read_canaries
+from keras_vaultgemma.evaluation.canaries import insert_canaries
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
 from keras_vaultgemma.recipes import compare
+from keras_vaultgemma.recipes.comparison_session import included_canaries
 from keras_vaultgemma.recipes.finetune_config import (
     BATCH_SIZE,
     FULL_RATE,
@@ -249,9 +250,7 @@ def _with_canaries(records, path, config):
             f"Received: canaries={config.canaries}"
         )
     if path.is_file():
-        sealed = read_canaries(path)
-        pairs = zip(sealed["canaries"], sealed["is_in"], strict=True)
-        texts = records.texts + [text for text, is_in in pairs if is_in]
+        texts = records.texts + included_canaries(path)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         texts = insert_canaries(

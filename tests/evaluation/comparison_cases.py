@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from keras_vaultgemma.evaluation import report
+from keras_vaultgemma.evaluation import report, verdict
 from keras_vaultgemma.evaluation.attack_limits import AttackLimits
 from keras_vaultgemma.evaluation.claim import LedgerClaim
 from keras_vaultgemma.evaluation.intervals import Rate
@@ -28,7 +28,7 @@ SHA256 = "0123456789abcdef" * 4
 def comparison(**changes):
     """A comparison of three models; `changes` replace its sections before the verdict is made."""
     found = {**copy.deepcopy(_comparison()), **changes}
-    found["verdict"] = report.verdict(found)
+    found["verdict"] = verdict.verdict(found)
     return found
 
 
