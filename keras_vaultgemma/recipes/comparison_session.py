@@ -10,10 +10,10 @@ from keras_vaultgemma.data.token_ids import unpad_rows
 from keras_vaultgemma.evaluation import provenance
 from keras_vaultgemma.evaluation.canaries import read_canaries
 from keras_vaultgemma.evaluation.claim import find_claim
-from keras_vaultgemma.evaluation.extraction import extract
+from keras_vaultgemma.evaluation.extraction import Extractor
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.evaluation.membership import measure_membership
-from keras_vaultgemma.evaluation.memorization import measure_memorization
+from keras_vaultgemma.evaluation.memorization import APPROXIMATE, measure_memorization
 from keras_vaultgemma.evaluation.parts import Parts
 from keras_vaultgemma.evaluation.privacy_audit import audit
 from keras_vaultgemma.evaluation.tasks import measure_tasks
@@ -24,6 +24,9 @@ MODELS = ("base", "plain", "private")
 
 LENGTH = 50
 """Tokens of a prefix, and of a suffix, in the report on VaultGemma."""
+
+TOP_K = 40
+"""Number of tokens that probabilistic extraction samples from, as in Hayes et al."""
 
 CLOSEST = 3
 """Number of records of each model that the page shows, masked unless their text is asked for."""
@@ -107,6 +110,7 @@ class Session:
                         baseline=reference,
                         prefix_length=lengths[0],
                         suffix_length=lengths[1],
+                        top_k=TOP_K,
                         checkpoint=self.parts,
                     ).as_dict()
                 except ValueError as error:  # no record is long enough
@@ -175,7 +179,8 @@ class Session:
                 windows.setdefault(tuple(ids), i)
         rows = np.array([*windows], "int32")
         parts = Parts(self.parts)
-        distances = extract(model, rows, prefix, 40, parts, "records", True).distances
+        extractor = Extractor(model, prefix, suffix, APPROXIMATE, TOP_K, parts, True)
+        distances = extractor(rows, "records").distances
         return [
             {
                 "record": windows[tuple(rows[i].tolist())] + 1,
