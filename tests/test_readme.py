@@ -60,6 +60,7 @@ def test_the_promised_snippets_are_there():
         "Train on documents or pairs",
         "On a pod or a GPU cluster",
         "Fine-tune privately",
+        "Show what privacy bought",
         "Load the 1B weights",
         "Save",
     ]
@@ -86,6 +87,12 @@ def test_the_private_snippet_keeps_to_its_budget(execute):
         r"PrivacySpent\(epsilon=([\d.]+), delta=0.0001, steps=15, .*zero-out", printed
     )
     assert 2.9 < float(spent[1]) <= 3.0
+
+
+def test_the_page_of_a_model_without_a_ledger(execute, tmp_path):
+    printed = execute(SNIPPETS["Show what privacy bought"])
+    assert printed.startswith("No claim: The model has no privacy ledger, so nothing is known")
+    assert "<h1>" in (tmp_path / "report.unprotected.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("devices", [1, 2])
