@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from keras_vaultgemma.data.token_ids import unpad_rows
 from keras_vaultgemma.evaluation import provenance
-from keras_vaultgemma.evaluation.canaries import read_canaries
 from keras_vaultgemma.evaluation.claim import find_claim
 from keras_vaultgemma.evaluation.extraction import Extractor
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
@@ -19,6 +18,7 @@ from keras_vaultgemma.evaluation.privacy_audit import audit
 from keras_vaultgemma.evaluation.tasks import measure_tasks
 from keras_vaultgemma.evaluation.texts import read_texts
 from keras_vaultgemma.recipes import sources
+from keras_vaultgemma.recipes.canaries import included_canaries
 
 MODELS = ("base", "plain", "private")
 
@@ -191,12 +191,6 @@ class Session:
             }
             for i in np.argsort(distances, kind="stable")[:CLOSEST]
         ]
-
-
-def included_canaries(path):
-    """Return the canaries of a sealed file that were trained on."""
-    sealed = read_canaries(path)
-    return [canary for canary, is_in in zip(sealed.canaries, sealed.is_in, strict=True) if is_in]
 
 
 def _rows(records, model, count):

@@ -12,13 +12,11 @@ import keras
 
 from keras_vaultgemma._plots import new_figure
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
-from keras_vaultgemma.data.text_files import TextRecords, read_records
-from keras_vaultgemma.evaluation.canaries import insert_canaries
+from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
-from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
 from keras_vaultgemma.recipes import compare
-from keras_vaultgemma.recipes.comparison_session import included_canaries
+from keras_vaultgemma.recipes.canaries import with_canaries
 from keras_vaultgemma.recipes.finetune_config import (
     BATCH_SIZE,
     FULL_RATE,
@@ -111,7 +109,7 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
     config = dataclasses.replace(config, validation=validation)
     genuine = records
     if config.canaries:
-        records = _with_canaries(records, output / CANARIES, config)
+        records = with_canaries(records, output / CANARIES, config)
     users = None if records.groups is None else len({*records.groups})
     config, private = config.complete(users or len(records.texts))
     model, outcome, written = _run(config, private, data, records, held_out, output)
@@ -240,29 +238,6 @@ def _describe_data(data):
     """Return a path, or None, unchanged, and the kind of data in memory."""
     is_path = data is None or isinstance(data, (str, os.PathLike))
     return data if is_path else f"a {type(data).__name__} in memory"
-
-
-def _with_canaries(records, path, config):
-    """Return `TextRecords` with canaries, those of the file of a run that resumes."""
-    if records.prompts is not None or not isinstance(records.texts[0], str):
-        raise ValueError(
-            "`canaries` must be None unless records are texts, not pairs or chats. "
-            f"Received: canaries={config.canaries}"
-        )
-    if path.is_file():
-        texts = records.texts + included_canaries(path)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        texts = insert_canaries(
-            records.texts,
-            path,
-            count=config.canaries,
-            tokenizer=VaultGemmaTokenizer.from_preset(config.preset),
-        )
-    groups = records.groups
-    if groups is not None:  # each canary is a user
-        groups = groups + [f"canary {i}" for i in range(len(texts) - len(groups))]
-    return TextRecords(texts, None, groups=groups)
 
 
 def _model(config):
