@@ -78,7 +78,7 @@ def dot_chart(
         parts += [*_words(row, top), _line(LEFT, LEFT + WIDTH, top + 35, top + 35, "track")]
         for i, mark in enumerate(row.marks):
             # Several marks of a row are below one another, because their intervals overlap.
-            y = top + 35 + 8 * i - 4 * (len(row.marks) - 1)
+            y = top + 35 + 12 * i - 6 * (len(row.marks) - 1)
             if mark.lower is not None and mark.upper is not None:
                 ends = scale.at(mark.lower), scale.at(mark.upper)
                 parts.append(_line(*ends, y, y, f"interval {escape(mark.style)}"))

@@ -1,6 +1,7 @@
 """The claim that a privacy ledger supports, and what it leaves open."""
 
 import dataclasses
+from typing import Any
 
 from keras_vaultgemma.evaluation.attack_limits import AttackLimits, attack_limits
 from keras_vaultgemma.privacy import fingerprint
@@ -95,7 +96,7 @@ def find_claim(ledger: Ledger, dataset: str | None = None) -> LedgerClaim:
         match = "no"
     spent = ledger.spent_on(chosen)
     runs = [pair for pair in done if fingerprint.may_be_equal(pair[0].dataset, chosen)]
-    facts = dict(
+    facts: dict[str, Any] = dict(
         epsilon=spent.epsilon,
         delta=spent.delta,
         unit=spent.unit,

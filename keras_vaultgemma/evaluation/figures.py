@@ -68,7 +68,7 @@ def utility(comparison: dict) -> dict:
     highest = max(found.values())
     step = next(x for x in (0.25, 0.5, 1, 2, 5, 10, 100) if highest / x <= 8)
     ticks = [(i * step, f"{i * step:g}") for i in range(int(highest / step) + 2)]
-    base, private, plain = (found.get(name) for name in ("base", "private", "plain"))
+    base, private, plain = found["base"], found["private"], found.get("plain")
     finding = (
         f"Held-out text takes {private:.3f} bits per byte after private training, and {base:.3f} "
         "before"

@@ -7,6 +7,7 @@ from common import one_layer_preset
 from test_report import check
 
 from keras_vaultgemma import compare, finetune
+from keras_vaultgemma.evaluation.tasks import Metric, TaskResult, TaskResults
 from keras_vaultgemma.privacy.ledger import read_ledger
 from keras_vaultgemma.recipes import compare as recipe
 from keras_vaultgemma.recipes import comparison_session
@@ -90,8 +91,13 @@ def test_from_training_to_the_page_also_after_a_kill(tmp_path, monkeypatch):
     assert len(twin["history"]["loss"]) == len(private["history"]["unprotected_loss"])
 
 
-def test_a_model_without_a_ledger(tmp_path):
+def test_a_model_without_a_ledger(tmp_path, monkeypatch):
     """Of public records nothing needs protection. Records may be shorter than the prefix."""
+    results = TaskResults(
+        {"tales": TaskResult({"acc": Metric(0.625, 0.01)}, 0, 8, None)}, {}, 8, 0, "keep_bos", "1"
+    )
+    monkeypatch.setattr(recipe, "import_lm_eval", lambda: None)
+    monkeypatch.setattr(comparison_session, "measure_tasks", lambda *args, **options: results)
     text = compare(
         one_layer_preset(),
         ["A fox.", "", *RECORDS[:4]][2:],
@@ -100,6 +106,7 @@ def test_a_model_without_a_ledger(tmp_path):
         prefix_length=400,
         sequence_length=16,
         public_records=True,
+        tasks="tales",
     )
     assert text.startswith("No claim: The model has no privacy ledger")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.json"]
@@ -107,6 +114,8 @@ def test_a_model_without_a_ledger(tmp_path):
     check(found)
     assert found["unprotected"] is None and not found["memorization"]
     assert "Repetition was not measured" in found["notes"][0]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "tales, acc" in page and page.count("62.5 ± 1.0") == 2
 
 
 @pytest.mark.any_backend
