@@ -62,7 +62,7 @@ def describe_data(records, measured, canaries=()):
         canaries: list of strings that were trained on with the records, and that the fingerprint
             includes. Defaults to none.
     """
-    contents = [*as_records(records.samples), *canaries]
+    contents = as_records(records.samples) + (as_records(list(canaries)) if canaries else [])
     return {
         "records": len(records.texts),
         "canaries": len(canaries),

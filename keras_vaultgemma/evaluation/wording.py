@@ -238,8 +238,9 @@ def annexes(comparison: dict) -> list[dict]:
                 ),
                 (
                     "Implementation: random numbers, floating point, side channels",
-                    "Noise comes from a generator that is seeded by the operating system. Timing "
-                    "and floating-point attacks are outside the claim, see section 1.",
+                    "Seeds come from the operating system, and the rounding of sums is part of the "
+                    "sensitivity. Timing is outside the claim. SECURITY.md of the software has the "
+                    "details.",
                 ),
                 (
                     "Security, access control and exposure of collected data",
