@@ -38,6 +38,15 @@ class AttackLimits:
             pairs of a training record and another one in which the attack tells which is which.
         true_positive_rates: dict. Maps each of `FALSE_POSITIVE_RATES` to the largest rate of true
             positives.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.evaluation import AttackLimits
+
+    limits = AttackLimits(accuracy=0.7, auc=0.8, true_positive_rates={0.01: 0.2, 0.001: 0.05})
+    print(limits.as_dict())
+    ```
     """
 
     accuracy: float

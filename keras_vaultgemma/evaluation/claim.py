@@ -30,6 +30,15 @@ class LedgerClaim:
         data_match: str. "yes" if the ledger is about the records that were measured, "no", or
             "unknown" if their fingerprints cannot be compared.
         limits: `AttackLimits` or None.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma.evaluation import LedgerClaim
+
+    claim = LedgerClaim("none", reason="The model has no privacy ledger")
+    print(claim.as_dict()["epsilon"])  # None
+    ```
     """
 
     status: str
