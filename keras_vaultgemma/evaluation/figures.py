@@ -7,9 +7,7 @@ from keras_vaultgemma.evaluation.charts import (
     bar_chart,
     hundred,
 )
-from keras_vaultgemma.evaluation.wording import (
-    TITLES,
-)
+from keras_vaultgemma.evaluation.wording import TITLES, at_most
 
 HIGHEST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Upper ends of scales of rates, the smallest of which that fits is taken."""
@@ -50,7 +48,7 @@ def squares(comparison: dict) -> list[dict]:
 
 
 def _square(share, style, label):
-    count = round(100 * share)
+    count = at_most(share) if style == "limit" else round(100 * share)
     return {
         "svg": hundred(count, style, f"{count} of 100 dots are filled: {label}"),
         "figure": f"{count} of 100",
@@ -61,27 +59,31 @@ def _square(share, style, label):
 def utility(comparison: dict) -> dict:
     """Return the chart of bits per byte, its finding and a note."""
     found = {name: x["bits_per_byte"] for name, x in comparison["likelihood"].items()}
+    models, diverged = names(comparison, "likelihood"), [n for n, x in found.items() if x is None]
     rows = [
-        Row(TITLES[name].capitalize(), f"{found[name]:.3f}", [Mark(found[name], name)])
-        for name in names(comparison, "likelihood")
+        Row(TITLES[name].capitalize(), "not finite", [])
+        if found[name] is None
+        else Row(TITLES[name].capitalize(), f"{found[name]:.3f}", [Mark(found[name], name)])
+        for name in models
     ]
-    highest = max(found.values())
-    step = next(x for x in (0.25, 0.5, 1, 2, 5, 10, 100) if highest / x <= 8)
+    highest = max((x for x in found.values() if x is not None), default=1.0)
+    step = next((x for x in (0.25, 0.5, 1, 2, 5, 10) if highest / x <= 8), highest / 4)
     ticks = [(i * step, f"{i * step:g}") for i in range(int(highest / step) + 2)]
     base, private, plain = found["base"], found["private"], found.get("plain")
-    finding = (
-        f"Held-out text takes {private:.3f} bits per byte after private training, and {base:.3f} "
-        "before"
-    )
-    if plain is not None and plain < base:
-        kept = (base - private) / (base - plain)
+    if diverged:
+        finding = f"The model diverged: {', '.join(TITLES[name] for name in diverged)}"
+    elif plain is not None and plain < base:
+        kept = max(0.0, (base - private) / (base - plain))
+        finding = f"Private training brings {100 * kept:.0f} % of what plain training brings"
+    else:
         finding = (
-            f"Private training brings {100 * max(kept, 0.0):.0f} % of what plain training brings"
+            f"Held-out text takes {private:.3f} bits per byte after private training, and "
+            f"{base:.3f} before"
         )
     size = comparison["likelihood"]["private"]
     return {
         "finding": f"{finding}.",
-        "models": heads(names(comparison, "likelihood")),
+        "models": heads(models),
         "svg": bar_chart(rows, Scale(0, ticks[-1][0], ticks), finding),
         "note": "Bits needed per byte of held-out text; fewer is better. Measured on "
         f"{size['bytes']:,} bytes of {comparison['data']['held_out']['records']:,} "
@@ -90,10 +92,12 @@ def utility(comparison: dict) -> dict:
 
 
 def heads(models):
+    """Return style and title of models, for the head of a table."""
     return [{"style": name, "title": TITLES[name].capitalize()} for name in models]
 
 
 def rate_mark(rate, style):
+    """Return the `Mark` of a `Rate` as a dict."""
     return Mark(rate["value"], style, rate["low"], rate["high"])
 
 

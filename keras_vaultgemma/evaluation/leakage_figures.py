@@ -13,7 +13,7 @@ from keras_vaultgemma.evaluation.figures import (
     rates_scale,
 )
 from keras_vaultgemma.evaluation.one_run import lower_bound
-from keras_vaultgemma.evaluation.wording import ATTACKS, TITLES, bounds, fraction, percent
+from keras_vaultgemma.evaluation.wording import ATTACKS, TITLES, at_most, bounds, fraction, percent
 
 STRATA = {
     "duplicates": "occurring {low:g} to {high:g} times",
@@ -152,7 +152,7 @@ def _auc_plot(results, models, limits):
     ]
     references = [Reference(0.5, "a coin: 50", "coin")]
     if limits:
-        references.append(Reference(limits["auc"], f"claimed: at most {100 * limits['auc']:.0f}"))
+        references.append(Reference(limits["auc"], f"claimed: at most {at_most(limits['auc'])}"))
     low = 0.4 if min(x["auc_low"] for x in best.values()) >= 0.4 else 0.0
     ticks = [(x / 10, f"{10 * x}") for x in range(int(10 * low), 11, 1 if low else 2)]
     finding = (

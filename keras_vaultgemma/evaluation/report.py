@@ -39,19 +39,6 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike) -> list[st
     Raises:
         ImportError: If Jinja2 is not installed.
         OSError: If nothing can be written there.
-
-    Example:
-
-    ```python
-    import json
-    from keras_vaultgemma import compare, evaluation
-
-    tales = [f"Once there were {i} hares." for i in range(40)]
-    compare("vaultgemma_tiny", tales[:20], tales[20:], html="page.html", prefix_length=2)
-    with open("page.unprotected.json") as file:
-        comparison = json.load(file)
-    evaluation.write_report(comparison, "again.unprotected.html")
-    ```
     """
     path = Path(path)
     text = render(comparison)
@@ -108,7 +95,7 @@ def _view(comparison):
 
 
 def _claim(comparison):
-    claim, limits = comparison["claim"], figures.limits_of(comparison)
+    claim = comparison["claim"]
     view = {"status": claim["status"], "reason": claim["reason"], "rows": [], "runs": claim["runs"]}
     view["statements"] = [_statement(statement) for statement in claim["statements"]]
     if claim["status"] == "none":
@@ -119,7 +106,7 @@ def _claim(comparison):
         "unit": claim["unit"],
         "condition": claim["reason"],
         "strength": wording.strength(claim["epsilon"]),
-        "pairs": wording.hundred(claim["limits"]["auc"]),
+        "pairs": wording.at_most(claim["limits"]["auc"]),
         "mismatch": "",
         "rows": [
             ("Unit of protection", claim["unit"]),
@@ -140,8 +127,8 @@ def _claim(comparison):
     view["rows"] += [
         (
             "What it allows an attacker at most",
-            f"{wording.hundred(limits['accuracy'])} of 100 guesses right if half of the records "
-            f"were trained on; {wording.hundred(limits['auc'])} of 100 pairs told apart; "
+            f"{wording.at_most(limits['accuracy'])} of 100 guesses right if half of the records "
+            f"were trained on; {wording.at_most(limits['auc'])} of 100 pairs told apart; "
             f"{wording.percent(rates['0.01'])} of the records found if 1 of 100 accusations of "
             "unseen ones is accepted",
         )

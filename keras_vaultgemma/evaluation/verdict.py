@@ -22,6 +22,8 @@ def verdict(comparison: dict) -> dict:
     stamp = STAMPS[status]
     if status == "claim" and not is_tested:
         stamp = "Claim, not tested by measurement"
+    elif status == "claim" and claim["data_match"] == "no":
+        stamp = "Claim about other records than were measured"
     elif status == "claim" and _has_few_records(comparison):
         stamp = "Claim, tested on too few records"
     return {
@@ -49,7 +51,7 @@ def _alarms(comparison):
         if attack["auc_low"] > limits["auc"] and not measured["shift"]["is_found"]:
             alarms.append(
                 f"An attack tells {100 * attack['auc']:.0f} of 100 pairs apart, and the claim "
-                f"allows {100 * limits['auc']:.0f}. Do not rely on the claim until the reason is "
+                f"allows {wording.at_most(limits['auc'])}. Do not rely on the claim until the reason is "
                 "found."
             )
     return alarms
@@ -107,5 +109,6 @@ def summary(comparison: dict) -> list[str]:
     return [*lines, *found["alarms"], *found["sentences"]]
 
 
-def budget(claim):
+def budget(claim: dict) -> str:
+    """Return ε, δ and the unit of a claim in words."""
     return f"ε = {claim['epsilon']:g} at δ = {claim['delta']:.3g} for {claim['unit']}"

@@ -1,6 +1,6 @@
 """Sentences of the comparison page: numbers in words, and texts that do not depend on a model."""
 
-from collections.abc import Sequence
+import math
 
 TITLES = {
     "base": "before training",
@@ -68,15 +68,9 @@ def bounds(rate: dict) -> str:
     return f"{percent(rate['low'])} to {percent(rate['high'])} {sure}"
 
 
-def hundred(share: float) -> str:
-    """Return a share of 100 cases with at most one decimal, rounded up if it is not whole."""
-    return f"{100 * share:.1f}".removesuffix(".0")
-
-
-def join(words: Sequence[str]) -> str:
-    """Return words as an enumeration: "a, b and c"."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
+def at_most(share: float) -> int:
+    """Return a share in cases of 100, rounded up."""
+    return math.ceil(100 * share - 1e-9)
 
 
 def exclusions(comparison: dict) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The measurements of a comparison: of each model on the same records, resumable after a kill."""
 
+import math
 import sys
 import warnings
 
@@ -84,10 +85,9 @@ class Session:
         result = {"notes": [], "audit": {}}
         result |= {name: {} for name in ("likelihood", "memorization", "membership", "closest")}
         base = self._load("base")
-        members, unseen = (_rows(records, base, max_records) for records in (train, held_out))
-        included = []
-        if canaries is not None:
-            included = included_canaries(canaries)
+        numbered, unseen = (_rows(records, base, max_records) for records in (train, held_out))
+        members, unseen = [*numbered.values()], [*unseen.values()]
+        included = [] if canaries is None else included_canaries(canaries)
         result["data"] = {
             "train": provenance.describe_data(train, len(members), included),
             "held_out": provenance.describe_data(held_out, len(unseen)),
@@ -116,7 +116,7 @@ class Session:
                 except ValueError as error:  # no record is long enough
                     result["notes"].append(f"Repetition was not measured. {error}")
                 else:
-                    result["closest"][name] = self._closest(model, members, lengths, show_text)
+                    result["closest"][name] = self._closest(model, numbered, lengths, show_text)
             if name == "private":
                 dataset = result["data"]["train"]["fingerprint"]
                 claim = find_claim(model.privacy.ledger, dataset)
@@ -141,10 +141,9 @@ class Session:
     def _likelihood(self, model, held_out, name):
         """Return the `Likelihood` of held-out records as a dict."""
         data = held_out.tokenize(model.preprocessor, packed=True)
-        arrays = (*(data["x"][key] for key in ("token_ids", "padding_mask")), data["y"])
-        arrays = [
-            array[data["sample_weight"].any(axis=1)] for array in (*arrays, data["sample_weight"])
-        ]
+        has_label = data["sample_weight"].any(axis=1)
+        arrays = [data["x"]["token_ids"], data["x"]["padding_mask"], data["y"]]
+        arrays = [array[has_label] for array in (*arrays, data["sample_weight"])]
         batches = [
             tuple(array[i : i + BATCH_ROWS] for array in arrays)
             for i in range(0, len(arrays[0]), BATCH_ROWS)
@@ -158,22 +157,21 @@ class Session:
         found = Parts(self.parts).compute(compute, batches, model, [], label, True)
         nats, tokens, size = np.sum([part["likelihood"] for part in found], axis=0).tolist()
         likelihood = Likelihood(nats, int(tokens), int(size))
-        return {
-            "nats": nats,
-            "tokens": likelihood.tokens,
-            "bytes": likelihood.bytes,
+        figures = {
             "perplexity": likelihood.perplexity,
             "bits_per_byte": likelihood.bits_per_byte,
+            **likelihood._asdict(),
         }
+        return {name: x if math.isfinite(x) else None for name, x in figures.items()}
 
-    def _closest(self, model, members, lengths, show_text):
+    def _closest(self, model, numbered, lengths, show_text):
         """Return the training records that a model comes closest to repeating.
 
         Their parts are those that `measure_memorization` has just stored.
         """
         prefix, suffix = lengths
         windows = {}
-        for i, row in enumerate(members):
+        for i, row in numbered.items():
             ids = row[: prefix + suffix]
             if len(ids) == prefix + suffix:
                 windows.setdefault(tuple(ids), i)
@@ -194,12 +192,16 @@ class Session:
 
 
 def _rows(records, model, count):
-    """Return the token ids of at most `count` records, as they are trained on."""
-    x = records.tokenize(model.preprocessor, packed=False)["x"]
-    rows = read_texts(unpad_rows(x["token_ids"], x["padding_mask"]), model).rows
-    if len(rows) > count:
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
-    return rows
+    """Return the token ids of at most `count` records, as they are trained on, by their index."""
+    x, y, _ = model.preprocessor.call(records.samples)
+    # The last label is not among the inputs.
+    ids = np.concatenate([x["token_ids"][:, :1], y], axis=1)
+    mask = np.concatenate([x["padding_mask"][:, :1], x["padding_mask"]], axis=1)
+    found = {i: read_texts([row], model).rows for i, row in enumerate(unpad_rows(ids, mask))}
+    found = {i: rows[0] for i, rows in found.items() if rows}
+    chosen = np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)
+    indices = [*found]
+    return {indices[i]: found[indices[i]] for i in chosen}
 
 
 def _lengths(rows, prefix_length, suffix_length):

@@ -64,7 +64,9 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
         output: string or path of the run's folder, created if it does not exist. It gets `adapter/`
             (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
-            which may be deleted once no more epochs are wanted. Defaults to "finetuned".
+            which may be deleted once no more epochs are wanted. With `report` also
+            `report.unprotected.html`, its figures as JSON, and `plain_twin/`. Defaults to
+            "finetuned".
         **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
             `text_column`, `prompt_column`, `response_column`, `group_column`,
             `max_rows_per_group`, `packed`, `lora_rank`, `lora_targets`, `epochs`, `batch_size`,

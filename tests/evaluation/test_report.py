@@ -186,6 +186,13 @@ def test_what_was_not_measured():
     assert "lain training" not in text and "2.000 bits per byte after private training" in text
 
 
+def test_a_model_that_diverged():
+    likelihood = comparison()["likelihood"]
+    likelihood["plain"] |= {"bits_per_byte": None, "perplexity": None}
+    text = text_of(comparison(likelihood=likelihood))
+    assert "The model diverged: plain training." in text and "not finite" in text
+
+
 def test_files_and_their_schema(tmp_path):
     found = comparison(
         tasks={
