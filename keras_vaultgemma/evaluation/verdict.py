@@ -51,8 +51,8 @@ def _alarms(comparison):
         if attack["auc_low"] > limits["auc"] and not measured["shift"]["is_found"]:
             alarms.append(
                 f"An attack tells {100 * attack['auc']:.0f} of 100 pairs apart, and the claim "
-                f"allows {wording.at_most(limits['auc'])}. Do not rely on the claim until the reason is "
-                "found."
+                f"allows {wording.at_most(limits['auc'])}. Do not rely on the claim until the "
+                "reason is found."
             )
     return alarms
 
