@@ -14,6 +14,7 @@ from keras_vaultgemma.evaluation.figures import (
 )
 from keras_vaultgemma.evaluation.one_run import lower_bound
 from keras_vaultgemma.evaluation.wording import ATTACKS, TITLES, at_most, bounds, fraction, percent
+from keras_vaultgemma.privacy.accounting import round_up
 
 STRATA = {
     "duplicates": "occurring {low:g} to {high:g} times",
@@ -176,7 +177,7 @@ def _caught_plot(results, models, limits):
     ]
     references = [Reference(0.01, "by chance: 1 %", "coin")]
     if limits:
-        limit = limits["true_positive_rates"]["0.01"]
+        limit = round_up(limits["true_positive_rates"]["0.01"], 3)
         references.append(Reference(limit, f"claimed: at most {percent(limit)}"))
     finding = (
         "An attacker who wrongly accuses 1 of 100 unseen records finds "

@@ -10,6 +10,7 @@ from keras_vaultgemma._files import new_folder
 from keras_vaultgemma.evaluation import figures, leakage_figures, wording
 from keras_vaultgemma.evaluation.verdict import budget
 from keras_vaultgemma.evaluation.wording import UNPROTECTED as UNPROTECTED
+from keras_vaultgemma.privacy.accounting import round_up
 
 FORMAT = 1
 """Version of the format of a comparison, whose schema is schemas/comparison.json."""
@@ -129,8 +130,8 @@ def _claim(comparison):
             "What it allows an attacker at most",
             f"{wording.at_most(limits['accuracy'])} of 100 guesses right if half of the records "
             f"were trained on; {wording.at_most(limits['auc'])} of 100 pairs told apart; "
-            f"{wording.percent(rates['0.01'])} of the records found if 1 of 100 accusations of "
-            "unseen ones is accepted",
+            f"{wording.percent(round_up(rates['0.01'], 3))} of the records found if 1 of 100 "
+            "unseen ones is accused wrongly",
         )
     ]
     return view
