@@ -100,12 +100,10 @@ def score_pairs(
     """
     pairs = [(str(context), str(continuation)) for context, continuation in pairs]
     check_choice("truncation", truncation, TRUNCATIONS)
-    length = positions_of(model, max_length)
+    tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
     encoded = [
         cut_pair(i, context, continuation, length, truncation)
-        for i, (context, continuation) in enumerate(
-            encode_pairs(model.preprocessor.tokenizer, pairs)
-        )
+        for i, (context, continuation) in enumerate(encode_pairs(tokenizer, pairs))
     ]
     log_probs, is_greedy = score_ids(
         model, [(pair.context, pair.continuation) for pair in encoded], checkpoint, verbose
@@ -127,6 +125,13 @@ class EncodedPair(NamedTuple):
     context: tuple
     continuation: tuple
     tokens_cut: int = 0
+
+
+def tokenizer_of(model):
+    """Return the tokenizer of a model, or raise ValueError if it has none."""
+    if getattr(model, "preprocessor", None) is None:
+        raise ValueError("`model` must have a preprocessor, which tokenizes. Received: none")
+    return model.preprocessor.tokenizer
 
 
 def positions_of(model, max_length):
