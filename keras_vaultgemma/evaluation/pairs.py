@@ -85,8 +85,8 @@ def score_pairs(
         `PairScores`.
 
     Raises:
-        ValueError: If a continuation has no tokens or more than `max_length`, or an argument is out
-            of its range.
+        ValueError: If a pair is not two strings, a continuation has no tokens or more than
+            `max_length`, or an argument is out of its range.
 
     Example:
 
@@ -98,7 +98,13 @@ def score_pairs(
     print(scores.log_probs / scores.tokens)
     ```
     """
-    pairs = [(str(context), str(continuation)) for context, continuation in pairs]
+    pairs = [tuple(pair) for pair in pairs]
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(
+                "`pairs` must be pairs of a context and a continuation, strings. "
+                f"Received: {pair!r} as pair {i}"
+            )
     check_choice("truncation", truncation, TRUNCATIONS)
     tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
     encoded = [

@@ -124,6 +124,10 @@ def test_errors(model):
         score_pairs(model, [("A", " b"), ("A", LINES[0])], max_length=4)
     with pytest.raises(ValueError, match="`truncation` must be one of 'keep_bos', 'lm_eval'"):
         score_pairs(model, PAIRS, truncation="left")
+    with pytest.raises(
+        ValueError, match="`pairs` must be pairs .* Received: \\('A', None\\) as pair"
+    ):
+        score_pairs(model, [("A", None)])
     with pytest.raises(ValueError, match="`model` must have a preprocessor"):
         score_pairs(VaultGemmaCausalLM(model.backbone), PAIRS)
     with pytest.raises(ValueError, match="surrogate"):
