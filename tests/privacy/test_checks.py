@@ -12,7 +12,8 @@ from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, backend, pr
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.privacy import checks, mechanism
-from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
+from keras_vaultgemma.privacy.row_losses import RowLosses
+from keras_vaultgemma.privacy.train_step import PrivateTraining
 
 pytestmark = [pytest.mark.usefixtures("own_key"), pytest.mark.first_backend]
 
