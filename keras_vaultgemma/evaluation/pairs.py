@@ -98,13 +98,7 @@ def score_pairs(
     print(scores.log_probs / scores.tokens)
     ```
     """
-    pairs = [tuple(pair) for pair in pairs]
-    for i, pair in enumerate(pairs):
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(
-                "`pairs` must be pairs of a context and a continuation, strings. "
-                f"Received: {pair!r} as pair {i}"
-            )
+    pairs = _as_pairs(pairs)
     check_choice("truncation", truncation, TRUNCATIONS)
     tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
     encoded = [
@@ -123,6 +117,17 @@ def score_pairs(
         bytes=np.array([len(text.encode()) for text in continuations], int),
         tokens_cut=np.array([pair.tokens_cut for pair in encoded], int),
     )
+
+
+def _as_pairs(pairs):
+    pairs = [tuple(pair) for pair in pairs]
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(
+                "`pairs` must be pairs of a context and a continuation, strings. "
+                f"Received: {pair!r} as pair {i}"
+            )
+    return pairs
 
 
 class EncodedPair(NamedTuple):
