@@ -185,7 +185,8 @@ def cut_pair(index, context, continuation, max_length, truncation):
     """
     if not 1 <= len(continuation) <= max_length:
         raise ValueError(
-            f"A continuation must have from 1 to max_length={max_length} tokens. "
+            f"A continuation must have from 1 to max_length={max_length} tokens "
+            "(--sequence-length of the command). "
             f"Received: {len(continuation)} tokens in pair {index}"
         )
     excess = max(0, len(context) + len(continuation) - max_length - 1)
