@@ -102,7 +102,7 @@ def insert_canaries(
         - [Panda et al., 2025](https://arxiv.org/abs/2503.06808) (canaries with new tokens)
     """
     check_choice("kind", kind, KINDS)
-    check_integer("count", count)
+    check_integer("count", count, 2)
     check_integer("length", length, 2)
     check_number("temperature", temperature, above=0)
     check_integer("seed", seed, 0, allow_none=True)

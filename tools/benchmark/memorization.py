@@ -1,12 +1,12 @@
-"""What the tiny preset remembers of dialogues of doctors (MTS-Dialog), plainly and privately trained.
+"""What the tiny preset remembers of dialogues of doctors (MTS-Dialog) after training.
 
     python tools/benchmark/memorization.py FOLDER [--runs before plain_96x16 plain_18x40 private]
         [--json FILE]
 
 FOLDER has train.csv (Ben Abacha et al., EACL 2023; CC BY 4.0). Each run trains all weights on 120
-dialogues, and compares them with 120 others by `measure_memorization` and `measure_membership`. A run
-is a process of its own. Exits with 1 if one failed, or if a figure is not as expected: no exact match
-but an AUC above 0.95 after 18 plain steps, and an AUC within 0.5 ± 0.1 after 18 private ones.
+dialogues and compares them with 120 others, in a process of its own. Exits with 1 if one failed, or
+if 18 plain steps do not give 0 % of exact matches and an AUC above 0.95, or 18 private ones an AUC
+within 0.5 ± 0.1.
 """
 
 import argparse
@@ -87,6 +87,37 @@ def measure(folder, name):
     }
 
 
+def auc(result, name):
+    """Return the area under the curve of an attack."""
+    return next(x["auc"] for x in result["membership"]["attacks"] if x["name"] == name)
+
+
+def is_expected(name, result):
+    exact = result["memorization"]["members"]["exact"]["count"]
+    attacks = [auc(result, x) for x in ("loss", "reference", "min_k")]
+    if name == "plain_18x40":
+        return exact == 0 and min(attacks) > 0.95
+    if name == "private":
+        return exact == 0 and all(abs(x - 0.5) <= 0.1 for x in attacks)
+    return True
+
+
+def table_row(name, result):
+    found = result["memorization"]
+    distances = [f"{found[x]['median_distance']:.2f}" for x in ("members", "controls")]
+    areas = [f"{auc(result, x):.2f}" for x in ("loss", "reference", "min_k", "min_k_plus_plus")]
+    loss = result["membership"]["attacks"][0]
+    cells = (
+        name,
+        f"{100 * found['members']['exact']['value']:.1f} %",
+        " / ".join(distances),
+        " / ".join(areas),
+        f"{loss['true_positive_rates'][0]['rate']['value']:.2f}",
+        f"{result['epsilon'] or ''}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,9 +129,19 @@ def main():
     options = parser.parse_args()
     if options.run:
         return print(json.dumps(measure(options.folder, options.run)))
+    columns = (
+        "trained",
+        "greedy exact match",
+        "median edit distance, members / others",
+        "AUC loss / reference / min-k / min-k++",
+        "TPR at 1 % FPR",
+        "ε spent",
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     results = {}
     for name in options.runs:
         command = [sys.executable, __file__, str(options.folder), "--run", name]
+        # A home of its own: the dialogues are public, and each run has a budget of its own.
         with tempfile.TemporaryDirectory() as home:
             environment = {**os.environ, "KERAS_VAULTGEMMA_HOME": home, "PYTHONWARNINGS": "ignore"}
             done = subprocess.run(
@@ -109,21 +150,11 @@ def main():
         if done.returncode:
             return f"{name} failed"
         results[name] = json.loads(done.stdout.splitlines()[-1])
-        print(row(name, results[name]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-
-
-def row(name, result):
-    found, attacks = result["memorization"], {}
-    for attack in result["membership"]["attacks"]:
-        attacks[attack["name"]] = attack
-    return (
-        f"| {name} | {100 * found['members']['exact']['value']:.1f} % "
-        f"| {found['members']['median_distance']:.2f} / {found['controls']['median_distance']:.2f} | "
-        + " / ".join(f"{attacks[x]['auc']:.2f}" for x in attacks)
-        + f" | {attacks['loss']['true_positive_rates'][0]['rate']['value']:.2f} | {result['epsilon']} | {result['training_seconds']:.0f} {result['seconds']:.0f}"
-    )
+        print(table_row(name, results[name]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    wrong = [name for name, result in results.items() if not is_expected(name, result)]
+    return f"Not as expected: {', '.join(wrong)}" if wrong else None
 
 
 if __name__ == "__main__":
