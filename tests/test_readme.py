@@ -56,6 +56,7 @@ def test_the_promised_snippets_are_there():
         "Generate",
         "Switch the backend",
         "Fine-tune",
+        "Evaluate",
         "Adapters",
         "Train on documents or pairs",
         "On a pod or a GPU cluster",
@@ -81,6 +82,11 @@ def test_snippet_runs(title, execute):
     printed = execute(SNIPPETS[title])
     if title not in ("Fine-tune", "Train on documents or pairs"):
         assert "Once upon a time" in printed
+
+
+def test_the_evaluation_snippet_prints_its_figures(execute):
+    printed = execute(SNIPPETS["Evaluate"])
+    assert "1.0000 ± nan (1 of 1)" in printed and "bits per byte" in printed
 
 
 def test_the_backend_is_switched(tmp_path):

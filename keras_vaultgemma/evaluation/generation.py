@@ -1,7 +1,6 @@
 """Greedy text until a stop string, by the rules of lm-evaluation-harness."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 
 import keras_hub
@@ -71,7 +70,7 @@ def _generate(model, arrays, until, new_tokens, checkpoint, verbose):
         )
         return dict(zip(("token_ids", "padding_mask"), pad_rows(rows, new_tokens), strict=True))
 
-    options = json.loads(json.dumps({"until": until, "new_tokens": new_tokens}))
+    options = {"until": until, "new_tokens": new_tokens}
     with _greedy(model):
         return Parts(checkpoint).compute(generate, arrays, model, options, "generation", verbose)
 
@@ -115,4 +114,6 @@ def _cut(row, length, truncation):
 
 
 def _before_stop(text, until):
-    return min((text.split(stop)[0] for stop in until), key=len, default=text)
+    for stop in until:  # one after the other, as the harness does
+        text = text.split(stop)[0]
+    return text

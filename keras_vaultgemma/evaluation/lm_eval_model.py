@@ -13,6 +13,7 @@ from keras_vaultgemma.evaluation.pairs import (
     encode_pairs,
     positions_of,
     score_ids,
+    tokenizer_of,
 )
 from keras_vaultgemma.evaluation.rolling import measure_rolling
 
@@ -79,8 +80,7 @@ def lm_eval_model(
     from lm_eval.api.model import TemplateLM
 
     check_choice("truncation", truncation, TRUNCATIONS)
-    length = positions_of(model, max_length)
-    tokenizer = model.preprocessor.tokenizer
+    tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
 
     class VaultGemmaLM(TemplateLM):
         """The model of the enclosing call."""

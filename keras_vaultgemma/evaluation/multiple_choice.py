@@ -127,7 +127,7 @@ def measure_multiple_choice(
     from keras_vaultgemma import VaultGemmaCausalLM, evaluation
 
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    goal = "Question: How does one cross a river?\nAnswer:"
+    goal = "Question: How does one cross a river? Answer:"
     items = [{"context": goal, "choices": ["Over the bridge.", "With a spoon."], "gold": 0}]
     print(evaluation.measure_multiple_choice(model, items, verbose=False).acc_norm)
     ```

@@ -6,6 +6,7 @@ to another. Rows have a few lengths and batches a few sizes, so that few functio
 """
 
 import bisect
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ ROW_LENGTHS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Lengths of rows, in tokens. Longer ones are multiples of the last."""
 
 MAX_LENGTHS = 6
-"""Row lengths of one call, each with a full and a smaller last batch: 12 compiled functions."""
+"""Most row lengths of one call, each with full batches and a smaller last one: 12 compiled
+functions."""
 
 SHORT_ROW = 256
 """Capacity of a row of short groups. The cost of attention grows with the length of rows."""
@@ -55,20 +57,25 @@ def pack_pairs(pairs):
     Returns:
         List of `Batch`.
     """
-    rows = _fill_rows(_groups(pairs))
-    lengths = [_row_length(sum(group.size for group in row)) for row in rows]
-    used = sorted(set(lengths), reverse=True)
-    # The shortest kinds of rows become longer, because they are the cheapest to pad.
-    shortest = used[min(len(used), MAX_LENGTHS) - 1] if used else 0
     by_length = {}
-    for row, length in zip(rows, lengths, strict=True):
-        by_length.setdefault(max(length, shortest), []).append(row)
+    for row in _fill_rows(_groups(pairs)):
+        length = _row_length(sum(group.size for group in row))
+        by_length.setdefault(length, []).append(row)
+    _merge_lengths(by_length)
     batches = []
     for length in sorted(by_length, reverse=True):
-        count = max(1, BATCH_TOKENS // length)
-        rows = by_length[length]
-        batches += [_batch(rows[i : i + count], length) for i in range(0, len(rows), count)]
+        count, rows = max(1, BATCH_TOKENS // length), by_length[length]
+        batches += [_batch(rows[i : i + count], length, count) for i in range(0, len(rows), count)]
     return batches
+
+
+def _merge_lengths(by_length):
+    """Pad rows to another length while there are too many lengths, as few tokens as possible."""
+    while len(by_length) > MAX_LENGTHS:
+        lengths = sorted(by_length)
+        pairs = itertools.pairwise(lengths)
+        short, long = min(pairs, key=lambda pair: len(by_length[pair[0]]) * (pair[1] - pair[0]))
+        by_length[long] += by_length.pop(short)
 
 
 def ideal_tokens(pairs):
@@ -127,8 +134,9 @@ def _row_length(tokens):
     return ROW_LENGTHS[bisect.bisect_left(ROW_LENGTHS, tokens)]
 
 
-def _batch(rows, length):
-    shape = len(rows), length
+def _batch(rows, length, most):
+    """Return the `Batch` of at most `most` rows, padded to a power of two or to `most` rows."""
+    shape = min(most, 1 << (len(rows) - 1).bit_length()), length
     token_ids, segments, branches = (np.zeros(shape, "int32") for _ in range(3))
     positions = np.full(shape, EMPTY, "int32")
     sources, targets = np.full(token_ids.size, -1, "int32"), np.zeros(token_ids.size, "int32")

@@ -85,8 +85,8 @@ def score_pairs(
         `PairScores`.
 
     Raises:
-        ValueError: If a continuation has no tokens or more than `max_length`, or an argument is out
-            of its range.
+        ValueError: If a pair is not two strings, a continuation has no tokens or more than
+            `max_length`, or an argument is out of its range.
 
     Example:
 
@@ -98,14 +98,12 @@ def score_pairs(
     print(scores.log_probs / scores.tokens)
     ```
     """
-    pairs = [(str(context), str(continuation)) for context, continuation in pairs]
+    pairs = _as_pairs(pairs)
     check_choice("truncation", truncation, TRUNCATIONS)
-    length = positions_of(model, max_length)
+    tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
     encoded = [
         cut_pair(i, context, continuation, length, truncation)
-        for i, (context, continuation) in enumerate(
-            encode_pairs(model.preprocessor.tokenizer, pairs)
-        )
+        for i, (context, continuation) in enumerate(encode_pairs(tokenizer, pairs))
     ]
     log_probs, is_greedy = score_ids(
         model, [(pair.context, pair.continuation) for pair in encoded], checkpoint, verbose
@@ -121,12 +119,30 @@ def score_pairs(
     )
 
 
+def _as_pairs(pairs):
+    pairs = [tuple(pair) for pair in pairs]
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(
+                "`pairs` must be pairs of a context and a continuation, strings. "
+                f"Received: {pair!r} as pair {i}"
+            )
+    return pairs
+
+
 class EncodedPair(NamedTuple):
     """A pair as tuples of ids, cut to the model's positions."""
 
     context: tuple
     continuation: tuple
     tokens_cut: int = 0
+
+
+def tokenizer_of(model):
+    """Return the tokenizer of a model, or raise ValueError if it has none."""
+    if getattr(model, "preprocessor", None) is None:
+        raise ValueError("`model` must have a preprocessor, which tokenizes. Received: none")
+    return model.preprocessor.tokenizer
 
 
 def positions_of(model, max_length):
@@ -169,7 +185,8 @@ def cut_pair(index, context, continuation, max_length, truncation):
     """
     if not 1 <= len(continuation) <= max_length:
         raise ValueError(
-            f"A continuation must have from 1 to max_length={max_length} tokens. "
+            f"A continuation must have from 1 to max_length={max_length} tokens "
+            "(--sequence-length of the command). "
             f"Received: {len(continuation)} tokens in pair {index}"
         )
     excess = max(0, len(context) + len(continuation) - max_length - 1)

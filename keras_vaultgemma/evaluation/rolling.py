@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_vaultgemma._validation import check_choice
 from keras_vaultgemma.evaluation.likelihood import Likelihood
-from keras_vaultgemma.evaluation.pairs import TRUNCATIONS, positions_of, score_ids
+from keras_vaultgemma.evaluation.pairs import TRUNCATIONS, positions_of, score_ids, tokenizer_of
 from keras_vaultgemma.evaluation.results import Result
 
 
@@ -108,12 +108,10 @@ def measure_rolling(
     ```
     """
     texts = list(texts)
-    sizes = [len(text.encode()) for text in texts]
-    if not sum(sizes):
+    if not any(texts):
         raise ValueError(f"`texts` must have at least one byte. Received: {len(texts)} texts")
     check_choice("truncation", truncation, TRUNCATIONS)
-    length = positions_of(model, max_length)
-    tokenizer = model.preprocessor.tokenizer
+    tokenizer, length = tokenizer_of(model), positions_of(model, max_length)
     bos, rows = tokenizer.start_token_id, tokenizer.tokenize(texts)
     windows = [
         windows_of([bos, *row] if score_bos else row, bos, length, truncation) for row in rows
@@ -124,7 +122,7 @@ def measure_rolling(
     return RollingLikelihood(
         log_probs=tuple(float(part.sum()) for part in np.split(log_probs, ends[:-1])),
         tokens=sum(len(predicted) for _, predicted in flat),
-        bytes=sum(sizes),
+        bytes=sum(len(text.encode()) for text in texts),
         words=sum(len(re.split(r"\s+", text)) for text in texts),
         windows=len(flat),
     )

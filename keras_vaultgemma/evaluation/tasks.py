@@ -113,7 +113,8 @@ def measure_tasks(
             the five tasks of the model card with their shots; those whose data cannot be read are
             left out and listed.
         include_path: path of a folder with tasks of your own, YAML files of the harness. They
-            replace the harness's tasks of the same names. Defaults to None.
+            replace the harness's tasks of the same names. They may run Python code, so use only
+            files that you trust. Defaults to None.
         limit: int, the number of items of each task, or a float below 1, their fraction. Defaults
             to all.
         num_fewshot: int. Number of examples in the context. Defaults to that of each task.

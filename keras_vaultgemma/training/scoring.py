@@ -189,7 +189,6 @@ class Scoring:
         variables = list(self.variables)
         state = list(map(id, variables))
         if self._compiled_scoring is None or self._compiled_scoring[0] != state:
-            # A tuple, in which Keras tracks no dict.
             self._compiled_scoring = state, {}
         compiled = self._compiled_scoring[1]
         if method.__name__ not in compiled:

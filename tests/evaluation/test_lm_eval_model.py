@@ -85,14 +85,6 @@ def test_generated_texts_are_those_of_hf(ours, hf):
     assert ours.generate_until(prompts) == hf.generate_until(prompts, disable_tqdm=True)
 
 
-@pytest.mark.first_backend
-def test_requests_that_cannot_be_met_are_errors(ours):
-    with pytest.raises(ValueError, match="Requests must be greedy, with do_sample=False"):
-        ours.generate_until(requests(("Once", {"until": ["."], "do_sample": True})))
-    with pytest.raises(ValueError, match="for 1 to 31 new tokens, because the model has 32"):
-        ours.generate_until(requests(("Once", {"until": ["."], "max_gen_toks": 32})))
-
-
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """Folder with a task of the harness."""

@@ -69,6 +69,7 @@ def test_pairs_of_shared_and_other_contexts_are_scored_as_if_alone(model):
     assert found.truncated == 0
 
 
+@pytest.mark.first_backend
 def test_greedy_text_is_greedy(model):
     context = "Once upon a"
     text = model.generate(context, max_new_tokens=4, strip_prompt=True)
@@ -118,10 +119,18 @@ def test_a_killed_call_resumes(model, tmp_path, monkeypatch):
 
 @pytest.mark.first_backend
 def test_errors(model):
-    with pytest.raises(ValueError, match="must have from 1 to max_length=256 tokens. Received: 0"):
+    with pytest.raises(ValueError, match="must have from 1 to max_length=256 tokens .*Received: 0"):
         score_pairs(model, [("Once", "")])
-    with pytest.raises(ValueError, match="to max_length=4 tokens. Received: .* tokens in pair 1"):
+    with pytest.raises(ValueError, match="to max_length=4 tokens .* tokens in pair 1"):
         score_pairs(model, [("A", " b"), ("A", LINES[0])], max_length=4)
     with pytest.raises(ValueError, match="`truncation` must be one of 'keep_bos', 'lm_eval'"):
         score_pairs(model, PAIRS, truncation="left")
+    with pytest.raises(
+        ValueError, match="`pairs` must be pairs .* Received: \\('A', None\\) as pair"
+    ):
+        score_pairs(model, [("A", None)])
+    with pytest.raises(ValueError, match="`model` must have a preprocessor"):
+        score_pairs(VaultGemmaCausalLM(model.backbone), PAIRS)
+    with pytest.raises(ValueError, match="surrogate"):
+        score_pairs(model, [("A", "\udcff")])
     assert len(score_pairs(model, []).log_probs) == 0
