@@ -120,7 +120,10 @@ def compare(
     session = Session(
         found,
         dtype,
-        sequence_length or options.get("sequence_length"),
+        {
+            "sequence_length": sequence_length or options.get("sequence_length"),
+            "truncate": options.get("truncate"),
+        },
         page.with_suffix(".parts"),
     )
     name = Path(private).resolve().name if Path(private).is_dir() else os.fspath(private)

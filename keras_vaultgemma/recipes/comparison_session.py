@@ -42,12 +42,12 @@ class Session:
     Args:
         found: dict of `Source`s by "base", "plain" (optional) and "private".
         dtype: string or None. Dtype of the weights.
-        sequence_length: int or None. Tokens of a row.
+        preprocessing: dict. Attributes of the preprocessor, or None for the preset's own.
         parts: `pathlib.Path` of the folder of finished parts.
     """
 
-    def __init__(self, found, dtype, sequence_length, parts):
-        self._found, self._dtype, self._sequence_length = found, dtype, sequence_length
+    def __init__(self, found, dtype, preprocessing, parts):
+        self._found, self._dtype, self._preprocessing = found, dtype, preprocessing
         self.parts = parts
 
     def describe_models(self):
@@ -134,8 +134,9 @@ class Session:
 
     def _load(self, name):
         model = sources.load_model(self._found[name], self._dtype)
-        if self._sequence_length:
-            model.preprocessor.sequence_length = self._sequence_length
+        for name, value in self._preprocessing.items():
+            if value is not None:
+                setattr(model.preprocessor, name, value)
         return model
 
     def _likelihood(self, model, held_out, name):

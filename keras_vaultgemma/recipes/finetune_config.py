@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -180,13 +179,12 @@ class FinetuneConfig:
         """Return the complete config of a run that differs from a private one in privacy alone.
 
         Args:
-            records: `TextRecords` to train on. Of users, a step takes as many rows on average.
+            records: `TextRecords` to train on. Of users, a step takes as many rows that the number
+                of steps is the same.
         """
         batch_size = self.batch_size
         if records.groups is not None:
-            limit = self.guarantee().max_rows_per_group
-            sizes = [min(size, limit) for size in Counter(records.groups).values()]
-            batch_size = max(1, round(batch_size * sum(sizes) / len(sizes)))
+            batch_size = round(batch_size * len(records.groups) / len({*records.groups}))
         none = dict.fromkeys((*PRIVATE_ONLY, "group_column", "max_rows_per_group", "png"))
         return dataclasses.replace(
             self,

@@ -7,6 +7,7 @@ from common import one_layer_preset
 from test_report import check
 
 from keras_vaultgemma import compare, finetune
+from keras_vaultgemma.data.text_files import TextRecords
 from keras_vaultgemma.evaluation.tasks import Metric, TaskResult, TaskResults
 from keras_vaultgemma.privacy.ledger import read_ledger
 from keras_vaultgemma.recipes import compare as recipe
@@ -129,6 +130,15 @@ def test_options():
             FinetuneConfig(**options)
     with pytest.raises(ValueError, match="`canaries` must be None or an integer of at least 20"):
         FinetuneConfig(private=True, epsilon=1.0, report=True, canaries=2)
+
+
+@pytest.mark.any_backend
+def test_the_twin_of_a_run_for_users_has_the_same_steps():
+    records = TextRecords(["text"] * 60, None, groups=[f"user {i % 20}" for i in range(60)])
+    config = FinetuneConfig(private=True, epsilon=1.0, group_column="user", batch_size=5, epochs=2)
+    twin = config.plain_twin(records)
+    assert (twin.batch_size, twin.epochs) == (15, 2)  # 4 steps of 15 rows, as 4 of 5 users
+    assert twin.group_column is None and twin.guarantee() is None and twin.packed is False
 
 
 @pytest.mark.any_backend
