@@ -124,6 +124,7 @@ def test_no_claim_without_a_ledger():
     assert found["verdict"]["status"] == "none"
     text = text_of(found)
     assert "No claim. The model has no privacy ledger." in text
+    assert "no statement about how it was trained" in text
     assert "claimed: at most" not in text and "the most that the claim allows" not in text
     assert "No audit was made" in text
     assert verdict.summary(found)[0] == "No claim: The model has no privacy ledger"
