@@ -68,6 +68,17 @@ class Membership(Result):
         left_out: dict. Number of records that were not tested, for each reason.
         is_claim: bool. False if there are too few records for a claim.
         warnings: tuple of strings.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import VaultGemmaCausalLM, evaluation
+
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    records = [f"Patient {i} has had a sore throat." for i in range(20)]
+    found = evaluation.measure_membership(model, records[::2], records[1::2])
+    print(found.attacks[0].auc, found.attacks[0].true_positive_rates[0].rate, found.as_dict())
+    ```
     """
 
     members: int
@@ -153,8 +164,8 @@ def measure_membership(
         left_out["controls_among_members"] = len(shared)
         found.append(f"{len(shared)} controls are members as well: they were left out")
     sets["controls"] = {row: x for row, x in sets["controls"].items() if row not in shared}
-    for name, records in sets.items():
-        if not records:
+    for name, pairs in sets.items():
+        if not pairs:
             raise ValueError(f"`{name}` must have a record to test. Received: {left_out}")
     count, unseen = len(sets["members"]), len(sets["controls"])
     is_member = np.arange(count + unseen) < count

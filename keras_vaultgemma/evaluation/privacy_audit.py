@@ -50,6 +50,17 @@ class Audit(Result):
         claim: `Claim`, or None without a ledger.
         is_consistent: bool or None. False if the lower bound is above the claim.
         warnings: tuple of strings.
+
+    Example:
+
+    ```python
+    from keras_vaultgemma import VaultGemmaCausalLM, evaluation
+
+    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    evaluation.insert_canaries(["No."], "canaries.json", count=10, length=8, model=model)
+    found = evaluation.audit(model, "canaries.json", claim=(8.0, 1e-5))
+    print(found.epsilon_lower_bound, found.claim.epsilon, found.is_consistent, found.as_dict())
+    ```
     """
 
     kind: str
@@ -120,12 +131,12 @@ def audit(
     """
     check_number("confidence", confidence, minimum=0.5, below=1)
     check_number("delta", delta, minimum=0, below=1)
-    sealed, claim, found = read_canaries(path), _claim(model, claim), []
-    delta = delta if claim is None else claim.delta
+    sealed, claimed, found = read_canaries(path), _claim(model, claim), []
+    delta = delta if claimed is None else claimed.delta
     if sealed.is_seeded:
         found.append("The coins come from a seed: the audit proves nothing to those who do not")
-    if claim is not None and claim.uncovered:
-        found.append(f"The claim does not cover {claim.uncovered}")
+    if claimed is not None and claimed.uncovered:
+        found.append(f"The claim does not cover {claimed.uncovered}")
     parts = Parts(checkpoint)
     scores = _log_likelihoods(model, sealed, parts, "canaries", verbose)
     if reference is not None:
@@ -142,8 +153,8 @@ def audit(
         delta=delta,
         confidence=confidence,
         auc=float(auc(of_in, of_out)) if len(of_in) and len(of_out) else math.nan,
-        claim=claim,
-        is_consistent=None if claim is None else bound <= claim.epsilon,
+        claim=claimed,
+        is_consistent=None if claimed is None else bound <= claimed.epsilon,
         warnings=tuple(found),
     )
 

@@ -6,7 +6,8 @@ from common import one_layer_preset
 from evaluation_cases import check_schema
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora
-from keras_vaultgemma.evaluation import extraction, measure_memorization, memorization
+from keras_vaultgemma.evaluation import extraction, extraction_rates, measure_memorization
+from keras_vaultgemma.evaluation.parts import Parts
 
 pytestmark = [
     pytest.mark.first_backend,
@@ -82,7 +83,7 @@ def test_matches_and_distances(small, records):
 
 
 def test_probabilities_are_those_of_sampling_from_the_most_likely_tokens(small, records):
-    arguments = (PREFIX, SUFFIX, 0.1, 40, memorization.Parts(None), False)
+    arguments = (PREFIX, SUFFIX, 0.1, 40, Parts(None), False)
     found = extraction.Extractor(small, *arguments)(np.array(records[:18], "int32"), "records")
     rows = np.array([[2, *row] for row in records[:18]])
     logits = small.score(rows, scoring_mode="logits")[:, PREFIX:-1].astype("float64")
@@ -98,15 +99,15 @@ def test_probabilistic_extraction_counts_attempts():
     """By Hayes et al.: 1 - (1 - p_z)^n >= p."""
     log_p = np.log([1.0, 0.6, 0.01, 1e-4, 1e-9])
     extracted = extraction.Extracted(np.ones(5), log_p, 1.0)
-    found = memorization._summary(extracted, 0.95)
+    found = extraction_rates.summarize(extracted, 0.95)
     for x in found.probabilistic:
         expected = sum(1 - (1 - np.exp(p)) ** x.attempts >= x.probability for p in log_p)
         assert x.rate.count == expected
     assert found.fewest_attempts == 1
-    rare = memorization._summary(extraction.Extracted(np.ones(2), log_p[3:], 1.0), 0.95)
+    rare = extraction_rates.summarize(extraction.Extracted(np.ones(2), log_p[3:], 1.0), 0.95)
     assert rare.fewest_attempts == pytest.approx(np.log(2) / 1e-4, rel=1e-3)
     never = extraction.Extracted(np.ones(1), np.array([-np.inf]), 1.0)
-    assert memorization._summary(never, 0.95).fewest_attempts == np.inf
+    assert extraction_rates.summarize(never, 0.95).fewest_attempts == np.inf
 
 
 def test_records_outside_the_sample_have_the_same_matches(small, records, monkeypatch):
@@ -147,16 +148,17 @@ def test_a_killed_measurement_resumes(small, records, monkeypatch, tmp_path):
     assert len(calls) == 4
     next((tmp_path / "parts").glob("*.npz")).write_bytes(b"damaged")
     assert measure(small, records, checkpoint=tmp_path / "parts") == expected
-    # Parts of another model are not taken, also if only the adapter in use is another.
+    # Parts of another model are not taken; without its adapter it is the same model again.
     other = VaultGemmaCausalLM.from_preset(one_layer_preset())
     other.backbone.enable_lora(2)
     for v in other.backbone.trainable_variables:
         v.assign(v + 1.0)
-    for _ in range(2):
-        count = len(calls)
-        measure(other, records, checkpoint=tmp_path / "parts")
-        assert len(calls) == count + 3
-        lora.use(other, None)
+    count = len(calls)
+    assert measure(other, records, checkpoint=tmp_path / "parts") != expected
+    assert len(calls) == count + 3
+    lora.use(other, None)
+    assert measure(other, records, checkpoint=tmp_path / "parts") == expected
+    assert len(calls) == count + 3
 
 
 @pytest.mark.parametrize("as_text", [False, True])
