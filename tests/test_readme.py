@@ -61,9 +61,17 @@ def test_the_promised_snippets_are_there():
         "Train on documents or pairs",
         "On a pod or a GPU cluster",
         "Fine-tune privately",
+        "Measure what a model remembers",
         "Load the 1B weights",
         "Save",
     ]
+
+
+def test_what_a_model_remembers_is_measured(execute):
+    printed = execute(SNIPPETS["Measure what a model remembers"])
+    assert "greedy exact match: 0 of 60, at most 4.9 % (95 % confidence)" in printed
+    assert "reference: AUC 0.500" in printed
+    assert "no claim" in printed
 
 
 @pytest.mark.parametrize(

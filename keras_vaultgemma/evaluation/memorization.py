@@ -73,6 +73,7 @@ class Excess(Result):
         measure: string. "exact" or "approximate".
         value, low, high: float. The difference and its bounds, from Clopper-Pearson bounds of both
             rates.
+        first, second: `Rate`. What the difference is of.
     """
 
     over: str
@@ -195,8 +196,9 @@ def measure_memorization(
     from keras_vaultgemma import VaultGemmaCausalLM, evaluation
 
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    records = [f"Patient {i} has had a sore throat for {i % 9} days now." for i in range(40)]
-    print(evaluation.measure_memorization(model, records, prefix_length=6, suffix_length=4))
+    records = [f"Patient {i} has had a sore throat for {i % 9} days now." for i in range(60)]
+    options = dict(controls=records[1::2], prefix_length=6, suffix_length=4)
+    print(evaluation.measure_memorization(model, records[::2], **options))
     ```
 
     References:

@@ -5,7 +5,7 @@ import pytest
 from common import one_layer_preset
 from evaluation_cases import check_schema
 
-from keras_vaultgemma import VaultGemmaCausalLM
+from keras_vaultgemma import VaultGemmaCausalLM, lora
 from keras_vaultgemma.evaluation import extraction, measure_memorization, memorization
 
 pytestmark = [
@@ -147,14 +147,16 @@ def test_a_killed_measurement_resumes(small, records, monkeypatch, tmp_path):
     assert len(calls) == 4
     next((tmp_path / "parts").glob("*.npz")).write_bytes(b"damaged")
     assert measure(small, records, checkpoint=tmp_path / "parts") == expected
-    # Parts of another model or with another option are not taken.
-    count = len(calls)
+    # Parts of another model are not taken, also if only the adapter in use is another.
     other = VaultGemmaCausalLM.from_preset(one_layer_preset())
-    other.backbone.token_embedding.embeddings.assign(
-        other.backbone.token_embedding.embeddings * 0.5
-    )
-    measure(other, records, checkpoint=tmp_path / "parts")
-    assert len(calls) == count + 3
+    other.backbone.enable_lora(2)
+    for v in other.backbone.trainable_variables:
+        v.assign(v + 1.0)
+    for _ in range(2):
+        count = len(calls)
+        measure(other, records, checkpoint=tmp_path / "parts")
+        assert len(calls) == count + 3
+        lora.use(other, None)
 
 
 @pytest.mark.parametrize("as_text", [False, True])
