@@ -60,8 +60,9 @@ def compare(
         base: string or path. The model before training. Defaults to what `private` was trained
             from.
         plain: string or path. A model that was trained without privacy. Defaults to None.
-        canaries: path of the file that `evaluation.insert_canaries` wrote before training. Defaults
-            to None, for no audit.
+        canaries: path of the file that `evaluation.insert_canaries`, or `finetune`, wrote before
+            training. Defaults to None, for no audit. The ledger's data include the canaries, so
+            that without the file they are other data than `train`.
         tasks: string of names of benchmark tasks with commas, as for `evaluation.measure_tasks`.
             Defaults to None, for no tasks.
         include_path: path, as for `evaluation.measure_tasks`.
