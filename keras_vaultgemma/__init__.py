@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
     from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
     from keras_vaultgemma.models.tokenizer import VaultGemmaTokenizer
+    from keras_vaultgemma.recipes.compare import compare
     from keras_vaultgemma.recipes.convert import convert
     from keras_vaultgemma.recipes.describe import describe
     from keras_vaultgemma.recipes.finetune import finetune
@@ -30,6 +31,7 @@ __all__ = [
     "VaultGemmaTokenizer",
     "__version__",
     "apply_chat_template",
+    "compare",
     "convert",
     "describe",
     "evaluation",
@@ -53,6 +55,7 @@ _SOURCES = {
     "VaultGemmaCausalLMPreprocessor": "models.preprocessor",
     "VaultGemmaTokenizer": "models.tokenizer",
     "apply_chat_template": "data.text_inputs",
+    "compare": "recipes.compare",
     "convert": "recipes.convert",
     "describe": "recipes.describe",
     "finetune": "recipes.finetune",

@@ -65,11 +65,37 @@ def _finetune(options):
 
 
 def _evaluate(options):
-    """Measure the perplexity and the bits per byte of a file of texts under a model."""
+    """Measure a model on a file of texts (perplexity, bits per byte), or on benchmark tasks.
+
+    Tasks are those of lm-evaluation-harness; "card" stands for the five of VaultGemma's model card,
+    whose figures are printed next to the measured ones."""
+    arguments = _arguments(options)
+    of_tasks = {option: arguments.pop(_name(option)) for option in TASK_OPTIONS}
+    of_file = {option: arguments.pop(_name(option)) for option in FILE_OPTIONS}
+    if (options.data is None) == (options.tasks is None):
+        raise ValueError("Name either --data FILE or --tasks NAMES, and not both")
+    used, unused = (of_tasks, of_file) if options.data is None else (of_file, of_tasks)
+    for option, value in unused.items():
+        if value is not None and value is not False:
+            other = "--tasks" if option in TASK_OPTIONS else "--data"
+            raise ValueError(f"{option} has an effect only with {other}")
     _start_backend()
     from keras_vaultgemma.recipes.evaluate import evaluate
+    from keras_vaultgemma.recipes.evaluate_tasks import evaluate_tasks
 
-    return evaluate(**_arguments(options))
+    given = {_name(option): value for option, value in used.items() if value is not None}
+    return (evaluate if options.tasks is None else evaluate_tasks)(**given, **arguments)
+
+
+def _compare(options):
+    """Write a page about a privately trained model next to its base and a plainly trained one.
+
+    The page has the claim of the ledger, and measurements on private records without protection, so
+    that its file is named ....unprotected.html. Run it again to resume a killed run."""
+    _start_backend()
+    from keras_vaultgemma.recipes.compare import compare
+
+    return compare(**_arguments(options))
 
 
 def _epsilon(options):
@@ -101,6 +127,11 @@ def _start_backend():
             f"{PROGRAM}: running on {NAME}; set KERAS_BACKEND to {others} for another backend",
             file=sys.stderr,
         )
+
+
+def _name(option):
+    """Return the name under which argparse stores an option."""
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _arguments(options):
@@ -162,6 +193,21 @@ MODEL = {
     "--int8": _flag("quantize the weights to int8, a quarter of the memory of float32"),
 }
 """Options of the commands that compute with a model and do not train it."""
+
+FILE_OPTIONS = {"--data": _value("FILE", DATA), **COLUMNS}
+TASK_OPTIONS = {
+    "--tasks": _value("NAMES", 'tasks with commas, such as "piqa,boolq", or "card"'),
+    "--include-path": _value("FOLDER", "tasks of your own, or with data on this machine"),
+    "--limit": _value("N", "items of each task; below 1, their fraction (default: all)", float),
+    "--num-fewshot": _value("N", "examples before each item (default: the task's)", int),
+    "--truncation": _choice(
+        ("keep_bos", "lm_eval"),
+        "cut what follows <bos> in a long context (default), or <bos> too, as the harness does",
+    ),
+    "--score-bos": _flag("count <bos> in rolling likelihoods, as the harness's model hf does"),
+    "--output": _value("FOLDER", "for results.json, and parts from which the command resumes"),
+}
+"""Options of `evaluate` on a file and on tasks."""
 
 COMMANDS = {
     "generate": Command(
@@ -267,17 +313,50 @@ COMMANDS = {
             "--clip-norm": _value(
                 "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),
+            "--report": _flag("also train a plain twin, and write a page that compares the two"),
+            "--canaries": _value("N", "invented records for an audit in the report", int),
         },
     ),
     "evaluate": Command(
         _evaluate,
-        "measure perplexity and bits per byte on a file",
+        "measure perplexity on a file, or benchmark tasks",
         {
-            "--data": _value("FILE", DATA, required=True),
+            "preset": _value(
+                "PRESET", "the same as --preset", nargs="?", default=argparse.SUPPRESS
+            ),
+            **FILE_OPTIONS,
+            **TASK_OPTIONS,
             **MODEL,
-            **COLUMNS,
-            "--sequence-length": _value("N", "tokens per row (default: the preset's)", int),
+            "--sequence-length": _value(
+                "N", "tokens per row, or positions of a task (default: the preset's)", int
+            ),
             "--json": _flag("print one object with all figures", dest="as_json"),
+        },
+    ),
+    "compare": Command(
+        _compare,
+        "write a page: what was claimed, learned and remembered",
+        {
+            "--private": _value("MODEL", f"{SOURCE}; the page is about it", required=True),
+            "--plain": _value("MODEL", "the same, trained without privacy"),
+            "--base": _value("MODEL", "the model before training (default: what --private names)"),
+            "--train": _value("FILE", f"records that were trained on: {DATA}", required=True),
+            "--held-out": _value(
+                "FILE", "unseen records (default: those that `finetune` holds out of --train)"
+            ),
+            "--canaries": _value("FILE", "sealed file of canaries, for an audit"),
+            **{name: TASK_OPTIONS[name] for name in ("--tasks", "--include-path", "--limit")},
+            "--html": _value("FILE", f"page to write {DEFAULT}", default="report.html"),
+            **COLUMNS,
+            "--sequence-length": _value("N", "tokens per row (default: the run's)", int),
+            "--prefix-length": _value("N", "tokens that a model is shown (default: 50)", int),
+            "--suffix-length": _value("N", "tokens that it has to repeat (default: 50)", int),
+            "--max-records": _value(
+                "N", f"most records to test, of each file {DEFAULT}", int, default=1000
+            ),
+            "--dtype": _choice(DTYPES, "dtype of the weights (default: the preset's own)"),
+            "--show-text": _flag("show text of records on the page"),
+            "--public-records": _flag("the records are public, and nothing needs protection"),
         },
     ),
     "epsilon": Command(

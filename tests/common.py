@@ -1,6 +1,7 @@
 """Small models that several tests build."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -184,6 +185,16 @@ def table(text):
         else:
             section = sections[line] = {}
     return sections
+
+
+def check_schema(document, name):
+    """Validate a document, as JSON, against a schema of `evaluation/schemas`."""
+    import jsonschema
+
+    folder = Path(keras_vaultgemma.__file__).parent / "evaluation/schemas"
+    schema = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(json.dumps(document, allow_nan=False)), schema)
 
 
 def error_of(capsys, *arguments):

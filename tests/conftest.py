@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 LONGEST_FIRST = """
 test_distribution test_loss test_convert test_train_step test_mechanism test_generator test_private_resume test_fit
 test_docs test_finetune test_causal_lm test_checkpoint test_trainer test_planning test_requests test_hubs test_checks
-test_audit test_parity test_commands test_accounting test_hostile test_reader test_prompt_lookup test_packaging
+test_privacy_audit test_parity test_commands test_accounting test_hostile test_reader test_prompt_lookup test_packaging
 """
 """Files in order of their duration, so that the two workers end together."""
 

@@ -93,6 +93,10 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("no_cache")]
             "evaluate --data a.pdf",
             "Data must be a file named .txt, .jsonl, .json, .csv, .tsv, or a table",
         ),
+        ("evaluate", "Name either --data FILE or --tasks NAMES, and not both"),
+        ("evaluate --tasks piqa --data a.txt", "Name either --data FILE or --tasks NAMES"),
+        ("evaluate --data a.txt --num-fewshot 0", "--num-fewshot has an effect only with --tasks"),
+        ("evaluate --tasks piqa --text-column a", "--text-column has an effect only with --data"),
         (
             "evaluate --data a.txt --sequence-length 0",
             "`sequence_length` must be None or a positive integer. Received: sequence_length=0",
@@ -228,3 +232,9 @@ def test_help(capsys, arguments):
         assert name in out
     for option in cli.COMMANDS[arguments[0]].options if arguments[0] in cli.COMMANDS else ():
         assert (option if option.startswith("-") else option.upper()) in out
+
+
+def test_tasks_without_the_harness_name_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    message = "Tasks need lm-evaluation-harness: pip install keras-vaultgemma[eval]"
+    assert error_of(capsys, "evaluate", "vaultgemma_tiny", "--tasks", "piqa").startswith(message)

@@ -26,9 +26,12 @@ PRINTS = {
     "adapters-0": "Once upon a time",
     "convert-0": "Once upon a time",
     "data-0": "",
+    "evaluate-0": r"1\.0000 ± nan \(1 of 1\)\n.*bits per byte",
     "fine-tune-0": "Epoch 2/2",
     "generate-0": "Once upon a time",
     "people-0": "one user of at most 2 rows of at most 16 tokens",
+    "remember-0": r"(?s)greedy exact match: 0 of 60, at most 4\.9 % .*reference: AUC 0\.500.*no claim",
+    "report-0": "No claim: The model has no privacy ledger, so nothing is known",
     "resume-0": "Epoch 2/2",
     "start-0": r"PrivacySpent\(epsilon=(2\.9\d*|3\.0), delta=0.0001, steps=15, .*zero-out",
 }
@@ -74,6 +77,11 @@ def test_every_snippet_is_tested():
 @pytest.mark.parametrize("name", PRINTS)
 def test_snippet_runs(name, execute):
     assert re.search(PRINTS[name], execute(SNIPPETS[name]))
+
+
+def test_the_evaluation_snippet_prints_its_figures(execute):
+    printed = execute(SNIPPETS["Evaluate"])
+    assert "1.0000 ± nan (1 of 1)" in printed and "bits per byte" in printed
 
 
 def test_the_backend_is_switched(tmp_path):

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -44,6 +44,15 @@ class Likelihood(NamedTuple):
     def bits_per_byte(self) -> float:
         """Size of the text when compressed with the model, in bits per byte, for any tokenizer."""
         return self.nats / math.log(2) / self.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures as a dict for JSON, with None where a number is not finite."""
+        figures = {
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            **self._asdict(),
+        }
+        return {name: x if math.isfinite(x) else None for name, x in figures.items()}
 
     def __str__(self):
         return f"perplexity {self.perplexity:.4g}, {self.bits_per_byte:.4f} bits per byte"

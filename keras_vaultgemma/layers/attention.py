@@ -15,11 +15,13 @@ from keras_vaultgemma.layers.rotary import rotate
 from keras_vaultgemma.layers.soft_cap import soft_cap
 
 
-def causal_mask(query_positions, key_positions, window=None, segments=None, start=None):
+def causal_mask(
+    query_positions, key_positions, window=None, segments=None, start=None, branches=None
+):
     """Return the mask of the keys that each query attends to.
 
     These are the keys of its own segment that are not after it, not empty, and less than `window`
-    positions before it.
+    positions before it; with branches, those of its own branch or of none.
 
     Args:
         query_positions: int tensor [B, T].
@@ -29,6 +31,8 @@ def causal_mask(query_positions, key_positions, window=None, segments=None, star
         segments: int tensor [B, S]. Segment of each key. Defaults to None, where each row is one
             text.
         start: int scalar. Index of the key that is the first query. Defaults to None, where S = T.
+        branches: int tensor [B, S]. Branch of each key, of several that continue one text; 0 in the
+            text itself, which every branch attends to. Defaults to None, for no branches.
 
     Returns:
         bool tensor [B, T, S].
@@ -37,6 +41,9 @@ def causal_mask(query_positions, key_positions, window=None, segments=None, star
     mask = ops.logical_and(distance >= 0, key_positions[:, None, :] > kv_cache.EMPTY)
     if segments is not None:
         mask = ops.logical_and(mask, _same_segment(segments, start, query_positions.shape[1]))
+    if branches is not None:
+        is_same = _same_segment(branches, start, query_positions.shape[1])
+        mask = ops.logical_and(mask, ops.logical_or(is_same, branches[:, None, :] == 0))
     return mask if window is None else ops.logical_and(mask, distance < window)
 
 

@@ -221,7 +221,7 @@ class VaultGemmaBackbone(
                 f"Received: {', '.join(sorted(stored.values))}"
             )
 
-    def walk(self, token_ids, positions, cache=None, start=None, segments=None):
+    def walk(self, token_ids, positions, cache=None, start=None, segments=None, branches=None):
         """Embed tokens, apply every block and normalise.
 
         Training, scoring, prefill and decoding all use this forward pass.
@@ -236,6 +236,9 @@ class VaultGemmaBackbone(
             start: int32 scalar. Slot of the first token. Required with a cache.
             segments: int32 tensor of shape `[B, T]`, or `[B, S]` with a cache, or None. Tokens
                 attend only to those with the same number. None if each row is one text.
+            branches: int32 tensor like `segments`, or None. Tokens of branch 0 of a segment are
+                attended to by all its branches, which do not attend to one another: a text and
+                several continuations of it, computed together. None if there are no branches.
 
         Returns:
             Hidden states of shape `[B, T, D]`; with a cache, a tuple of them and the new cache.
@@ -250,6 +253,7 @@ class VaultGemmaBackbone(
                 self.sliding_window_size if layer_type == "sliding_attention" else None,
                 segments,
                 start,
+                branches,
             )
             for layer_type in set(self.layer_types)
         }

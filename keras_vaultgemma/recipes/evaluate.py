@@ -1,7 +1,6 @@
-"""Likelihood of a data file under a model: what `keras-vaultgemma evaluate` does."""
+"""Likelihood of a data file under a model: what `keras-vaultgemma evaluate --data` does."""
 
 import json
-import math
 
 from keras_vaultgemma._validation import check_integer
 from keras_vaultgemma.data.text_files import read_records
@@ -54,13 +53,7 @@ def evaluate(
         model.preprocessor.sequence_length = sequence_length
     likelihood = measure(model, **records.tokenize(model.preprocessor, packed=True))
     if as_json:
-        figures = dict(
-            perplexity=likelihood.perplexity,
-            bits_per_byte=likelihood.bits_per_byte,
-            **likelihood._asdict(),
-            rows=len(records.texts),
-        )
-        return json.dumps({name: x if math.isfinite(x) else None for name, x in figures.items()})
+        return json.dumps({**likelihood.as_dict(), "rows": len(records.texts)})
     with_adapter = "" if source.adapter is None else f" with {source.adapter}"
     return (
         f"{source.preset}{with_adapter} on {data}: {len(records.texts):,} rows, "

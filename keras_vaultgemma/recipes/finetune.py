@@ -15,13 +15,23 @@ from keras_vaultgemma.data.fit_inputs import TruncationCounter
 from keras_vaultgemma.data.text_files import read_records
 from keras_vaultgemma.evaluation.likelihood import Likelihood, measure
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
+from keras_vaultgemma.recipes import compare
+from keras_vaultgemma.recipes.canaries import with_canaries
 from keras_vaultgemma.recipes.finetune_config import (
     BATCH_SIZE,
     FULL_RATE,
     LORA_RATE,
     FinetuneConfig,
 )
-from keras_vaultgemma.recipes.finetune_output import CHECKPOINT, Pace, begin_run, finish_run
+from keras_vaultgemma.recipes.finetune_output import (
+    CANARIES,
+    CHECKPOINT,
+    REPORT,
+    TWIN,
+    Pace,
+    begin_run,
+    finish_run,
+)
 from keras_vaultgemma.recipes.privacy_budget import describe_group_privacy
 from keras_vaultgemma.training.checkpoint import TrainingCheckpoint
 
@@ -54,13 +64,15 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
         output: string or path of the run's folder, created if it does not exist. It gets `adapter/`
             (for `lora.load_adapter` and PEFT) or `preset/` (for `from_preset`), `curves.png`,
             `run.json` with options and figures, and `checkpoint/`, from which the run resumes and
-            which may be deleted once no more epochs are wanted. Defaults to "finetuned".
+            which may be deleted once no more epochs are wanted. With `report` also
+            `report.unprotected.html`, its figures as JSON, and `plain_twin/`. Defaults to
+            "finetuned".
         **options: See `recipes.finetune_config.FinetuneConfig`: `preset`, `validation`,
             `text_column`, `prompt_column`, `response_column`, `group_column`,
             `max_rows_per_group`, `packed`, `lora_rank`, `lora_targets`, `epochs`, `batch_size`,
             `learning_rate`, `sequence_length`, `truncate`, `dtype`, `gradient_checkpointing`,
             `merge`, `save_freq`, `seed`, `png`, `private`, `epsilon`, `delta`, `noise_multiplier`,
-            `clip_norm` and `extend_budget`.
+            `clip_norm`, `extend_budget`, `report` and `canaries`.
 
     Returns:
         String of several lines: the data, held-out perplexity and bits per byte before and after,
@@ -87,7 +99,8 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
     config, output = FinetuneConfig(**options), Path(output)
     if config.png is not None:
         new_figure((1, 1))  # raises before anything is trained
-    checkpoint = TrainingCheckpoint(output / CHECKPOINT, config.save_freq)
+    if config.report:
+        compare.check_extras()
     records = read_records(data, **config.columns, group_column=config.group_column)
     blank = records.blank
     if config.validation is None:
@@ -96,11 +109,59 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
         held_out = read_records(config.validation, **config.columns)
     data, validation = _describe_data(data), _describe_data(config.validation)
     config = dataclasses.replace(config, validation=validation)
+    genuine = records
+    if config.canaries:
+        records = with_canaries(records, output / CANARIES, config)
     users = None if records.groups is None else len({*records.groups})
     config, private = config.complete(users or len(records.texts))
+    model, outcome, written = _run(config, private, data, records, held_out, output)
+    owners = "" if users is None else f" of {users:,} users"
+    counts = f"{len(records.texts):,} rows{owners} to train on, {len(held_out.texts):,} held out"
+    blank_rows = f", {blank:,} blank ones left out" if blank else ""
+    lines = [
+        f"{config.preset} on {data}: {counts}{blank_rows}",
+        *([f"Trained with {private.describe()}"] if private else []),
+        f"Held out, before: {outcome.before}",
+        f"Held out, after:  {outcome.after}",
+        *(_describe_privacy(model.privacy, config.guarantee()) if config.private else []),
+        *written,
+    ]
+    if config.report:
+        del model
+        twin = config.plain_twin(records)
+        _, outcome, _ = _run(twin, private, data, records, held_out, output / TWIN)
+        lines += [
+            f"The plain twin, held out, after: {outcome.after}",
+            compare.compare(
+                output,
+                genuine,
+                held_out,
+                plain=output / TWIN,
+                canaries=output / CANARIES if config.canaries else None,
+                html=output / REPORT,
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _run(config, private, data, records, held_out, output):
+    """Train once and write the results, or resume.
+
+    Args:
+        config: `FinetuneConfig` that is complete.
+        private: `PrivateOptions`, or None.
+        data: description of the data, for `run.json`.
+        records: `TextRecords` to train on.
+        held_out: `TextRecords`.
+        output: `pathlib.Path` of the run's folder.
+
+    Returns:
+        Tuple of the `VaultGemmaCausalLM`, the `Outcome`, and a list of strings that describe what
+        was written.
+    """
     options = {"data": data, "output": output, **dataclasses.asdict(config)}
     begin_run(output, options)
-
+    checkpoint = TrainingCheckpoint(output / CHECKPOINT, config.save_freq)
     model = _model(config)
     with TruncationCounter() as truncations:
         training = records.tokenize(model.preprocessor, config.is_packed, truncations)
@@ -120,7 +181,7 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
             callbacks=[checkpoint],
             # A progress bar is for terminals.
             verbose=1 if sys.stdout.isatty() else 2,
-            groups=records.groups,
+            groups=records.groups if config.private else None,
         ),
         samples=records.samples if config.private and not config.is_packed else None,
     )
@@ -128,19 +189,7 @@ def finetune(data: Any, output: str | os.PathLike = "finetuned", **options) -> s
     if checkpoint.failure:
         folder = written[0].partition(":")[0]
         raise FloatingPointError(f"{checkpoint.failure}. These are in {folder}")
-    owners = "" if users is None else f" of {users:,} users"
-    counts = f"{len(records.texts):,} rows{owners} to train on, {len(held_out.texts):,} held out"
-    blank_rows = f", {blank:,} blank ones left out" if blank else ""
-    return "\n".join(
-        [
-            f"{config.preset} on {data}: {counts}{blank_rows}",
-            *([f"Trained with {private.describe()}"] if private else []),
-            f"Held out, before: {outcome.before}",
-            f"Held out, after:  {outcome.after}",
-            *(_describe_privacy(model.privacy, config.guarantee()) if config.private else []),
-            *written,
-        ]
-    )
+    return model, outcome, written
 
 
 def train(model, training, validation, compile_options, fit_options, samples=None):

@@ -21,6 +21,11 @@ LORA_RATE, FULL_RATE = 1e-3, 1e-4
 BATCH_SIZE, EPOCHS, LORA_RANK = 8, 1, 8
 """Defaults of training without privacy. `private_options` chooses those of private training."""
 
+PRIVATE_ONLY = ("epsilon", "delta", "noise_multiplier")
+
+FEWEST_CANARIES = 20
+"""Fewer canaries cannot show an ε above 1 or so, whatever the model gives away."""
+
 LARGEST_SEED = 2**31 - 1
 """The largest seed that all three backends take."""
 
@@ -73,6 +78,11 @@ class FinetuneConfig:
         clip_norm: float, as for `privacy.DPSGD`.
         extend_budget: bool, as for `privacy.DPSGD`.
         secure: bool, as for `privacy.DPSGD`.
+        report: bool. If True, also train the plain twin of a private run, with the same steps and
+            everything else the same but clipping and noise, and write a page that compares the two
+            (`recipes.compare`).
+        canaries: int. Number of invented records, about half of which are trained on, for an audit
+            of the guarantee in the report. Defaults to None, for no audit.
 
     Raises:
         ValueError: If an option is out of its range or contradicts another.
@@ -106,6 +116,8 @@ class FinetuneConfig:
     clip_norm: float | None = None
     extend_budget: bool = False
     secure: bool = False
+    report: bool = False
+    canaries: int | None = None
 
     def __post_init__(self):
         check_integer("lora_rank", self.lora_rank, minimum=0, allow_none=True)
@@ -117,13 +129,18 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        private = ("epsilon", "delta", "noise_multiplier", "extend_budget", "secure")
-        for name in (*private, "group_column"):
+        with_privacy = (*PRIVATE_ONLY, "extend_budget", "secure", "group_column", "report")
+        for name in with_privacy:
             value = getattr(self, name)
             if value not in (None, False) and not self.private:
                 raise ValueError(
                     f"`{name}` goes with private=True (--private). Received: {name}={value}"
                 )
+        check_integer("canaries", self.canaries, minimum=FEWEST_CANARIES, allow_none=True)
+        if self.canaries and not self.report:
+            raise ValueError(
+                f"`canaries` goes with report=True (--report). Received: canaries={self.canaries}"
+            )
         if self.max_rows_per_group is not None and self.group_column is None:
             raise ValueError(
                 "`max_rows_per_group` goes with `group_column`. "
@@ -156,6 +173,29 @@ class FinetuneConfig:
             max_rows_per_group=self.max_rows_per_group,
             extend_budget=self.extend_budget,
             secure=self.secure,
+        )
+
+    def plain_twin(self, records):
+        """Return the complete config of a run that differs from a private one in privacy alone.
+
+        Args:
+            records: `TextRecords` to train on. Of users, a step takes as many rows that the number
+                of steps is the same.
+        """
+        batch_size = self.batch_size
+        if records.groups is not None:
+            batch_size = round(batch_size * len(records.groups) / len({*records.groups}))
+        none = dict.fromkeys((*PRIVATE_ONLY, "group_column", "max_rows_per_group", "png"))
+        return dataclasses.replace(
+            self,
+            **none,
+            private=False,
+            packed=self.is_packed,
+            batch_size=batch_size,
+            report=False,
+            canaries=None,
+            extend_budget=False,
+            secure=False,
         )
 
     def complete(self, rows):

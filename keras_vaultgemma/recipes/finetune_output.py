@@ -14,6 +14,7 @@ from keras_vaultgemma.training.checkpoint import FILE
 
 ADAPTER, PRESET, CHECKPOINT = "adapter", "preset", "checkpoint"
 RUN, CURVES = "run.json", "curves.png"
+TWIN, REPORT, CANARIES = "plain_twin", "report.html", "canaries.sealed.json"
 
 RESUMABLE_OPTIONS = (
     "data",
@@ -26,6 +27,7 @@ RESUMABLE_OPTIONS = (
     "gradient_checkpointing",
     "extend_budget",
     "secure",
+    "report",
 )
 """Options that may change when a run resumes. The checkpoint recognises its training data by their
 contents."""

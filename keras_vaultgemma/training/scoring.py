@@ -45,7 +45,7 @@ class Scoring:
     """The part of `VaultGemmaCausalLM` that scores tokens."""
 
     def __init__(self, *args, **kwargs):
-        self._compiled_scoring = None
+        self._compiled_scoring = None  # (ids of the variables, {method: compiled function})
         super().__init__(*args, **kwargs)
 
     def score(
@@ -96,7 +96,7 @@ class Scoring:
             return keras.Model.predict(self, x, verbose=0)
         check_table(self.backbone.token_embedding)
         arrays = (token_ids, segments, *self._targets(token_ids, segments, target_ids))
-        score = self._scoring()
+        score = self._scoring(self._score_rows)
         batches = [
             [backend.as_argument(array[i : i + BATCH_ROWS]) for array in arrays]
             for i in range(0, len(token_ids), BATCH_ROWS)
@@ -153,13 +153,47 @@ class Scoring:
             check_ids(targets[is_scored], self.backbone.vocabulary_size, what)
         return targets.astype("int32"), is_scored.astype("float32")
 
-    def _scoring(self):
-        """Return the compiled `_score_rows`; a new one after variables were added or replaced."""
+    def score_branches(
+        self,
+        token_ids: Any,
+        positions: Any,
+        segments: Any,
+        branches: Any,
+        sources: Any,
+        targets: Any,
+    ) -> tuple[Any, Any]:
+        """Compute how well the model predicts continuations that share contexts, in packed rows.
+
+        A context is a segment of a row, and its continuations are branches of the segment.
+
+        Args:
+            token_ids: int32 array of shape `[B, T]`.
+            positions: int32 array of shape `[B, T]`, as for `VaultGemmaBackbone.walk`.
+            segments: int32 array of shape `[B, T]`, as for `VaultGemmaBackbone.walk`.
+            branches: int32 array of shape `[B, T]`, as for `VaultGemmaBackbone.walk`.
+            sources: int32 array of shape `[N]`. Indices into the `B * T` tokens: the token after
+                which a target is predicted, or -1 where nothing is predicted.
+            targets: int32 array of shape `[N]`. Ids to predict.
+
+        Returns:
+            Tuple of NumPy arrays of shape `[N]`: -log p of each target in nats, float32, 0 where
+            nothing is predicted; and bool, True where the target is the most likely token.
+        """
+        check_table(self.backbone.token_embedding)
+        arrays = (token_ids, positions, segments, branches, sources, targets)
+        losses, is_correct = self._scoring(self._score_branches)(*map(backend.as_argument, arrays))
+        return ops.convert_to_numpy(losses), ops.convert_to_numpy(is_correct) > 0
+
+    def _scoring(self, method):
+        """Return a compiled method; a new one after variables were added or replaced."""
         variables = list(self.variables)
-        if self._compiled_scoring is None or self._compiled_scoring[0] != list(map(id, variables)):
-            compiled = backend.compile_function(self._score_rows, variables)
-            self._compiled_scoring = list(map(id, variables)), compiled
-        return self._compiled_scoring[1]
+        state = list(map(id, variables))
+        if self._compiled_scoring is None or self._compiled_scoring[0] != state:
+            self._compiled_scoring = state, {}
+        compiled = self._compiled_scoring[1]
+        if method.__name__ not in compiled:
+            compiled[method.__name__] = backend.compile_function(method, variables)
+        return compiled[method.__name__]
 
     def _score_rows(self, token_ids, padding_mask, targets, weights):
         x = {"token_ids": token_ids, "padding_mask": padding_mask}
@@ -171,6 +205,20 @@ class Scoring:
             with_gradient=False,
         )
         return ops.reshape(losses, ops.shape(weights)) * weights
+
+    def _score_branches(self, token_ids, positions, segments, branches, sources, targets):
+        hidden_states = self.backbone.walk(
+            token_ids, positions, segments=segments, branches=branches
+        )
+        rows = ops.reshape(hidden_states, (-1, hidden_states.shape[-1]))
+        _, losses, is_correct = token_losses(
+            self.backbone.token_embedding,
+            ops.take(rows, ops.maximum(sources, 0), axis=0),
+            targets,
+            ops.cast(sources >= 0, "float32"),
+            with_gradient=False,
+        )
+        return losses, is_correct
 
 
 def _is_matrix(x):

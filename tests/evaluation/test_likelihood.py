@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from common import LINES
+from common import LINES, check_schema
 
 from keras_vaultgemma.data.text_files import TextRecords
 from keras_vaultgemma.evaluation import Likelihood, measure
@@ -68,3 +68,9 @@ def test_truncated_labels_do_not_count(tiny):
         match="must have a label that stands for text and is not truncated. Received: none",
     ):
         measure(tiny, x, y, weights)
+
+
+def test_the_dict_for_json_follows_its_schema():
+    for likelihood in (Likelihood(20.0, 10, 40), Likelihood(math.nan, 1, 1)):
+        check_schema(likelihood.as_dict(), "likelihood")
+    assert Likelihood(math.nan, 1, 1).as_dict()["perplexity"] is None

@@ -137,3 +137,21 @@ def test_a_query_without_keys_stays_finite():
     np.testing.assert_allclose(
         to_numpy(attend(*arrays, scale=1.0))[0, 0, 0], value.mean((0, 1, 2)), rtol=1e-6
     )
+
+
+def test_branches_of_a_segment_attend_to_its_trunk_and_not_to_each_other():
+    """A text of 2 tokens with branches of 2 and 1, then one of 1 token with a branch."""
+    positions = np.array([[0, 1, 2, 3, 2, 0, 1, -1]], "int32")
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0]], "int32")
+    branches = np.array([[0, 0, 1, 1, 2, 0, 1, 0]], "int32")
+    mask = causal_mask(positions, positions, segments=segments, branches=branches)
+    assert to_numpy(mask).astype(int)[0].tolist() == [
+        [1, _, _, _, _, _, _, _],
+        [1, 1, _, _, _, _, _, _],
+        [1, 1, 1, _, _, _, _, _],
+        [1, 1, 1, 1, _, _, _, _],
+        [1, 1, _, _, 1, _, _, _],
+        [_, _, _, _, _, 1, _, _],
+        [_, _, _, _, _, 1, 1, _],
+        [_, _, _, _, _, _, _, _],
+    ]

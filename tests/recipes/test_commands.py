@@ -1,5 +1,6 @@
 """Each subcommand: the recipe it calls, with which arguments, and what it prints."""
 
+import inspect
 import io
 import json
 import re
@@ -10,7 +11,7 @@ import keras_hub
 import pytest
 from common import error_of, run_command
 
-from keras_vaultgemma import VaultGemmaCausalLM, backend, cli
+from keras_vaultgemma import VaultGemmaCausalLM, backend, cli, compare
 from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.recipes.describe import describe
 from keras_vaultgemma.recipes.privacy_budget import privacy_budget
@@ -306,6 +307,7 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         lora_rank=None, lora_targets=None, epochs=None, batch_size=None, learning_rate=None, sequence_length=None, truncate=None,
         dtype=None, gradient_checkpointing=False, merge=False, save_freq=100, seed=0, png=None, private=False,
         epsilon=None, delta=None, noise_multiplier=None, clip_norm=None, extend_budget=False, secure=False,
+        report=False, canaries=None,
     )  # fmt: skip
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
@@ -315,14 +317,14 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         data="a.txt", preset="p", validation="v.txt", text_column="t", prompt_column="q", response_column="a",
         group_column="g", max_rows_per_group=2, lora_rank=4, epochs=5, batch_size=2, learning_rate=0.1, sequence_length=9,
         truncate="row_end", dtype="bfloat16", output="o",
-        seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
+        seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5, canaries=50,
     )  # fmt: skip
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     flags = "--extend-budget --secure --gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
-    flags += " --lora-targets query gate"
+    flags += " --report --lora-targets query gate"
     assert cli.main(["finetune", *command, *flags.split()]) == 0
     flagged = dict(gradient_checkpointing=True, merge=True, packed=False, private=True)
-    flagged |= dict(extend_budget=True, secure=True)
+    flagged |= dict(extend_budget=True, secure=True, report=True)
     assert calls[1] == {
         **options,
         **flagged,
@@ -331,6 +333,29 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         "lora_targets": ["query", "gate"],
     }
     assert calls[1].keys() == defaults.keys()
+
+
+def test_compare_calls_the_recipe(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "keras_vaultgemma.recipes.compare.compare",
+        lambda **kwargs: calls.append(kwargs) or "the answer",
+    )
+    options = dict(
+        private="p", plain="q", base="b", train="t.csv", held_out="h.csv", canaries="c.json", tasks="piqa",
+        include_path="i", limit=5.0, html="page.html", text_column="t", prompt_column=None, response_column=None,
+        sequence_length=64, prefix_length=20, suffix_length=10, max_records=100, dtype="bfloat16",
+    )  # fmt: skip
+    command = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in options.items()
+        if value is not None
+    ]
+    assert cli.main(["compare", *command, "--show-text", "--public-records"]) == 0
+    assert calls == [{**options, "show_text": True, "public_records": True}]
+    assert capsys.readouterr().out == "the answer\n"
+    assert cli.main(["compare", "--private", "p", "--train", "t.csv"]) == 0
+    assert calls[1].keys() == calls[0].keys() == inspect.signature(compare).parameters.keys()
 
 
 def test_finetune_from_a_file_to_an_adapter(tmp_path):
