@@ -161,7 +161,9 @@ def measure_memorization(
             f"`records` must have a record of at least {length} tokens, which `prefix_length` and "
             f"`suffix_length` ask for. Received: {left_out}"
         )
-    control_counts = _windows(controls or [], length, model, "controls", left_out)
+    control_counts = _windows(
+        [] if controls is None else controls, length, model, "controls", left_out
+    )
     if shared := counts.keys() & control_counts.keys():
         left_out["controls_among_records"] = len(shared)
         found.append(

@@ -59,7 +59,7 @@ def measure(model, records, **options):
 
 
 def test_matches_and_distances(small, records):
-    found = measure(small, records, baseline=small, controls=[row[::-1] for row in records])
+    found = measure(small, records, baseline=small, controls=np.array(records)[:, ::-1])
     continued = greedy(small, [row[:PREFIX] for row in records])
     distances = [
         edit_distance(x[PREFIX:], y[PREFIX:]) / SUFFIX
