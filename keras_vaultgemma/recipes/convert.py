@@ -106,7 +106,7 @@ def convert(
     options = dict(
         to=to,
         architecture=architecture,
-        shard_size=_parse_size(shard_size or SHARD_SIZE),
+        shard_size=_parse_size(SHARD_SIZE if shard_size is None else shard_size),
         verify=verify,
         overwrite=overwrite,
         progress=progress,
