@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hard_texts import HARD
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPT, COUNT = "Once upon a time there was", 40
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 
