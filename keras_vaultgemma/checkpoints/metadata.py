@@ -11,7 +11,6 @@ import keras_hub
 from keras_vaultgemma._files import ignore_progress, is_legal_link, read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE
 
 HASH_CHUNK = 2**20
 """Bytes that are hashed at a time."""
@@ -169,18 +168,18 @@ Written as Gemma 1, which computes the same as this VaultGemma, for engines that
 latter."""
 
 
-def model_card(to, architecture, metadata, hyperparameters, has_vocabulary, training=()):
+def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_gemma=False):
     """Return the text of a model card (README.md).
 
     Args:
         to: string. Format of the folder, "keras", "hf" or "gguf".
-        architecture: string. "gemma" if the folder is written as Gemma 1.
         metadata: dict. Content of metadata.json.
         hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
             returns them.
         has_vocabulary: bool. True if the folder has a vocabulary.
         training: iterable of strings. One sentence for each training run that the privacy ledger
             lists.
+        is_gemma: bool. True if the model is written as Gemma 1. Defaults to False.
     """
     source = metadata["source"]
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
@@ -191,7 +190,6 @@ def model_card(to, architecture, metadata, hyperparameters, has_vocabulary, trai
         if has_vocabulary
         else "",
     )
-    is_gemma = to == "gguf" or architecture == GEMMA_TYPE
     tags = ["vaultgemma", "differential-privacy", *(["gguf"] if to == "gguf" else [])]
     layers = {
         name: hyperparameters["layer_types"].count(name)

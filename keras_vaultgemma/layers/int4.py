@@ -35,6 +35,12 @@ class Int4Matrix(NamedTuple):
     axis: int
     columns: int
 
+    @classmethod
+    def of(cls, variables, block, axis, columns):
+        """Return the matrix of a layer's variables `(packed, scale, zero)`."""
+        values = (None if x is None else backend.value_of(x) for x in variables)
+        return cls(*values, block, axis, columns)
+
     def halves(self, dtype, packed=None, scale=None, zero=None):
         """Return the even and the odd columns in floating point.
 
@@ -82,7 +88,7 @@ class Int4Matrix(NamedTuple):
 
     def matmul(self, x, transposed=False):
         """Return `x @ matrix`, or `x @ matrix^T` if `transposed`. Only `x` has a gradient."""
-        tensors = [backend.value_of(value) for value in self[:3] if value is not None]
+        tensors = [value for value in self[:3] if value is not None]
 
         @ops.custom_gradient
         def product(x, *tensors):

@@ -76,10 +76,8 @@ class Projection(LowRankUpdate, keras.layers.Dense):
     @property
     def int4_matrix(self):
         """The matrix [in, units] in int4."""
-        zero = getattr(self, "kernel_zero", None)
-        return Int4Matrix(
-            self._kernel, self.kernel_scale, zero, self._int4_block_size, 0, self.units
-        )
+        variables = self._kernel, self.kernel_scale, getattr(self, "kernel_zero", None)
+        return Int4Matrix.of(variables, self._int4_block_size, 0, self.units)
 
     @property
     def kernel(self):
@@ -95,7 +93,7 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         return self._add_update(product, x, training)
 
     def quantized_call(self, x, training=None):
-        if self.quantization_mode == "int4" and self.inputs_quantizer is None:
+        if self.quantization_mode == "int4":
             product = self.int4_matrix.matmul(x)
         elif self.quantization_mode == "int8":
             product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)

@@ -79,15 +79,8 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
     @property
     def int4_matrix(self):
         """The matrix [V, D] in int4."""
-        zero = getattr(self, "embeddings_zero", None)
-        return Int4Matrix(
-            self._embeddings,
-            self.embeddings_scale,
-            zero,
-            self._int4_block_size,
-            1,
-            self.output_dim,
-        )
+        variables = self._embeddings, self.embeddings_scale, getattr(self, "embeddings_zero", None)
+        return Int4Matrix.of(variables, self._int4_block_size, 1, self.output_dim)
 
     def call(self, x, reverse=False):
         if reverse:
@@ -104,7 +97,7 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         return ops.cast(rows, self.compute_dtype)
 
     def quantized_call(self, x, reverse=False):
-        if self.quantization_mode == "int4" and self.inputs_quantizer is None:
+        if self.quantization_mode == "int4":
             if reverse:
                 logits = self.int4_matrix.matmul(x, transposed=True)
                 return soft_cap(self._add_update(logits, x), self.logit_soft_cap)

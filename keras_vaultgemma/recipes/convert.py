@@ -140,7 +140,7 @@ def _convert(
     """Convert the folder that `source` stands for, with `adapter` merged; see `convert`."""
     hyperparameters, values = _open(folder)
     dtype = dtype or dtype_name(widest(value.dtype for value in values.values()))
-    preprocessor = _open_vocabulary(source, folder, hyperparameters, is_needed=to == "gguf")
+    preprocessor = _open_vocabulary(source, folder, hyperparameters, to == "gguf")
     parameter_count = sum(weight.size for weight in weight_map.weight_map(hyperparameters))
 
     # Each byte of the source is hashed; each byte of the target is written, hashed and, with
@@ -184,11 +184,11 @@ def _convert(
             FORMATS[to].verify(new, conversion, bar.update)
         card = model_card(
             to,
-            architecture,
             metadata(),
             hyperparameters,
             preprocessor is not None,
             conversion.training,
+            is_gemma=to == "gguf" or architecture == GEMMA_TYPE,
         )
         (new / "README.md").write_text(card, encoding="utf-8")
         content = {**metadata(), "files": digests(new, bar.update)}
