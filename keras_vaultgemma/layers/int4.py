@@ -8,10 +8,33 @@ point is kept from the forward to the backward pass.
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+
+ROWS = 2**13
+"""Rows of a table that are quantized at a time."""
+
+
+def quantize_rows(table, block):
+    """Return `(packed, scale, zero)` of a table whose rows are divided into groups, as Keras does.
+
+    Args:
+        table: NumPy array `[V, D]`.
+        block: int. Size of a group.
+    """
+    parts = []
+    for start in range(0, len(table), ROWS):
+        rows = table[start : start + ROWS].astype("float32").T
+        q, *groups = keras.quantizers.abs_max_quantize_grouped_with_zero_point(
+            rows, block_size=block, to_numpy=True
+        )
+        q, _, _ = keras.quantizers.pack_int4(ops.transpose(ops.convert_to_tensor(q)), axis=-1)
+        columns = [ops.convert_to_numpy(x).T for x in groups]
+        parts.append((ops.convert_to_numpy(q), *columns))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 class Int4Matrix(NamedTuple):

@@ -33,16 +33,6 @@ with twice as many.
 """
 
 
-def check_table(embedding):
-    """Raise ValueError if a `ReversibleEmbedding` is quantized to other than int8 or int4."""
-    if embedding.quantization_mode not in (None, "int8", "int4"):
-        raise ValueError(
-            "The loss needs an embedding in floating point, int8 or int4; `predict` and `score` "
-            "with scoring_mode='logits' work with others. "
-            f"Received: {embedding.path} in {embedding.quantization_mode}"
-        )
-
-
 def head_terms(embedding, rows, table=None):
     """Return the terms of the logits that the tied head computes.
 
