@@ -51,10 +51,11 @@ class Quantization:
         if found not in ("int8", "int4"):
             reason = REASONS.get(str(found), "")
             raise ValueError(f"`mode` must be 'int8' or 'int4'{reason}. Received: mode={found!r}")
-        if found == "int4" and getattr(config, "activation_quantizer", None) is not None:
+        quantizer = getattr(config, "activation_quantizer", None)
+        if found == "int4" and quantizer is not None:
             raise ValueError(
                 "`config` must have activation_quantizer=None for int4, because the loss and "
-                f"adapters need the activations. Received: {config.activation_quantizer!r}"
+                f"adapters need the activations. Received: {quantizer!r}"
             )
 
         def is_quantized(layer):

@@ -101,7 +101,7 @@ def convert(
     print(metadata["parameter_count"])
     ```
     """
-    dtype = SHORT_DTYPES.get(dtype, dtype)
+    dtype = SHORT_DTYPES.get(dtype or "", dtype)
     _check_arguments(to, dtype, architecture, shard_size)
     options = dict(
         to=to,
