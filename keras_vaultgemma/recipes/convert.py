@@ -40,11 +40,11 @@ def convert(
     target: str | os.PathLike,
     to: str = "keras",
     dtype: str | None = None,
-    architecture: str = MODEL_TYPE,
     shard_size: int | str | None = None,
     verify: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    architecture: str = MODEL_TYPE,
 ) -> dict[str, Any]:
     """Convert a checkpoint to another format, with the memory of a part of one tensor.
 
@@ -62,8 +62,6 @@ def convert(
         dtype: string. "float32", "bfloat16", "float16" (or "f32", "bf16", "f16"), and for
             `to="gguf"` also "q8_0", llama.cpp's 8 bits. Defaults to the dtype of the source, or to
             float32 if the source has several.
-        architecture: string. "gemma" writes a folder of `to="hf"` as Gemma 1, for engines that know
-            Gemma and not VaultGemma. Defaults to "vaultgemma".
         shard_size: int or string. Largest size of one weights file, in bytes or as in "500MB". Only
             for `to="hf"`. Defaults to "5GB".
         verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
@@ -74,6 +72,8 @@ def convert(
             `False`.
         progress: bool. If True, show a progress bar on standard error if that is a terminal.
             Defaults to `True`.
+        architecture: string. "gemma" writes a folder of `to="hf"` as Gemma 1, for engines that know
+            Gemma and not VaultGemma. Defaults to "vaultgemma".
 
     Returns:
         Dict. The content of the new metadata.json.
