@@ -188,7 +188,7 @@ def _convert(
             hyperparameters,
             preprocessor is not None,
             conversion.training,
-            is_gemma=to == "gguf" or architecture == GEMMA_TYPE,
+            to == "gguf" or architecture == GEMMA_TYPE,
         )
         (new / "README.md").write_text(card, encoding="utf-8")
         content = {**metadata(), "files": digests(new, bar.update)}
