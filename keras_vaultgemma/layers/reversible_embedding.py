@@ -81,7 +81,7 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         if mode != "int4" or block == -1 or self.quantization_mode:
             super().quantize(mode, type_check, config)
             return
-        # As Keras does it, in blocks of rows, because Keras makes several copies of the whole table.
+        # As Keras does it, but in blocks of rows: Keras makes several copies of the whole table.
         table = backend.numpy_view(self._embeddings)
         values = int4.quantize_rows(table, block)
         del self._embeddings
