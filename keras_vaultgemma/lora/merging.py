@@ -21,9 +21,9 @@ def merge(model: keras.Model) -> None:
 
     With a float32 base, the merged model computes the same up to rounding. In bfloat16, W + s A B
     is rounded to 8 significant bits, and the rounding error can exceed the update itself. A base
-    in int8 or int4 is dequantized, added to and requantized with new scales. In int4 that costs
-    about as much as the first rounding: keep the adapter, or merge it into the base in floating
-    point, as `keras-vaultgemma convert` does.
+    in int8 or int4 is dequantized, added to and requantized with new scales, a second
+    rounding that in int4 is coarse: keep the adapter, or merge it into the base in floating point,
+    as `keras-vaultgemma convert` does.
 
     Args:
         model: `VaultGemmaCausalLM` or `VaultGemmaBackbone`.
