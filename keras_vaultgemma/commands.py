@@ -178,7 +178,8 @@ SOURCE = f"{PRESET}, or what `finetune` wrote"
 PRESET_OPTION = dict(default="vaultgemma_tiny", help=f"{PRESET} {DEFAULT}")
 RULE = "; with --private by a rule, see `epsilon`"
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = ("keras", "hf")
+FORMATS = ("keras", "hf", "gguf")
+EXPORT_DTYPES = (*DTYPES, "f32", "bf16", "f16", "q8_0")
 
 COLUMNS = {
     "--text-column": _value("NAME", 'texts or chats (default: "text" or "messages")'),
@@ -245,9 +246,21 @@ COMMANDS = {
             "source": _value("SOURCE", f"{SOURCE}; an adapter is merged"),
             "target": _value("TARGET", "folder to write; it appears only when it is complete"),
             "--to": _choice(
-                FORMATS, f"Keras preset or transformers folder {DEFAULT}", default="keras"
+                FORMATS,
+                f"Keras preset, transformers folder, or file of llama.cpp and Ollama {DEFAULT}",
+                default="keras",
             ),
-            "--dtype": _choice(DTYPES, "dtype of the weights (default: the source's)"),
+            "--dtype": _choice(
+                EXPORT_DTYPES,
+                "dtype of the weights (default: the source's); q8_0 only with --to gguf",
+            ),
+            "--as": _choice(
+                ("vaultgemma", "gemma"),
+                "architecture in the files; gemma, for engines that know no VaultGemma, only with "
+                f"--to hf {DEFAULT}",
+                dest="architecture",
+                default="vaultgemma",
+            ),
             "--shard-size": _value("SIZE", "largest file (default: 5GB); only with --to hf"),
             "--verify": _flag("compare every tensor afterwards, and the logits with transformers"),
             "--overwrite": _flag("replace the model in TARGET"),

@@ -11,7 +11,6 @@ import keras_hub
 from keras_vaultgemma._files import ignore_progress, is_legal_link, read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.checkpoints.lazy_tensor import dtype_name
 
 HASH_CHUNK = 2**20
 """Bytes that are hashed at a time."""
@@ -32,6 +31,8 @@ def model_files(folder, as_names=False):
         *presets.DOWNLOADS["weights"],
         "assets/*/*.spm",
         "additional_chat_templates/*.jinja",
+        "*.gguf",
+        "Modelfile",
         "README.md",
     ]
     folder = Path(folder)
@@ -83,7 +84,7 @@ def new_metadata(source, folder, source_digests, parameter_count, dtype):
         folder: `pathlib.Path` of the source's files.
         source_digests: dict of paths to digests, as `digests` returns it.
         parameter_count: int. Number of parameters of the model.
-        dtype: NumPy dtype of the new files.
+        dtype: string. Dtype of the new files.
 
     Returns:
         Dict that is serialisable as JSON.
@@ -102,7 +103,7 @@ def new_metadata(source, folder, source_digests, parameter_count, dtype):
         "keras_hub_version": keras_hub.__version__,
         "keras_vaultgemma_version": __version__,
         "parameter_count": parameter_count,
-        "dtype": dtype_name(dtype),
+        "dtype": dtype,
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
         "tasks": ["CausalLM"],
         "source": {
@@ -146,20 +147,39 @@ from transformers import AutoModelForCausalLM{and_tokenizer}
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"){load_tokenizer}
 ```""",
+    "gguf": """```
+llama-cli --model model.gguf
+ollama create my_model --file Modelfile
+ollama run my_model
+```""",
 }
+"""How a model is loaded, by the format."""
+
+HEADERS = {
+    "keras": ["library_name: keras-hub"],
+    "hf": ["library_name: transformers"],
+    "gguf": [],
+}
+"""Lines about the format in the card's header."""
 
 
-def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
+AS_GEMMA = """\
+Written as Gemma 1, which computes the same as this VaultGemma, for engines that do not know the
+latter."""
+
+
+def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_gemma=False):
     """Return the text of a model card (README.md).
 
     Args:
-        to: string. Format of the folder, "keras" or "hf".
+        to: string. Format of the folder, "keras", "hf" or "gguf".
         metadata: dict. Content of metadata.json.
         hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
             returns them.
         has_vocabulary: bool. True if the folder has a vocabulary.
         training: iterable of strings. One sentence for each training run that the privacy ledger
             lists.
+        is_gemma: bool. True if the model is written as Gemma 1. Defaults to False.
     """
     source = metadata["source"]
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
@@ -170,6 +190,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
         if has_vocabulary
         else "",
     )
+    tags = ["vaultgemma", "differential-privacy", *(["gguf"] if to == "gguf" else [])]
     layers = {
         name: hyperparameters["layer_types"].count(name)
         for name in sorted(set(hyperparameters["layer_types"]))
@@ -181,15 +202,16 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
     return "\n".join(
         [
             "---",
-            f"library_name: {'keras-hub' if to == 'keras' else 'transformers'}",
+            *HEADERS[to],
             "pipeline_tag: text-generation",
-            "tags: [vaultgemma, differential-privacy]",
+            f"tags: [{', '.join(tags)}]",
             "---",
             "",
             "# VaultGemma",
             "",
             str(metadata.get("description") or "A decoder of the Gemma family."),
             "",
+            *([AS_GEMMA, ""] if is_gemma else []),
             usage,
             "",
             "## Source",
@@ -205,8 +227,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
             "",
             "## Privacy",
             "",
-            *_privacy(metadata),
-            *[f"- {sentence}" for sentence in training],
+            *privacy_sentences(metadata, training),
             "",
             "## Licence",
             "",
@@ -216,7 +237,17 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=()):
     )
 
 
-def _privacy(metadata):
+def privacy_sentences(metadata, training=()):
+    """Return what a source states about privacy, and a line for each training run since.
+
+    Args:
+        metadata: dict. Content of metadata.json.
+        training: iterable of strings. Sentences of the privacy ledger.
+    """
+    return [*_statement(metadata), *[f"- {sentence}" for sentence in training]]
+
+
+def _statement(metadata):
     if "privacy" not in metadata:
         return ["The source makes no statement about privacy."]
     if not metadata["privacy"]:

@@ -1,12 +1,14 @@
-"""The weights of a checkpoint folder, in any of the three formats."""
+"""The weights of a checkpoint folder, in any of the formats of `weight_map`."""
 
 import warnings
 from pathlib import Path
 
 from keras import ops
 
+from keras_vaultgemma._files import read_json
 from keras_vaultgemma.checkpoints import presets, weight_map
 from keras_vaultgemma.checkpoints.config import keras_policy, read_config
+from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE
 from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5
 from keras_vaultgemma.checkpoints.lazy_tensor import LazyTensor, equal_bits
 from keras_vaultgemma.checkpoints.safetensors_format import open_tensors
@@ -23,7 +25,8 @@ class KerasOnly(ValueError):
 def format_of(folder):
     """Return the format of `weight_map` that the config.json of a folder belongs to."""
     if not presets.names_a_class(folder):
-        return weight_map.HUGGING_FACE
+        is_gemma = read_json(Path(folder) / presets.CONFIG).get("model_type") == GEMMA_TYPE
+        return weight_map.GEMMA if is_gemma else weight_map.HUGGING_FACE
     return weight_map.KERAS if presets.is_keras(folder) else weight_map.KERAS_HUB
 
 
@@ -31,9 +34,9 @@ def open_values(folder):
     """Check all weights of a folder against its config, without reading them.
 
     Args:
-        folder: `pathlib.Path` or string. A Hugging Face checkpoint (model.safetensors, or several
-            files and their index), a keras-hub `GemmaBackbone` preset or a Keras preset of this
-            package (model.weights.h5).
+        folder: `pathlib.Path` or string. A Hugging Face checkpoint of VaultGemma or of Gemma 1
+            (model.safetensors, or several files and their index), a keras-hub `GemmaBackbone`
+            preset or a Keras preset of this package (model.weights.h5).
 
     Returns:
         Tuple `(hyperparameters, values)`. `hyperparameters` is a dict of the backbone's constructor
@@ -49,13 +52,13 @@ def open_values(folder):
     folder = Path(folder)
     hyperparameters = read_config(folder)
     file_format = format_of(folder)
-    if file_format == weight_map.HUGGING_FACE:
+    if file_format in weight_map.SAFETENSORS:
         tensors = _with_prefix(open_tensors(folder))
     else:
         if file_format == weight_map.KERAS:
             _check_plain_preset(folder)
         tensors = open_hdf5(folder / WEIGHTS_FILE)
-    head = tensors.pop(HEAD, None) if file_format == weight_map.HUGGING_FACE else None
+    head = tensors.pop(HEAD, None) if file_format in weight_map.SAFETENSORS else None
     weights = weight_map.weight_map(hyperparameters)
     locations = {weight.path: weight.locations[file_format] for weight in weights}
     _check_head(folder, head, tensors.get(EMBEDDING))

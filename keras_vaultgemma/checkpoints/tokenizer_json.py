@@ -1,9 +1,11 @@
-"""The tokenizer.json of Hugging Face, read as the pieces of a SentencePiece model.
+"""The tokenizer.json of Hugging Face, read as the pieces of a SentencePiece model, and written.
 
 transformers 5 saves no other file of a Gemma tokenizer. It lists the merges of byte-pair encoding
 in order, where SentencePiece has a score for the piece that each makes. SentencePiece also merges
 two tokens into a piece that no merge makes, so such pieces are marked as unused there.
 """
+
+import json
 
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma.checkpoints.sentencepiece_format import (
@@ -20,7 +22,8 @@ FILE = "tokenizer.json"
 MAX_SIZE = 2**26
 """Largest file in bytes. Gemma's has 34 MB."""
 
-KINDS = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
+BOS = "<bos>"
+KINDS = {"<pad>": CONTROL, "<eos>": CONTROL, BOS: CONTROL, "<unk>": UNKNOWN}
 BYTES = {f"<0x{i:02X}>" for i in range(256)}
 TAB = "<0x09>"
 """Byte piece of the tab, which Gemma's tokenizer.json spells as the tab itself."""
@@ -73,6 +76,75 @@ def read_tokenizer_json(path):
             piece = Piece(text, -float(len(scores)), UNUSED)
         pieces.append(piece)
     return pieces, added
+
+
+def write_tokenizer_json(path, pieces, special=()):
+    """Write the tokenizer of a SentencePiece model as transformers does.
+
+    Args:
+        path: `pathlib.Path`.
+        pieces: list of `Piece`, in the order of their ids.
+        special: iterable of user-defined pieces' texts that decoders leave out of text, as they do
+            with control pieces.
+
+    Returns:
+        Dict of ids to the added tokens, as tokenizer_config.json lists them.
+    """
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    added = {
+        i: {
+            "content": piece.text,
+            "special": piece.kind != USER_DEFINED or piece.text in special,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for i, piece in enumerate(pieces)
+        if piece.kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    }
+    merges = []
+    for piece in pieces:
+        pairs = [(piece.text[:i], piece.text[i:]) for i in range(1, len(piece.text))]
+        known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+        if piece.kind in (NORMAL, USER_DEFINED):
+            merges += [(piece.score, *map(len, pair), pair) for pair in known]
+    # The longest first where scores are equal: a run of 40 spaces is one token of 31 and one of 9,
+    # as in SentencePiece, which takes the longest user-defined piece.
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    bos, text = {"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": BOS, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **token} for i, token in added.items()],
+        "normalizer": REPLACE,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [bos, text, *second],
+            "special_tokens": {BOS: {"id": BOS, "ids": [ids[BOS]], "tokens": [BOS]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [merge[-1] for merge in merges],
+        },
+    }
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return added
 
 
 def _difference(content, model):

@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-HUGGING_FACE, KERAS_HUB, KERAS = "hugging_face", "keras_hub", "keras"
-"""Formats: Hugging Face's safetensors, keras-hub's `GemmaBackbone`, this package's Keras preset."""
+HUGGING_FACE, GEMMA, KERAS_HUB, KERAS = "hugging_face", "gemma", "keras_hub", "keras"
+"""Formats: Hugging Face's safetensors of VaultGemma and of Gemma 1, keras-hub's `GemmaBackbone`,
+this package's Keras preset."""
+
+SAFETENSORS = (HUGGING_FACE, GEMMA)
+"""Formats whose weights are in Hugging Face's safetensors files."""
 
 
 class Location(NamedTuple):
@@ -165,8 +169,12 @@ def _into_heads(names, width, heads, head_dim):
 
 
 def _weight(names, shape, keras_hub, keras):
+    hugging_face = Location(f"{names.hugging_face}.weight", shape, tuple(range(len(shape))))
+    # Gemma has the same norm in the same place, and names it after what comes before it.
+    gemma = hugging_face.name.replace("pre_feedforward", "post_attention")
     locations = {
-        HUGGING_FACE: Location(f"{names.hugging_face}.weight", shape, tuple(range(len(shape)))),
+        HUGGING_FACE: hugging_face,
+        GEMMA: hugging_face._replace(name=gemma),
         KERAS_HUB: keras_hub._replace(name=f"{names.keras_hub}/vars/0"),
         KERAS: keras._replace(name=f"{names.keras}/vars/0"),
     }

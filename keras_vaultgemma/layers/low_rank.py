@@ -71,7 +71,7 @@ class LowRankUpdate:
 
         Raises:
             ValueError: If the layer has factors, or its matrix is quantized in another mode than
-                int8.
+                int8 and int4.
         """
         # Not Keras's `enable_lora`, because it reads `kernel`, which a projection has to transpose.
         self.check_base(self.quantization_mode)
@@ -164,9 +164,9 @@ class LowRankUpdate:
 
     def check_base(self, mode):
         """Raise ValueError for a quantization mode that an adapter cannot be added to."""
-        if mode not in (None, "int8"):
+        if mode not in (None, "int8", "int4"):
             raise ValueError(
-                "An adapter needs a base in floating point or int8. Received: "
+                "An adapter needs a base in floating point, int8 or int4. Received: "
                 f"{self.path} in {mode}"
             )
 

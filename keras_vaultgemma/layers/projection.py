@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.layers.int4 import Int4Matrix
 from keras_vaultgemma.layers.int8 import int8_matmul
 from keras_vaultgemma.layers.low_rank import LowRankUpdate, low_rank_matmul
 
@@ -73,8 +74,14 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         return None if self.quantization_mode else self._kernel
 
     @property
+    def int4_matrix(self):
+        """The matrix [in, units] in int4."""
+        variables = self._kernel, self.kernel_scale, getattr(self, "kernel_zero", None)
+        return Int4Matrix.of(variables, self._int4_block_size, 0, self.units)
+
+    @property
     def kernel(self):
-        """The matrix [in, units], merged with an adapter unless it is int8."""
+        """The matrix [in, units], merged with an adapter unless it is quantized."""
         if self.quantization_mode:
             return self._kernel if self.lora_enabled else super().kernel
         return ops.transpose(
@@ -86,9 +93,12 @@ class Projection(LowRankUpdate, keras.layers.Dense):
         return self._add_update(product, x, training)
 
     def quantized_call(self, x, training=None):
-        if self.quantization_mode != "int8":
+        if self.quantization_mode == "int4":
+            product = self.int4_matrix.matmul(x)
+        elif self.quantization_mode == "int8":
+            product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
+        else:
             return super().quantized_call(x, training=training)
-        product = int8_matmul(x, self._kernel, self.kernel_scale, self.inputs_quantizer)
         return ops.cast(self._add_update(product, x, training), self.compute_dtype)
 
     def _add_update(self, product, x, training):

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_vaultgemma import backend
+from keras_vaultgemma.layers import int4
 from keras_vaultgemma.layers.int8 import int8_matmul
 from keras_vaultgemma.layers.low_rank import LowRankUpdate, low_rank_matmul
 from keras_vaultgemma.layers.soft_cap import soft_cap
@@ -70,17 +71,42 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
 
     @property
     def embeddings(self):
-        """The matrix [V, D], merged with an adapter unless it is int8."""
+        """The matrix [V, D], merged with an adapter unless it is quantized."""
         if not self.lora_enabled:
             return super().embeddings
         return self._embeddings if self.quantization_mode else self.merged(self._embeddings)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        block = getattr(config, "block_size", None) or -1
+        if mode != "int4" or block == -1 or self.quantization_mode:
+            super().quantize(mode, type_check, config)
+            return
+        # As Keras does it, but in blocks of rows: Keras makes several copies of the whole table.
+        table = backend.numpy_view(self._embeddings)
+        values = int4.quantize_rows(table, block)
+        del self._embeddings
+        self.quantized_build(table.shape, mode, config)
+        self.quantization_config = config
+        variables = self._embeddings, self.embeddings_scale, self.embeddings_zero
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        name = f"int4/{block}_from_{self.dtype_policy.name}"
+        self.dtype_policy = keras.dtype_policies.get(name)
+
+    @property
+    def int4_matrix(self):
+        """The matrix [V, D] in int4."""
+        variables = self._embeddings, self.embeddings_scale, getattr(self, "embeddings_zero", None)
+        return int4.Int4Matrix.of(variables, self._int4_block_size, 1, self.output_dim)
 
     def call(self, x, reverse=False):
         if reverse:
             logits = backend.matmul(x, backend.value_of(self._embeddings), transposed=True)
             return soft_cap(self._add_update(logits, x), self.logit_soft_cap)
         ids = ops.cast(x, "int32")
-        rows = backend.take_rows(backend.value_of(self._embeddings), ids)
+        return self._add_row_update(backend.take_rows(backend.value_of(self._embeddings), ids), ids)
+
+    def _add_row_update(self, rows, ids):
         if self.lora_enabled:
             a, b = self.lora_factors
             update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, backend.value_of(b))
@@ -88,6 +114,12 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
         return ops.cast(rows, self.compute_dtype)
 
     def quantized_call(self, x, reverse=False):
+        if self.quantization_mode == "int4":
+            if reverse:
+                logits = self.int4_matrix.matmul(x, transposed=True)
+                return soft_cap(self._add_update(logits, x), self.logit_soft_cap)
+            ids = ops.cast(x, "int32")
+            return self._add_row_update(self.int4_matrix.rows(ids, self.compute_dtype), ids)
         if self.quantization_mode != "int8" or not reverse:
             return super().quantized_call(x, reverse=reverse)
         logits = int8_matmul(

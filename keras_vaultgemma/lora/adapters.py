@@ -95,8 +95,8 @@ def add(
 
     Raises:
         ValueError: If an argument is out of range, no layer matches a target, a matching layer is
-            quantized to something other than int8, the name is taken, or the active adapter is
-            merged.
+            quantized to something other than int8 or int4, the name is taken, or the active adapter
+            is merged.
 
     Example:
 

@@ -20,8 +20,10 @@ def merge(model: keras.Model) -> None:
     value of VaultGemma 1B in bfloat16, and as much as the model itself if every layer is a target.
 
     With a float32 base, the merged model computes the same up to rounding. In bfloat16, W + s A B
-    is rounded to 8 significant bits, and the rounding error can exceed the update itself. An int8
-    base is dequantized, added to and requantized with new scales.
+    is rounded to 8 significant bits, and the rounding error can exceed the update itself. A base
+    in int8 or int4 is dequantized, added to and requantized with new scales, a second
+    rounding that in int4 is coarse: keep the adapter, or merge it into the base in floating point,
+    as `keras-vaultgemma convert` does.
 
     Args:
         model: `VaultGemmaCausalLM` or `VaultGemmaBackbone`.

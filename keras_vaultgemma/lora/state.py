@@ -59,7 +59,7 @@ def add_adapter(model, name, adapter):
 
     Raises:
         ValueError: If the name is empty, not a string or taken, the active adapter is merged, or a
-            layer is quantized to something other than int8. The model is then unchanged.
+            layer is quantized to something other than int8 or int4. The model is then unchanged.
     """
     state = unmerged_state(model)
     if not isinstance(name, str) or not name or name in state.stored:

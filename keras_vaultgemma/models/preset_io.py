@@ -16,7 +16,8 @@ from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder, read_json
 from keras_vaultgemma._validation import check_known
 from keras_vaultgemma.checkpoints import presets
-from keras_vaultgemma.checkpoints.config import KERAS_FIELDS, read_config
+from keras_vaultgemma.checkpoints.config import read_config
+from keras_vaultgemma.checkpoints.config_fields import KERAS_FIELDS
 from keras_vaultgemma.checkpoints.dtypes import saved_policy
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values, warn_if_not_finite
 from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary

@@ -19,21 +19,24 @@ class Quantization:
         filters: str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Quantize the embedding and the projections to int8, and activations as they are used.
+        """Quantize the embedding and the projections to int8 or int4.
 
         The result generates, scores and trains adapters (`lora`), and is saved and loaded as a
-        model in floating point is. Norms stay in floating point.
+        model in floating point is. Norms stay in floating point. "int8" also rounds activations as
+        they are used. "int4" takes an eighth of the memory of float32 and is slower, because
+        matrices become floating point where they are used.
 
         Args:
-            mode: string. "int8", or None with a `config`.
-            config: `keras.quantizers.Int8QuantizationConfig`, or None for Keras's quantizers.
-                Defaults to None.
+            mode: string. "int8" or "int4", or None with a `config`.
+            config: `keras.quantizers.Int8QuantizationConfig`, or `Int4QuantizationConfig`, whose
+                `block_size` is the size of the groups that share a scale and a zero point. Defaults
+                to None, for Keras's quantizers and, in int4, groups of 128.
             filters: as for `keras.Model.quantize`: regular expression, list of them, or function of
                 a layer. Layers without a match stay as they are. Defaults to None, for all.
             **kwargs: other arguments of `keras.Model.quantize`.
 
         Raises:
-            ValueError: If the mode is not int8.
+            ValueError: If the mode is not int8 or int4, or int4 with quantized activations.
 
         Example:
 
@@ -45,9 +48,15 @@ class Quantization:
         ```
         """
         found = getattr(config, "mode", None) if mode is None else mode
-        if found != "int8":
+        if found not in ("int8", "int4"):
             reason = REASONS.get(str(found), "")
-            raise ValueError(f"`mode` must be 'int8'{reason}. Received: mode={found!r}")
+            raise ValueError(f"`mode` must be 'int8' or 'int4'{reason}. Received: mode={found!r}")
+        quantizer = getattr(config, "activation_quantizer", None)
+        if found == "int4" and quantizer is not None:
+            raise ValueError(
+                "`config` must have activation_quantizer=None for int4, because the loss and "
+                f"adapters need the activations. Received: {quantizer!r}"
+            )
 
         def is_quantized(layer):
             # Of other layers Keras warns that they cannot be quantized.
@@ -57,7 +66,6 @@ class Quantization:
 
 
 REASONS = {
-    "int4": ", because the loss and adapters cannot read matrices of packed 4-bit numbers",
     "float8": ", because float8 saves no memory (Keras keeps the matrices in floating point) and "
     "supports neither the embedding nor adapters",
     "gptq": ", because Keras's GPTQ supports neither the embedding nor adapters",

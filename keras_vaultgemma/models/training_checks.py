@@ -1,6 +1,5 @@
 """What has to be right before the causal language model is trained or evaluated."""
 
-from keras_vaultgemma.training.loss import check_table
 from keras_vaultgemma.training.optimizers import check_variables
 
 
@@ -32,8 +31,6 @@ class TrainingChecks:
     def _begin_evaluation(self):
         if self._steps is not None and self._overrides("compute_loss"):  # since `compile`
             self._steps = self.train_function = self.test_function = None
-        if self._steps is not None:
-            check_table(self.backbone.token_embedding)
 
     def _check_trainable_dtypes(self):
         for variable in self.trainable_variables:

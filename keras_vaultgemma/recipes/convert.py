@@ -1,5 +1,6 @@
 """Conversion of whole checkpoints from one format to another, one tensor at a time."""
 
+import functools
 import json
 import os
 import re
@@ -11,34 +12,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from keras_vaultgemma._files import new_folder, read_json
+from keras_vaultgemma._files import new_folder
 from keras_vaultgemma._validation import check_choice
-from keras_vaultgemma.checkpoints import presets, weight_map
+from keras_vaultgemma.checkpoints import gguf_format, presets, weight_map
+from keras_vaultgemma.checkpoints.config import read_config
+from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE, MODEL_TYPE
 from keras_vaultgemma.checkpoints.dtypes import own_dtype
-from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, widest
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, dtype_name, widest
 from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
-from keras_vaultgemma.checkpoints.reader import KerasOnly, format_of, open_values
-from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
-from keras_vaultgemma.checkpoints.writers import (
-    TEXT_FILES,
-    copy_text_files,
-    write_hugging_face_config,
-    write_keras_config,
-    write_keras_weights,
-)
+from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
 from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
+from keras_vaultgemma.recipes.conversion_target import check_target, old_files
+from keras_vaultgemma.recipes.export_formats import FORMATS, Conversion
 from keras_vaultgemma.recipes.sources import Source, find_source, merged_preset
-from keras_vaultgemma.recipes.verification import verify_conversion
 
-FORMATS = ("keras", "hf")
 SHARD_SIZE = "5GB"
-READ = {
-    "keras": {*presets.FILES["vocabulary"], "preprocessor.json", presets.LEDGER},
-    "hf": {*presets.FILES["vocabulary"], *TEXT_FILES, "model.safetensors", presets.LEDGER},
-}
-"""Files that loaders of a format take for a part of the model next to them."""
+SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""llama.cpp's names of the dtypes."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -52,6 +44,7 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    architecture: str = MODEL_TYPE,
 ) -> dict[str, Any]:
     """Convert a checkpoint to another format, with the memory of a part of one tensor.
 
@@ -64,19 +57,23 @@ def convert(
         target: string or path. Folder to write. It appears complete at the end, or not at all. One
             conversion at a time writes to it.
         to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
-            that transformers loads. Defaults to "keras".
-        dtype: string. "float32", "bfloat16" or "float16". Defaults to the dtype of the source, or
-            to float32 if the source has several.
+            that transformers loads, "gguf" for a file of llama.cpp and a Modelfile of Ollama.
+            Defaults to "keras".
+        dtype: string. "float32", "bfloat16", "float16" (or "f32", "bf16", "f16"), and for
+            `to="gguf"` also "q8_0", llama.cpp's 8 bits. Defaults to the dtype of the source, or to
+            float32 if the source has several.
         shard_size: int or string. Largest size of one weights file, in bytes or as in "500MB". Only
             for `to="hf"`. Defaults to "5GB".
         verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
-            the logits of transformers and this package where transformers and torch are installed.
-            Defaults to `False`.
+            the logits of transformers and this package where transformers and torch are installed
+            (not of "gguf"). Defaults to `False`.
         overwrite: bool. If True, replace the model in an existing `target`. Of its other files,
             only those are deleted that an earlier conversion lists in metadata.json. Defaults to
             `False`.
         progress: bool. If True, show a progress bar on standard error if that is a terminal.
             Defaults to `True`.
+        architecture: string. "gemma" writes a folder of `to="hf"` as Gemma 1, for engines that know
+            Gemma and not VaultGemma. Defaults to "vaultgemma".
 
     Returns:
         Dict. The content of the new metadata.json.
@@ -85,12 +82,15 @@ def convert(
         FileExistsError: If `target` exists and `overwrite` is False, or another process is
             writing it.
         FileNotFoundError: If the weights of `source` do not exist or cannot be downloaded.
+        ImportError: If `to="gguf"` and the package `gguf` is not installed.
         ValueError: If an argument is out of its range, the source is malformed, quantized or in
-            several files of Keras, a value does not fit into `dtype`, verification fails, or
-            `target` has files that would become a part of the new model.
+            several files of Keras, a value does not fit into `dtype`, the format cannot represent
+            the model (Gemma 1, and so GGUF, has no soft caps, no sliding layers and one scalar),
+            verification fails, or `target` has files that would become a part of the new model.
 
     Warns:
-        UserWarning: If the source has no vocabulary, because the target then has none either.
+        UserWarning: If the source has no vocabulary, because the target then has none either. For
+            "gguf" this is a ValueError.
 
     Example:
 
@@ -101,81 +101,104 @@ def convert(
     print(metadata["parameter_count"])
     ```
     """
-    _check_arguments(to, dtype, shard_size)
+    dtype = SHORT_DTYPES.get(dtype or "", dtype)
+    _check_arguments(to, dtype, architecture, shard_size)
     options = dict(
-        to=to, shard_size=shard_size, verify=verify, overwrite=overwrite, progress=progress
+        to=to,
+        architecture=architecture,
+        shard_size=_parse_size(SHARD_SIZE if shard_size is None else shard_size),
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
     )
     source, adapter = find_source(source)
     target = os.path.expanduser(target)
+    folder = presets.find(source)
+    check_target(folder if adapter is None else Path(adapter), target, overwrite)
+    FORMATS[to].check(read_config(folder), architecture, dtype)
     if adapter is None:
-        folder = presets.find(source)
-        _check_target(folder, target, overwrite)
         return _convert(source, folder, target, dtype, **options)
-    _check_target(Path(adapter), target, overwrite)
-    own = own_dtype(presets.find(source, "config"))
+    own = own_dtype(folder)
     dtype = dtype or (own if own in DTYPES else None)
     with merged_preset(Source(source, adapter), target) as folder:
         return _convert(source, folder, target, dtype, **options, adapter=adapter)
 
 
 def _convert(
-    source, folder, target, dtype, to, shard_size, verify, overwrite, progress, adapter=None
+    source,
+    folder,
+    target,
+    dtype,
+    to,
+    architecture,
+    shard_size,
+    verify,
+    overwrite,
+    progress,
+    adapter=None,
 ):
     """Convert the folder that `source` stands for, with `adapter` merged; see `convert`."""
     hyperparameters, values = _open(folder)
-    new_dtype = DTYPES[dtype] if dtype else widest(value.dtype for value in values.values())
-    preprocessor = _open_vocabulary(source, folder, hyperparameters)
-    weights = weight_map.weight_map(hyperparameters)
-    parameter_count = sum(weight.size for weight in weights)
+    dtype = dtype or dtype_name(widest(value.dtype for value in values.values()))
+    preprocessor = _open_vocabulary(source, folder, hyperparameters, to == "gguf")
+    parameter_count = sum(weight.size for weight in weight_map.weight_map(hyperparameters))
 
     # Each byte of the source is hashed; each byte of the target is written, hashed and, with
     # `verify`, compared.
     source_size = sum(path.stat().st_size for path in model_files(folder))
-    total = source_size + (3 if verify else 2) * parameter_count * new_dtype.itemsize
+    size = parameter_count * (DTYPES[dtype].itemsize if dtype in DTYPES else gguf_format.Q8_0_BYTES)
+    total = source_size + round((3 if verify else 2) * size)
     with (
         new_folder(target, exclusive=True) as new,
         _progress_bar(total, progress) as bar,
         ThreadPoolExecutor(1) as executor,
     ):
         # Again, because another process may have written it in the meantime.
-        _check_target(folder, target, overwrite)
+        check_target(folder, target, overwrite)
         # In a thread, because hashing releases the interpreter lock and takes about as long as
         # everything else together.
         source_digests = executor.submit(digests, folder, bar.update)
-        if to == "keras":
-            write_keras_config(new, hyperparameters, new_dtype, preprocessor)
-            write_keras_weights(new, hyperparameters, values, new_dtype, bar.update)
-        else:
-            is_hugging_face = format_of(folder) == weight_map.HUGGING_FACE
-            vocabulary = None if is_hugging_face else presets.file(folder, "vocabulary")
-            write_hugging_face_config(new, hyperparameters, new_dtype, preprocessor, vocabulary)
-            if is_hugging_face:
-                copy_text_files(folder, new)
-            tensors = [
-                (weight.locations[weight_map.HUGGING_FACE], values[weight.path])
-                for weight in weights
-            ]
-            write_tensors(
-                new, tensors, new_dtype, _parse_size(shard_size or SHARD_SIZE), bar.update
-            )
-        if verify:
-            verify_conversion(folder, new, new_dtype, bar.update)
-        metadata = new_metadata(source, folder, source_digests.result(), parameter_count, new_dtype)
-        if adapter is not None:
-            metadata["source"]["adapter"] = dict(
-                name=Path(adapter).resolve().name, files=digests(adapter)
-            )
-        training = _copy_ledger(folder, new)
-        card = model_card(to, metadata, hyperparameters, preprocessor is not None, training)
-        (new / "README.md").write_text(card, encoding="utf-8")
-        metadata["files"] = digests(new, bar.update)
-        (new / presets.METADATA).write_text(
-            json.dumps(metadata, indent=4, ensure_ascii=False), encoding="utf-8"
+
+        @functools.cache
+        def metadata():
+            content = new_metadata(source, folder, source_digests.result(), parameter_count, dtype)
+            if adapter is not None:
+                content["source"]["adapter"] = dict(
+                    name=Path(adapter).resolve().name, files=digests(adapter)
+                )
+            return content
+
+        conversion = Conversion(
+            folder,
+            hyperparameters,
+            values,
+            preprocessor,
+            dtype,
+            architecture,
+            shard_size,
+            metadata,
+            _copy_ledger(folder, new),
         )
-        old = _old_files(Path(target), to, written=model_files(new, as_names=True))
+        FORMATS[to].write(new, conversion, bar.update)
+        if verify:
+            FORMATS[to].verify(new, conversion, bar.update)
+        card = model_card(
+            to,
+            metadata(),
+            hyperparameters,
+            preprocessor is not None,
+            conversion.training,
+            to == "gguf" or architecture == GEMMA_TYPE,
+        )
+        (new / "README.md").write_text(card, encoding="utf-8")
+        content = {**metadata(), "files": digests(new, bar.update)}
+        (new / presets.METADATA).write_text(
+            json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8"
+        )
+        old = old_files(Path(target), FORMATS[to].reads, written=model_files(new, as_names=True))
     for path in old:
         path.unlink()
-    return metadata
+    return content
 
 
 def _progress_bar(total, enabled):
@@ -201,17 +224,23 @@ def _copy_ledger(folder, new):
     return training
 
 
-def _check_arguments(to, dtype, shard_size):
+def _check_arguments(to, dtype, architecture, shard_size):
     check_choice("to", to, FORMATS)
-    check_choice("dtype", dtype, DTYPES, allow_none=True)
-    if shard_size is None:
-        return
-    if to != "hf":
+    if dtype == gguf_format.Q8_0 and to != "gguf":
         raise ValueError(
-            "`shard_size` must be None unless to='hf', because a Keras preset has one file. "
-            f"Received: shard_size={shard_size!r}"
+            f'`dtype` must be a floating-point type unless to="gguf". Received: dtype={dtype!r}'
         )
-    _parse_size(shard_size)
+    check_choice("dtype", dtype, FORMATS[to].dtypes, allow_none=True)
+    check_choice("architecture", architecture, (MODEL_TYPE, GEMMA_TYPE))
+    for name, value, other, why in (
+        ("shard_size", shard_size, None, "the others have one file"),
+        ("architecture", architecture, MODEL_TYPE, "the others have one architecture"),
+    ):
+        if value != other and to != "hf":
+            raise ValueError(
+                f"`{name}` must be {other!r} unless to='hf', because {why}. "
+                f"Received: {name}={value!r}"
+            )
 
 
 def _parse_size(size):
@@ -226,46 +255,14 @@ def _parse_size(size):
     return count
 
 
-def _check_target(folder, target, overwrite):
-    path = Path(target)
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists. Pass `overwrite=True` (--overwrite) to replace the model in it"
-        )
-    if path.resolve() == folder.resolve():
-        raise ValueError(
-            f"`target` must be another folder than the source. Received: target={target}"
-        )
-    if path.is_dir() and any(path.iterdir()) and not (path / presets.CONFIG).is_file():
-        raise ValueError(
-            f"{target} has no {presets.CONFIG}, so it holds no model and is not overwritten"
-        )
-
-
-def _old_files(target, to, written):
-    """Return the files that an earlier conversion lists and the new one does not write.
-
-    Raises:
-        ValueError: If another such file would become a part of the new model.
-    """
-    path = target / presets.METADATA
-    listed = read_json(path).get("files") if path.is_file() else {}
-    rest = model_files(target, as_names=True) - written if target.is_dir() else set()
-    old = rest & {*(listed if isinstance(listed, dict) else {})}
-    others = sorted((rest - old) & READ[to])
-    if others:
-        raise ValueError(
-            f"{target} has {', '.join(others)}, which would become a part of the new model, and "
-            "which no conversion lists in its metadata.json. Move it away, or choose another target"
-        )
-    return [target / name for name in old]
-
-
-def _open_vocabulary(source, folder, hyperparameters):
+def _open_vocabulary(source, folder, hyperparameters, is_needed):
     """Return the preprocessor of a source. Warn and return None if it has no vocabulary."""
     if presets.file(folder, "vocabulary") is None:
+        if is_needed:
+            raise ValueError(
+                f"{source} must have a vocabulary ({', '.join(presets.FILES['vocabulary'])}), "
+                "because a GGUF file holds one. Received: none"
+            )
         warnings.warn(
             f"{source} has no vocabulary ({', '.join(presets.FILES['vocabulary'])}), so the "
             "converted model works on token ids only (`preprocessor=None`)",

@@ -22,6 +22,7 @@ from keras_vaultgemma.recipes.sources import find_source
 FORMATS = {
     weight_map.KERAS: "Keras preset",
     weight_map.HUGGING_FACE: "Hugging Face",
+    weight_map.GEMMA: "Hugging Face, as Gemma 1",
     weight_map.KERAS_HUB: "keras-hub GemmaBackbone preset",
 }
 """Words for the formats of `weight_map`."""

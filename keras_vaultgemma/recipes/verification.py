@@ -37,7 +37,7 @@ def verify_conversion(source, target, dtype, report=ignore_progress):
     """
     verify_tensors(source, target, dtype, report)
     formats = {format_of(source), format_of(target)}
-    if weight_map.HUGGING_FACE in formats and all(
+    if formats & {*weight_map.SAFETENSORS} and all(
         map(importlib.util.find_spec, ("torch", "transformers"))
     ):
         verify_logits(source, target, dtype)
@@ -78,7 +78,7 @@ def _logits(folder, dtype):
     hyperparameters, values = open_values(folder)
     is_rounded = any(value.dtype != dtype for value in values.values())
     prompt = np.arange(PROMPT_LENGTH)[None] * 7919 % hyperparameters["vocabulary_size"]
-    if format_of(folder) == weight_map.HUGGING_FACE:
+    if format_of(folder) in weight_map.SAFETENSORS:
         logits = _transformers_logits(folder, prompt, dtype_name(dtype) if is_rounded else None)
     else:
         logits = _keras_logits(folder, prompt, dtype_name(dtype) if is_rounded else None)

@@ -33,16 +33,6 @@ with twice as many.
 """
 
 
-def check_table(embedding):
-    """Raise ValueError if a `ReversibleEmbedding` is quantized to something other than int8."""
-    if embedding.quantization_mode not in (None, "int8"):
-        raise ValueError(
-            "The loss needs an embedding in floating point or int8; `predict` and `score` with "
-            "scoring_mode='logits' work with others. "
-            f"Received: {embedding.path} in {embedding.quantization_mode}"
-        )
-
-
 def head_terms(embedding, rows, table=None):
     """Return the terms of the logits that the tied head computes.
 
@@ -55,9 +45,13 @@ def head_terms(embedding, rows, table=None):
         List of one `LogitTerm`, or two if the embedding has an adapter.
     """
     is_int8 = embedding.quantization_mode == "int8"
+    if table is None:
+        # Dequantized once, not in every chunk.
+        is_int4 = embedding.quantization_mode == "int4"
+        table = embedding.int4_matrix.dense(rows.dtype) if is_int4 else embedding.table
     base = LogitTerm(
         rows,
-        embedding.table if table is None else table,
+        table,
         embedding.embeddings_scale if is_int8 else None,
         embedding.inputs_quantizer if is_int8 else None,
         embedding.table.trainable,

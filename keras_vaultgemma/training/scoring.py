@@ -17,7 +17,7 @@ from keras_vaultgemma.generation.validation import (
     check_padded,
     padded_arrays,
 )
-from keras_vaultgemma.training.loss import check_table, cross_entropy, head_terms
+from keras_vaultgemma.training.loss import cross_entropy, head_terms
 
 BATCH_ROWS = 32
 """Rows that are scored together."""
@@ -94,7 +94,6 @@ class Scoring:
         if scoring_mode == "logits":
             x = {"token_ids": token_ids, "padding_mask": segments}
             return keras.Model.predict(self, x, verbose=0)
-        check_table(self.backbone.token_embedding)
         arrays = (token_ids, segments, *self._targets(token_ids, segments, target_ids))
         score = self._scoring(self._score_rows)
         batches = [

@@ -414,3 +414,30 @@ def test_the_policy_of_a_keras_preset(tmp_path, dtype, policy):
 def test_a_policy_without_a_name_raises(tmp_path):
     with pytest.raises(ValueError, match="`dtype` must be the name of a dtype policy. Received: 5"):
         keras_policy(own_config(tmp_path, dtype=5))
+
+
+# Gemma 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_act", "gelu", None),
+        ("hidden_activation", None, None),
+        ("hidden_activation", "relu", "'gelu_pytorch_tanh', or null or 'gelu'"),
+        ("use_bidirectional_attention", True, "null or false"),
+        ("head_dim", 7, "even"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "null, or of the rope_type 'default'"),
+    ],
+)
+def test_the_config_of_gemma(tmp_path, field, value, message):
+    config = {"model_type": "gemma", "num_hidden_layers": 2, "head_dim": 64, field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message:
+        with pytest.raises(ValueError, match=f"`{field}` must be {message}"):
+            read_config(tmp_path)
+        return
+    arguments = read_config(tmp_path)
+    assert (arguments["query_pre_attn_scalar"], arguments["num_query_heads"]) == (64, 16)
+    assert arguments["layer_types"] == ["full_attention"] * 2
+    assert arguments["final_logit_soft_cap"] is arguments["sliding_window_size"] is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from hard_texts import HARD
 from hub_client import write_checkpoint
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
@@ -31,34 +32,6 @@ pytestmark = pytest.mark.any_backend
 
 TINY = Path(__file__).parents[2] / "presets/vaultgemma_tiny/assets/tokenizer/vocabulary.spm"
 GENUINE = os.environ.get("GEMMA_VOCABULARY")
-HARD = [
-    "",
-    " ",
-    "Once upon a time",
-    "  two  spaces\n\n\nand lines ",
-    " " * 31 + "x" + " " * 32 + "y" + " " * 95,
-    "\n" * 31 + "x" + "\n" * 32 + "y" + "\n" * 70,
-    "a\tb\t\tc\t\t\td \t e\n\t\n",
-    "\r\nWindows\r\n\r\n",
-    "12345 3.14159 1,000,000 ½ ² ٣ 五",
-    "naïve café e\u0301 ﬁ Å Å",
-    "한국어 日本語 中文 العربية עברית ไทย हिन्दी",
-    "𒀀𒁀 𝔘𝔫𝔦 \U0010ffff",
-    "😀👩‍👩‍👧‍👦🇩🇪👍🏽 ❤️",
-    "“quotes” ‘single’ — … „low“",
-    "<bos> is text, <eos> too, <unk> and <pad>",
-    "<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n",
-    "<start_of_turn><end_of_turn><end_of_turn> <start_of_turn",
-    "def f(x):\n    return x**2  # comment\n\n\tif x:\n\t\tpass\n",
-    "https://example.org/a?b=c&d=e#f user@example.org",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "the the the thethe THE tHe",
-    "<0x41><0x0A> <unused7> <table>",
-    "\u200b\u00a0\u2028\ufeff\x7f\x01",
-    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
-    "It's 12,345.67% — isn't it?!",
-    "x" * 300 + " " + "ab" * 150,
-]
 EDGES = ("\t", "\n", " ", "  ", "<", ">", "▁", "0", "the", "é", "𒀀", "<eos>", "<end_of_turn>")
 
 

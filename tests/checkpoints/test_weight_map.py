@@ -8,6 +8,7 @@ from common import RELEASE_LIKE, random_backbone
 
 from keras_vaultgemma.checkpoints.hdf5_format import open_hdf5
 from keras_vaultgemma.checkpoints.weight_map import (
+    GEMMA,
     HUGGING_FACE,
     KERAS,
     KERAS_HUB,
@@ -89,7 +90,7 @@ def test_names_and_values_in_keras_own_file(weights, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", [HUGGING_FACE, KERAS_HUB, KERAS])
+@pytest.mark.parametrize("name", [HUGGING_FACE, GEMMA, KERAS_HUB, KERAS])
 def test_there_and_back(weights, name):
     for weight in weights:
         value = np.arange(weight.size).reshape(weight.shape)

@@ -241,9 +241,10 @@ def test_merged_matrix_of_a_mixed_policy_is_float32():
 def test_other_quantized_bases_are_rejected():
     layer = Projection(24, initializer_range=0.3, dtype="float32", name="p")
     layer.build((None, 16))
-    layer.quantize("int4")
-    with pytest.raises(ValueError, match="base in floating point or int8. Received: p in int4"):
+    layer.quantize("float8")
+    message = "base in floating point, int8 or int4. Received: p in float8"
+    with pytest.raises(ValueError, match=message):
         layer.enable_lora(2)
     layer = adapted_projection()[0]
-    with pytest.raises(ValueError, match="base in floating point or int8. Received: p in int4"):
-        layer.quantize("int4")
+    with pytest.raises(ValueError, match=message):
+        layer.quantize("float8")

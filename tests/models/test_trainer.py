@@ -272,21 +272,6 @@ def test_labels_of_a_loss_that_ignores_some(model):
 
 
 @pytest.mark.first_backend
-@pytest.mark.parametrize("call", ["fit", "evaluate", "score"])
-def test_an_embedding_in_int4_has_no_loss(call):
-    model = VaultGemmaCausalLM(random_backbone(num_layers=1))
-    model.backbone.token_embedding.quantize("int4")
-    message = (
-        "The loss needs an embedding in floating point or int8.*Received: token_embedding in int4"
-    )
-    with pytest.raises(ValueError, match=message):
-        model.score(IDS["token_ids"]) if call == "score" else getattr(model, call)(
-            IDS, IDS["token_ids"], verbose=0
-        )
-    assert model.score(IDS["token_ids"], scoring_mode="logits").shape == (2, 5, 128)
-
-
-@pytest.mark.first_backend
 def test_fit_refuses_no_rows(model):
     x = {"token_ids": np.zeros((0, 5), "int32"), "padding_mask": np.zeros((0, 5), "int32")}
     for call in (model.fit, model.evaluate):

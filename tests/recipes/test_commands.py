@@ -240,8 +240,15 @@ def test_info_prints_the_description(capsys):
     [
         ("", {}),
         (
-            "--to hf --dtype bfloat16 --shard-size 5MB --verify --overwrite",
-            dict(to="hf", dtype="bfloat16", shard_size="5MB", verify=True, overwrite=True),
+            "--to hf --as gemma --dtype bf16 --shard-size 5MB --verify --overwrite",
+            dict(
+                to="hf",
+                architecture="gemma",
+                dtype="bf16",
+                shard_size="5MB",
+                verify=True,
+                overwrite=True,
+            ),
         ),
     ],
 )
@@ -254,7 +261,8 @@ def test_convert_calls_the_recipe_and_reports_the_target(capsys, monkeypatch, op
 
     monkeypatch.setattr("keras_vaultgemma.recipes.convert.convert", convert)
     assert cli.main(["convert", "from/here", "there", *options.split()]) == 0
-    defaults = dict(to="keras", dtype=None, shard_size=None, verify=False, overwrite=False)
+    defaults = dict(to="keras", dtype=None, architecture="vaultgemma", shard_size=None)
+    defaults |= dict(verify=False, overwrite=False)
     assert calls == dict(source="from/here", target="there", **{**defaults, **changes})
     verified = ", equal to the source" if changes else ""
     assert capsys.readouterr().out == f"there: 2,754,240 parameters in bfloat16{verified}\n"

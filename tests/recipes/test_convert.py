@@ -330,11 +330,17 @@ def test_a_handle_is_recorded_with_its_commit(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(to="pt"), "`to` must be one of 'keras', 'hf'. Received: to='pt'"),
+        (dict(to="pt"), "`to` must be one of 'keras', 'hf', 'gguf'. Received: to='pt'"),
         (
             dict(dtype="int8"),
             "`dtype` must be None or one of 'float32', 'float16', 'bfloat16'. Received: dtype='int8'",
         ),
+        (dict(to="hf", dtype="q8_0"), '`dtype` must be a floating-point type unless to="gguf"'),
+        (
+            dict(to="hf", architecture="gemma2"),
+            "`architecture` must be one of 'vaultgemma', 'gemma'",
+        ),
+        (dict(architecture="gemma"), "`architecture` must be 'vaultgemma' unless to='hf'"),
         (
             dict(shard_size="5GB"),
             "`shard_size` must be None unless to='hf', because .* Received: shard_size='5GB'",
