@@ -178,7 +178,6 @@ class Scoring:
             Tuple of NumPy arrays of shape `[N]`: -log p of each target in nats, float32, 0 where
             nothing is predicted; and bool, True where the target is the most likely token.
         """
-        check_table(self.backbone.token_embedding)
         arrays = (token_ids, positions, segments, branches, sources, targets)
         losses, is_correct = self._scoring(self._score_branches)(*map(backend.as_argument, arrays))
         return ops.convert_to_numpy(losses), ops.convert_to_numpy(is_correct) > 0
