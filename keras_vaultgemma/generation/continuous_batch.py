@@ -1,0 +1,419 @@
+"""Continuous batching: rows join and leave a batch between two decoding steps.
+
+As in `generator.py`, all rows write the same slot at the same time, each at its own position. Here
+that slot goes round: the cache is a ring. The prompt of a row that joins is copied into the slots
+just before the next one, wherever that is, and its other slots become empty. No row has more tokens
+than there are slots, so none overwrites its own.
+
+The cache is the only state on the device. It has a few sizes, so that few functions are compiled.
+
+Shapes: B rows of the batch, N rows that join, S slots, V vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_vaultgemma import backend
+from keras_vaultgemma.generation import sampling
+from keras_vaultgemma.generation.prefill import Prefill, cache_slots
+from keras_vaultgemma.generation.state import NO_TOKEN, pad_list
+from keras_vaultgemma.layers import kv_cache
+from keras_vaultgemma.layers.kv_cache import EMPTY, KVCache, write
+
+MAX_STEPS = 16
+"""Largest number of decoding steps in one call."""
+
+TOP = 20
+"""Number of most likely tokens that are reported with a token, where a row asks for them."""
+
+SHRINK_AFTER = 32
+"""Calls in a row in which a smaller cache would do, before the cache becomes smaller."""
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A row of ids to continue, with options of its own.
+
+    Attributes:
+        prompt: non-empty list of ids.
+        limit: int. Maximum number of new tokens.
+        stop_token_ids: ids that end the row, at most `state.ID_BLOCK`.
+        temperature: float. 0 chooses the most likely token. Defaults to 0.
+        top_p: float. See `sampling.top_p`. Defaults to 1, for all tokens.
+        min_p: float. See `sampling.min_p`. Defaults to 0, for all tokens.
+        repetition_penalty: float. See `sampling.repetition_penalty`. Defaults to 1, for none.
+        uniforms: float32 array [limit]. The uniform deviates that draw the tokens. Not read where
+            the temperature is 0. Defaults to none.
+        top: bool. True to report the `TOP` most likely tokens. Defaults to False.
+        tokens: list of the new ids.
+    """
+
+    prompt: list
+    limit: int
+    stop_token_ids: tuple = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    uniforms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, "float32"))
+    top: bool = False
+    tokens: list = dataclasses.field(default_factory=list)
+
+    @property
+    def is_plain(self):
+        """True if the next token is the most likely one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+    @property
+    def remaining(self):
+        """Number of tokens that the row may still get."""
+        is_stopped = self.tokens and self.tokens[-1] in self.stop_token_ids
+        return 0 if is_stopped else self.limit - len(self.tokens)
+
+    @property
+    def last_position(self):
+        """Position of the last token, which is the number of tokens in the cache."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class Step(NamedTuple):
+    """What one call of `ContinuousBatch.step` gave one row.
+
+    Attributes:
+        row: `Row`, whose `tokens` have the new ones.
+        tokens: list of the new ids.
+        log_probs: list of floats, as `state.Generated` has them. NaN where logits are not finite;
+            the row has then ended.
+        top: list of pairs `(ids, log_probs)` of the most likely tokens; empty unless `row.top`.
+    """
+
+    row: Row
+    tokens: list
+    log_probs: list
+    top: list
+
+
+class Options(NamedTuple):
+    """Options of the B rows as tensors. See `Row`."""
+
+    stop_token_ids: object  # int32 [B, n]
+    temperature: object  # float32 [B, 1]
+    top_p: object  # float32 [B, 1]
+    min_p: object  # float32 [B, 1]
+    repetition_penalty: object  # float32 [B, 1]
+    uniforms: object  # float32 [B, MAX_STEPS]
+
+
+class LoopState(NamedTuple):
+    """What a decoding step reads and the next one needs.
+
+    Attributes:
+        cache: `KVCache` of all tokens but the last one.
+        seen: int32 [B, S]. Tokens in their slots, else `NO_TOKEN`.
+        last: int32 [B]. Last token of each row.
+        slot: int32 scalar. Slot of the last tokens, which this step writes.
+        step: int32 scalar. Number of steps taken.
+        positions: int32 [B]. Position of the last token.
+        remaining: int32 [B]. Number of tokens that a row may still get.
+        tokens, log_probs: int32 and float32 [B, MAX_STEPS]. The new tokens.
+        top: tuple of int32 and float32 [B, MAX_STEPS, TOP]; empty if no row asks for them.
+    """
+
+    cache: KVCache
+    seen: object
+    last: object
+    slot: object
+    step: object
+    positions: object
+    remaining: object
+    tokens: object
+    log_probs: object
+    top: tuple
+
+
+class ContinuousBatch:
+    """A batch of rows that are decoded together and come and go.
+
+    Args:
+        model: as for `generator.Generator`.
+        max_rows: int. Largest number of rows. Defaults to 8.
+    """
+
+    def __init__(self, model, max_rows=8):
+        self.model = model
+        self.max_rows = max_rows
+        variables = list(model.variables)
+
+        def compile(function, **options):
+            return backend.compile_function(function, variables, **options)
+
+        self._variables = variables
+        self._compile = compile
+        self._prefill = Prefill(model, compile)
+        self._gather = compile(kv_cache.gather_slots)
+        self._insert = compile(_insert, donate=(0,))
+        self._decode = {}  # by (adjusts, reports the most likely tokens)
+        self._rows, self._slots = [], 0
+        self._slot = self._calls_too_large = 0
+        self._cache = None
+
+    @property
+    def rows(self):
+        """List of the rows in the batch."""
+        return [row for row in self._rows if row is not None]
+
+    @property
+    def free(self):
+        """Number of rows that can still join."""
+        return self.max_rows - len(self.rows)
+
+    def add(self, rows):
+        """Let rows join. Each gets its first token with the next step.
+
+        Args:
+            rows: list of `Row`, at most `free`.
+        """
+        while rows:
+            # Powers of two, so that few functions are compiled.
+            count = 1 << len(rows).bit_length() - 1
+            self._add(rows[:count])
+            rows = rows[count:]
+
+    def remove(self, row):
+        """Remove a row. One that has ended is removed by `step` already."""
+        if row in self._rows:
+            self._rows[self._rows.index(row)] = None
+
+    def step(self, steps=1):
+        """Decode up to `steps` tokens of every row, at most `MAX_STEPS`.
+
+        Returns:
+            List of `Step`, one for each row. Rows that have ended are removed from the batch.
+        """
+        members = [(i, row) for i, row in enumerate(self._rows) if row is not None]
+        if not members:
+            return []
+        self._shrink()
+        members = [(i, row) for i, row in enumerate(self._rows) if row is not None]
+        adjusts = not all(row.is_plain for _, row in members)
+        reports = any(row.top for _, row in members)
+        state, options = self._loop_arguments(reports)
+        steps = min(steps, MAX_STEPS, max(row.remaining for _, row in members))
+        state = self._decode_function(adjusts, reports)(self._cache, state, options, _int(steps))
+        self._cache, self._slot = state.cache, int(state.slot)
+        tokens, log_probs, *top = (
+            ops.convert_to_numpy(x) for x in (state.tokens, state.log_probs, *state.top)
+        )
+        found = []
+        for i, row in members:
+            count = int((tokens[i] != NO_TOKEN).sum())
+            new, probs = tokens[i, :count].tolist(), log_probs[i, :count].tolist()
+            row.tokens += new
+            likely = [(top[0][i, j], top[1][i, j]) for j in range(count)] if row.top else []
+            found.append(Step(row, new, probs, likely))
+            if not row.remaining or np.isnan(probs).any():
+                self._rows[i] = None
+        return found
+
+    def _add(self, rows):
+        self._resize(len(self.rows) + len(rows), self._needed_slots([*self.rows, *rows]))
+        # The last token of a prompt is read by the next decoding step.
+        _, prompts, _ = self._prefill([row.prompt[:-1] or row.prompt for row in rows], 0)
+        lengths = [len(row.prompt) - 1 for row in rows]
+        positions = ring_positions(lengths, self._slot, self._slots)
+        source = np.minimum(np.maximum(positions, 0), prompts.positions.shape[1] - 1)
+        free = [i for i, row in enumerate(self._rows) if row is None][: len(rows)]
+        self._cache = self._insert(self._cache, prompts, _int(source), _int(positions), _int(free))
+        for i, row in zip(free, rows, strict=True):
+            self._rows[i] = row
+
+    def _needed_slots(self, rows):
+        return max((len(row.prompt) + row.limit for row in rows), default=0)
+
+    def _sizes(self, rows, needed):
+        """Return numbers of rows and slots that suffice."""
+        count = 1
+        while count < rows:
+            count *= 2
+        count = min(count, self.max_rows)
+        return count, cache_slots(needed, 2)
+
+    def _shrink(self):
+        rows, slots = self._sizes(len(self.rows), self._needed_slots(self.rows))
+        is_too_large = rows < len(self._rows) or slots < self._slots
+        self._calls_too_large = self._calls_too_large + 1 if is_too_large else 0
+        if self._calls_too_large > SHRINK_AFTER:
+            self._set_size(rows, slots)
+
+    def _resize(self, rows, needed):
+        """Make the cache large enough; if it holds no row, also no larger than that."""
+        rows, slots = self._sizes(rows, needed)
+        if self.rows:
+            rows, slots = max(rows, len(self._rows)), max(slots, self._slots)
+        self._set_size(rows, slots)
+
+    def _set_size(self, count, slots):
+        if (count, slots) == (len(self._rows), self._slots):
+            return
+        members = [(i, row) for i, row in enumerate(self._rows) if row is not None]
+        slot = self._slot % slots
+        if not members:
+            self._cache = self.model.backbone.empty_cache(count, slots)
+        else:
+            index, lengths = np.zeros(count, "int32"), np.zeros(count, "int32")
+            index[: len(members)] = [i for i, _ in members]
+            lengths[: len(members)] = [row.last_position for _, row in members]
+            positions = ring_positions(lengths, slot, slots)
+            age = lengths[:, None] - positions
+            source = np.where(positions == EMPTY, 0, (self._slot - age) % self._slots)
+            self._cache = self._gather(self._cache, _int(index), _int(source), _int(positions))
+        self._rows = [row for _, row in members] + [None] * (count - len(members))
+        self._slots, self._slot, self._calls_too_large = slots, slot, 0
+
+    def _loop_arguments(self, reports):
+        """Return the `LoopState`, without cache, and the `Options` of the rows as they are."""
+        count, rows = len(self._rows), self._rows
+        nobody = Row([0], 0)
+        numbers = lambda name: [getattr(row or nobody, name) for row in rows]  # noqa: E731
+        column = lambda name: _float(np.array(numbers(name))[:, None])  # noqa: E731
+        uniforms = np.zeros((count, MAX_STEPS), "float32")
+        seen = np.full((count, self._slots), NO_TOKEN)
+        positions = ring_positions(numbers("last_position"), self._slot, self._slots)
+        for i, row in enumerate(rows):
+            if row is not None:
+                draws = row.uniforms[len(row.tokens) : len(row.tokens) + MAX_STEPS]
+                uniforms[i, : len(draws)] = draws
+                if row.repetition_penalty != 1:
+                    ids, is_token = np.array(row.prompt + row.tokens), positions[i] != EMPTY
+                    seen[i, is_token] = ids[positions[i, is_token]]
+        shape = (count, MAX_STEPS)
+        state = LoopState(
+            cache=(),
+            seen=_int(seen),
+            last=_int([(row.prompt + row.tokens)[-1] if row else 0 for row in rows]),
+            slot=_int(self._slot),
+            step=_int(0),
+            positions=_int(numbers("last_position")),
+            remaining=_int(numbers("remaining")),
+            tokens=_int(np.full(shape, NO_TOKEN)),
+            log_probs=_float(np.zeros(shape)),
+            top=(_int(np.zeros((*shape, TOP))), _float(np.zeros((*shape, TOP)))) if reports else (),
+        )
+        stops = np.stack([pad_list(row.stop_token_ids if row else ()) for row in rows])
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
+        return state, Options(_int(stops), *map(column, names), _float(uniforms))
+
+    def _decode_function(self, adjusts, reports):
+        key = adjusts, reports
+        if key not in self._decode:
+
+            def step(state, options):
+                return self._step(state, options, adjusts)
+
+            begin = backend.record_step(step, self._variables)
+
+            def decode(cache, state, options, steps):
+                step = begin()
+
+                def continues(state):
+                    return ops.logical_and(ops.any(state.remaining > 0), state.step < steps)
+
+                (state,) = ops.while_loop(
+                    continues, lambda state: (step(state, options),), (state._replace(cache=cache),)
+                )
+                return state
+
+            self._decode[key] = self._compile(decode, donate=(0,))
+        return self._decode[key]
+
+    def _step(self, state, options, adjusts):
+        """Read the last token of each row and choose the next one."""
+        continues = state.remaining > 0
+        positions = ops.where(continues, state.positions, EMPTY)[:, None]
+        hidden, cache = self.model.backbone.walk(
+            state.last[:, None], positions, cache=state.cache, start=state.slot
+        )
+        logits = self.model.logits(hidden)[:, 0]
+        seen = write(state.seen, ops.where(continues, state.last, NO_TOKEN)[:, None], state.slot)
+        token = ops.cast(ops.argmax(logits, axis=-1), "int32")
+        if adjusts:
+            token = _choose(logits, seen, state.step, options)
+        normalizer = ops.logsumexp(logits, axis=1)
+        log_prob = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0] - normalizer
+        stops = ops.any(token[:, None] == options.stop_token_ids, axis=1)
+        # A row whose logits are not finite ends, so that the host can say so.
+        ended = ops.logical_or(ops.logical_or(stops, ops.isnan(log_prob)), ~continues)
+        top = state.top
+        if top:
+            values, ids = ops.top_k(logits, TOP)
+            found = ops.cast(ids, "int32"), values - normalizer[:, None]
+            top = tuple(write(x, y[:, None], state.step) for x, y in zip(top, found, strict=True))
+        slot = state.slot + 1
+        return LoopState(
+            cache=cache,
+            seen=seen,
+            last=token,
+            slot=ops.where(slot == state.seen.shape[1], slot * 0, slot),
+            step=state.step + 1,
+            positions=state.positions + 1,
+            remaining=ops.where(ended, 0, state.remaining - 1),
+            tokens=write(
+                state.tokens, ops.where(continues, token, NO_TOKEN)[:, None], state.step
+            ),
+            log_probs=write(state.log_probs, log_prob[:, None], state.step),
+            top=top,
+        )
+
+
+def ring_positions(lengths, slot, slots):
+    """Return the positions of the tokens in a ring whose next slot is `slot`.
+
+    Args:
+        lengths: list of N ints. Number of tokens of each row, which are in the slots before `slot`.
+        slot: int from 0 to `slots - 1`.
+        slots: int S.
+
+    Returns:
+        int array [N, S], `EMPTY` in slots without a token.
+    """
+    age = (slot - 1 - np.arange(slots)) % slots + 1
+    return np.maximum(np.array(lengths)[:, None] - age, EMPTY)
+
+
+def _choose(logits, seen, step, options):
+    """Return tokens, int32 [B]: the most likely ones where the temperature is 0, else drawn."""
+    logits = sampling.repetition_penalty(logits, seen, options.repetition_penalty)
+    is_greedy = options.temperature == 0
+    rule = sampling.Rule(
+        "random", ops.where(is_greedy, 1.0, options.temperature), p=options.top_p
+    )
+    probabilities = sampling.min_p(sampling.probabilities(logits, rule), options.min_p)
+    drawn = sampling.draw(probabilities, ops.take(options.uniforms, step, axis=1))
+    best = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    return ops.where(is_greedy[:, 0], best, drawn)
+
+
+def _insert(cache, prompts, source, positions, rows):
+    """Return the cache with the prompts of `prompts` in some of its rows.
+
+    Args:
+        cache: `KVCache` of B rows and S slots. The caller must not use it again.
+        prompts: `KVCache` of N rows.
+        source, positions: int32 [N, S], as for `kv_cache.gather_slots`.
+        rows: int32 [N]. The rows of `cache` to replace.
+    """
+    new = kv_cache.gather_slots(
+        prompts, ops.arange(positions.shape[0], dtype="int32"), source, positions
+    )
+    return kv_cache.write_rows(cache, new, rows)
+
+
+def _int(x):
+    return backend.as_argument(np.asarray(x, "int32"))
+
+
+def _float(x):
+    return backend.as_argument(np.asarray(x, "float32"))
