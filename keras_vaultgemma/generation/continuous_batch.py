@@ -156,9 +156,12 @@ class ContinuousBatch:
         self._gather = compile(kv_cache.gather_slots)
         self._insert = compile(_insert, donate=(0,))
         self._decode = {}  # by (adjusts, reports the most likely tokens)
-        self._rows, self._slots = [], 0
-        self._slot = self._calls_too_large = 0
-        self._cache = None
+        self.clear()
+
+    def clear(self):
+        """Remove all rows and free the cache."""
+        self._rows, self._cache = [], None
+        self._slots = self._slot = self._calls_too_large = 0
 
     @property
     def rows(self):
@@ -193,8 +196,7 @@ class ContinuousBatch:
         Returns:
             List of `Step`, one for each row. Rows that have ended are removed from the batch.
         """
-        members = [(i, row) for i, row in enumerate(self._rows) if row is not None]
-        if not members:
+        if not self.rows:
             return []
         self._shrink()
         members = [(i, row) for i, row in enumerate(self._rows) if row is not None]
