@@ -10,24 +10,16 @@ The cache is the only state on the device. It has a few sizes, so that few funct
 Shapes: B rows of the batch, N rows that join, S slots, V vocabulary.
 """
 
-import dataclasses
-from typing import NamedTuple
-
 import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.generation import sampling
+from keras_vaultgemma.generation.batch_loop import MAX_STEPS, TOP, BatchLoop, LoopState, Options
+from keras_vaultgemma.generation.batch_rows import Row, Step
 from keras_vaultgemma.generation.prefill import Prefill
 from keras_vaultgemma.generation.state import NO_TOKEN, pad_list
 from keras_vaultgemma.layers import kv_cache
-from keras_vaultgemma.layers.kv_cache import EMPTY, KVCache, write
-
-MAX_STEPS = 16
-"""Largest number of decoding steps in one call."""
-
-TOP = 20
-"""Number of most likely tokens that are reported with a token, where a row asks for them."""
+from keras_vaultgemma.layers.kv_cache import EMPTY
 
 MIN_SLOTS = 128
 """Slots of the smallest cache. Others have this times a power of two.
@@ -38,107 +30,6 @@ model and 128 slots instead of 256, a step takes 1.6 ms of processor time instea
 
 SHRINK_AFTER = 32
 """Calls in a row in which a smaller cache would do, before the cache becomes smaller."""
-
-
-@dataclasses.dataclass(eq=False)
-class Row:
-    """A row of ids to continue, with options of its own.
-
-    Attributes:
-        prompt: non-empty list of ids.
-        limit: int. Maximum number of new tokens.
-        stop_token_ids: ids that end the row, at most `state.ID_BLOCK`.
-        temperature: float. 0 chooses the most likely token. Defaults to 0.
-        top_p: float. See `sampling.top_p`. Defaults to 1, for all tokens.
-        min_p: float. See `sampling.min_p`. Defaults to 0, for all tokens.
-        repetition_penalty: float. See `sampling.repetition_penalty`. Defaults to 1, for none.
-        uniforms: float32 array [limit]. The uniform deviates that draw the tokens. Not read where
-            the temperature is 0. Defaults to none.
-        top: bool. True to report the `TOP` most likely tokens. Defaults to False.
-        tokens: list of the new ids.
-    """
-
-    prompt: list
-    limit: int
-    stop_token_ids: tuple = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    uniforms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, "float32"))
-    top: bool = False
-    tokens: list = dataclasses.field(default_factory=list)
-
-    @property
-    def is_plain(self):
-        """True if the next token is the most likely one."""
-        return self.temperature == 0 and self.repetition_penalty == 1
-
-    @property
-    def remaining(self):
-        """Number of tokens that the row may still get."""
-        is_stopped = self.tokens and self.tokens[-1] in self.stop_token_ids
-        return 0 if is_stopped else self.limit - len(self.tokens)
-
-    @property
-    def last_position(self):
-        """Position of the last token, which is the number of tokens in the cache."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-
-class Step(NamedTuple):
-    """What one call of `ContinuousBatch.step` gave one row.
-
-    Attributes:
-        row: `Row`, whose `tokens` have the new ones.
-        tokens: list of the new ids.
-        log_probs: list of floats, as `state.Generated` has them. NaN where logits are not finite;
-            the row has then ended.
-        top: list of pairs `(ids, log_probs)` of the most likely tokens; empty unless `row.top`.
-    """
-
-    row: Row
-    tokens: list
-    log_probs: list
-    top: list
-
-
-class Options(NamedTuple):
-    """Options of the B rows as tensors. See `Row`."""
-
-    stop_token_ids: object  # int32 [B, n]
-    temperature: object  # float32 [B, 1]
-    top_p: object  # float32 [B, 1]
-    min_p: object  # float32 [B, 1]
-    repetition_penalty: object  # float32 [B, 1]
-    uniforms: object  # float32 [B, MAX_STEPS]
-
-
-class LoopState(NamedTuple):
-    """What a decoding step reads and the next one needs.
-
-    Attributes:
-        cache: `KVCache` of all tokens but the last one.
-        seen: int32 [B, S]. Tokens in their slots, else `NO_TOKEN`.
-        last: int32 [B]. Last token of each row.
-        slot: int32 scalar. Slot of the last tokens, which this step writes.
-        step: int32 scalar. Number of steps taken.
-        positions: int32 [B]. Position of the last token.
-        remaining: int32 [B]. Number of tokens that a row may still get.
-        tokens, log_probs: int32 and float32 [B, MAX_STEPS]. The new tokens.
-        top: tuple of int32 and float32 [B, MAX_STEPS, TOP]; empty if no row asks for them.
-    """
-
-    cache: KVCache
-    seen: object
-    last: object
-    slot: object
-    step: object
-    positions: object
-    remaining: object
-    tokens: object
-    log_probs: object
-    top: tuple
 
 
 class ContinuousBatch:
@@ -157,12 +48,10 @@ class ContinuousBatch:
         def compile(function, **options):
             return backend.compile_function(function, variables, **options)
 
-        self._variables = variables
-        self._compile = compile
+        self._loop = BatchLoop(model, variables, compile)
         self._prefill = Prefill(model, compile)
         self._gather = compile(kv_cache.gather_slots)
         self._insert = compile(_insert, donate=(0,))
-        self._decode = {}  # by (adjusts, reports the most likely tokens)
         self.clear()
 
     def clear(self):
@@ -211,7 +100,7 @@ class ContinuousBatch:
         reports = any(row.top for _, row in members)
         state, options = self._loop_arguments(reports)
         steps = min(steps, MAX_STEPS, max(row.remaining for _, row in members))
-        state = self._decode_function(adjusts, reports)(self._cache, state, options, _int(steps))
+        state = self._loop(self._cache, state, options, _int(steps), adjusts)
         self._cache, self._slot = state.cache, int(state.slot)
         tokens, log_probs, *top = (
             ops.convert_to_numpy(x) for x in (state.tokens, state.log_probs, *state.top)
@@ -311,67 +200,6 @@ class ContinuousBatch:
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         return state, Options(_int(stops), *map(column, names), _float(uniforms))
 
-    def _decode_function(self, adjusts, reports):
-        key = adjusts, reports
-        if key not in self._decode:
-
-            def step(state, options):
-                return self._step(state, options, adjusts)
-
-            begin = backend.record_step(step, self._variables)
-
-            def decode(cache, state, options, steps):
-                step = begin()
-
-                def continues(state):
-                    return ops.logical_and(ops.any(state.remaining > 0), state.step < steps)
-
-                (state,) = ops.while_loop(
-                    continues, lambda state: (step(state, options),), (state._replace(cache=cache),)
-                )
-                return state
-
-            self._decode[key] = self._compile(decode, donate=(0,))
-        return self._decode[key]
-
-    def _step(self, state, options, adjusts):
-        """Read the last token of each row and choose the next one."""
-        continues = state.remaining > 0
-        positions = ops.where(continues, state.positions, EMPTY)[:, None]
-        hidden, cache = self.model.backbone.walk(
-            state.last[:, None], positions, cache=state.cache, start=state.slot
-        )
-        logits = self.model.logits(hidden)[:, 0]
-        seen = write(state.seen, ops.where(continues, state.last, NO_TOKEN)[:, None], state.slot)
-        token = ops.cast(ops.argmax(logits, axis=-1), "int32")
-        if adjusts:
-            token = _choose(logits, seen, state.step, options)
-        normalizer = ops.logsumexp(logits, axis=1)
-        log_prob = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0] - normalizer
-        stops = ops.any(token[:, None] == options.stop_token_ids, axis=1)
-        # A row whose logits are not finite ends, so that the host can say so.
-        ended = ops.logical_or(ops.logical_or(stops, ops.isnan(log_prob)), ~continues)
-        top = state.top
-        if top:
-            values, ids = ops.top_k(logits, TOP)
-            found = ops.cast(ids, "int32"), values - normalizer[:, None]
-            top = tuple(write(x, y[:, None], state.step) for x, y in zip(top, found, strict=True))
-        slot = state.slot + 1
-        return LoopState(
-            cache=cache,
-            seen=seen,
-            last=token,
-            slot=ops.where(slot == state.seen.shape[1], slot * 0, slot),
-            step=state.step + 1,
-            positions=state.positions + 1,
-            remaining=ops.where(ended, 0, state.remaining - 1),
-            tokens=write(
-                state.tokens, ops.where(continues, token, NO_TOKEN)[:, None], state.step
-            ),
-            log_probs=write(state.log_probs, log_prob[:, None], state.step),
-            top=top,
-        )
-
 
 def ring_positions(lengths, slot, slots):
     """Return the positions of the tokens in a ring whose next slot is `slot`.
@@ -391,19 +219,6 @@ def ring_positions(lengths, slot, slots):
 def _power_of_two(n):
     """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def _choose(logits, seen, step, options):
-    """Return tokens, int32 [B]: the most likely ones where the temperature is 0, else drawn."""
-    logits = sampling.repetition_penalty(logits, seen, options.repetition_penalty)
-    is_greedy = options.temperature == 0
-    rule = sampling.Rule(
-        "random", ops.where(is_greedy, 1.0, options.temperature), p=options.top_p
-    )
-    probabilities = sampling.min_p(sampling.probabilities(logits, rule), options.min_p)
-    drawn = sampling.draw(probabilities, ops.take(options.uniforms, step, axis=1))
-    best = ops.cast(ops.argmax(logits, axis=-1), "int32")
-    return ops.where(is_greedy[:, 0], best, drawn)
 
 
 def _insert(cache, prompts, source, positions, rows):

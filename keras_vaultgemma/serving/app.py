@@ -142,8 +142,10 @@ class App:
             pieces = await until_disconnect(request.receive, exchange.collect(len(jobs)))
         finally:
             end()
-        return Response(status_code=CLOSED) if pieces is None else JSONResponse(
-            responses.whole(pieces)
+        return (
+            Response(status_code=CLOSED)
+            if pieces is None
+            else JSONResponse(responses.whole(pieces))
         )
 
 
@@ -154,7 +156,7 @@ async def _events(exchange, responses, count):
         for chunk in responses.first_chunks():
             yield json.dumps(chunk)
         async for i, piece in exchange.pieces(count):
-            counts[i] = piece.count
+            counts[i] = piece.token_count
             yield json.dumps(responses.chunk(i, piece))
         if (chunk := responses.usage_chunk(counts)) is not None:
             yield json.dumps(chunk)

@@ -1,7 +1,7 @@
 """Fields of a request's JSON object: which there are, and their legal values."""
 
 from keras_vaultgemma._validation import check_integer, check_known, check_number
-from keras_vaultgemma.generation.continuous_batch import TOP
+from keras_vaultgemma.generation.batch_loop import TOP
 from keras_vaultgemma.serving.errors import RequestError
 
 MAX_CHOICES = 128

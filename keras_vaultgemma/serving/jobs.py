@@ -19,7 +19,7 @@ class Piece(NamedTuple):
         top: list of pairs `(ids, log_probs)`, the most likely tokens instead of each id. Empty if
             nobody asked for them.
         finish_reason: "stop" or "length" with the last piece, else None.
-        count: int. Number of tokens that the answer has so far.
+        token_count: int. Number of tokens that the answer has so far.
         prompt_scores: `PromptScores` of the prompt, with the first piece, if they were asked for.
     """
 
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     log_probs: list
     top: list
     finish_reason: str | None = None
-    count: int = 0
+    token_count: int = 0
     prompt_scores: object = None
 
 
@@ -37,7 +37,7 @@ class Job:
     """One answer.
 
     Attributes:
-        row: `continuous_batch.Row`.
+        row: `batch_rows.Row`.
         model: string. Name of the model.
         text: `TextStream`.
         is_streamed: bool. True if pieces are delivered as they come, False for a single one.

@@ -3,7 +3,8 @@
 import time
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.generation.continuous_batch import TOP, ContinuousBatch
+from keras_vaultgemma.generation.batch_loop import TOP
+from keras_vaultgemma.generation.continuous_batch import ContinuousBatch
 from keras_vaultgemma.generation.prompt_scores import PromptScorer
 from keras_vaultgemma.lora import adapters
 from keras_vaultgemma.lora.alignment import align

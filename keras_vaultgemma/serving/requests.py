@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 
 from keras_vaultgemma.generation import sampling
-from keras_vaultgemma.generation.continuous_batch import Row
+from keras_vaultgemma.generation.batch_rows import Row
 from keras_vaultgemma.generation.prompts import read_prompts
 from keras_vaultgemma.generation.requests import Request
 from keras_vaultgemma.generation.state import Settings

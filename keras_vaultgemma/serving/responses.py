@@ -31,14 +31,12 @@ class Responses:
             "created": int(time.time()),
             "model": call.model,
         }
-        self._log_probs = [
-            LogProbs(call, row.prompt, preprocessor.tokenizer) for row in call.rows
-        ]
+        self._log_probs = [LogProbs(call, row.prompt, preprocessor.tokenizer) for row in call.rows]
 
     def whole(self, pieces):
         """Return the object of all answers, each of which is one `Piece`."""
         choices = [self._choice(i, piece) for i, piece in enumerate(pieces)]
-        usage = self._usage([piece.count for piece in pieces])
+        usage = self._usage([piece.token_count for piece in pieces])
         return {"object": self._kinds[0], **self._head, "choices": choices, "usage": usage}
 
     def first_chunks(self):
@@ -83,9 +81,7 @@ class Responses:
     def _usage(self, counts):
         rows = self._call.rows[:: self._call.choices]
         prompt, answers = sum(len(row.prompt) for row in rows), sum(counts)
-        return dict(
-            prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers
-        )
+        return dict(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
 
 
 class LogProbs:

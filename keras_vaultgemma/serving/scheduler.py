@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 
-from keras_vaultgemma.generation.continuous_batch import MAX_STEPS
+from keras_vaultgemma.generation.batch_loop import MAX_STEPS
 from keras_vaultgemma.serving.errors import RequestError, unavailable
 
 LOG = logging.getLogger(__name__)
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_PIECES = 0.03
 """Time for which the batch is decoded before rows may join and leave, if a token takes less."""
 
 PATIENCE = 1.0
-"""Seconds that jobs of another model wait before the batch is closed to those of the present one."""
+"""Seconds that jobs of another model wait before no more of the present one join the batch."""
 
 
 class Scheduler:

@@ -60,7 +60,9 @@ def serve(preset=None, adapters=(), dtype=None, int8=False, skip_warm_up=False, 
     if not skip_warm_up:
         warm_up(scheduler.batch)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.create_server((options.host, options.port), family=family, backlog=2048) as listener:
+    with socket.create_server(
+        (options.host, options.port), family=family, backlog=2048
+    ) as listener:
         _report(models, options, listener.getsockname()[1])
         uvicorn.Server(config(models, scheduler, options)).run(sockets=[listener])
     return "The server has ended"
@@ -82,7 +84,9 @@ def load_models(preset=None, adapters=(), dtype=None, int8=False):
         found[Path(preset).name] = source.adapter
     model = load_model(source._replace(adapter=None), dtype, int8)
     if model.preprocessor is None:
-        raise ValueError(f"The model must have a vocabulary to take text. Received: {source.preset}")
+        raise ValueError(
+            f"The model must have a vocabulary to take text. Received: {source.preset}"
+        )
     return Models(model, Path(source.preset).name.partition("@")[0], found)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import tqdm
 
-from keras_vaultgemma.generation.continuous_batch import Row
+from keras_vaultgemma.generation.batch_rows import Row
 
 
 def warm_up(batch):

@@ -38,7 +38,7 @@ SIZES = {
         query_pre_attn_scalar=64,
     ),
 }
-WORDS = "fox crow hare king wolf lamb sun wind".split()
+WORDS = ["fox", "crow", "hare", "king", "wolf", "lamb", "sun", "wind"]
 
 
 def model_of(size):
