@@ -101,7 +101,7 @@ def _check_flag(name, value):
 
 
 def _check_model(name, value):
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise ValueError(f"`{name}` must be the name of a model. Received: {name}={value!r}")
 
 
