@@ -138,8 +138,10 @@ class LogProbs:
         """Return `{token: log-probability}`, which has the chosen token, too."""
         if top is None:
             return None
-        likely = itertools.islice(zip(*top, strict=True), self._call.log_probs)
-        found = {self._text(int(j)): max(float(p), LEAST) for j, p in likely}
+        found = {}
+        for j, p in itertools.islice(zip(*top, strict=True), self._call.log_probs):
+            # The first of several tokens of the same text is the most likely one.
+            found.setdefault(self._text(int(j)), max(float(p), LEAST))
         found.setdefault(self._text(i), log_prob)
         return found
 
