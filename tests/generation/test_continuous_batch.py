@@ -48,7 +48,10 @@ def finish(batch, steps=3):
 
 
 def test_rows_join_and_leave(model, batch):
-    rows = [Row(prompt, limit) for prompt, limit in zip(PROMPTS * 2, [9, 16, 12, 1, 16, 3] * 2, strict=True)]
+    rows = [
+        Row(prompt, limit)
+        for prompt, limit in zip(PROMPTS * 2, [9, 16, 12, 1, 16, 3] * 2, strict=True)
+    ]
     waiting = list(rows)
     for number in range(100):
         count = min(batch.free, len(waiting), number % 3)

@@ -164,7 +164,11 @@ def test_top_p_equals_sorting(call, p):
 
 
 def test_rows_have_a_temperature_and_top_p_of_their_own(call):
-    logits, temperature, p = random_logits(4, 50), [[0.5], [1.0], [1.0], [2.0]], [[0.3], [0.9], [1.0], [1.0]]
+    logits, temperature, p = (
+        random_logits(4, 50),
+        [[0.5], [1.0], [1.0], [2.0]],
+        [[0.3], [0.9], [1.0], [1.0]],
+    )
     found = call(
         lambda x, t, p: sampling.probabilities(x, Rule("random", t, p=p)),
         logits,

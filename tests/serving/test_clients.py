@@ -85,7 +85,8 @@ def test_lm_evaluation_harness(served, alone, tmp_path):
     found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
     for (context, continuation), (log_prob, is_greedy) in zip(pairs, found, strict=True):
         (prompt,), (ids,) = (
-            alone.preprocessor.tokenize_prompts([text]) for text in (context, context + continuation)
+            alone.preprocessor.tokenize_prompts([text])
+            for text in (context, context + continuation)
         )
         start = len(prompt) - 1
         nats = alone.score([ids])[0][start:-1]
@@ -93,7 +94,9 @@ def test_lm_evaluation_harness(served, alone, tmp_path):
         best = alone.score([ids], scoring_mode="logits")[0].argmax(axis=1)
         assert is_greedy == np.array_equal(best[start:-1], ids[start + 1 :])
     options = {"until": ["."], "max_gen_toks": 20}
-    requests = [Instance("generate_until", {}, (context, dict(options)), 0) for context, _ in pairs[:2]]
+    requests = [
+        Instance("generate_until", {}, (context, dict(options)), 0) for context, _ in pairs[:2]
+    ]
     assert model.generate_until(requests) == [
         alone.generate(context, max_new_tokens=20, stop=".", strip_prompt=True)
         for context, _ in pairs[:2]

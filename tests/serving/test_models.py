@@ -14,7 +14,10 @@ from keras_vaultgemma.serving.server import load_models
 
 pytestmark = pytest.mark.first_backend
 
-SHAPES = {"tales": dict(rank=2, targets=["query", "up"], alpha=3), "letters": dict(rank=4, targets=["query"])}
+SHAPES = {
+    "tales": dict(rank=2, targets=["query", "up"], alpha=3),
+    "letters": dict(rank=4, targets=["query"]),
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,14 @@ from keras_vaultgemma.serving.scheduler import Scheduler
 
 pytestmark = pytest.mark.first_backend
 
-PROMPTS = ["Once upon a time", "The fox", "A wolf and a lamb were", "In the garden", "A", "The King"]
+PROMPTS = [
+    "Once upon a time",
+    "The fox",
+    "A wolf and a lamb were",
+    "In the garden",
+    "A",
+    "The King",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +50,7 @@ def test_a_chat_equals_generate(served, alone):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Who is the fox?"}]},
     ]
-    status, answer = served.post(
-        "chat/completions", messages=messages, max_tokens=8, temperature=0
-    )
+    status, answer = served.post("chat/completions", messages=messages, max_tokens=8, temperature=0)
     assert status == 200 and answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
     assert answer["usage"]["completion_tokens"] == 8
@@ -93,14 +98,19 @@ def test_log_probs_of_prompt_and_answer(served, alone):
     assert found["token_logprobs"][1:] == pytest.approx(nats.tolist(), abs=1e-4)
     for token, offset in zip(found["tokens"][1:], found["text_offset"][1:], strict=True):
         assert answer["choices"][0]["text"][offset:].startswith(token)
-    assert all(token in top for token, top in zip(found["tokens"][1:], found["top_logprobs"][1:], strict=True))
+    assert all(
+        token in top
+        for token, top in zip(found["tokens"][1:], found["top_logprobs"][1:], strict=True)
+    )
 
 
 def test_streams_join_to_the_whole_text(served):
     whole = served.text(PROMPTS[1], 12)
     body = dict(prompt=PROMPTS[1], max_tokens=12, temperature=0, stream=True, logprobs=0)
     body["stream_options"] = {"include_usage": True}
-    _, headers, text = served.request("POST", "/v1/completions", {"model": served.models.base, **body})
+    _, headers, text = served.request(
+        "POST", "/v1/completions", {"model": served.models.base, **body}
+    )
     assert headers["Content-Type"].startswith("text/event-stream")
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     *chunks, usage = map(json.loads, events[:-1])
@@ -148,7 +158,12 @@ def test_mistakes_are_error_objects(served, body, status, message):
     found, _, text = served.request("POST", "/v1/completions", body)
     error = json.loads(text)["error"]
     assert found == status and message in error["message"]
-    assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and set(error) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,10 @@ def test_mistakes_are_error_objects(served, body, status, message):
         (None, "non-empty list"),
         ([{"role": "user"}], "must be a string or parts of text"),
         ([{"role": "user", "content": "a"}] * 2, "turns alternate"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "must be the user's"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "must be the user's",
+        ),
         ([{"role": "user", "content": "<end_of_turn>"}], "without <start_of_turn>"),
         ([{"role": "tool", "content": "a"}], "must be the user's"),
     ],
@@ -168,7 +186,9 @@ def test_mistakes_in_chats(served, messages, message):
 
 
 def test_fields_that_change_nothing_are_accepted(served):
-    fields = dict(user="me", presence_penalty=0, frequency_penalty=0.0, best_of=1, suffix=None, logit_bias={})
+    fields = dict(
+        user="me", presence_penalty=0, frequency_penalty=0.0, best_of=1, suffix=None, logit_bias={}
+    )
     assert served.text(PROMPTS[0], **fields) == served.text(PROMPTS[0])
 
 
@@ -176,12 +196,21 @@ def test_models_health_page_and_paths_that_are_not_there(served):
     name = served.models.base
     status, _, text = served.request("GET", "/v1/models")
     (model,) = json.loads(text)["data"]
-    assert (status, model["id"], model["object"], model["max_model_len"]) == (200, name, "model", 256)
+    assert (status, model["id"], model["object"], model["max_model_len"]) == (
+        200,
+        name,
+        "model",
+        256,
+    )
     assert json.loads(served.request("GET", f"/v1/models/{name}")[2]) == model
     assert served.request("GET", "/v1/models/x")[0] == 404
     assert json.loads(served.request("GET", "/health")[2])["status"] == "ok"
     status, headers, text = served.request("GET", "/")
-    assert status == 200 and "pre-trained only" in text and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert (
+        status == 200
+        and "pre-trained only" in text
+        and "default-src 'none'" in headers["Content-Security-Policy"]
+    )
     assert served.request("GET", "/page.js")[0] == 200
     for method, path, expected in (("GET", "/nope", 404), ("GET", "/v1/completions", 405)):
         status, _, text = served.request(method, path)
@@ -203,7 +232,9 @@ def test_strangers_are_kept_out(served, models):
 
 
 def test_limits_key_and_origins(models):
-    limits = dict(api_key="secret", max_body=1000, max_queue=2, allow_origins=("https://a.example",))
+    limits = dict(
+        api_key="secret", max_body=1000, max_queue=2, allow_origins=("https://a.example",)
+    )
     with serving(models, **limits) as served:
         key = {"Authorization": "Bearer secret"}
         assert served.request("GET", "/v1/models", **key)[0] == 200
@@ -216,7 +247,9 @@ def test_limits_key_and_origins(models):
         headers = served.request("GET", "/v1/models", **origin, **key)[1]
         assert headers["Access-Control-Allow-Origin"] == "https://a.example"
         body = {"model": models.base, "prompt": ["a"] * 3, "max_tokens": 1}
-        assert served.request("POST", "/v1/completions", body, **key)[0] == 400  # more than ever wait
+        assert (
+            served.request("POST", "/v1/completions", body, **key)[0] == 400
+        )  # more than ever wait
 
 
 def test_a_full_queue_and_a_time_out(models, monkeypatch):
@@ -227,13 +260,22 @@ def test_a_full_queue_and_a_time_out(models, monkeypatch):
     with serving(models, max_queue=1, timeout=0.5) as served:
         try:
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                calls = [pool.submit(served.post, "completions", prompt="a", max_tokens=1) for _ in range(4)]
-                errors = {(status, answer["error"]["code"]) for status, answer in (c.result() for c in calls)}
+                calls = [
+                    pool.submit(served.post, "completions", prompt="a", max_tokens=1)
+                    for _ in range(4)
+                ]
+                errors = {
+                    (status, answer["error"]["code"])
+                    for status, answer in (c.result() for c in calls)
+                }
             assert errors == {(504, "timeout"), (503, "overloaded")}
             body = {"model": models.base, "prompt": "a", "stream": True}
             held.clear()
             text = served.request("POST", "/v1/completions", body)[2]
-            assert json.loads(text.removeprefix("data: "))["error"]["code"] in ("timeout", "overloaded")
+            assert json.loads(text.removeprefix("data: "))["error"]["code"] in (
+                "timeout",
+                "overloaded",
+            )
         finally:
             held.set()
         served.wait_until_idle()

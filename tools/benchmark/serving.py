@@ -13,6 +13,7 @@ with that of `generate` for the prompt alone. Exits with 1 if one differs.
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -106,23 +107,29 @@ def round_of(port, size, clients, requests, tokens):
     return time.perf_counter() - start, sum(counts), answers
 
 
-def measure(backend, size, clients, requests, tokens):
-    """Return the figures of one backend and size."""
+@contextlib.contextmanager
+def running(backend, size, clients, requests, tokens):
+    """Context of a server in another process: its port, and the answers of `generate`."""
     command = [sys.executable, __file__, "--worker", size, "--clients", str(clients)]
     command += ["--requests", str(requests), "--tokens", str(tokens)]
     env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as server:
         try:
-            port, expected = json.loads(server.stdout.readline())
-            speeds, differing = {1: [], clients: []}, 0
-            for number in range(ROUNDS + 1):
-                for count in speeds:
-                    seconds, total, answers = round_of(port, size, count, requests, tokens)
-                    differing += sum(expected[prompt] != text for prompt, text in answers.items())
-                    if number:
-                        speeds[count].append(total / seconds)
+            yield json.loads(server.stdout.readline())
         finally:
             server.terminate()
+
+
+def measure(backend, size, clients, requests, tokens):
+    """Return the figures of one backend and size."""
+    with running(backend, size, clients, requests, tokens) as (port, expected):
+        speeds, differing = {1: [], clients: []}, 0
+        for number in range(ROUNDS + 1):
+            for count in speeds:
+                seconds, total, answers = round_of(port, size, count, requests, tokens)
+                differing += sum(expected[prompt] != text for prompt, text in answers.items())
+                if number:
+                    speeds[count].append(total / seconds)
     one, several = max(speeds[1]), max(speeds[clients])
     return dict(
         backend=backend,
