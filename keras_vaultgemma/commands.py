@@ -353,6 +353,7 @@ COMMANDS = {
             "--noise": _value("σ", "noise multiplier", float, dest="noise_multiplier"),
             "--delta": _value("δ", "δ of the guarantee (default: N^-1.1, at most 1e-5)", float),
             "--extend-budget": _flag("go on where earlier runs on these rows used the budget up"),
+            "--secure": _flag("make the noise with a cryptographic generator"),
             "--clip-norm": _value(
                 "C", "largest L2 norm of a row's gradient (default: by a rule)", float
             ),

@@ -12,7 +12,8 @@ from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.models.training_checks import TrainingChecks
 from keras_vaultgemma.models.training_data import TrainingData
 from keras_vaultgemma.privacy.dpsgd import DPSGD
-from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
+from keras_vaultgemma.privacy.row_losses import RowLosses
+from keras_vaultgemma.privacy.train_step import PrivateTraining
 from keras_vaultgemma.training.accumulation import FlushAtEpochEnd
 from keras_vaultgemma.training.checkpoint import all_callbacks, resumes_version_0_1
 from keras_vaultgemma.training.next_token import (

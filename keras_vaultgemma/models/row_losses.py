@@ -5,7 +5,7 @@ import math
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.privacy.train_step import RowLosses
+from keras_vaultgemma.privacy.row_losses import RowLosses
 from keras_vaultgemma.training.loss import cross_entropy, head_terms
 from keras_vaultgemma.training.next_token import label_weights
 from keras_vaultgemma.training.scoring import token_losses

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_vaultgemma.data.text_inputs import TURN_END
+from keras_vaultgemma.data.text_inputs import TURN_END, check_unicode
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.preset_io import TokenizerIO
 
@@ -43,6 +43,13 @@ class VaultGemmaTokenizer(TokenizerIO, keras_hub.tokenizers.SentencePieceTokeniz
         # `quantize` rejects a model that has a layer which is not built, and this one has nothing
         # to build.
         self.built = True
+
+    def tokenize(self, inputs):
+        """Return the token ids of strings; a string with a surrogate raises ValueError."""
+        for text in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
+            if isinstance(text, str):
+                check_unicode(text, "`inputs`")
+        return super().tokenize(inputs)
 
     @property
     def end_of_turn_id(self):

@@ -79,8 +79,8 @@ class DPSGD:
       took from the rows;
     - the duration of a step, which depends on the number of rows or users it sampled;
     - the masks of dropout on PyTorch, whose generator takes only 31 bits of the secret;
-    - an attacker who can predict the statistical, not cryptographic, generator of the noise
-      (`privacy/noise.py`).
+    - without `secure=True`, an attacker who can predict the statistical, not cryptographic,
+      generator of the noise (`privacy/noise.py`).
 
     No row is protected from a person who knows the secret of a run's random numbers: 128 bits from
     the operating system for each `fit`, which are never written anywhere (`privacy/seeds.py`). The
@@ -113,6 +113,9 @@ class DPSGD:
             Defaults to a file next to the checkpoint of a `TrainingCheckpoint` given to `fit`;
             without one the ledger stays in memory. One run at a time may write it, and a checkpoint
             resumes only with the ledger that was written with it.
+        secure: bool. If True, the noise is made from the bits of ChaCha20, a cryptographic
+            generator, and not of a statistical one. At the size of LoRA factors the time is not
+            noticed; for all weights of a large model on a CPU it is. Defaults to False.
         seed_for_tests: int or None. Makes the run repeatable and NOT private, as a warning, the
             ledger and `spent` report. This machine does not remember such a run.
 
@@ -154,6 +157,7 @@ class DPSGD:
         extend_budget: bool = False,
         public_validation: bool = False,
         ledger: str | os.PathLike | None = None,
+        secure: bool = False,
         seed_for_tests: int | None = None,
     ) -> None:
         check_exactly_one(epsilon=epsilon, noise_multiplier=noise_multiplier)
@@ -179,7 +183,7 @@ class DPSGD:
         self.unit, self.microbatch_size = unit, microbatch_size
         self.max_rows_per_group = max_rows_per_group
         self.extend_budget, self.public_validation = extend_budget, public_validation
-        self.ledger, self.seed_for_tests = ledger, seed_for_tests
+        self.ledger, self.secure, self.seed_for_tests = ledger, secure, seed_for_tests
 
     @property
     def mechanism(self):

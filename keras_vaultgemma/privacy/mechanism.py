@@ -245,7 +245,7 @@ def clip_factors(gradients, losses, is_present, clip_norm):
     return ops.where(is_finite, factors, 0.0), is_finite, norms
 
 
-def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
+def noised_mean(clipped, noise_multiplier, seeds, expected_rows, secure=False):
     """Return what a step releases: the noised sum, divided by the expected number of rows.
 
     Args:
@@ -255,6 +255,7 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
         seeds: int32 tensor of shape `[n, 4]`. Seed of the noise of each of n variables, none of
             which may ever be used again.
         expected_rows: float. B.
+        secure: bool, as for `noise.add_noise`. Defaults to `False`.
 
     Returns:
         List of float32 tensors, one for each variable.
@@ -266,7 +267,7 @@ def noised_mean(clipped, noise_multiplier, seeds, expected_rows):
         # memory of another gradient.
         seed = backend.schedule_after(seeds[i], noised[-1]) if noised else seeds[i]
         rest = clipped.rests[i] if clipped.rests else None
-        noised.append(add_noise(total, rest, deviation, seed) / expected_rows)
+        noised.append(add_noise(total, rest, deviation, seed, secure) / expected_rows)
     return noised
 
 

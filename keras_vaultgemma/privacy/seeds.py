@@ -18,7 +18,7 @@ all 128 bits: of 64-bit seeds for 100,000 steps of 200 variables, two are equal 
 1e-5.
 
 **Not covered.** The generators that turn seeds into noise (`privacy/noise.py`) are statistical and
-not cryptographic.
+not cryptographic, unless `DPSGD(secure=True)` is asked for.
 
 References:
     - [RFC 2104](https://www.rfc-editor.org/rfc/rfc2104): HMAC

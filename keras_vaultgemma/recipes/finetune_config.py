@@ -72,6 +72,7 @@ class FinetuneConfig:
         noise_multiplier: float, as for `privacy.DPSGD`.
         clip_norm: float, as for `privacy.DPSGD`.
         extend_budget: bool, as for `privacy.DPSGD`.
+        secure: bool, as for `privacy.DPSGD`.
 
     Raises:
         ValueError: If an option is out of its range or contradicts another.
@@ -104,6 +105,7 @@ class FinetuneConfig:
     noise_multiplier: float | None = None
     clip_norm: float | None = None
     extend_budget: bool = False
+    secure: bool = False
 
     def __post_init__(self):
         check_integer("lora_rank", self.lora_rank, minimum=0, allow_none=True)
@@ -115,7 +117,8 @@ class FinetuneConfig:
         check_integer("seed", self.seed, minimum=0, maximum=LARGEST_SEED)
         if self.merge and self.lora_rank == 0:
             raise ValueError("`merge` needs an adapter. Received: lora_rank=0")
-        for name in ("epsilon", "delta", "noise_multiplier", "extend_budget", "group_column"):
+        private = ("epsilon", "delta", "noise_multiplier", "extend_budget", "secure")
+        for name in (*private, "group_column"):
             value = getattr(self, name)
             if value not in (None, False) and not self.private:
                 raise ValueError(
@@ -152,6 +155,7 @@ class FinetuneConfig:
             unit="row" if self.group_column is None else "user",
             max_rows_per_group=self.max_rows_per_group,
             extend_budget=self.extend_budget,
+            secure=self.secure,
         )
 
     def complete(self, rows):

@@ -25,6 +25,7 @@ RESUMABLE_OPTIONS = (
     "merge",
     "gradient_checkpointing",
     "extend_budget",
+    "secure",
 )
 """Options that may change when a run resumes. The checkpoint recognises its training data by their
 contents."""

@@ -24,6 +24,8 @@ from keras_vaultgemma.checkpoints.lazy_tensor import LazyTensor
 from keras_vaultgemma.checkpoints.reader import KerasOnly, format_of, open_values
 from keras_vaultgemma.recipes.convert import convert
 
+pytestmark = pytest.mark.first_backend
+
 VOCABULARY = Path(__file__).parents[2] / "presets/vaultgemma_tiny/assets/tokenizer/vocabulary.spm"
 DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDING = "model.embed_tokens.weight"
@@ -331,6 +333,7 @@ def test_finite_weights_do_not_warn(folder, dtype):
         VaultGemmaBackbone.from_preset(folder, dtype=dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", ["hugging_face", "keras"])
 def test_weights_are_in_memory_once(tmp_path, form):
     """With a margin for Keras's objects. NumPy's memory is traced; JAX's own is not."""
@@ -400,6 +403,7 @@ def assert_equal_hidden_states(ours, hub):
     return inputs, expected
 
 
+@pytest.mark.every_backend
 def test_hidden_states_equal_keras_hub(hub_preset):
     hub, folder = hub_preset
     assert_equal_hidden_states(VaultGemmaBackbone.from_preset(folder), hub)
@@ -439,6 +443,7 @@ def test_a_keras_hub_task_loads_with_its_vocabulary(tmp_path):
     assert np.abs(expected).max() > 1.9  # near its cap of 2
 
 
+@pytest.mark.every_backend
 def test_a_bfloat16_keras_hub_preset(tmp_path):
     hub = hub_backbone(dtype="bfloat16")
     hub.save_to_preset(tmp_path / "hub")

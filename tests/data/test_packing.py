@@ -9,6 +9,8 @@ from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.data.token_ids import pad_rows
 
+pytestmark = pytest.mark.first_backend
+
 TEXTS = [
     "Once upon a time there was a king.",
     "The fox",
@@ -106,6 +108,7 @@ def test_batches_are_packed_as_documents_are_read(preprocessor):
     assert read == [0, 1, 2]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("sliding", [False, True])
 def test_packed_segments_equal_separate_rows(preprocessor, sliding):
     options = (
@@ -142,7 +145,6 @@ def test_packed_segments_equal_separate_rows(preprocessor, sliding):
     assert loss == pytest.approx(np.concatenate(labelled).mean(), rel=1e-5)
 
 
-@pytest.mark.first_backend
 def test_fit_takes_every_form(preprocessor):
     """An epoch on each from the same weights leads to the same weights."""
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
@@ -161,6 +163,7 @@ def test_fit_takes_every_form(preprocessor):
     assert all(not np.array_equal(end, value) for end, value in zip(ends[0], start, strict=True))
 
 
+@pytest.mark.every_backend
 def test_packed_dataset_has_the_batches(preprocessor):
     dataset = packing.PackedDataset(TEXTS, preprocessor, 2, 8)
     batches = list(packing.batches(TEXTS, preprocessor, 2, 8))
@@ -173,6 +176,7 @@ def test_packed_dataset_has_the_batches(preprocessor):
     assert x["token_ids"].shape == (1, preprocessor.sequence_length)
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
     reason="imports TensorFlow, which other backends never do",
@@ -186,6 +190,7 @@ def test_tf_data(preprocessor):
     assert dataset.element_spec[0]["padding_mask"].shape.as_list() == [None, 8]
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="the other backends raise")
 def test_tf_data_needs_tensorflow(preprocessor):
     with pytest.raises(ValueError, match="needs the TensorFlow backend. Received: the backend"):

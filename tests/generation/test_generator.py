@@ -127,6 +127,7 @@ def test_a_seed_repeats_and_the_next_call_continues(model, name):
     assert random_generator(model, name, seed=2).generate(ROWS, [10] * 4).tokens != a
 
 
+@pytest.mark.first_backend
 def test_the_seed_is_that_of_the_sampler(model):
     new = Generator(model, sampler("random", seed=7)).generate(ROWS, [10] * 4).tokens
     assert new == random_generator(model, "random", seed=7).generate(ROWS, [10] * 4).tokens
@@ -236,6 +237,7 @@ def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name):
     assert generator.generate(rows, [10] * 4, settings=Settings(seed=8)).tokens != together
 
 
+@pytest.mark.first_backend
 def test_a_seed_does_not_advance_the_sampler(model):
     generator = random_generator(model, "random", seed=1)
     expected = generator.generate(ROWS, [5] * 4).tokens

@@ -56,6 +56,7 @@ def test_stop_strings_cut_exactly(tiny):
     assert continuation(tiny, PROMPTS[0], 30, stop=stops[0]) == full[0][: full[0].find(stops[0])]
 
 
+@pytest.mark.first_backend
 def test_a_stop_string_in_the_prompt_does_not_count(tiny):
     assert tiny.generate(PROMPTS[0], max_new_tokens=3, stop="upon") == tiny.generate(
         PROMPTS[0], max_new_tokens=3
@@ -228,6 +229,7 @@ def test_an_interrupt_ends_a_stream_and_leaves_the_model_usable(tiny):
     assert "".join(tiny.stream(PROMPTS[0], max_new_tokens=20)) == continuation(tiny, PROMPTS[0], 20)
 
 
+@pytest.mark.first_backend
 def test_same_seed_same_text(tiny):
     tiny.compile(sampler=keras_hub.samplers.TopPSampler(p=0.9))
     alone = [continuation(tiny, prompt, 12, seed=3) for prompt in PROMPTS]
@@ -236,6 +238,7 @@ def test_same_seed_same_text(tiny):
     assert continuation(tiny, PROMPTS, 12, seed=4) != alone
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -264,6 +267,7 @@ def test_options_out_of_range(tiny, options, message):
         tiny.generate("Once", max_new_tokens=2, **options)
 
 
+@pytest.mark.first_backend
 def test_options_that_need_text_or_one_prompt(tiny, model):
     with pytest.raises(ValueError, match="`stop` needs a preprocessor"):
         model.generate([5, 6], max_new_tokens=2, stop="x", stop_token_ids=None)
@@ -275,6 +279,7 @@ def test_options_that_need_text_or_one_prompt(tiny, model):
         tiny.generate("Once", max_new_tokens=2, return_log_probs=True)
 
 
+@pytest.mark.first_backend
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="tf.data is TensorFlow's")
 def test_datasets(tiny):
     """Datasets of strings, ids or dicts, batched or not, are returned as one batch."""

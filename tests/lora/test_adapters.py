@@ -101,6 +101,7 @@ def test_only_merging_computes_the_merged_matrix(mode, monkeypatch):
     lora.merge(model)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
 def test_unmerge_restores_the_model_bit_for_bit(dtype, mode):
     model = make_model(dtype, mode)
@@ -167,6 +168,7 @@ def test_each_named_adapter_has_its_own_output():
     np.testing.assert_array_equal(logits(model), base)
 
 
+@pytest.mark.first_backend
 def test_adapters_that_differ_only_in_alpha():
     model = make_model()
     found = {}
@@ -228,6 +230,7 @@ def test_generation_uses_the_active_adapter_and_compiles_only_for_new_shapes():
     assert not compilations.count
 
 
+@pytest.mark.first_backend
 def test_changing_one_adapter_leaves_the_others_unchanged():
     model = make_model()
     model.backbone.enable_lora(2, name="first")
@@ -260,6 +263,7 @@ def test_training_continues_from_a_saved_adapter(tmp_path):
     assert_same(base_values(second), base_values(first))
 
 
+@pytest.mark.first_backend
 def test_saving_an_inactive_or_merged_adapter(tmp_path):
     model = make_model()
     model.backbone.enable_lora(2, name="first")
@@ -276,6 +280,7 @@ def test_saving_an_inactive_or_merged_adapter(tmp_path):
         assert_same(values(other.trainable_variables), first)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(("dtype", "mode"), BASES)
 def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
     model = make_model(dtype, mode)
@@ -293,6 +298,7 @@ def test_a_preset_is_saved_merged(dtype, mode, tmp_path):
     assert_same(found, expected)
 
 
+@pytest.mark.first_backend
 def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
     model, other = make_model(), make_model(hidden_dim=32)
     for one in (model, other):
@@ -309,6 +315,7 @@ def test_a_failed_load_leaves_the_model_unchanged(tmp_path):
     np.testing.assert_array_equal(logits(model), before)
 
 
+@pytest.mark.first_backend
 def test_a_damaged_ledger_leaves_the_model_unchanged(tmp_path):
     model = make_model()
     before, variables = logits(model), [v.path for v in model.variables]
@@ -324,6 +331,7 @@ def test_a_damaged_ledger_leaves_the_model_unchanged(tmp_path):
     np.testing.assert_array_equal(logits(model), before)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -358,6 +366,7 @@ def taken():
     return model
 
 
+@pytest.mark.first_backend
 def test_functions_that_need_another_adapter_state_raise(tmp_path):
     model = make_model()
     for function in (lora.merge, lora.unmerge):
@@ -391,6 +400,7 @@ def test_functions_that_need_another_adapter_state_raise(tmp_path):
         lora.unmerge(model)
 
 
+@pytest.mark.first_backend
 def test_an_int4_base_is_unsupported():
     model = make_model()
     model.backbone.transformer_layers[0].attention.query.quantize("int4")
@@ -402,6 +412,7 @@ def test_an_int4_base_is_unsupported():
     assert lora.names(model) == []
 
 
+@pytest.mark.first_backend
 def test_keras_hubs_lora_files_are_unsupported(tmp_path):
     model = make_model()
     for method in (model.backbone.save_lora_weights, model.backbone.load_lora_weights):
@@ -409,6 +420,7 @@ def test_keras_hubs_lora_files_are_unsupported(tmp_path):
             method(tmp_path / "a.lora.h5")
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_16_bit_weights_is_unsupported(dtype):
     model = make_model(dtype)

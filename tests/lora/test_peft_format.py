@@ -21,6 +21,8 @@ from keras_vaultgemma.lora.peft_format import Adapter
 from keras_vaultgemma.privacy.ledger import Ledger
 from keras_vaultgemma.recipes.convert import convert
 
+pytestmark = pytest.mark.first_backend
+
 IDS = np.array([[2, 5, 77, 9, 100, 31]], "int32")
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -108,6 +110,7 @@ def save(folder, tensors):
 ALL = ["query", "key", "value", "attention_output", "gate", "up", "down", "token_embedding"]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "targets",
     [
@@ -260,7 +263,6 @@ OPTIONS = dict(
 """Options of PEFT that change what an adapter computes, and that this package cannot load."""
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize("option", OPTIONS)
 def test_other_options_of_peft_are_rejected_by_name(model, base, option, tmp_path):
     options = dict(target_modules=["q_proj"], task_type="CAUSAL_LM", r=2)
@@ -274,7 +276,6 @@ def test_other_options_of_peft_are_rejected_by_name(model, base, option, tmp_pat
     assert lora.names(model) == []
 
 
-@pytest.mark.first_backend
 def test_an_embedding_with_another_scale_than_the_head_is_rejected(hyperparameters, tmp_path):
     ours = Adapter(
         2, 2.0, 0.0, {"token_embedding": (np.ones((128, 2), "f4"), np.ones((2, 48), "f4"))}
@@ -287,7 +288,6 @@ def test_an_embedding_with_another_scale_than_the_head_is_rejected(hyperparamete
         peft_format.read_adapter(tmp_path / "a", hyperparameters)
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "preset, name, revision",
     [

@@ -33,6 +33,7 @@ def test_text_in_text_out(tiny):
     assert tiny.generate(prompt, max_length=len(row) + 8) == text
 
 
+@pytest.mark.first_backend
 def test_max_length_counts_the_prompt(tiny):
     prompt = "Once upon a time"
     row = tiny.preprocessor.tokenize_prompts([prompt])[0]
@@ -97,6 +98,7 @@ def test_padded_ids_in_padded_ids_out(model):
     assert stopped["padding_mask"][0].tolist() == [1] * n + [0] * (8 - n)
 
 
+@pytest.mark.first_backend
 def test_generating_beyond_the_trained_length_warns_once(model):
     with pytest.warns(UserWarning, match="70 positions and the model was trained on 64"):
         assert len(model.generate([2, 17], max_length=70, stop_token_ids=None)) == 70
@@ -132,6 +134,7 @@ def test_generate_and_fit_on_tf_data():
     model.fit(dataset, verbose=0)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -155,6 +158,7 @@ def test_generate_refuses_options(tiny, options, message):
         tiny.generate("Once", **options)
 
 
+@pytest.mark.first_backend
 def test_without_preprocessor_stop_ids_must_be_given(model):
     with pytest.raises(ValueError, match="needs a preprocessor"):
         model.generate([2, 5], max_new_tokens=2)

@@ -21,18 +21,37 @@ WORKER = Path(__file__).parent / "distribution_worker.py"
 ON_JAX = keras.config.backend() == "jax"
 needs_jax = pytest.mark.skipif(not ON_JAX, reason="Keras distributes models on JAX only")
 ONE_B = read_config(find("vaultgemma_1b", "config"))
-MESHES = ["4", "1x8", "2x4"]
-LONG_MESHES = ["2", "8", "1x2", "1x4"]
-"""Those that add no kind of layout to the others, for `make test-all`."""
 TASK_MESHES = {
+    "full": ["1x8", "2x4"],
     "lora": ["1x2"],
     "qlora": ["2x2"],
     "loaded": ["2x2"],
-    "generate": ["2", "1x4"],
+    "generate": ["1x4"],
     "save": ["1x4"],
     "shares": ["4", "2x4", "1x2"],
 }
-PROCESS_MESHES = ["4", "1x4"]
+LONG_TASK_MESHES = {"full": ["2", "4", "8", "1x2", "1x4"], "generate": ["2"]}
+"""Meshes that add no kind of layout to the others, for `make test-all`."""
+PROCESS_TASKS = ["1x4:full", "2x2:lora", "1x4:generate", "2x2:save"]
+LONG_PROCESS_TASKS = ["4:full"]
+PRIVATE_MESHES = {"sums": ["2x4"], "private": ["2x2"], "resumed": ["2"]}
+LONG_PRIVATE_MESHES = {"sums": ["2", "4", "8"], "private": ["4"]}
+PRIVATE_PROCESS_TASKS = ["4:private", "4:ledger"]
+LONG_PRIVATE_PROCESS_TASKS = ["2x2:private"]
+
+
+def tasks(meshes):
+    """List of "mesh:task"."""
+    return [f"{mesh}:{task}" for task, found in meshes.items() for mesh in found]
+
+
+def cases(short, long):
+    """The cases of `make test` and, marked, those that `make test-all` adds."""
+    return [*short, *(pytest.param(case, marks=pytest.mark.long) for case in long)]
+
+
+def of_task(task, short, long):
+    return cases(short[task], long.get(task, []))
 
 
 def mesh(*shape, axes=("batch", "model")):
@@ -251,41 +270,39 @@ def work(folder, cases, devices, processes=1):
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, request):
-    is_long = "not long" not in request.config.option.markexpr
-    cases = [f"{mesh}:full" for mesh in ["1", *MESHES, *(LONG_MESHES if is_long else ())]]
-    cases += [f"{mesh}:{task}" for task in TASK_MESHES for mesh in ["1", *TASK_MESHES[task]]]
-    return work(tmp_path_factory.mktemp("one"), cases, devices=8)
+def is_long(request):
+    return "not long" not in request.config.option.markexpr
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    cases = [f"{mesh}:full" for mesh in PROCESS_MESHES] + ["2x2:lora", "1x4:generate", "2x2:save"]
-    return work(tmp_path_factory.mktemp("two"), cases, devices=2, processes=2)
-
-
-PRIVATE_MESHES = {"sums": ["2", "4", "8", "2x4"], "private": ["4", "2x2"], "resumed": ["2"]}
-PRIVATE_PROCESS_MESHES = ["4", pytest.param("2x2", marks=pytest.mark.long)]
+def one_process(tmp_path_factory, is_long):
+    alone = [f"1:{task}" for task in TASK_MESHES]
+    found = alone + tasks(TASK_MESHES) + tasks(LONG_TASK_MESHES) * is_long
+    return work(tmp_path_factory.mktemp("one"), found, devices=8)
 
 
 @pytest.fixture(scope="module")
-def private_one_process(tmp_path_factory):
-    meshes = PRIVATE_MESHES.items()
-    cases = [f"{mesh}:{task}" for task, found in meshes for mesh in found]
-    cases += ["1:sums", "1:private"]
-    return work(tmp_path_factory.mktemp("private_one"), cases, devices=8)
+def two_processes(tmp_path_factory, is_long):
+    found = PROCESS_TASKS + LONG_PROCESS_TASKS * is_long
+    return work(tmp_path_factory.mktemp("two"), found, devices=2, processes=2)
 
 
 @pytest.fixture(scope="module")
-def private_two_processes(tmp_path_factory, request):
+def private_one_process(tmp_path_factory, is_long):
+    alone = ["1:sums", "1:private"]
+    found = alone + tasks(PRIVATE_MESHES) + tasks(LONG_PRIVATE_MESHES) * is_long
+    return work(tmp_path_factory.mktemp("private_one"), found, devices=8)
+
+
+@pytest.fixture(scope="module")
+def private_two_processes(tmp_path_factory, is_long):
     folder = tmp_path_factory.mktemp("private_two")
-    is_long = "not long" not in request.config.option.markexpr
-    cases = ["4:private", "4:ledger", *(["2x2:private"] if is_long else [])]
-    return work(folder, cases, devices=2, processes=2), folder
+    found = PRIVATE_PROCESS_TASKS + LONG_PRIVATE_PROCESS_TASKS * is_long
+    return work(folder, found, devices=2, processes=2), folder
 
 
-def assert_equal_to_one_device(results, mesh, task, alone):
-    found, expected = results[f"{mesh}:{task}"], alone[f"1:{task}"]
+def assert_equal_to_one_device(results, case, alone):
+    found, expected = results[case], alone[f"1:{case.partition(':')[2]}"]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not name.startswith("layout/"):
@@ -293,32 +310,16 @@ def assert_equal_to_one_device(results, mesh, task, alone):
 
 
 @needs_jax
-@pytest.mark.parametrize(
-    "mesh", [*MESHES, *(pytest.param(mesh, marks=pytest.mark.long) for mesh in LONG_MESHES)]
-)
-def test_loss_and_gradients_equal_those_of_one_device(one_process, mesh):
+@pytest.mark.parametrize("case", cases(tasks(TASK_MESHES), tasks(LONG_TASK_MESHES)))
+def test_results_equal_those_of_one_device(one_process, case):
     assert np.abs(one_process["1:full"]["gradient/token_embedding/embeddings"]).max() > 0.01
-    assert_equal_to_one_device(one_process, mesh, "full", one_process)
+    assert_equal_to_one_device(one_process, case, one_process)
 
 
 @needs_jax
-@pytest.mark.parametrize(
-    "task, mesh", [(task, mesh) for task, meshes in TASK_MESHES.items() for mesh in meshes]
-)
-def test_other_results_equal_those_of_one_device(one_process, task, mesh):
-    assert_equal_to_one_device(one_process, mesh, task, one_process)
-
-
-@needs_jax
-@pytest.mark.parametrize("mesh", PROCESS_MESHES)
-def test_two_processes_equal_one_device(one_process, two_processes, mesh):
-    assert_equal_to_one_device(two_processes, mesh, "full", one_process)
-
-
-@needs_jax
-@pytest.mark.parametrize("mesh, task", [("2x2", "lora"), ("1x4", "generate"), ("2x2", "save")])
-def test_lora_generation_and_saving_on_two_processes(one_process, two_processes, mesh, task):
-    assert_equal_to_one_device(two_processes, mesh, task, one_process)
+@pytest.mark.parametrize("case", cases(PROCESS_TASKS, LONG_PROCESS_TASKS))
+def test_two_processes_equal_one_device(one_process, two_processes, case):
+    assert_equal_to_one_device(two_processes, case, one_process)
 
 
 @needs_jax
@@ -368,7 +369,7 @@ def test_lora_factors_int8_scales_and_optimizer_state_are_divided(one_process):
 
 
 @needs_jax
-@pytest.mark.parametrize("mesh", PRIVATE_MESHES["sums"])
+@pytest.mark.parametrize("mesh", of_task("sums", PRIVATE_MESHES, LONG_PRIVATE_MESHES))
 def test_clipped_sums_equal_those_of_one_device(private_one_process, mesh):
     alone, found = (private_one_process[f"{name}:sums"] for name in ("1", mesh))
     assert found.keys() == alone.keys()
@@ -394,13 +395,13 @@ def test_clipped_sums_equal_those_of_one_device(private_one_process, mesh):
 
 
 @needs_jax
-@pytest.mark.parametrize("mesh", PRIVATE_MESHES["private"])
+@pytest.mark.parametrize("mesh", of_task("private", PRIVATE_MESHES, LONG_PRIVATE_MESHES))
 def test_private_training_equals_that_on_one_device(private_one_process, mesh):
-    assert_equal_to_one_device(private_one_process, mesh, "private", private_one_process)
+    assert_equal_to_one_device(private_one_process, f"{mesh}:private", private_one_process)
 
 
 @needs_jax
-@pytest.mark.parametrize("mesh", ["1", *PRIVATE_MESHES["private"]])
+@pytest.mark.parametrize("mesh", ["1", *of_task("private", PRIVATE_MESHES, LONG_PRIVATE_MESHES)])
 def test_noise_is_drawn_once(private_one_process, mesh):
     found = private_one_process[f"{mesh}:private"]
     assert found["noise"].std() == pytest.approx(1.0 / 4 * 4**0.5, rel=0.15)
@@ -416,7 +417,7 @@ def test_private_training_resumes_on_several_devices(private_one_process):
 
 
 @needs_jax
-@pytest.mark.parametrize("mesh", PRIVATE_PROCESS_MESHES)
+@pytest.mark.parametrize("mesh", ["4", pytest.param("2x2", marks=pytest.mark.long)])
 def test_private_training_in_two_processes(private_one_process, private_two_processes, mesh):
     two, _ = private_two_processes
     for name, value in private_one_process["1:private"].items():

@@ -161,3 +161,9 @@ def test_turn_markers_are_single_tokens(tokenizer):
 def test_chat_errors(messages, message):
     with pytest.raises(ValueError, match=message):
         apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("inputs", ["a\ud800", ["fine", "a\ud800"]])
+def test_half_a_character_is_not_text(tokenizer, inputs):
+    with pytest.raises(ValueError, match=r"`inputs` must be text that UTF-8 can encode"):
+        tokenizer(inputs)

@@ -207,6 +207,7 @@ def test_rows_that_lose_their_answer_are_left_out():
         model.fit(lost, verbose=0)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("labels", [dict(y=[1, 2]), dict(sample_weight=[1, 0])])
 def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
     (name,) = labels
@@ -247,6 +248,7 @@ def test_labels_without_weight_may_be_anything(label):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("label", [-100, 128])
 def test_labels_and_targets_that_count_are_checked(model, label):
     y = np.full((2, 5), label)
@@ -269,6 +271,7 @@ def test_labels_of_a_loss_that_ignores_some(model):
     assert np.isfinite(model.fit(IDS, y, verbose=0).history["loss"]).all()
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("call", ["fit", "evaluate", "score"])
 def test_an_embedding_in_int4_has_no_loss(call):
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
@@ -283,6 +286,7 @@ def test_an_embedding_in_int4_has_no_loss(call):
     assert model.score(IDS["token_ids"], scoring_mode="logits").shape == (2, 5, 128)
 
 
+@pytest.mark.first_backend
 def test_fit_refuses_no_rows(model):
     x = {"token_ids": np.zeros((0, 5), "int32"), "padding_mask": np.zeros((0, 5), "int32")}
     for call in (model.fit, model.evaluate):
@@ -290,12 +294,14 @@ def test_fit_refuses_no_rows(model):
             call(x, np.zeros((0, 5), "int32"))
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("x", [iter([]), (batch for batch in [])])
 def test_empty_streams(tiny, x):
     with pytest.raises(ValueError, match="at least one batch. Received: none"):
         tiny.fit(x)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize(
     "x, message", [([], "non-empty list"), (["a", 1], "item 1 is 1"), (3, "Received: 3")]
 )
@@ -304,6 +310,7 @@ def test_fit_refuses_data(tiny, x, message):
         tiny.fit(x)
 
 
+@pytest.mark.first_backend
 def test_fit_refuses_ids_outside_the_vocabulary(model):
     x = {"token_ids": np.array([[2, 500]]), "padding_mask": np.ones((1, 2))}
     with pytest.raises(ValueError, match="from 0 to 127. Received: 500"):

@@ -114,11 +114,11 @@ def plain_sum(found, clip_norm=C):
     return [sum(column) for column in zip(*parts, strict=True)], np.array(norms)
 
 
-def noise_of(seed, shape):
+def noise_of(seed, shape, secure=False):
     """The noise of a seed, int32 or uint32 of shape `[4]`, with a standard deviation of 1."""
     clipped = mechanism.ClippedSum([ops.zeros(shape)], 1.0, 0.0, 0.0, 0.0)
     seeds = ops.convert_to_tensor(np.asarray(seed)[None].view("int32"))
-    return to_numpy(mechanism.noised_mean(clipped, 1.0, seeds, 1.0)[0])
+    return to_numpy(mechanism.noised_mean(clipped, 1.0, seeds, 1.0, secure)[0])
 
 
 def distance(one, other):

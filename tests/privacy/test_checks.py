@@ -12,9 +12,10 @@ from keras_vaultgemma import TrainingCheckpoint, VaultGemmaCausalLM, backend, pr
 from keras_vaultgemma.data import packing
 from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.privacy import checks, mechanism
-from keras_vaultgemma.privacy.train_step import PrivateTraining, RowLosses
+from keras_vaultgemma.privacy.row_losses import RowLosses
+from keras_vaultgemma.privacy.train_step import PrivateTraining
 
-pytestmark = pytest.mark.usefixtures("own_key")
+pytestmark = [pytest.mark.usefixtures("own_key"), pytest.mark.first_backend]
 
 ROWS = 40
 
@@ -42,6 +43,7 @@ def fitted(model=None, loss="mse", dpsgd_arguments=None, data=None, **arguments)
     return model.fit(x, y, **{"batch_size": 8, "verbose": 0, **arguments})
 
 
+@pytest.mark.every_backend
 def test_a_private_fit_reports_unprotected_metrics_and_epsilon():
     history = fitted().history
     assert set(history) == {
@@ -67,6 +69,7 @@ def test_optimizers(message):
         dense().compile(OPTIMIZERS[message](), "mse", privacy=dpsgd())
 
 
+@pytest.mark.every_backend
 def test_float16():
     with pytest.raises(
         ValueError,
@@ -75,6 +78,7 @@ def test_float16():
         dense(keras.layers.Dense(2, dtype="mixed_float16")).compile("sgd", "mse", privacy=dpsgd())
 
 
+@pytest.mark.every_backend
 def test_several_steps_at_once():
     with pytest.raises(
         ValueError, match="`steps_per_execution=1`.* Received: steps_per_execution=2"
@@ -114,6 +118,7 @@ class TwoUpdates(Private):
         return super().train_step(super().train_step(state, data)[1], data)
 
 
+@pytest.mark.every_backend
 def test_updates_that_are_not_steps():
     inputs = keras.Input((3,))
     model = TwoUpdates(inputs, keras.layers.Dense(2)(inputs))
@@ -138,7 +143,6 @@ HIDDEN = {
 }
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_callbacks_inside_others(hidden):
     for callback, message in (
@@ -149,7 +153,6 @@ def test_callbacks_inside_others(hidden):
             fitted(callbacks=HIDDEN[hidden](callback))
 
 
-@pytest.mark.first_backend
 def test_callbacks_of_a_list_are_called():
     seen = []
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
@@ -195,7 +198,6 @@ OWN = {
 }
 
 
-@pytest.mark.first_backend
 @pytest.mark.parametrize("own", OWN)
 def test_several_rows_with_a_custom_loss_or_metric(own):
     """They return one number for all rows of a microbatch."""
@@ -245,6 +247,7 @@ class SeveralRowLosses(RowLosses):
         return keras.ops.sum(losses), losses
 
 
+@pytest.mark.every_backend
 def test_several_rows_of_a_model_that_supports_them(monkeypatch):
     monkeypatch.setattr(
         mechanism, "sum_rounding", lambda *sizes: 0.0
@@ -302,6 +305,7 @@ class Remembers(keras.layers.Layer):
         return x
 
 
+@pytest.mark.every_backend
 def test_layers_that_store_values_of_rows():
     with pytest.raises(
         ValueError, match="layers that store nothing about the rows. Received: .*mean"
@@ -394,6 +398,7 @@ def contrast(y, predicted):
     return keras.ops.mean((predicted - keras.ops.mean(predicted, axis=0)) ** 2 + y, axis=-1)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "loss", [contrast, lambda y, p: keras.ops.mean((y - p) ** 2)], ids=["contrast", "mean"]
 )
@@ -430,6 +435,7 @@ def test_a_generator():
         language_model().fit(batch for batch in [(ids, ids["token_ids"])])
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(backend.NAME != "tensorflow", reason="data of TensorFlow")
 def test_a_dataset_of_tensorflow():
     import tensorflow as tf
@@ -447,6 +453,7 @@ def test_a_dataset_of_tensorflow():
         assert not model.privacy.ledger.runs
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(backend.NAME != "tensorflow", reason="strategies of TensorFlow")
 @pytest.mark.parametrize("inside", ["the model", "`fit`"])
 def test_a_strategy_of_tensorflow(inside):
@@ -465,6 +472,7 @@ def test_a_strategy_of_tensorflow(inside):
         fitted(model)
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(backend.NAME != "torch", reason="torch.compile is PyTorch's")
 def test_a_compiler_of_pytorch():
     model = dense()
@@ -492,6 +500,7 @@ def test_packed_rows():
     assert model.privacy.spent().unit == "one sequence of at most 12 tokens"
 
 
+@pytest.mark.every_backend
 def test_a_packed_dataset(tiny):
     data = packing.PackedDataset(
         ["The fox said so."] * 30, tiny.preprocessor, batch_size=2, sequence_length=32
@@ -509,6 +518,7 @@ def test_16_bit_weights():
         model.fit(packed(1), packed(1)["token_ids"], verbose=0)
 
 
+@pytest.mark.every_backend
 def test_a_distribution(monkeypatch):
     class Distribution:
         pass
@@ -521,6 +531,7 @@ def test_a_distribution(monkeypatch):
         fitted()
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes models on JAX only")
 @pytest.mark.parametrize(
     "counts, arguments, message",
@@ -546,6 +557,7 @@ def test_what_several_devices_or_processes_cannot_do(monkeypatch, counts, argume
         checks.check_distribution(arguments, metrics)
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes models on JAX only")
 def test_one_device_of_a_distribution_may_have_metrics(monkeypatch):
     devices = keras.distribution.list_devices()[:1]

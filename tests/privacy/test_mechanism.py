@@ -175,6 +175,7 @@ def test_65536_rows_keep_their_length(size):
     np.testing.assert_allclose(np.float64(total) + np.float64(rest), expected, rtol=1e-6)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (1000, 1), (1000, 8), (65536, 8)])
 def test_the_clipped_length_leaves_the_rounding_allowance(rows, size):
     """A lone long row has the norm C (1 - ROUNDING) / (1 + ρ), with ρ of the largest batch."""
@@ -191,6 +192,7 @@ def test_the_clipped_length_leaves_the_rounding_allowance(rows, size):
     assert sums.sensitivity == C
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (250, 1), (7, 3), (64, 8)])
 def test_the_rounding_allowance_of_plain_sums_counts_every_addition(rows, size):
     """ρ is twice the sum over all rows of the additions that each goes through, in any order within a microbatch."""
@@ -205,6 +207,7 @@ def test_the_rounding_allowance_of_plain_sums_counts_every_addition(rows, size):
     )
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("devices", [2, 8, 64])
 @pytest.mark.parametrize("rows, size", [(6, 1), (64, 1), (250, 1), (64, 4)])
 def test_the_rounding_allowance_covers_the_additions_between_devices(rows, size, devices):
@@ -219,6 +222,7 @@ def test_the_rounding_allowance_covers_the_additions_between_devices(rows, size,
         assert found == alone
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("rows, size", [(1000, 1), (1000, 8), (65536, 1), (65536, 64)])
 def test_the_rounding_allowance_of_pairs(rows, size):
     """Twice one rounding of the total, n u, and of all roundings within pairs, 8 (n u)^2."""
@@ -229,6 +233,7 @@ def test_the_rounding_allowance_of_pairs(rows, size):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
 def test_rows_keep_99_percent_of_the_clipping_norm(size):
     for rows in (1, 2, 100, 250, 256, 300, 1000, 4096, 16384, 65536):
@@ -358,6 +363,7 @@ np.savez(sys.argv[1], *found)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(backend.NAME != "jax", reason="the test itself runs all three backends")
 def test_three_backends_agree(tmp_path):
     """On the sum of all weights' gradients, one row at a time, and on that of LoRA factors, two at a time."""

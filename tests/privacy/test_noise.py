@@ -73,6 +73,70 @@ def test_known_answers_of_threefry(name):
     assert found == expected.tolist()
 
 
+RFC_8439 = """e4e7f110 15593bd1 1fdd0f50 c47120a3 c7f4d1c7 0368c033 9aaa2204 4e6cd4c3
+466482d2 09aa9f07 05d7c214 a2028bd9 d19c12b5 b94e16de e883d0cb 4e3c50a2"""
+
+
+def test_known_answer_of_chacha20():
+    """The example of RFC 8439, section 2.3.2."""
+    key = np.frombuffer(bytes(range(32)), "<i4")
+    counter = np.frombuffer(bytes.fromhex("01000000 00000009 0000004a 00000000"), "<i4")
+    tensors = [list(map(ops.convert_to_tensor, x)) for x in (key, counter)]
+    found = [int(to_numpy(word)) & 0xFFFFFFFF for word in noise_module.chacha20(*tensors)]
+    assert found == [int(word, 16) for word in RFC_8439.split()]
+
+
+def plain_chacha20(key, counter):
+    """16 words, in Python's integers, for a key of 128 bits."""
+    x = [*np.frombuffer(b"expand 16-byte k", "<u4"), *key, *key, *counter]
+    x = [int(word) for word in x]
+    first = list(x)
+
+    def turn(word, bits):
+        return (word << bits | word >> (32 - bits)) & 0xFFFFFFFF
+
+    for i in range(20):
+        for j in range(4):
+            a, b, c, d = (4 * k + (j + k * (i % 2)) % 4 for k in range(4))
+            for left, right in ((16, 12), (8, 7)):
+                x[a] = (x[a] + x[b]) & 0xFFFFFFFF
+                x[d] = turn(x[d] ^ x[a], left)
+                x[c] = (x[c] + x[d]) & 0xFFFFFFFF
+                x[b] = turn(x[b] ^ x[c], right)
+    return np.array([(a + b) & 0xFFFFFFFF for a, b in zip(x, first, strict=True)], "uint32")
+
+
+def box_muller(words):
+    """The sum of deviates from four arrays of random bits, in float64."""
+    deviates = []
+    for bits, angle in (words[:2], words[2:]):
+        part = ((bits & 0x7FFFFFFF) + 0.5) / 2.0**32
+        radius = np.sqrt(-2 * np.where(bits < 0, np.log(part), np.log1p(-part)))
+        deviates += [radius * np.cos(angle * np.pi / 2**31), radius * np.sin(angle * np.pi / 2**31)]
+    return np.dot([0.5**0.5, 2.0**-18, 0.5**0.5, 2.0**-36], deviates)
+
+
+@pytest.mark.parametrize("size", [1, 11])
+def test_secure_noise_equals_the_formula(size):
+    seed = np.random.default_rng(3).integers(0, 2**32, 4).astype("uint32")
+    count = -(-size // 4)
+    blocks_of_words = np.stack([plain_chacha20(seed, [i, 0, 0, 0]) for i in range(count)])
+    words = [blocks_of_words[:, i::4].T.ravel()[:size].view("int32") for i in range(4)]
+    found = noise_of(seed, (size,), secure=True)
+    np.testing.assert_allclose(found, box_muller(words), rtol=1e-5, atol=2e-6)
+
+
+def test_secure_noise_repeats_nowhere():
+    """Also across the blocks that PyTorch computes, of which the last is not a multiple of 4."""
+    seed = np.arange(4, dtype="uint32")
+    found = noise_of(seed, (2 * blocks.BLOCK + 5,), secure=True).astype("float64")
+    assert stats.kstest(found, "norm").pvalue > 1e-3
+    assert len(np.unique(found)) > 0.98 * len(found)
+    for distance in (1, blocks.BLOCK, len(found) // 4):
+        assert abs(np.mean(found[distance:] * found[:-distance])) < 5 / len(found) ** 0.5
+    assert not np.any(found == noise_of(seed + 1, found.shape, secure=True))
+
+
 def plain_noise(seed, size):
     """The formula of the module in NumPy's float64, from the words of `threefry`."""
     if backend.NAME == "torch":
@@ -83,12 +147,7 @@ def plain_noise(seed, size):
     tensors = [ops.convert_to_tensor(word) for word in seed]
     index = ops.arange(size, dtype="int32")
     words = [to_numpy(w) for w in noise_module.threefry(tensors, [index, 0, 0, 0])]
-    deviates = []
-    for bits, angle in (words[:2], words[2:]):
-        part = ((bits & 0x7FFFFFFF) + 0.5) / 2.0**32
-        radius = np.sqrt(-2 * np.where(bits < 0, np.log(part), np.log1p(-part)))
-        deviates += [radius * np.cos(angle * np.pi / 2**31), radius * np.sin(angle * np.pi / 2**31)]
-    return np.dot([0.5**0.5, 2.0**-18, 0.5**0.5, 2.0**-36], deviates)
+    return box_muller(words)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (200_000,)])

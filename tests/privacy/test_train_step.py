@@ -37,10 +37,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_a_step_equals_a_plain_loop_over_rows(rank):
+@pytest.mark.parametrize("rank, secure", [(None, False), (4, True)])
+def test_a_step_equals_a_plain_loop_over_rows(rank, secure):
     """The sum of the clipped gradients of the drawn rows, plus the noise of its seeds, over the expected batch size."""
-    model, rows, secret = language_model(rank), some_rows(ROWS), fixed_secret(5)
+    model, rows, secret = (
+        language_model(rank, dpsgd=dict(secure=secure)),
+        some_rows(ROWS),
+        fixed_secret(5),
+    )
     for v in model.trainable_variables if rank else ():
         v.assign(np.random.default_rng(len(v.path)).normal(0, 0.3, v.shape))
     before = values(model)
@@ -49,7 +53,7 @@ def test_a_step_equals_a_plain_loop_over_rows(rank):
     found, losses = plain_gradients(model, take(rows, drawn))
     rounding = float(to_numpy(mechanism.sum_rounding(min(max_batch_size(1.0), ROWS), 1)))
     clipped, _ = plain_sum(found, C * (1 - mechanism.ROUNDING) / (1 + rounding))
-    noise = [noise_of(noise_seed(secret, 0, i), v.shape) for i, v in enumerate(before)]
+    noise = [noise_of(noise_seed(secret, 0, i), v.shape, secure) for i, v in enumerate(before)]
     # The first step of an epoch, with SGD of learning rate 1.
     seen = []
     look = keras.callbacks.LambdaCallback(

@@ -309,7 +309,7 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         prompt_column=None, response_column=None, group_column=None, max_rows_per_group=None, packed=None,
         lora_rank=None, lora_targets=None, epochs=None, batch_size=None, learning_rate=None, sequence_length=None, truncate=None,
         dtype=None, gradient_checkpointing=False, merge=False, save_freq=100, seed=0, png=None, private=False,
-        epsilon=None, delta=None, noise_multiplier=None, clip_norm=None, extend_budget=False,
+        epsilon=None, delta=None, noise_multiplier=None, clip_norm=None, extend_budget=False, secure=False,
     )  # fmt: skip
     assert cli.main(["finetune", "--data", "a.txt"]) == 0
     assert capsys.readouterr().out == "the answer\n"
@@ -322,11 +322,11 @@ def test_finetune_calls_the_recipe(capsys, monkeypatch):
         seed=3, png="c.png", epsilon=3.0, delta=1e-5, clip_norm=0.5,
     )  # fmt: skip
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    flags = "--extend-budget --gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
+    flags = "--extend-budget --secure --gradient-checkpointing --merge --no-packing --save-every 7 --private --noise 2"
     flags += " --lora-targets query gate"
     assert cli.main(["finetune", *command, *flags.split()]) == 0
     flagged = dict(gradient_checkpointing=True, merge=True, packed=False, private=True)
-    flagged["extend_budget"] = True
+    flagged |= dict(extend_budget=True, secure=True)
     assert calls[1] == {
         **options,
         **flagged,

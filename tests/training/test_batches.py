@@ -4,6 +4,8 @@ import pytest
 
 from keras_vaultgemma.training.batches import Batches
 
+pytestmark = pytest.mark.first_backend
+
 X = np.arange(10)
 DATA = ({"token_ids": X}, X * 10)
 
@@ -91,6 +93,7 @@ def test_batches_of_a_dataset_are_shuffled_as_a_whole():
     assert dataset.calls == ["begin", "end"]
 
 
+@pytest.mark.every_backend
 def test_tensors_are_read_as_arrays():
     assert Batches(keras.ops.convert_to_tensor([1, 2, 3]), 2, False, 0)[0].tolist() == [1, 2]
 

@@ -161,6 +161,7 @@ def test_interrupted_on_a_dataset_with_workers(tmp_path):
     assert_equal(run("broken", [2, 4]), run("whole"))
 
 
+@pytest.mark.first_backend
 def test_interrupted_with_dropout_and_metrics(tmp_path):
     assert_survives(with_dropout(), tmp_path, [1, 5])
 
@@ -196,6 +197,7 @@ def test_killed(tmp_path):
 # After the end of a run.
 
 
+@pytest.mark.first_backend
 def test_a_finished_run_is_not_repeated(tmp_path):
     model = fresh(small)
     fit(model, tmp_path / "run", epochs=2)
@@ -282,6 +284,7 @@ def saved_run(tmp_path):
     return folder
 
 
+@pytest.mark.first_backend
 def test_a_truncated_checkpoint_raises(saved_run):
     path = saved_run / FILE
     path.write_bytes(path.read_bytes()[:-100])
@@ -328,6 +331,7 @@ def test_other_metrics_raise(tmp_path):
         fit(with_dropout(metrics=[]), tmp_path)
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("save_freq", [0, -1, 2.5, True, "batch", None])
 def test_save_freq_out_of_range_raises(save_freq):
     with pytest.raises(
@@ -360,6 +364,7 @@ def test_runs_that_cannot_be_resumed_raise(tmp_path, arguments, message):
         fit(small(), tmp_path / "run", **arguments)
 
 
+@pytest.mark.first_backend
 def test_only_fit_of_this_package_accepts_it(tmp_path):
     with pytest.raises(ValueError, match="of `VaultGemmaCausalLM.fit`"):
         keras.Model.fit(small(), IDS, LABELS, callbacks=[TrainingCheckpoint(tmp_path)], verbose=0)

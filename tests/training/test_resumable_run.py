@@ -76,6 +76,7 @@ def test_a_loss_that_is_nan_stops_training(tmp_path, monkeypatch, limit, restore
     )
 
 
+@pytest.mark.first_backend
 @pytest.mark.parametrize("limit", [COPY_LIMIT, 0])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(resumable_run, "COPY_LIMIT", limit)
@@ -105,6 +106,7 @@ def test_a_loss_that_is_nan_because_of_the_previous_update(
     ) == since
 
 
+@pytest.mark.first_backend
 def test_a_save_that_finds_weights_that_are_not_finite(tmp_path, monkeypatch):
     """The loss is 0 for all rows after the first, whatever the weights are."""
     monkeypatch.setattr(resumable_run, "COPY_LIMIT", 0)
