@@ -30,8 +30,10 @@ def matmul(x, kernel, transposed=False):
     On PyTorch's CPU, oneDNN is called where no gradient is needed: it reads 35 to 45 GB/s of
     float32 weights where MKL, which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either
     layout. On Intel, MKL is faster for a single row (25 to 27 GB/s instead of 19 to 22) and slower
-    from 8 rows. Matrices below `SMALL_MATRIX` are left to it, too. On JAX's CPU, 16-bit matmuls return float32 and have two rows or more, because only
-    then does XLA multiply 16-bit weights without a float32 copy of them.
+    from 8 rows. It also gets matrices below `SMALL_MATRIX`.
+
+    On JAX's CPU, 16-bit matmuls return float32 and have two rows or more, because only then does
+    XLA multiply 16-bit weights without a float32 copy of them.
 
     Args:
         x: float tensor [..., in].

@@ -359,7 +359,9 @@ def test_finetune_from_a_file_to_an_adapter(tmp_path):
 
 def test_serve_calls_the_recipe(monkeypatch):
     calls = []
-    monkeypatch.setattr("keras_vaultgemma.serving.server.serve", lambda **kwargs: calls.append(kwargs) or "")
+    monkeypatch.setattr(
+        "keras_vaultgemma.serving.server.serve", lambda **kwargs: calls.append(kwargs) or ""
+    )
     monkeypatch.delenv("KERAS_VAULTGEMMA_API_KEY", raising=False)
     defaults = dict(
         preset=None, adapters=[], dtype=None, int8=False, host="127.0.0.1", port=8000, api_key=None, allow_hosts=[],
