@@ -7,6 +7,7 @@ import json
 import socket
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from keras_vaultgemma.serving.errors import RequestError
@@ -95,6 +96,8 @@ async def read_json(request, max_bytes, seconds):
                     raise too_large
     except TimeoutError:
         raise RequestError(408, f"The body did not arrive within {seconds} s") from None
+    except ClientDisconnect:
+        raise RequestError(400, "The client has gone before its request was complete") from None
     try:
         return json.loads(body, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:

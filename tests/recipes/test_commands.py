@@ -381,6 +381,7 @@ def test_serve_calls_the_recipe(monkeypatch):
     assert calls[2]["api_key"] == "given"
 
 
+@pytest.mark.long
 def test_serve_in_a_process_of_its_own(tmp_path):
     """Until it is interrupted."""
     command = [sys.executable, "-m", "keras_vaultgemma", "serve", "--port", "0", "--skip-warm-up"]

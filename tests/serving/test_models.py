@@ -60,7 +60,7 @@ def test_a_model_that_others_wait_for_gets_its_turn(folders, monkeypatch):
     monkeypatch.setattr("keras_vaultgemma.serving.scheduler.PATIENCE", 0.0)
     models = load_models("vaultgemma_tiny", [str(root / "tales")])
     with serving(models) as served, concurrent.futures.ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(served.text, "The fox", 60) for _ in range(6)]
+        calls = [pool.submit(served.text, "The fox", 30) for _ in range(4)]
         while not served.scheduler.load[1]:
             pass
         other = pool.submit(served.text, "The fox", model="tales")
