@@ -63,6 +63,7 @@ def test_rows_join_and_leave(model, batch):
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
 
 
+@pytest.mark.first_backend
 def test_the_cache_grows_and_shrinks(model, batch, monkeypatch):
     monkeypatch.setattr(continuous_batch, "SHRINK_AFTER", 2)
     rows, sizes = [Row([2, 5], 30), Row([2, *range(30, 45)], 40)], set()
@@ -77,6 +78,7 @@ def test_the_cache_grows_and_shrinks(model, batch, monkeypatch):
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
 
 
+@pytest.mark.first_backend
 def test_stop_ids_limits_and_removal(model, batch):
     whole = [alone(model, Row(prompt, 12)) for prompt in PROMPTS[:3]]
     rows = [Row(prompt, 12) for prompt in PROMPTS[:3]]
@@ -130,6 +132,7 @@ def test_log_probabilities(model, batch):
         np.testing.assert_allclose(log_probs, row_logits[ids], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.first_backend
 def test_a_row_whose_logits_are_not_finite_ends(batch, monkeypatch):
     batch.add([Row([2, 5], 6)])
     table = batch.model.backbone.token_embedding.embeddings
