@@ -1,6 +1,8 @@
 """The table of subcommands: for each the options it has and the recipe it calls."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,6 +12,9 @@ from keras_vaultgemma._terminal import REPLACEMENT, as_text, read_all
 from keras_vaultgemma.recipes.samplers import SAMPLERS
 
 PROGRAM = "keras-vaultgemma"
+
+API_KEY = "KERAS_VAULTGEMMA_API_KEY"
+"""Environment variable with the key of `serve`, which other users of a machine do not see."""
 
 
 class Command(NamedTuple):
@@ -35,6 +40,26 @@ def _generate(options):
     arguments = _arguments(options)
     arguments["stop"] = [_text("--stop", stop) for stop in options.stop]
     return generate(_prompt(arguments.pop("prompt")), **arguments)
+
+
+def _chat(options):
+    """Chat in turns. /help lists the commands, Ctrl-C ends a reply, Ctrl-D the chat."""
+    _start_backend()
+    from keras_vaultgemma.recipes.chat import chat
+
+    arguments = _arguments(options)
+    arguments["stop"] = [_text("--stop", stop) for stop in options.stop]
+    return chat(_line_reader(), **arguments)
+
+
+def _serve(options):
+    """Answer requests of OpenAI's interface, many at once, until Ctrl-C."""
+    _start_backend()
+    from keras_vaultgemma.serving.server import serve
+
+    arguments = _arguments(options)
+    arguments["api_key"] = options.api_key or os.environ.get(API_KEY)
+    return serve(**arguments)
 
 
 def _convert(options):
@@ -149,6 +174,23 @@ def _prompt(argument):
     return _text("PROMPT", piped)
 
 
+def _line_reader():
+    """Return a function that asks for a line and returns it, or None at the end of the input."""
+    if sys.stdin is None:
+        raise ValueError("A chat needs an input. Received: none")
+    if not sys.stdin.isatty():
+        return lambda: next(map(as_text, sys.stdin), None)
+    output = sys.__stdout__  # that of this process, because the command line redirects the other
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` editing, and arrow keys for earlier lines)
+
+    def read():
+        with contextlib.redirect_stdout(output), contextlib.suppress(EOFError):
+            return as_text(input("> "))
+
+    return read
+
+
 def _text(name, argument):
     """Return an argument as text, and report bytes in it that are none."""
     text = as_text(argument)
@@ -209,6 +251,21 @@ TASK_OPTIONS = {
     "--output": _value("FOLDER", "for results.json, and parts from which the command resumes"),
 }
 """Options of `evaluate` on a file and on tasks."""
+SAMPLING = {
+    "--sampler": _choice(
+        SAMPLERS,
+        "how tokens are chosen (default: greedy, or what --top-p, --top-k or --temperature needs)",
+    ),
+    "--temperature": _value("T", "above 0; below 1 prefers likely tokens", float),
+    "--top-k": _value("K", "sample from the K likeliest tokens", int),
+    "--top-p": _value("P", "sample from the likeliest tokens of probability P", float),
+    "--repetition-penalty": _value(
+        "X", "above 1 makes tokens less likely that have occurred", float
+    ),
+    "--seed": _value("N", "seed of a random sampler, for repeatable text", int),
+    "--stop": _value("TEXT", "end before this text; repeatable", action="append", default=[]),
+}
+"""Options of the commands that generate text."""
 
 COMMANDS = {
     "generate": Command(
@@ -218,25 +275,57 @@ COMMANDS = {
             "prompt": _value("PROMPT", "text to continue (default: read from a pipe)", nargs="?"),
             **MODEL,
             "--max-new-tokens": _value("N", f"most tokens to generate {DEFAULT}", int, default=64),
-            "--sampler": _choice(
-                SAMPLERS,
-                "how tokens are chosen (default: greedy, or what --top-p, --top-k or --temperature "
-                "needs)",
-            ),
-            "--temperature": _value("T", "above 0; below 1 prefers likely tokens", float),
-            "--top-k": _value("K", "sample from the K likeliest tokens", int),
-            "--top-p": _value("P", "sample from the likeliest tokens of probability P", float),
-            "--repetition-penalty": _value(
-                "X", "above 1 makes tokens less likely that have occurred", float
-            ),
-            "--seed": _value("N", "seed of a random sampler, for repeatable text", int),
-            "--stop": _value(
-                "TEXT", "end before this text; repeatable", action="append", default=[]
-            ),
+            **SAMPLING,
             "--chat": _flag("treat the prompt as a user's turn and print only the reply"),
             "--json": _flag(
                 "print one object: prompt, text, finish_reason, new_tokens", dest="as_json"
             ),
+        },
+    ),
+    "chat": Command(
+        _chat,
+        "chat with a model in turns",
+        {
+            **MODEL,
+            "--max-new-tokens": _value("N", f"most tokens of a reply {DEFAULT}", int, default=256),
+            **SAMPLING,
+        },
+    ),
+    "serve": Command(
+        _serve,
+        "serve a model over HTTP, as OpenAI's interface has it",
+        {
+            **{name: option for name, option in MODEL.items() if name != "--adapter"},
+            "--adapter": _value(
+                "NAME=FOLDER",
+                "adapter that clients call by this name; repeatable",
+                action="append",
+                default=[],
+                dest="adapters",
+            ),
+            "--host": _value(
+                "ADDRESS", f"to listen on; 0.0.0.0 for all {DEFAULT}", default="127.0.0.1"
+            ),
+            "--port": _value("N", f"to listen on; 0 for any {DEFAULT}", int, default=8000),
+            "--api-key": _value("KEY", f"that clients must send (default: ${API_KEY}, or none)"),
+            "--allow-host": _value(
+                "NAME",
+                "by which clients may call this machine, besides its addresses; repeatable",
+                action="append",
+                default=[],
+                dest="allow_hosts",
+            ),
+            "--allow-origin": _value(
+                "URL",
+                "of web pages that may call it, such as https://example.com; repeatable",
+                action="append",
+                default=[],
+                dest="allow_origins",
+            ),
+            "--max-rows": _value("N", f"answers decoded together {DEFAULT}", int, default=8),
+            "--max-queue": _value("N", f"answers that wait {DEFAULT}", int, default=256),
+            "--timeout": _value("S", f"seconds for an answer {DEFAULT}", float, default=600.0),
+            "--skip-warm-up": _flag("compile when requests come instead of at the start"),
         },
     ),
     "convert": Command(

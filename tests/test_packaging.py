@@ -48,11 +48,11 @@ def test_the_wheel_carries_the_presets_and_types(distributions):
         if path.is_file():
             preset = path.relative_to(ROOT / "presets")
             assert f"keras_vaultgemma/bundled_presets/{preset}" in names
-    assert "keras_vaultgemma/py.typed" in names
     for path in ("templates/report.html", "templates/report.css"):
         assert f"keras_vaultgemma/evaluation/{path}" in names
     for name in ("comparison", "memorization", "tasks"):
         assert f"keras_vaultgemma/evaluation/schemas/{name}.json" in names
+    assert {"keras_vaultgemma/py.typed", "keras_vaultgemma/serving/page.html"} <= {*names}
     assert not [name for name in names if name.split("/")[0] in ("tests", "tools")]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert distributions[1].stat().st_size < 13e6

@@ -62,6 +62,7 @@ from keras_vaultgemma.backend.tensors import (
     rms_normalize,
     schedule_after,
     value_of,
+    write_rows,
     write_slice,
     zeros,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "value_of",
     "while_loop",
     "without_gradients",
+    "write_rows",
     "write_slice",
     "zeros",
 ]

@@ -12,6 +12,12 @@ from keras_vaultgemma.backend.selection import NAME
 MAX_FEW_ROWS = 64
 """Rows of `x` up to which a CPU is faster with the matrix as the first operand."""
 
+SMALL_MATRIX = 2**18
+"""Elements of a matrix below which oneDNN's own overhead is what takes time (PyTorch).
+
+8 rows times a matrix [192, 512] take 10 to 17 µs in MKL and 51 in oneDNN (Intel cores).
+"""
+
 
 def matmul(x, kernel, transposed=False):
     """Return the matmul of activations and weights, in their dtype.
@@ -24,8 +30,10 @@ def matmul(x, kernel, transposed=False):
     On PyTorch's CPU, oneDNN is called where no gradient is needed: it reads 35 to 45 GB/s of
     float32 weights where MKL, which `torch.matmul` calls, reads 18 to 27 (2 AMD cores), in either
     layout. On Intel, MKL is faster for a single row (25 to 27 GB/s instead of 19 to 22) and slower
-    from 8 rows. On JAX's CPU, 16-bit matmuls return float32 and have two rows or more, because only
-    then does XLA multiply 16-bit weights without a float32 copy of them.
+    from 8 rows. It also gets matrices below `SMALL_MATRIX`.
+
+    On JAX's CPU, 16-bit matmuls return float32 and have two rows or more, because only then does
+    XLA multiply 16-bit weights without a float32 copy of them.
 
     Args:
         x: float tensor [..., in].
@@ -161,6 +169,7 @@ def _suits_onednn(x, kernel):
     return (
         all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, kernel))
         and kernel.ndim == 2
+        and kernel.numel() >= SMALL_MATRIX
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

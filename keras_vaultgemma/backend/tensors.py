@@ -222,3 +222,18 @@ def write_slice(buffer, update, start):
         return buffer.index_copy_(1, index, update)
     zero = start * 0  # because JAX with 64-bit integers needs indices of one dtype
     return keras.ops.slice_update(buffer, [zero, start, *[zero] * (len(buffer.shape) - 2)], update)
+
+
+def write_rows(buffer, update, rows):
+    """Write `update` into rows of `buffer`, and return the result.
+
+    PyTorch writes in place, where Keras's `scatter_update` would copy the whole buffer.
+
+    Args:
+        buffer: tensor [N, ...]. The caller must not use it again.
+        update: tensor [n, ...].
+        rows: int tensor [n].
+    """
+    if NAME == "torch":
+        return buffer.index_copy_(0, rows.long(), update)
+    return keras.ops.scatter_update(buffer, rows[:, None], update)

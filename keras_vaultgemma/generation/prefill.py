@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_vaultgemma import backend
-from keras_vaultgemma.layers.kv_cache import EMPTY, KVCache
+from keras_vaultgemma.layers.kv_cache import EMPTY, gather_slots
 
 CHUNKS = (256, 64, 16)
 """Lengths of chunks, in tokens. Fewer than 16 take as long as 16, the time to read the weights."""
@@ -53,7 +53,7 @@ class Prefill:
         self._empty = compile(self._empty_state)
         # Matmuls of many rows are no faster in XLA.
         self._read_chunk = compile(self._read, donate=(4, 5), jit_compile=False)
-        self._unpack = compile(_unpack)
+        self._unpack = compile(gather_slots)
 
     def __call__(self, rows, capacity):
         """Read prompts into a new cache.
@@ -158,26 +158,6 @@ def _pack(rows, packing, slots):
             start = part.stop
             last_tokens[i] = number, start - 1
     return _PackedRows(token_ids, positions, segments, last_tokens)
-
-
-def _unpack(cache, packed_rows, source, positions):
-    """Return a cache with a row for each prompt.
-
-    Args:
-        cache: `KVCache` of P packed rows.
-        packed_rows: int32 [B]. The packed row of each prompt.
-        source: int32 [B, S]. The slot in the packed row, for each slot of the new cache.
-        positions: int32 [B, S]. Positions of the new cache.
-    """
-    _, slots, head_dim = cache.keys[0].shape
-    heads = cache.keys[0].shape[0] // cache.positions.shape[0]
-    first = packed_rows[:, None] * heads + ops.arange(heads, dtype="int32")
-    index = ops.reshape(first[:, :, None] * slots + source[:, None], (-1, slots))
-
-    def rows_of(tensor):
-        return ops.take(ops.reshape(tensor, (-1, head_dim)), index, axis=0)
-
-    return KVCache(tuple(map(rows_of, cache.keys)), tuple(map(rows_of, cache.values)), positions)
 
 
 def chunk_lengths(length, rows=1):

@@ -21,9 +21,9 @@ class Rule(NamedTuple):
 
     Attributes:
         kind: "greedy" or "random".
-        temperature: float. Logits are divided by it first. Defaults to 1.0.
+        temperature: float, or float tensor [B, 1]. Logits are divided by it first. Defaults to 1.0.
         k: int. Argument of `top_k`. Defaults to None, for all tokens.
-        p: float. Argument of `top_p`. Defaults to None, for all tokens.
+        p: float, or float tensor [B, 1]. Argument of `top_p`. Defaults to None, for all tokens.
     """
 
     kind: str
@@ -94,7 +94,8 @@ def top_p(probabilities, p):
 
     Args:
         probabilities: float32 tensor [B, V].
-        p: float. All tokens are included if it is 1 or more, or above their total.
+        p: float, or float tensor [B, 1]. All tokens are included if it is 1 or more, or above
+            their total.
 
     Returns:
         float32 tensor [B, V].
@@ -103,7 +104,8 @@ def top_p(probabilities, p):
         - [Holtzman et al., 2020](https://arxiv.org/abs/1904.09751)
     """
     # Because a float32 sum may reach 1 without the last tokens.
-    if p >= 1:
+    is_number = isinstance(p, (int, float))
+    if is_number and p >= 1:
         return probabilities
 
     def halve(_, bounds):
@@ -118,8 +120,10 @@ def top_p(probabilities, p):
     largest = ops.max(probabilities, axis=-1, keepdims=True)
     low, _ = ops.fori_loop(0, BISECTION_STEPS, halve, (ops.zeros_like(largest), largest))
     # The most likely token is included where it alone reaches p.
-    alone = largest >= p
-    return ops.where(probabilities >= ops.where(alone, largest, low), probabilities, 0.0)
+    threshold = ops.where(largest >= p, largest, low)
+    if not is_number:
+        threshold = ops.where(p >= 1, 0.0, threshold)
+    return ops.where(probabilities >= threshold, probabilities, 0.0)
 
 
 def min_p(probabilities, threshold):

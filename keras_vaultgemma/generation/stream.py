@@ -13,14 +13,15 @@ class TextStream:
 
     Attributes:
         ids: list of the ids that were pushed.
+        stop: tuple of the stop strings.
         stopped: bool. True once a stop string has occurred.
     """
 
     def __init__(self, detokenize, stop=()):
         self.ids = []
+        self.stop = tuple(stop)
         self.stopped = False
         self._detokenize = detokenize
-        self._stop = tuple(stop)
         self._text = ""
         self._sent = 0
 
@@ -30,18 +31,29 @@ class TextStream:
         Ids after the one that completes a stop string are dropped.
         """
         start = self._sent
-        for i in ids:
-            if self.stopped:
-                break
-            self.ids.append(i)
-            self._text = self._detokenize(self.ids)
-            end = find_first(self._text, self._stop)
+        if ids and not self.stopped:
+            text, count = self._detokenize([*self.ids, *ids]), len(ids)
+            end = find_first(text, self.stop)
             if end is not None:
-                self.stopped = True
-                self._text = self._text[:end]
+                text, end, count = self._first_with_stop(ids)
+                self.stopped, text = True, text[:end]
+            self.ids += ids[:count]
+            self._text = text
         final = len(self._text) if self.stopped else self._final_length()
         self._sent = max(self._sent, final)
         return self._text[start : self._sent]
+
+    def _first_with_stop(self, ids):
+        """Return the text with the fewest of `ids` that has a stop string, its index, and how many.
+
+        Detokenizing takes longest, so it is called for one id after the other only here.
+        """
+        for count in range(1, len(ids) + 1):
+            text = self._detokenize([*self.ids, *ids[:count]])
+            end = find_first(text, self.stop)
+            if end is not None:
+                break
+        return text, end, count
 
     def flush(self):
         """Return the rest of the text, when no more ids follow."""
@@ -57,7 +69,7 @@ class TextStream:
     def _final_length(self):
         """Return the length without incomplete characters and starts of stop strings."""
         text = self._text.rstrip(REPLACEMENT)
-        lengths = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        lengths = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return len(text) - max(lengths, default=0)
 
 

@@ -60,10 +60,51 @@ def take_rows(cache, rows):
         cache: `KVCache` of B rows.
         rows: int32 [N].
     """
-    heads = cache.keys[0].shape[0] // cache.positions.shape[0]
-    index = ops.reshape(rows[:, None] * heads + ops.arange(heads, dtype="int32"), (-1,))
+    index = ops.reshape(_heads_of(cache, rows), (-1,))
     keys, values = (tuple(ops.take(x, index, axis=0) for x in tensors) for tensors in cache[:2])
     return KVCache(keys, values, ops.take(cache.positions, rows, axis=0))
+
+
+def gather_slots(cache, rows, source, positions):
+    """Return a cache whose rows and slots are copied from those of another one.
+
+    Args:
+        cache: `KVCache` of P rows.
+        rows: int32 [B]. The row of `cache` that each new row is copied from.
+        source: int32 [B, S]. The slot of that row that each new slot is copied from.
+        positions: int32 [B, S]. Positions of the new cache.
+    """
+    _, slots, head_dim = cache.keys[0].shape
+    index = ops.reshape(
+        _heads_of(cache, rows)[:, :, None] * slots + source[:, None], (-1, source.shape[1])
+    )
+
+    def gather(tensor):
+        return ops.take(ops.reshape(tensor, (-1, head_dim)), index, axis=0)
+
+    return KVCache(tuple(map(gather, cache.keys)), tuple(map(gather, cache.values)), positions)
+
+
+def write_rows(cache, new, rows):
+    """Return the cache with other rows in place of some.
+
+    Args:
+        cache: `KVCache` of B rows and S slots. The caller must not use it again.
+        new: `KVCache` of N rows and S slots.
+        rows: int32 [N]. The row of `cache` that each row of `new` replaces.
+    """
+    heads = ops.reshape(_heads_of(cache, rows), (-1,))
+    keys, values = (
+        tuple(backend.write_rows(x, y, heads) for x, y in zip(*tensors, strict=True))
+        for tensors in ((cache.keys, new.keys), (cache.values, new.values))
+    )
+    return KVCache(keys, values, backend.write_rows(cache.positions, new.positions, rows))
+
+
+def _heads_of(cache, rows):
+    """Return the indices [N, K] of the heads of `rows` in the first axis of keys and values."""
+    heads = cache.keys[0].shape[0] // cache.positions.shape[0]
+    return rows[:, None] * heads + ops.arange(heads, dtype="int32")
 
 
 def split_heads(cache):

@@ -127,3 +127,16 @@ def test_matmuls_of_either_library(rows):
             x = torch.rand(rows, 24, generator=generator)
             expected = x.numpy() @ kernel.numpy()
             np.testing.assert_allclose(recorded([x, kernel])[0], expected, rtol=1e-5)
+
+
+@only_torch
+def test_a_matmul_of_onednn_is_replayed(monkeypatch):
+    """Which the tracer does not know. It is called for large matrices."""
+    monkeypatch.setattr(recording, "EAGER_CALLS", 1)
+    values = np.random.default_rng(0).normal(size=(512, 512)).astype("float32")
+    kernel = keras.Variable(values)
+    begin = backend.record_step(lambda x: backend.matmul(x, kernel.value), [kernel])
+    x = keras.ops.convert_to_tensor(values[:8])
+    for _ in range(4):
+        found = begin()(x)
+    np.testing.assert_allclose(to_numpy(found), values[:8] @ values, rtol=1e-3, atol=1e-3)

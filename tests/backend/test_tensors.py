@@ -19,6 +19,16 @@ def test_write_slice_into_rows_that_share_memory():
     np.testing.assert_array_equal(to_numpy(written)[:, :, 0], [[0, 1, 0], [0, 2, 0]])
 
 
+def test_write_rows_replaces_those_alone():
+    buffer, update = np.arange(24.0).reshape(4, 3, 2), -np.ones((2, 3, 2))
+    written = backend.write_rows(
+        *(keras.ops.convert_to_tensor(x.astype("float32")) for x in (buffer, update)),
+        keras.ops.convert_to_tensor(np.array([3, 0], "int32")),
+    )
+    buffer[[3, 0]] = update
+    np.testing.assert_array_equal(to_numpy(written), buffer)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_variables_start_from_the_bits_of_a_numpy_array(dtype):
     array = np.array([1.5, -0.0, np.inf, 3.0e-5], "float32").astype(

@@ -163,6 +163,25 @@ def test_top_p_equals_sorting(call, p):
     np.testing.assert_array_equal(call(lambda x: sampling.top_p(x, p), probabilities), expected)
 
 
+def test_rows_have_a_temperature_and_top_p_of_their_own(call):
+    logits, temperature, p = (
+        random_logits(4, 50),
+        [[0.5], [1.0], [1.0], [2.0]],
+        [[0.3], [0.9], [1.0], [1.0]],
+    )
+    found = call(
+        lambda x, t, p: sampling.probabilities(x, Rule("random", t, p=p)),
+        logits,
+        np.array(temperature, "float32"),
+        np.array(p, "float32"),
+    )
+    for i, row in enumerate(found):
+        rule = Rule("random", temperature[i][0], p=p[i][0])
+        expected = to_numpy(sampling.probabilities(logits[i : i + 1], rule))[0]
+        np.testing.assert_allclose(row, expected, rtol=1e-5)
+        assert (row > 0).tolist() == (expected > 0).tolist()
+
+
 def test_top_p_tells_neighbouring_float32_apart(call):
     larger = np.nextafter(np.float32(0.25), np.float32(1))
     probabilities = np.array([[0.25, larger, 0.25, 0.1875]], "float32")

@@ -4,7 +4,11 @@ import inspect
 import io
 import json
 import re
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from types import SimpleNamespace
 
 import keras_hub
@@ -384,3 +388,50 @@ def test_finetune_from_a_file_to_an_adapter(tmp_path):
         and "tokens_per_second: " in done.stderr
     )
     assert (tmp_path / "finetuned" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_serve_calls_the_recipe(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "keras_vaultgemma.serving.server.serve", lambda **kwargs: calls.append(kwargs) or ""
+    )
+    monkeypatch.delenv("KERAS_VAULTGEMMA_API_KEY", raising=False)
+    defaults = dict(
+        preset=None, adapters=[], dtype=None, int8=False, host="127.0.0.1", port=8000, api_key=None, allow_hosts=[],
+        allow_origins=[], max_rows=8, max_queue=256, timeout=600.0, skip_warm_up=False,
+    )  # fmt: skip
+    assert cli.main(["serve"]) == 0
+    assert calls == [defaults]
+    monkeypatch.setenv("KERAS_VAULTGEMMA_API_KEY", "from the environment")
+    options = "--adapter a=b --adapter c --host :: --port 0 --allow-host h --allow-origin o --max-rows 2 --skip-warm-up"
+    assert cli.main(["serve", *options.split()]) == 0
+    changes = dict(
+        adapters=["a=b", "c"], host="::", port=0, allow_hosts=["h"], allow_origins=["o"], max_rows=2, skip_warm_up=True,
+        api_key="from the environment",
+    )  # fmt: skip
+    assert calls[1] == {**defaults, **changes}
+    assert cli.main(["serve", "--api-key", "given"]) == 0
+    assert calls[2]["api_key"] == "given"
+
+
+@pytest.mark.long
+def test_serve_in_a_process_of_its_own(tmp_path):
+    """Until it is interrupted."""
+    command = [sys.executable, "-m", "keras_vaultgemma", "serve", "--port", "0", "--skip-warm-up"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stderr if line.startswith("Listening on "))
+            url = line.split()[2].rstrip(":")
+            assert "pre-trained only" in next(process.stderr)
+            with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
+                assert json.load(response)["status"] == "ok"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        error = error_of(capsys, "serve", "--port", port, "--skip-warm-up")
+    assert "Address already in use" in error
