@@ -10,7 +10,7 @@ from keras_vaultgemma.serving.errors import RequestError, unavailable
 
 LOG = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_PIECES = 0.03
+SECONDS_BETWEEN_PIECES = 0.05
 """Time for which the batch is decoded before rows may join and leave, if a token takes less."""
 
 PATIENCE = 1.0
