@@ -246,16 +246,12 @@ class VaultGemmaBackbone(
         key_positions = (
             positions if cache is None else kv_cache.write(cache.positions, positions, start)
         )
+        windows = {"sliding_attention": self.sliding_window_size}
         masks = {
-            layer_type: causal_mask(
-                positions,
-                key_positions,
-                self.sliding_window_size if layer_type == "sliding_attention" else None,
-                segments,
-                start,
-                branches,
+            kind: causal_mask(
+                positions, key_positions, windows.get(kind), segments, start, branches
             )
-            for layer_type in set(self.layer_types)
+            for kind in set(self.layer_types)
         }
         if cache is None:
             # By `__call__`, because Keras builds the layers and records the model's graph there.
