@@ -37,7 +37,18 @@ MODEL = {
     "--preset": value("PRESET", f"{SOURCE} (default: the base of --adapter, or vaultgemma_tiny)"),
     "--adapter": value("FOLDER", "adapter to load, of `finetune` or of PEFT"),
     "--dtype": choice(DTYPES, "dtype of the weights (default: the preset's own)"),
-    "--int8": flag("quantize the weights to int8, a quarter of the memory of float32"),
+    "--int8": flag(
+        "quantize the weights to int8, a quarter of the memory of float32",
+        "store_const",
+        dest="quantization",
+        const="int8",
+    ),
+    "--int4": flag(
+        "quantize the weights to int4, an eighth of the memory of float32",
+        "store_const",
+        dest="quantization",
+        const="int4",
+    ),
 }
 """Options of the commands that compute with a model and do not train it."""
 

@@ -32,7 +32,7 @@ def chat(
     repetition_penalty=None,
     seed=None,
     dtype=None,
-    int8=False,
+    quantization=None,
     stop=(),
 ):
     """Load a preset and chat with it, one turn after the other.
@@ -42,8 +42,8 @@ def chat(
 
     Args:
         read_line: function without arguments that returns the user's next line, or None at the end.
-        preset, adapter, sampler, temperature, top_k, top_p, repetition_penalty, seed, dtype, int8,
-            stop: as for `generate.generate`.
+        preset, adapter, sampler, temperature, top_k, top_p, repetition_penalty, seed, dtype,
+            quantization, stop: as for `generate.generate`.
         max_new_tokens: int. Largest number of tokens of a reply. Defaults to 256.
 
     Returns:
@@ -55,7 +55,7 @@ def chat(
     backend.cache_compilations(presets.cache_home() / "compiled")
     sampler = make_sampler(sampler, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     source = find_source(preset, adapter)
-    model = load_model(source, dtype, int8)
+    model = load_model(source, dtype, quantization)
     if top_k is not None:
         sampler.k = min(top_k, model.backbone.vocabulary_size)
     model.compile(sampler=sampler)

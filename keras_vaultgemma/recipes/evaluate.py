@@ -18,7 +18,7 @@ def evaluate(
     response_column=None,
     sequence_length=None,
     dtype=None,
-    int8=False,
+    quantization=None,
     as_json=False,
 ):
     """Measure perplexity and bits per byte of a data file under a model.
@@ -34,7 +34,7 @@ def evaluate(
         response_column: string, as for `finetune`.
         sequence_length: int. Tokens of a row. Defaults to the preset's.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
-        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
+        quantization: string, "int8" or "int4". Quantize the weights. Defaults to None.
         as_json: bool. If True, return a JSON object: `perplexity`, `bits_per_byte`, `nats`,
             `tokens`, `bytes` and `rows`, null where a number is not finite. Defaults to `False`.
 
@@ -48,7 +48,7 @@ def evaluate(
     check_integer("sequence_length", sequence_length, allow_none=True)
     records = read_records(data, text_column, prompt_column, response_column)
     source = find_source(preset, adapter)
-    model = load_model(source, dtype, int8)
+    model = load_model(source, dtype, quantization)
     if sequence_length is not None:
         model.preprocessor.sequence_length = sequence_length
     likelihood = measure(model, **records.tokenize(model.preprocessor, packed=True))

@@ -27,7 +27,7 @@ def evaluate_tasks(
     score_bos=False,
     sequence_length=None,
     dtype=None,
-    int8=False,
+    quantization=None,
     as_json=False,
 ):
     """Evaluate a model on tasks of lm-evaluation-harness.
@@ -46,7 +46,7 @@ def evaluate_tasks(
         score_bos: bool, as for `evaluation.measure_tasks`. Defaults to False.
         sequence_length: int. Number of positions. Defaults to the model's.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
-        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
+        quantization: string, "int8" or "int4". Quantize the weights. Defaults to None.
         as_json: bool. If True, return the contents of `results.json`. Defaults to `False`.
 
     Returns:
@@ -63,7 +63,7 @@ def evaluate_tasks(
         limit = int(limit)
     check_integer("num_fewshot", num_fewshot, minimum=0, allow_none=True)
     source = find_source(preset, adapter)
-    model = load_model(source, dtype, int8)
+    model = load_model(source, dtype, quantization)
     results = measure_tasks(
         model,
         tasks,

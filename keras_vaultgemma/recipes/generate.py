@@ -22,7 +22,7 @@ def generate(
     repetition_penalty=None,
     seed=None,
     dtype=None,
-    int8=False,
+    quantization=None,
     stop=(),
     chat=False,
     as_json=False,
@@ -45,7 +45,7 @@ def generate(
         repetition_penalty: float above 0, as for `VaultGemmaCausalLM.generate`. Defaults to 1.
         seed: int. Seed of the sampler. Defaults to None, for a random one.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
-        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
+        quantization: string, "int8" or "int4". Quantize the weights. Defaults to None.
         stop: iterable of strings that end the text.
         chat: bool. If True, the prompt is a user's turn and the reply alone is returned. Defaults
             to `False`.
@@ -62,7 +62,7 @@ def generate(
     backend.cache_compilations(presets.cache_home() / "compiled")
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sampler = make_sampler(sampler, **options)
-    model = load_model(find_source(preset, adapter), dtype, int8)
+    model = load_model(find_source(preset, adapter), dtype, quantization)
     if top_k is not None:
         sampler.k = min(top_k, model.backbone.vocabulary_size)
     model.compile(sampler=sampler)

@@ -60,22 +60,22 @@ def find_source(preset=None, adapter=None):
     return source._replace(adapter=found)
 
 
-def load_model(source, dtype=None, int8=False):
+def load_model(source, dtype=None, quantization=None):
     """Load the model of a `Source` to compute with it, not to train it.
 
     Args:
         source: `Source`.
         dtype: string. Dtype policy. Defaults to the preset's own, because training, for which
             Keras's default of float32 is made, is not wanted.
-        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
+        quantization: string, "int8" or "int4". Quantize the weights. Defaults to None.
 
     Returns:
         `VaultGemmaCausalLM`.
     """
     dtype = dtype or _other_dtype(source.preset)
     model = VaultGemmaCausalLM.from_preset(source.preset, **({"dtype": dtype} if dtype else {}))
-    if int8:
-        model.quantize("int8")
+    if quantization:
+        model.quantize(quantization)
     if source.adapter is not None:
         adapters.load_adapter(model, source.adapter)
     return model

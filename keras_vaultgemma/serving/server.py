@@ -17,7 +17,7 @@ PRE_TRAINED = "pre-trained only: it continues text, and has not been trained to 
 """What the model is unless an adapter says otherwise."""
 
 
-def serve(preset=None, adapters=(), dtype=None, int8=False, skip_warm_up=False, **options):
+def serve(preset=None, adapters=(), dtype=None, quantization=None, skip_warm_up=False, **options):
     """Answer requests of OpenAI's interface until the process is interrupted.
 
     `POST /v1/completions` and `/v1/chat/completions`, `GET /v1/models`, `/health`, and `/`, a page
@@ -29,7 +29,7 @@ def serve(preset=None, adapters=(), dtype=None, int8=False, skip_warm_up=False, 
         adapters: list of strings, `NAME=FOLDER` or `FOLDER`, whose last part is then the name. Each
             adapter is a model of its own to clients.
         dtype: string. Dtype of the weights. Defaults to that of the preset.
-        int8: bool. If True, quantize the weights to int8. Defaults to `False`.
+        quantization: string, "int8" or "int4". Quantize the weights. Defaults to None.
         skip_warm_up: bool. If True, functions are compiled when they are first needed. Defaults to
             `False`.
         **options: Of `ServeOptions`:
@@ -55,7 +55,7 @@ def serve(preset=None, adapters=(), dtype=None, int8=False, skip_warm_up=False, 
     uvicorn = _uvicorn()
     options = ServeOptions(**options)
     backend.cache_compilations(presets.cache_home() / "compiled")
-    models = load_models(preset, adapters, dtype, int8)
+    models = load_models(preset, adapters, dtype, quantization)
     scheduler = Scheduler(models, options.max_rows, options.max_queue)
     if not skip_warm_up:
         warm_up(scheduler.batch)
@@ -68,7 +68,7 @@ def serve(preset=None, adapters=(), dtype=None, int8=False, skip_warm_up=False, 
     return "The server has ended"
 
 
-def load_models(preset=None, adapters=(), dtype=None, int8=False):
+def load_models(preset=None, adapters=(), dtype=None, quantization=None):
     """Return the `Models` of a preset and adapters. See `serve`."""
     folders = {}
     for adapter in adapters:
@@ -82,7 +82,7 @@ def load_models(preset=None, adapters=(), dtype=None, int8=False):
     found = {name: source.adapter for name, source in sources.items()}
     if not sources and source.adapter is not None:  # the preset is an adapter itself
         found[Path(preset).name] = source.adapter
-    model = load_model(source._replace(adapter=None), dtype, int8)
+    model = load_model(source._replace(adapter=None), dtype, quantization)
     if model.preprocessor is None:
         raise ValueError(
             f"The model must have a vocabulary to take text. Received: {source.preset}"

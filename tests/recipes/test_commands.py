@@ -397,7 +397,7 @@ def test_serve_calls_the_recipe(monkeypatch):
     )
     monkeypatch.delenv("KERAS_VAULTGEMMA_API_KEY", raising=False)
     defaults = dict(
-        preset=None, adapters=[], dtype=None, int8=False, host="127.0.0.1", port=8000, api_key=None, allow_hosts=[],
+        preset=None, adapters=[], dtype=None, quantization=None, host="127.0.0.1", port=8000, api_key=None, allow_hosts=[],
         allow_origins=[], max_rows=8, max_queue=256, timeout=600.0, skip_warm_up=False,
     )  # fmt: skip
     assert cli.main(["serve"]) == 0

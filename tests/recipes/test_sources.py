@@ -65,9 +65,10 @@ def test_generate_takes_what_finetune_wrote(runs, text, capsys, monkeypatch, arg
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_generate_on_int8(runs, capsys):
+@pytest.mark.parametrize("option", ["--int8", "--int4"])
+def test_generate_on_a_quantized_base(runs, capsys, option):
     command = ["generate", PROMPT, "--max-new-tokens", "8", "--preset", str(runs / "adapted")]
-    assert cli.main([*command, "--int8", "--json"]) == 0
+    assert cli.main([*command, option, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["prompt"], result["finish_reason"]) == (PROMPT, "length")
     assert result["new_tokens"] == 8 and result["text"]
