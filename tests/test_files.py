@@ -234,7 +234,9 @@ def test_a_target_on_another_file_system_than_its_parent(tmp_path, monkeypatch, 
 # Killed processes
 
 WRITE_FOREVER = """
-import sys, time
+import signal, sys, time
+for ignored_under_nohup in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(ignored_under_nohup, signal.SIG_DFL)
 sys.path.insert(0, sys.argv[1])
 from keras_vaultgemma._files import new_folder
 with new_folder(sys.argv[2], exclusive=sys.argv[3] == "True") as folder:
