@@ -7,10 +7,6 @@ from public import docstring, public_methods, public_objects
 
 OBJECTS = public_objects()
 DOCUMENTED = {**OBJECTS, **public_methods()}
-# Public classes and functions whose docstring has no example yet, or one that does not run.
-LACKING = {
-    "GenerationOutput",
-}
 
 
 def examples(value):
@@ -18,19 +14,14 @@ def examples(value):
     return re.findall(r"^```python\n(.*?)^```", docstring(value), re.M | re.S)
 
 
-def parameters(names):
-    lacks = pytest.mark.xfail(reason="in the list LACKING", strict=False)
-    return [pytest.param(name, marks=[lacks] if name in LACKING else []) for name in names]
-
-
 @pytest.mark.any_backend
-@pytest.mark.parametrize("name", parameters(OBJECTS))
+@pytest.mark.parametrize("name", OBJECTS)
 def test_there_is_an_example(name):
     assert examples(OBJECTS[name])
 
 
 @pytest.mark.first_backend
-@pytest.mark.parametrize("name", parameters(name for name, x in DOCUMENTED.items() if examples(x)))
+@pytest.mark.parametrize("name", [name for name, x in DOCUMENTED.items() if examples(x)])
 def test_examples_run(name, tmp_path, monkeypatch):
     """All blocks of a docstring share one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)

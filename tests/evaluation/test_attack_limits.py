@@ -22,6 +22,7 @@ def test_limits_of_gaussian_noise(mu):
         assert 0 <= limit - exact < 0.1 * exact
 
 
+@pytest.mark.long
 def test_extremes():
     nothing = attack_limits([Steps(0, 100, 0.1, None, 1.0)])
     assert (nothing.accuracy, nothing.auc) == (0.5, 0.5)

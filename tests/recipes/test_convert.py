@@ -643,6 +643,7 @@ def test_a_killed_conversion_leaves_no_target(tmp_path, to, how):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.long
 def test_the_tool_runs_the_command(tiny, tmp_path):
     count = tiny.backbone.count_params()
     command = [
@@ -663,6 +664,7 @@ def test_the_tool_runs_the_command(tiny, tmp_path):
     assert names(tmp_path / "new") == names(TINY)
 
 
+@pytest.mark.long
 def test_tensorflow_is_not_imported(tmp_path):
     if keras.config.backend() == "tensorflow":
         pytest.skip("it is the backend")
