@@ -34,8 +34,3 @@ def test_examples_run(name, tmp_path, monkeypatch):
             if "pip install keras-vaultgemma[eval]" not in str(error):
                 raise
             pytest.skip("lm-evaluation-harness is not installed")
-
-
-@pytest.mark.any_backend
-def test_list_of_lacking_examples_is_current():
-    assert not LACKING - set(OBJECTS)
