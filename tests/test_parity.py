@@ -173,6 +173,7 @@ def test_logits_equal_the_reference(pair, found):
         assert np.abs(logits - reference.logits(pair[1].backbone, row)).max() <= 1e-4
 
 
+@pytest.mark.long
 def test_backends_agree_on_the_tiny_preset(tiny, tmp_path):
     """To `allclose(rtol=1e-5, atol=1e-5)`, each two. An absolute 1e-5 alone would be 10 units in the last place of these
     logits of up to 15: the float32 product in the head is off by 6e-6 of float64's, whichever library computes it."""

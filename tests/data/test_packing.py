@@ -108,8 +108,7 @@ def test_batches_are_packed_as_documents_are_read(preprocessor):
     assert read == [0, 1, 2]
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("sliding", [False, pytest.param(True, marks=pytest.mark.every_backend)])
 def test_packed_segments_equal_separate_rows(preprocessor, sliding):
     options = (
         dict(layer_types=["sliding_attention", "full_attention"], sliding_window_size=3)

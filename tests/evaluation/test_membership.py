@@ -24,7 +24,6 @@ def small():
     return VaultGemmaCausalLM.from_preset(one_layer_preset())
 
 
-@pytest.mark.every_backend
 def test_signals(small):
     texts = read_texts(LINES[:3], small)
     rows, contents, _ = training_rows(texts, small)

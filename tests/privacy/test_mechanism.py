@@ -54,7 +54,7 @@ def test_the_sum_carries_its_sensitivity():
     assert clipped.sensitivity == C
 
 
-@pytest.mark.parametrize("name", ["full", "LoRA"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.first_backend), "LoRA"])
 def test_rows_beyond_the_count_contribute_nothing(monkeypatch, name):
     monkeypatch.setattr(mechanism, "sum_rounding", lambda *sizes: 0.0)  # ρ depends on the capacity
     model, rows = private_model(**MODELS[name]), some_rows(6)  # a sum without ρ of its own
@@ -241,7 +241,7 @@ def test_rows_keep_99_percent_of_the_clipping_norm(size):
         assert (1 - mechanism.ROUNDING) / allowance >= 0.99
 
 
-@pytest.mark.parametrize("name", ["full", "LoRA"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.first_backend), "LoRA"])
 def test_bfloat16_is_equal_to_a_plain_loop_over_rows(name):
     """Gradients are computed in bfloat16 and compared with Keras's own loss; norms and sums are float32."""
     model, rows = private_model(**MODELS[name], dtype="mixed_bfloat16"), some_rows(7)
@@ -319,7 +319,7 @@ def test_the_standard_deviation_of_the_noise():
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="jax-privacy is for JAX")
-@pytest.mark.parametrize("name", ["full, both caps", "LoRA"])
+@pytest.mark.parametrize("name", [pytest.param("full, both caps", marks=pytest.mark.long), "LoRA"])
 def test_equal_to_jax_privacy(name):
     clipping = pytest.importorskip("jax_privacy.clipping")
     model, (x, y, weight) = shared(name), some_rows(6)

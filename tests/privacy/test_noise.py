@@ -240,7 +240,7 @@ def off_the_lattice(z):
     return int((nearest > 1e-5).sum()), len(z)
 
 
-def add_float32_deviates(total, rest, deviation, seed):
+def add_float32_deviates(total, rest, deviation, seed, secure):
     """Noise as it was before: one deviate of JAX's generator."""
     import jax
 

@@ -99,6 +99,7 @@ def test_steps_without_any_gradient_are_pure_noise():
     assert history["unprotected_loss"] == [0] * epochs
 
 
+@pytest.mark.first_backend
 def test_empty_batches_are_steps():
     """With one expected row of 2,000 a third of the batches is empty, and is noised and counted like any other."""
     rows, seen = take(some_rows(4), [0, 1, 2, 3] * 500), []
@@ -136,6 +137,7 @@ def test_all_kinds_of_text_data(data):
     assert isinstance(model.generate("Once upon", max_new_tokens=2), str)
 
 
+@pytest.mark.first_backend
 def test_a_custom_loss_and_metric():
     """They get the logits of one row at a time."""
     metric = keras.metrics.SparseCategoricalAccuracy(name="unprotected_accuracy")
@@ -151,7 +153,10 @@ def test_a_custom_loss_and_metric():
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lora_arguments=dict(dropout=0.3))])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(dict(), marks=pytest.mark.first_backend), dict(lora_arguments=dict(dropout=0.3))],
+)
 def test_gradient_checkpointing_changes_nothing(changes):
     found = []
     for checkpointing in (False, True):
@@ -229,7 +234,9 @@ def test_dropout_differs_from_step_to_step():
     assert len({round(loss, 4) for loss in losses}) == 4
 
 
-@pytest.mark.parametrize("base", ["bfloat16", "int8", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "base", ["bfloat16", "int8", pytest.param("mixed_bfloat16", marks=pytest.mark.first_backend)]
+)
 def test_low_precision_bases(base):
     """The standard deviation of the noise of float32 factors does not depend on the base's dtype."""
     keras.utils.set_random_seed(1)

@@ -176,9 +176,15 @@ def trained(
     "options",
     [
         dict(backbone_options=dict(num_layers=2)),
-        dict(backbone_options=dict(final_logit_soft_cap=3.0, attention_logit_soft_cap=2.0)),
+        pytest.param(
+            dict(backbone_options=dict(final_logit_soft_cap=3.0, attention_logit_soft_cap=2.0)),
+            marks=pytest.mark.first_backend,
+        ),
         dict(lora_rank=2, backbone_options=dict(num_key_value_heads=2)),
-        dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
+        pytest.param(
+            dict(sample_weight=np.array([[0.5], [2.0], [0.0], [1.0]])),
+            marks=pytest.mark.first_backend,
+        ),
         pytest.param(dict(run_eagerly=True), marks=pytest.mark.first_backend),
         pytest.param(
             dict(
