@@ -7,6 +7,7 @@ and a page says what that protects.
 """
 
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ WIDTH = 76
 COMPLAINTS = ("a sore throat", "a cough", "back pain", "a headache", "no appetite")
 FINETUNE = (
     "finetune --data notes.txt --private --epsilon 8 --report "
-    "--sequence-length 24 --epochs 4 --batch-size 60"
+    "--sequence-length 24 --epochs 4 --batch-size 70"
 )
 CONTEXT = 40
 """Characters that are shown on each side of a difference."""
@@ -44,7 +45,8 @@ def generate(backend):
 
 def train_privately(backend, folder):
     """Fine-tune on made-up notes with privacy; return the path of the page about it, or None."""
-    notes = [f"Patient {i} has had {COMPLAINTS[i % 5]} for {i % 9} days." for i in range(240)]
+    notes = [f"Patient {i} has had {COMPLAINTS[i % 5]} for {i % 9} days." for i in range(310)]
+    random.Random(0).shuffle(notes)
     (folder / "notes.txt").write_text("\n".join(notes), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "keras_vaultgemma", *FINETUNE.split()],
@@ -100,7 +102,7 @@ def main(backends):
     if len(backends) > 1:
         print(f"\nAll {len(backends)} backends generate the same text, word for word.")
     print(
-        f"\nNow 240 made-up notes of patients, with privacy:\n\n  $ keras-vaultgemma {FINETUNE}\n"
+        f"\nNow 310 made-up notes of patients, with privacy:\n\n  $ keras-vaultgemma {FINETUNE}\n"
     )
     start = time.perf_counter()
     # PyTorch starts fastest.

@@ -82,6 +82,11 @@ def _sentences(comparison):
             plain = figures.best_attack(comparison["membership"]["plain"])
             sentence += f"; of the plain model {100 * plain['auc']:.0f}"
         found.append(f"{sentence}.")
+        if recognised["shift"]["is_found"]:
+            found.append(
+                "Training and unseen records differ without any model, in words, lengths or "
+                "difficulty. Recognition measures that difference as well."
+            )
     audited = comparison["audit"].get("private")
     if audited:
         found.append(

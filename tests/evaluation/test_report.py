@@ -171,6 +171,15 @@ def test_a_contradiction_stands_at_the_top(changes, words):
     assert words in " ".join(verdict.summary(found))
 
 
+def test_records_of_two_kinds_are_no_contradiction():
+    measured = membership(3.0)
+    measured["shift"]["is_found"] = True
+    found = comparison(membership={"private": measured})
+    assert found["verdict"]["status"] != "contradicted"
+    words = "Training and unseen records differ without any model"
+    assert words in text_of(found) and words in " ".join(verdict.summary(found))
+
+
 def test_what_was_not_measured():
     found = comparison(
         memorization={}, membership={}, audit={}, closest={}, notes=["No record is long enough"]
