@@ -137,6 +137,6 @@ def _levenshtein():
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
         raise ImportError(
-            f"Edit distances need rapidfuzz: pip install keras-vaultgemma[eval] ({error})"
+            f"Edit distances need rapidfuzz: pip install 'keras-vaultgemma[report]' ({error})"
         ) from error
     return Levenshtein

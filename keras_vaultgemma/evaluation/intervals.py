@@ -105,6 +105,6 @@ def import_stats():
         from scipy import stats
     except ImportError as error:
         raise ImportError(
-            f"Confidence bounds need SciPy: pip install keras-vaultgemma[eval] ({error})"
+            f"Confidence bounds need SciPy: pip install 'keras-vaultgemma[report]' ({error})"
         ) from error
     return stats
