@@ -101,7 +101,7 @@ def tiny():
 
 @pytest.fixture
 def own_key(monkeypatch, tmp_path):
-    """Fingerprints of private data have a key of the test's own, and not the user's."""
+    """The test has a key and a ledger of the machine of its own, without runs of other tests."""
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
 
 

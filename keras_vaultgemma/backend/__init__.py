@@ -24,7 +24,13 @@ from keras_vaultgemma.backend.autodiff import (
     while_loop,
     without_gradients,
 )
-from keras_vaultgemma.backend.blocks import add_float64_noise, in_blocks, positions, rotate_left
+from keras_vaultgemma.backend.blocks import (
+    add_float64_noise,
+    in_blocks,
+    in_row_blocks,
+    positions,
+    rotate_left,
+)
 from keras_vaultgemma.backend.compile import (
     cache_compilations,
     compile_function,
@@ -103,6 +109,7 @@ __all__ = [
     "gradients",
     "in_32_bits",
     "in_blocks",
+    "in_row_blocks",
     "in_tensorflow_graph",
     "int8_matmul",
     "is_argmax",

@@ -56,6 +56,36 @@ def in_blocks(function, buffers, *args, **parameters):
     return tuple(x.view(shape) for x in flat)
 
 
+def in_row_blocks(function, x, *args, **parameters):
+    """Return `function(x, *args)`, reading and writing a large matrix once.
+
+    As in `in_blocks`, XLA fuses the operations, and PyTorch computes on a CPU some rows at a time,
+    within the cache, and writes over `x`.
+
+    Args:
+        function: callable of rows and of arguments, computed row by row. It returns a tuple, of
+            which the last is a tensor like `x`, or None, and the others have a value for each row.
+        x: tensor [N, V]. The caller must not use it again.
+        *args: tensors [N].
+        **parameters: more arguments of `function`.
+
+    Returns:
+        Tuple like that of `function`.
+    """
+    rows = max(1, BLOCK // x.shape[1])
+    if NAME != "torch" or x.device.type != "cpu" or len(x) <= rows:
+        return fused(function)(x, *args, **parameters)
+    import torch
+
+    parts = []
+    for block in zip(*(torch.split(t, rows) for t in (x, *args)), strict=True):
+        *values, result = function(*block, **parameters)
+        if result is not None:
+            block[0].copy_(result)
+        parts.append(values)
+    return (*map(torch.cat, zip(*parts, strict=True)), None if result is None else x)
+
+
 def positions(start, shape):
     """Return the index of each element of a block of `in_blocks`, int32.
 

@@ -1,10 +1,7 @@
 """A chat with a model in a terminal, as a function: `keras-vaultgemma chat`."""
 
-from keras_vaultgemma import backend
-from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.data.text_inputs import apply_chat_template
-from keras_vaultgemma.recipes.samplers import make_sampler
-from keras_vaultgemma.recipes.sources import find_source, is_run, load_model
+from keras_vaultgemma.recipes.sources import is_run, load_with_sampler
 
 PRE_TRAINED = "It is pre-trained only: it continues text, and has not been trained to answer."
 """What is said of a model without an adapter."""
@@ -52,13 +49,8 @@ def chat(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    backend.cache_compilations(presets.cache_home() / "compiled")
-    sampler = make_sampler(sampler, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    source = find_source(preset, adapter)
-    model = load_model(source, dtype, quantization)
-    if top_k is not None:
-        sampler.k = min(top_k, model.backbone.vocabulary_size)
-    model.compile(sampler=sampler)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    model, source = load_with_sampler(preset, adapter, dtype, quantization, sampler, **sampling)
     options = {"stop": stop}
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty

@@ -2,11 +2,8 @@
 
 import json
 
-from keras_vaultgemma import backend
-from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.generation.requests import read_prompts
-from keras_vaultgemma.recipes.samplers import make_sampler
-from keras_vaultgemma.recipes.sources import find_source, load_model
+from keras_vaultgemma.recipes.sources import load_with_sampler
 
 
 def generate(
@@ -59,13 +56,8 @@ def generate(
         ValueError: If an argument is out of its range, or the prompt fills the model's context.
         KeyboardInterrupt: By the iterator, if the user interrupts generation.
     """
-    backend.cache_compilations(presets.cache_home() / "compiled")
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    sampler = make_sampler(sampler, **options)
-    model = load_model(find_source(preset, adapter), dtype, quantization)
-    if top_k is not None:
-        sampler.k = min(top_k, model.backbone.vocabulary_size)
-    model.compile(sampler=sampler)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    model, _ = load_with_sampler(preset, adapter, dtype, quantization, sampler, **sampling)
     inputs = [{"role": "user", "content": prompt}] if chat else prompt
     context = model.backbone.max_sequence_length
     (row,) = read_prompts(inputs, model.preprocessor, model.backbone.vocabulary_size).rows

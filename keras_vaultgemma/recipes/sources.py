@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import keras
 
+from keras_vaultgemma import backend
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma._partial_folders import partial_folder
 from keras_vaultgemma.checkpoints import names, presets
@@ -17,6 +18,7 @@ from keras_vaultgemma.lora import adapters, peft_format
 from keras_vaultgemma.lora.merging import merge
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.recipes.finetune_output import ADAPTER, PRESET, RUN
+from keras_vaultgemma.recipes.samplers import make_sampler
 
 DEFAULT_PRESET = "vaultgemma_tiny"
 
@@ -79,6 +81,29 @@ def load_model(source, dtype=None, quantization=None):
     if source.adapter is not None:
         adapters.load_adapter(model, source.adapter)
     return model
+
+
+def load_with_sampler(preset, adapter, dtype, quantization, sampler, top_k=None, **options):
+    """Load a preset and compile it with a sampler.
+
+    Args:
+        preset, adapter: as for `find_source`.
+        dtype, quantization: as for `load_model`.
+        sampler: string or None, the `name` of `samplers.make_sampler`.
+        top_k: int. At most as large as the model's vocabulary. Defaults to that of the sampler.
+        **options: the other options of `samplers.make_sampler`.
+
+    Returns:
+        Tuple `(model, source)` of a `VaultGemmaCausalLM` and a `Source`.
+    """
+    backend.cache_compilations(presets.cache_home() / "compiled")
+    sampler = make_sampler(sampler, top_k=top_k, **options)
+    source = find_source(preset, adapter)
+    model = load_model(source, dtype, quantization)
+    if top_k is not None:
+        sampler.k = min(top_k, model.backbone.vocabulary_size)
+    model.compile(sampler=sampler)
+    return model, source
 
 
 @contextlib.contextmanager

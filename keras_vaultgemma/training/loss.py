@@ -18,6 +18,9 @@ differentiated, its length can depend on the data: tokens of weight 0, such as p
 are sorted to the end, and the loop stops before them.
 """
 
+import functools
+import operator
+
 from keras import ops
 
 from keras_vaultgemma import backend
@@ -238,9 +241,10 @@ def _chunk_cross_entropy(terms, targets, weights, cap, with_gradient):
     Losses and `is_correct` have the shape `[n]`; the gradients are those of the weighted sum, and
     both lists are empty without gradients.
     """
-    logits = sum(term.logits() for term in terms)
-    losses, is_correct, logit_gradient = backend.fused(_softmax_cross_entropy)(
-        logits, targets, weights, cap, with_gradient
+    # Not `sum`, which would add the first term to 0.
+    logits = functools.reduce(operator.add, (term.logits() for term in terms))
+    losses, is_correct, logit_gradient = backend.in_row_blocks(
+        _softmax_cross_entropy, logits, targets, weights, cap=cap, with_gradient=with_gradient
     )
     if not with_gradient:
         return losses, is_correct, [], []

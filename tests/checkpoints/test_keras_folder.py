@@ -86,6 +86,7 @@ def test_equals_what_keras_saves(tiny, tmp_path, dtype, has_text):
     assert sum(reported) == model.backbone.count_params() * DTYPES[dtype].itemsize
 
 
+@pytest.mark.first_backend
 def test_this_package_and_keras_hub_load_it(tiny, tmp_path):
     model = build(tiny, "float32", True, vocabulary_size=4096)
     model.save_to_preset(tmp_path / "saved")

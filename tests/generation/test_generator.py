@@ -39,6 +39,11 @@ def greedy_generator(model):
 
 
 RANDOM = {"random": {}, "top_k": dict(k=4), "top_p": dict(p=0.7)}
+ONE_RANDOM = [
+    "top_p",
+    *(pytest.param(name, marks=pytest.mark.first_backend) for name in ("random", "top_k")),
+]
+"""The samplers, of which one suffices on the other backends."""
 
 
 @cache
@@ -54,7 +59,7 @@ def random_generator(model, name, seed=0):
     return generator
 
 
-@pytest.fixture(params=[dict(num_layers=2), SLIDING])
+@pytest.fixture(params=[pytest.param(dict(num_layers=2), marks=pytest.mark.first_backend), SLIDING])
 def backbone(request):
     return random_backbone(num_key_value_heads=2, **request.param)
 
@@ -67,6 +72,7 @@ def test_greedy_equals_the_naive_loop(backbone):
     assert [generator.generate([row], [12]).tokens[0] for row in ROWS] == expected
 
 
+@pytest.mark.first_backend
 def test_eager_equals_compiled(model):
     eager = Generator(model, keras_hub.samplers.GreedySampler(), run_eagerly=True)
     expected = greedy_generator(model).generate(ROWS[:2], [5, 5]).tokens
@@ -108,6 +114,7 @@ def test_decoding_ends_with_the_last_row(model):
     assert int(state.slot) == max(map(len, ROWS)) + max(map(len, found)) <= max(map(len, ROWS)) + 6
 
 
+@pytest.mark.first_backend
 def test_more_stop_ids_than_one_block(model):
     generator = greedy_generator(model)
     full = generator.generate(ROWS[:1], [6]).tokens[0]
@@ -117,7 +124,7 @@ def test_more_stop_ids_than_one_block(model):
     )
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", ONE_RANDOM)
 def test_a_seed_repeats_and_the_next_call_continues(model, name):
     first = random_generator(model, name, seed=1)
     a, b = first.generate(ROWS, [10] * 4).tokens, first.generate(ROWS, [10] * 4).tokens
@@ -145,6 +152,7 @@ def test_sampling_follows_the_distribution(model):
     assert (np.abs(counts - draws * p) <= 4 * np.sqrt(draws * p * (1 - p)) + 1).all()
 
 
+@pytest.mark.first_backend
 def test_low_temperature_is_greedy(model):
     greedy = greedy_generator(model).generate(ROWS, [6] * 4).tokens
     assert (
@@ -153,6 +161,7 @@ def test_low_temperature_is_greedy(model):
     )
 
 
+@pytest.mark.first_backend
 def test_a_custom_sampler(model):
     class Never(keras_hub.samplers.Sampler):
         """Greedy with one id forbidden."""
@@ -232,7 +241,7 @@ def test_finish_reasons(model):
     ]
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", ONE_RANDOM)
 def test_the_text_of_a_seed_does_not_depend_on_the_batch(model, name):
     generator, rows = random_generator(model, name), [ROWS[0], ROWS[2], ROWS[0], ROWS[1]]
     settings = Settings(seed=7)
@@ -253,7 +262,9 @@ def test_a_seed_does_not_advance_the_sampler(model):
     assert generator.generate(ROWS, [5] * 4).tokens == expected
 
 
-@pytest.mark.parametrize("name, draws", [("top_k", 1), ("own", 2)])
+@pytest.mark.parametrize(
+    "name, draws", [("top_k", 1), pytest.param("own", 2, marks=pytest.mark.first_backend)]
+)
 def test_a_random_sampler_is_usable_after_an_interrupt(model, name, draws):
     """Ctrl-C is raised while Python waits for a step, whose arguments are donated by then."""
 
@@ -284,7 +295,9 @@ def test_a_random_sampler_is_usable_after_an_interrupt(model, name, draws):
     assert texts(interrupted) == expected
 
 
-@pytest.mark.parametrize("name, draws", [("top_k", 3), ("own", 14)])
+@pytest.mark.parametrize(
+    "name, draws", [("top_k", 3), pytest.param("own", 14, marks=pytest.mark.first_backend)]
+)
 def test_calls_between_the_steps_of_a_stream_draw_new_numbers(model, name, draws):
     generator = random_generator(model, name, seed=1)
     stream, texts = generator.stream(ROWS[:1], [4], interval=1), []
@@ -327,6 +340,7 @@ def test_logit_bias_forbids_and_forces(model):
     )
 
 
+@pytest.mark.first_backend
 def test_min_p_of_one_is_greedy(model):
     greedy = greedy_generator(model).generate(ROWS, [6] * 4).tokens
     assert (

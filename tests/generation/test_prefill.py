@@ -22,7 +22,7 @@ SLIDING = dict(
 )
 
 
-@pytest.fixture(params=[dict(num_layers=2), SLIDING])
+@pytest.fixture(params=[pytest.param(dict(num_layers=2), marks=pytest.mark.first_backend), SLIDING])
 def backbone(request):
     return random_backbone(num_key_value_heads=2, **request.param)
 

@@ -33,6 +33,7 @@ def test_limits_stops_and_log_probs_equal_those_of_greedy_decoding(model):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.first_backend
 def test_accepted_drafts_take_fewer_passes(model, monkeypatch):
     """With the right draft each time, a forward pass gives eight tokens."""
     row, count = [2, 17, 5], 33
@@ -54,6 +55,7 @@ def count_passes(lookup):
     return passes
 
 
+@pytest.mark.first_backend
 def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
     """With drafts from the text; greedy text of the bundled model repeats itself."""
     (row,) = tiny.preprocessor.tokenize_prompts(["Once upon a time"])
@@ -65,10 +67,20 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(tiny):
 
 
 @pytest.mark.parametrize(
-    "length, passes_expected", [(200, [8] * 7), (203, [8] * 6 + [1] * 4), (250, [1] * 5)]
+    "length, is_accepted, passes_expected",
+    [
+        (203, True, [8] * 6 + [1] * 4),
+        *(
+            pytest.param(length, is_accepted, passes, marks=pytest.mark.first_backend)
+            for length, is_accepted, passes in (
+                (200, True, [8] * 7),
+                (250, True, [1] * 5),
+                *((length, False, None) for length in (200, 203, 250)),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("is_accepted", [True, False])
-def test_a_text_that_fills_the_cache(model, monkeypatch, length, passes_expected, is_accepted):
+def test_a_text_that_fills_the_cache(model, monkeypatch, length, is_accepted, passes_expected):
     """Drafts need capacity in the cache, and none is added for them."""
     row, count = (
         np.random.default_rng(0).integers(2, 128, length).tolist(),
@@ -88,6 +100,7 @@ def test_a_text_that_fills_the_cache(model, monkeypatch, length, passes_expected
     assert passes == passes_expected or not is_accepted
 
 
+@pytest.mark.first_backend
 def test_rejected_drafts_change_nothing(model, monkeypatch):
     expected = Generator(model, greedy()).generate(ROWS, [20] * 3).tokens
     monkeypatch.setattr(

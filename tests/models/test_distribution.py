@@ -35,10 +35,10 @@ LONG_TASK_MESHES = {
     "generate": ["2"],
 }
 """Meshes that add no kind of layout to the others, for `make test-all`."""
-PROCESS_TASKS = ["2x2:lora", "1x4:generate", "2x2:save"]
-LONG_PROCESS_TASKS = ["4:full", "1x4:full"]
-PRIVATE_MESHES = {"sums": ["2x4"], "private": ["2x2"], "resumed": ["2"]}
-LONG_PRIVATE_MESHES = {"sums": ["2", "4", "8"], "private": ["4"]}
+PROCESS_TASKS = ["2x2:lora", "2x2:save"]
+LONG_PROCESS_TASKS = ["1x4:generate", "4:full", "1x4:full"]
+PRIVATE_MESHES = {"sums": ["2x4"], "private": ["2x2"]}
+LONG_PRIVATE_MESHES = {"sums": ["2", "4", "8"], "private": ["4"], "resumed": ["2"]}
 PRIVATE_PROCESS_TASKS = ["4:private", "4:ledger"]
 LONG_PRIVATE_PROCESS_TASKS = ["2x2:private"]
 
@@ -260,7 +260,7 @@ def work(folder, cases, devices, processes=1):
         for i, log in enumerate(logs):
             environment["KERAS_DISTRIBUTION_PROCESS_ID"] = str(i)
             workers.append(subprocess.Popen(command, env=environment, stderr=log.open("w")))
-        codes = [worker.wait(timeout=400) for worker in workers]
+        codes = [worker.wait(timeout=900) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -279,28 +279,18 @@ def is_long(request):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, is_long):
-    alone = [f"1:{task}" for task in (*TASK_MESHES, "lora")]
+    alone = [f"1:{task}" for task in (*TASK_MESHES, "lora", "sums", "private")]
     found = alone + tasks(TASK_MESHES) + tasks(LONG_TASK_MESHES) * is_long
+    found += tasks(PRIVATE_MESHES) + tasks(LONG_PRIVATE_MESHES) * is_long
     return work(tmp_path_factory.mktemp("one"), found, devices=8)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, is_long):
-    found = PROCESS_TASKS + LONG_PROCESS_TASKS * is_long
-    return work(tmp_path_factory.mktemp("two"), found, devices=2, processes=2)
-
-
-@pytest.fixture(scope="module")
-def private_one_process(tmp_path_factory, is_long):
-    alone = ["1:sums", "1:private"]
-    found = alone + tasks(PRIVATE_MESHES) + tasks(LONG_PRIVATE_MESHES) * is_long
-    return work(tmp_path_factory.mktemp("private_one"), found, devices=8)
-
-
-@pytest.fixture(scope="module")
-def private_two_processes(tmp_path_factory, is_long):
-    folder = tmp_path_factory.mktemp("private_two")
-    found = PRIVATE_PROCESS_TASKS + LONG_PRIVATE_PROCESS_TASKS * is_long
+    """Results of two processes that work together, and the folder of their files."""
+    found = PROCESS_TASKS + PRIVATE_PROCESS_TASKS
+    found += (LONG_PROCESS_TASKS + LONG_PRIVATE_PROCESS_TASKS) * is_long
+    folder = tmp_path_factory.mktemp("two")
     return work(folder, found, devices=2, processes=2), folder
 
 
@@ -322,7 +312,7 @@ def test_results_equal_those_of_one_device(one_process, case):
 @needs_jax
 @pytest.mark.parametrize("case", cases(PROCESS_TASKS, LONG_PROCESS_TASKS))
 def test_two_processes_equal_one_device(one_process, two_processes, case):
-    assert_equal_to_one_device(two_processes, case, one_process)
+    assert_equal_to_one_device(two_processes[0], case, one_process)
 
 
 @needs_jax
@@ -370,8 +360,8 @@ def test_lora_factors_int8_scales_and_optimizer_state_are_divided(one_process):
 
 @needs_jax
 @pytest.mark.parametrize("mesh", of_task("sums", PRIVATE_MESHES, LONG_PRIVATE_MESHES))
-def test_clipped_sums_equal_those_of_one_device(private_one_process, mesh):
-    alone, found = (private_one_process[f"{name}:sums"] for name in ("1", mesh))
+def test_clipped_sums_equal_those_of_one_device(one_process, mesh):
+    alone, found = (one_process[f"{name}:sums"] for name in ("1", mesh))
     assert found.keys() == alone.keys()
     assert alone["full/clipped"] == 7 and 0 < alone["lora/clipped"] < 6
     for name, parts in (("full", ["gradients"]), ("lora", ["gradients", "rests"])):
@@ -396,21 +386,22 @@ def test_clipped_sums_equal_those_of_one_device(private_one_process, mesh):
 
 @needs_jax
 @pytest.mark.parametrize("mesh", of_task("private", PRIVATE_MESHES, LONG_PRIVATE_MESHES))
-def test_private_training_equals_that_on_one_device(private_one_process, mesh):
-    assert_equal_to_one_device(private_one_process, f"{mesh}:private", private_one_process)
+def test_private_training_equals_that_on_one_device(one_process, mesh):
+    assert_equal_to_one_device(one_process, f"{mesh}:private", one_process)
 
 
 @needs_jax
 @pytest.mark.parametrize("mesh", ["1", *of_task("private", PRIVATE_MESHES, LONG_PRIVATE_MESHES)])
-def test_noise_is_drawn_once(private_one_process, mesh):
-    found = private_one_process[f"{mesh}:private"]
+def test_noise_is_drawn_once(one_process, mesh):
+    found = one_process[f"{mesh}:private"]
     assert found["noise"].std() == pytest.approx(1.0 / 4 * 4**0.5, rel=0.15)
     np.testing.assert_allclose(found["layout/error of noise"], 0, atol=1e-5)
 
 
 @needs_jax
-def test_private_training_resumes_on_several_devices(private_one_process):
-    alone, found = private_one_process["1:private"], private_one_process["2:resumed"]
+@pytest.mark.long
+def test_private_training_resumes_on_several_devices(one_process):
+    alone, found = one_process["1:private"], one_process["2:resumed"]
     assert found.pop("steps").tolist() == [4, 1]  # the interrupted step counts twice
     for name, value in found.items():
         np.testing.assert_allclose(value, alone[name], atol=1e-5)
@@ -418,9 +409,9 @@ def test_private_training_resumes_on_several_devices(private_one_process):
 
 @needs_jax
 @pytest.mark.parametrize("mesh", ["4", pytest.param("2x2", marks=pytest.mark.long)])
-def test_private_training_in_two_processes(private_one_process, private_two_processes, mesh):
-    two, _ = private_two_processes
-    for name, value in private_one_process["1:private"].items():
+def test_private_training_in_two_processes(one_process, two_processes, mesh):
+    two, _ = two_processes
+    for name, value in one_process["1:private"].items():
         if not name.startswith("layout/"):
             np.testing.assert_allclose(two[f"{mesh}:private"][name], value, atol=1e-5)
     np.testing.assert_allclose(two[f"{mesh}:private"]["layout/error of noise"], 0, atol=1e-5)
@@ -428,8 +419,8 @@ def test_private_training_in_two_processes(private_one_process, private_two_proc
 
 
 @needs_jax
-def test_the_first_process_plans_and_writes_and_all_know_the_run(private_two_processes):
-    two, folder = private_two_processes
+def test_the_first_process_plans_and_writes_and_all_know_the_run(two_processes):
+    two, folder = two_processes
     found = two["4:ledger"]
     assert (found["names"][0] == found["names"][1]).all()
     assert found["steps"].ravel().tolist() == [2, 2] and found["machine"].tolist() == [2]

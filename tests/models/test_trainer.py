@@ -222,7 +222,8 @@ def test_labels_and_weights_beside_texts_are_refused(tiny, labels):
         tiny.fit(iter([(LINES[:2], labels.get("y"), labels.get("sample_weight"))]))
 
 
-@pytest.mark.parametrize("label", [-100, pytest.param(10**6, marks=pytest.mark.first_backend)])
+@pytest.mark.first_backend
+@pytest.mark.parametrize("label", [-100, 10**6])
 def test_labels_without_weight_may_be_anything(label):
     """Loss, accuracy, score and the step, which is the gradient, are those with a label of the vocabulary."""
     x = {"token_ids": IDS["token_ids"], "padding_mask": np.ones((2, 5), "int32")}

@@ -15,7 +15,7 @@ from keras_vaultgemma.privacy import checks, mechanism
 from keras_vaultgemma.privacy.row_losses import RowLosses
 from keras_vaultgemma.privacy.train_step import PrivateTraining
 
-pytestmark = [pytest.mark.usefixtures("own_key"), pytest.mark.first_backend]
+pytestmark = pytest.mark.first_backend
 
 ROWS = 40
 

@@ -35,7 +35,6 @@ from keras_vaultgemma.recipes.describe import describe
 
 pytestmark = [
     pytest.mark.first_backend,
-    pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
 

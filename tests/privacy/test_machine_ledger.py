@@ -15,7 +15,7 @@ from keras_vaultgemma.privacy import accounting, fingerprint, machine_ledger
 from keras_vaultgemma.privacy.ledger import FILE
 from keras_vaultgemma.privacy.ledger_writer import OpenRun
 
-pytestmark = [pytest.mark.any_backend, pytest.mark.usefixtures("own_key")]
+pytestmark = pytest.mark.any_backend
 
 
 def sketch(*records):

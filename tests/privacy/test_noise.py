@@ -249,7 +249,6 @@ def add_float32_deviates(total, rest, deviation, seed, secure):
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="the attack knows JAX's generator")
-@pytest.mark.usefixtures("own_key")
 @pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
 @pytest.mark.parametrize("generator", ["float32", "ours"])
 def test_the_attack_on_floating_point_noise(monkeypatch, generator):

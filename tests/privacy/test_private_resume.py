@@ -15,7 +15,6 @@ from keras_vaultgemma.training.state import read_state_arrays
 
 pytestmark = [
     pytest.mark.first_backend,
-    pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
 
@@ -44,8 +43,7 @@ def train(folder, dpsgd=None, killed_at=None, each=lambda: None, **arguments):
     return model
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [None, pytest.param(4, marks=pytest.mark.every_backend)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, rank):
     """Bit for bit on JAX."""
 

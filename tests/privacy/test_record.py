@@ -58,7 +58,6 @@ def test_a_ledger_that_is_added_twice_counts_once(tmp_path):
     assert record.spent().steps == 1
 
 
-@pytest.mark.usefixtures("own_key")
 def test_training_without_privacy_is_recorded(tmp_path):
     """Before and after a private run, and in saved models; a model without any guarantee has an empty ledger."""
     model = language_model(4)
@@ -147,7 +146,6 @@ COPIES = {
 }
 
 
-@pytest.mark.usefixtures("own_key")
 @pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
 @pytest.mark.parametrize(
     "way",
@@ -162,7 +160,6 @@ def test_copies_of_weights_carry_their_ledger(tmp_path, way):
     assert retrained(copied).steps == 12
 
 
-@pytest.mark.usefixtures("own_key")
 def test_copies_carry_training_without_privacy(tmp_path):
     model = language_model(4)
     model.compile(keras.optimizers.SGD(0.1))
@@ -195,7 +192,6 @@ def by_an_old_file(model, copied, folder):
 
 
 @pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
-@pytest.mark.usefixtures("own_key")
 @pytest.mark.parametrize(
     "move",
     [by_set_weights, by_set_weights_of_the_backbone, by_an_old_file],
@@ -211,7 +207,6 @@ def test_weights_of_unknown_history(tmp_path, move):
     assert "weights of unknown history" in preset_ledger(tmp_path / "saved").without_privacy()
 
 
-@pytest.mark.usefixtures("own_key")
 @pytest.mark.parametrize("is_private", [True, False], ids=["private", "plain"])
 def test_weights_that_a_callback_brings_back_are_known(is_private):
     """As `EarlyStopping(restore_best_weights=True)` does."""

@@ -32,12 +32,13 @@ from keras_vaultgemma.privacy.sampling import sample_rows
 from keras_vaultgemma.privacy.seeds import fixed_secret, noise_seed
 
 pytestmark = [
-    pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
 
 
-@pytest.mark.parametrize("rank, secure", [(None, False), (4, True)])
+@pytest.mark.parametrize(
+    "rank, secure", [pytest.param(None, False, marks=pytest.mark.first_backend), (4, True)]
+)
 def test_a_step_equals_a_plain_loop_over_rows(rank, secure):
     """The sum of the clipped gradients of the drawn rows, plus the noise of its seeds, over the expected batch size."""
     model, rows, secret = (
@@ -227,6 +228,7 @@ def test_dropout_follows_the_seeds_of_the_step():
     assert distance(found[0], found[2]) == 0 and distance(found[0], found[1]) > 0.1 * C
 
 
+@pytest.mark.first_backend
 def test_dropout_differs_from_step_to_step():
     """Each step has all rows and moves no weight, so that nothing but dropout tells its loss from another one's."""
     model = dropping_model(optimizer=keras.optimizers.SGD(0.0))
@@ -235,7 +237,11 @@ def test_dropout_differs_from_step_to_step():
 
 
 @pytest.mark.parametrize(
-    "base", ["bfloat16", "int8", pytest.param("mixed_bfloat16", marks=pytest.mark.first_backend)]
+    "base",
+    [
+        "bfloat16",
+        *(pytest.param(x, marks=pytest.mark.first_backend) for x in ("int8", "mixed_bfloat16")),
+    ],
 )
 def test_low_precision_bases(base):
     """The standard deviation of the noise of float32 factors does not depend on the base's dtype."""
@@ -271,6 +277,7 @@ def test_training_without_privacy_after_private_training():
     model.train_on_batch(x, y)
 
 
+@pytest.mark.first_backend
 def test_evaluation_has_no_metrics_of_training():
     model = language_model(4)
     x, y, weight = some_rows(ROWS)

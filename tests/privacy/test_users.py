@@ -29,7 +29,6 @@ from keras_vaultgemma.privacy.sampling import PrivateBatches, sample_rows
 from keras_vaultgemma.privacy.seeds import fixed_secret, noise_seed
 
 pytestmark = [
-    pytest.mark.usefixtures("own_key"),
     pytest.mark.filterwarnings("ignore::keras_vaultgemma.privacy.NotPrivateWarning"),
 ]
 
@@ -90,7 +89,15 @@ def first_step(model, rows, labels=LABELS, **arguments):
     return [old - new for old, new in zip(before, seen[0][0], strict=True)], seen[0][1]
 
 
-@pytest.mark.parametrize(("rank", "microbatch"), [(None, 1), (None, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("rank", "microbatch"),
+    [
+        (None, 1),
+        pytest.param(None, 2, marks=pytest.mark.first_backend),
+        pytest.param(4, 1, marks=pytest.mark.first_backend),
+        (4, 2),
+    ],
+)
 def test_the_clipped_sum_equals_a_plain_loop_over_users(rank, microbatch):
     """Within 1e-5 of its norm, with one expected user of two of each microbatch clipped."""
     model, rows, secret = user_model(rank, microbatch), labelled_rows(), fixed_secret(5)
@@ -252,6 +259,7 @@ def test_labels_of_all_kinds(labels):
     assert one == three != two
 
 
+@pytest.mark.first_backend
 @pytest.mark.filterwarnings("ignore:.*rows were longer")
 def test_texts():
     model = tiny_model(unit="user", max_rows_per_group=2)
@@ -298,7 +306,7 @@ class Private(Trainer, keras.Model):
     """Any Keras model."""
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.first_backend), True])
 def test_any_model_loss_and_metric(weighted):
     """The mean of Keras's own loss over a user's rows, one by one; rows that fill the shape enter no metric."""
     rng = np.random.default_rng(0)

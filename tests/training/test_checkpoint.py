@@ -107,6 +107,7 @@ def assert_survives(model, folder, interruptions, callbacks=list, **kwargs):
 # Resuming.
 
 
+@pytest.mark.first_backend
 def test_interrupted_in_any_batch(tmp_path):
     """In the first batch of a run, within an epoch and at its end."""
     model = fresh(small)
