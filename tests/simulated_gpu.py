@@ -7,6 +7,7 @@ reading their memory. `start` has to run before Keras is imported.
 import os
 
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -114,6 +115,10 @@ def _is_gpu(device):
 def start():
     """Let Keras compute on the simulated GPU, in this process from here on."""
     os.environ["KERAS_BACKEND"], os.environ["KERAS_TORCH_DEVICE"] = "torch", "cuda"
+    # A mode is not active inside a function that it handles; layers are recomputed inside this one.
+    torch.autograd.has_torch_function = lambda tensors: False
+    # Its random numbers are the CPU's.
+    torch.utils.checkpoint._infer_device_type = lambda *args: "cpu"
     generator = torch.Generator
 
     class Generator(generator):
