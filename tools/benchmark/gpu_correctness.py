@@ -95,7 +95,7 @@ def clipped_sum(tiny, rank, microbatch):
         model.backbone.enable_lora(rank)
         for i, v in enumerate(model.trainable_variables):  # one factor of each starts at 0
             v.assign(np.random.default_rng(i).normal(0, 0.02, v.shape))
-    # A norm that clips some rows and not others.
+    # It clips the gradients of all weights, and not those of factors.
     settings = DPSGD(noise_multiplier=1.0, clip_norm=0.5, delta=1e-5)
     model.compile(keras.optimizers.SGD(1.0), weighted_metrics=None, privacy=settings)
     training = model.private_training
