@@ -10,15 +10,18 @@ from keras_vaultgemma.backend.autodiff import fused
 from keras_vaultgemma.backend.selection import NAME
 
 BLOCK = 2**17
-"""Elements of PyTorch's blocks, whose temporaries fit into the cache of a core."""
+"""Elements of PyTorch's blocks on a CPU, whose temporaries fit into the cache of a core."""
+
+GPU_BLOCK = 2**24
+"""Elements of PyTorch's blocks on a GPU, whose 64 MiB for each temporary keep it busy."""
 
 
 def in_blocks(function, buffers, *args, **parameters):
     """Return `function(start, *buffers, *args)`, reading and writing large tensors once.
 
     XLA fuses the operations on JAX and, by `fused`, on TensorFlow, and there is one block. PyTorch
-    computes operation by operation, on a CPU block by block within the cache, in all threads, and
-    writes the result over the buffers.
+    computes operation by operation, block by block, and writes the result over the buffers: on a
+    CPU within the cache, in all threads; on a GPU so that temporaries take little memory.
 
     Args:
         function: callable of the index of a block's first element, of buffers and of arguments. It
@@ -31,27 +34,31 @@ def in_blocks(function, buffers, *args, **parameters):
     Returns:
         Tuple of tensors like `buffers`.
     """
-    if NAME != "torch" or buffers[0].device.type != "cpu":
+    if NAME != "torch":
         return fused(function)(0, *buffers, *args, **parameters)
     import torch
 
     shape, size = buffers[0].shape, buffers[0].numel()
+    is_cpu = buffers[0].device.type == "cpu"
+    length = BLOCK if is_cpu else GPU_BLOCK
     flat = [x.reshape(-1) for x in buffers]
     args = [x.reshape(*x.shape[: x.ndim - len(shape)], -1) for x in args]
 
     @torch.no_grad()  # which holds for one thread
     def compute(start):
-        part = slice(start, start + BLOCK)
+        part = slice(start, start + length)
         parts = [x[..., part] for x in [*flat, *args]]
         results = function(start, *parts, **parameters)
         for x, result in zip(flat, results, strict=True):
             x[part] = result
 
-    if size <= BLOCK:
-        compute(0)
+    starts = range(0, max(1, size), length)
+    if len(starts) == 1 or not is_cpu:
+        for start in starts:
+            compute(start)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for _ in threads.map(compute, range(0, size, BLOCK)):
+            for _ in threads.map(compute, starts):
                 pass
     return tuple(x.view(shape) for x in flat)
 

@@ -24,7 +24,8 @@ def int8_matmul(x, kernel, transposed=False):
         transposed: bool. True if `kernel` is [out, in] instead. Defaults to False.
 
     Returns:
-        int32 tensor [..., out], exact.
+        int32 tensor [..., out]. It is exact, except that Keras adds in float32 on PyTorch's GPU,
+        where sums above 2^24 are rounded.
     """
     if NAME == "torch" and kernel.device.type == "cpu":
         import torch

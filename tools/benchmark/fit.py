@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import device
 import numpy as np
 import random_model
 
@@ -88,9 +89,9 @@ def measure(model, steps, batch, length, vocabulary_size):
         .astype("int32")
     )
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((len(ids), length), "int32")}
-    before = random_model.reset_peak()
+    before = device.reset_peak()
     history = model.fit(x, ids[:, 1:], batch_size=batch, verbose=0, callbacks=[Clock()])
-    peak = random_model.resident("VmHWM")
+    peak = device.peak()
     return {
         "gb_above_model": (peak - before) / 1e9,
         "peak_gb": peak / 1e9,

@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import device
 import full_size
 import generate_report
 import numpy as np
@@ -129,7 +130,8 @@ def keras_hub(size, dtype, options):
     return {"first_call_s": first_call, "first_token_s": warm(call, CONTEXT - 1, 1), **decoding}
 
 
-def transformers(size, dtype, options):
+def build_transformers(size, dtype):
+    """Return a function of equal prompt lengths and new tokens that generates."""
     import torch
     from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
@@ -139,15 +141,20 @@ def transformers(size, dtype, options):
         | dict(intermediate_size=size["intermediate_dim"], num_hidden_layers=size["num_layers"])
         | dict(layer_types=["full_attention"] * size["num_layers"])
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
+    at = device.torch_device()
+    with at:
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
     def call(lengths, new):
-        ids = torch.tensor([random_ids(size, n) for n in lengths], device=device)
+        ids = torch.tensor([random_ids(size, n) for n in lengths], device=at)
         options = dict(min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0)
         model.generate(ids, attention_mask=torch.ones_like(ids), **options).cpu()
 
-    return first_call_and_decoding(call, size, dtype)
+    return call
+
+
+def transformers(size, dtype, options):
+    return first_call_and_decoding(build_transformers(size, dtype), size, dtype)
 
 
 def warm_cache(size, dtype, options):

@@ -5,8 +5,8 @@
 
 import time
 
+import device
 import numpy as np
-import random_model
 
 
 def measure(peer, work):
@@ -25,6 +25,7 @@ def measure(peer, work):
     torch.manual_seed(0)
     batch, length, steps = work["batch"], work["length"], work["steps"]
     ids = torch.randint(5, work["size"]["vocabulary_size"], (batch * steps, length))
+    at = device.torch_device()
     model = _model(work)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -38,26 +39,31 @@ def measure(peer, work):
             max_grad_norm=1.0,
             poisson_sampling=False,  # the same number of rows in each step
         )
-    positions = torch.arange(length)[None]
-    seconds, before = [], random_model.reset_peak()
+    positions = torch.arange(length, device=at)[None]
+    seconds, before = [], device.reset_peak()
     for (x,) in loader:
         start = time.perf_counter()
+        x = x.to(at)
         # Opacus needs positions of each row.
         model(input_ids=x, labels=x, position_ids=positions.repeat(len(x), 1)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        device.synchronize()
         seconds.append(time.perf_counter() - start)
+    peak = device.peak()
     return {
         "step_s": float(np.mean(seconds[1:])),
-        "gb_above_model": (random_model.resident("VmHWM") - before) / 1e9,
+        "gb_above_model": (peak - before) / 1e9,
+        "peak_gb": peak / 1e9,
         "first_step_s": seconds[0],
         "timed_rows": batch * (steps - 1),
     }
 
 
 def _model(work):
+    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import VaultGemmaConfig, VaultGemmaForCausalLM
+    from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
     size = work["size"]
     config = VaultGemmaConfig(
@@ -80,4 +86,7 @@ def _model(work):
         target_modules=["q_proj", "v_proj"],
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(VaultGemmaForCausalLM(config), lora).train()
+    dtype = getattr(torch, work.get("dtype", "float32"))
+    with device.torch_device():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return get_peft_model(model, lora).train()

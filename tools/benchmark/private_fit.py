@@ -31,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import device
 import numpy as np
 import opacus_stack
 import random_model
@@ -75,7 +76,7 @@ def private(work):
 
 
 def _fit(work, guarantee):
-    model = random_model.vaultgemma(work["size"], "float32")
+    model = random_model.vaultgemma(work["size"], work.get("dtype", "float32"))
     if work["rank"]:
         model.backbone.enable_lora(work["rank"])
     model.compile(_optimizer(work), weighted_metrics=None, privacy=guarantee)
@@ -143,9 +144,9 @@ def measure(peer, work):
     )
     ids = ids.astype("int32")
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((count, work["length"]), "int32")}
-    before = random_model.reset_peak()
+    before = device.reset_peak()
     model.fit(x, ids[:, 1:], batch_size=work["batch"], verbose=0, callbacks=[Clock()])
-    peak = random_model.resident("VmHWM")
+    peak = device.peak()
     rows, average = [work["batch"]] * len(seconds), work["batch"]
     if peer == "private":
         rows, average = computed_rows(
@@ -154,6 +155,7 @@ def measure(peer, work):
     return {
         "step_s": sum(seconds[1:]) / sum(rows[1:]) * average,
         "gb_above_model": (peak - before) / 1e9,
+        "peak_gb": peak / 1e9,
         "first_step_s": seconds[0],
         "timed_rows": sum(rows[1:]),
     }

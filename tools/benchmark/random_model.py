@@ -5,6 +5,7 @@ import gc
 import re
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from keras_vaultgemma.checkpoints import weight_map
@@ -21,8 +22,9 @@ SIZES = {
 class Tiled:
     """A repeated block of random numbers, because drawing a billion takes too long."""
 
-    # The length is prime, so that the rows of a matrix differ.
-    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003)
+    # The length is prime, so that the rows of a matrix differ. The numbers are those of bfloat16,
+    # so that models of all dtypes have the same weights.
+    block = np.random.default_rng(0).normal(0, 0.02, 1_000_003).astype(ml_dtypes.bfloat16)
 
     def __init__(self, shape):
         self.shape = shape
