@@ -115,8 +115,9 @@ def _is_gpu(device):
 def start():
     """Let Keras compute on the simulated GPU, in this process from here on."""
     os.environ["KERAS_BACKEND"], os.environ["KERAS_TORCH_DEVICE"] = "torch", "cuda"
-    # A mode is not active inside a function that it handles; layers are recomputed inside this one.
+    # A mode is not active inside a function that it handles; layers are recomputed inside these.
     torch.autograd.has_torch_function = lambda tensors: False
+    torch.Tensor.backward = torch.autograd.backward
     # Its random numbers are the CPU's.
     torch.utils.checkpoint._infer_device_type = lambda *args: "cpu"
     generator = torch.Generator
