@@ -88,11 +88,12 @@ class Device(TorchFunctionMode):
         if function is torch.Tensor.cpu:
             return _on_cpu(args[0])
         if function is torch.Tensor.to:
-            devices = [x for x in (*args[1:], kwargs.pop("device", None)) if _is_device(x)]
-            args = tuple(x for x in args if not _is_device(x))
-            x = function(*args, **kwargs) if len(args) > 1 or "dtype" in kwargs else args[0]
+            x, *others = [*args, *kwargs.values()]
+            devices = [value for value in others if isinstance(value, (str, torch.device))]
+            dtypes = [value for value in others if isinstance(value, torch.dtype)]
             if not devices:
-                return x
+                return function(*args, **kwargs)
+            x = function(x, *dtypes) if dtypes else x
             return on_gpu(x) if _is_gpu(devices[0]) else _on_cpu(x)
         if _is_gpu(kwargs.get("device")):
             kwargs["device"] = "cpu"
@@ -104,10 +105,6 @@ def _on_cpu(x):
     return x.inner.detach().clone() if isinstance(x, GpuTensor) else x
 
 
-def _is_device(x):
-    return isinstance(x, (str, torch.device))
-
-
 def _is_gpu(device):
     return device is not None and torch.device(device).type == "cuda"
 
@@ -115,8 +112,9 @@ def _is_gpu(device):
 def start():
     """Let Keras compute on the simulated GPU, in this process from here on."""
     os.environ["KERAS_BACKEND"], os.environ["KERAS_TORCH_DEVICE"] = "torch", "cuda"
-    # A mode is not active inside a function that it handles; layers are recomputed inside this one.
+    # A mode is not active inside a function that it handles; layers are recomputed inside these.
     torch.autograd.has_torch_function = lambda tensors: False
+    torch.Tensor.backward = torch.autograd.backward
     # Its random numbers are the CPU's.
     torch.utils.checkpoint._infer_device_type = lambda *args: "cpu"
     generator = torch.Generator
