@@ -32,6 +32,8 @@ def model_files(folder, as_names=False):
         "assets/*/*.spm",
         "additional_chat_templates/*.jinja",
         "*.gguf",
+        "onnx/*.onnx",
+        "onnx/*.onnx_data*",
         "Modelfile",
         "README.md",
     ]
@@ -152,6 +154,13 @@ llama-cli --model model.gguf
 ollama create my_model --file Modelfile
 ollama run my_model
 ```""",
+    "transformers.js": """```js
+import {{env, pipeline}} from "@huggingface/transformers";
+
+env.localModelPath = "path/to/the/folder/above/";
+const generate = await pipeline("text-generation", "name_of_this_folder");
+const [{{generated_text}}] = await generate("Once upon a time", {{max_new_tokens: 40}});
+```""",
 }
 """How a model is loaded, by the format."""
 
@@ -159,6 +168,7 @@ HEADERS = {
     "keras": ["library_name: keras-hub"],
     "hf": ["library_name: transformers"],
     "gguf": [],
+    "transformers.js": ["library_name: transformers.js"],
 }
 """Lines about the format in the card's header."""
 
@@ -172,7 +182,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_ge
     """Return the text of a model card (README.md).
 
     Args:
-        to: string. Format of the folder, "keras", "hf" or "gguf".
+        to: string. Format of the folder, one of `USAGE`.
         metadata: dict. Content of metadata.json.
         hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
             returns them.

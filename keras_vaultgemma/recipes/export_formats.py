@@ -5,7 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keras_vaultgemma.checkpoints import gguf_format, modelfile, presets, weight_map
+from keras_vaultgemma.checkpoints import (
+    decoder_weights,
+    gguf_format,
+    modelfile,
+    presets,
+    transformers_js,
+    weight_map,
+)
 from keras_vaultgemma.checkpoints.chat_template import chat_template
 from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE
 from keras_vaultgemma.checkpoints.gemma import check_is_gemma
@@ -18,6 +25,7 @@ from keras_vaultgemma.checkpoints.hugging_face_folder import (
 from keras_vaultgemma.checkpoints.keras_folder import write_keras_config, write_keras_weights
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.checkpoints.metadata import privacy_sentences
+from keras_vaultgemma.checkpoints.onnx_format import import_onnx
 from keras_vaultgemma.checkpoints.reader import format_of
 from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
 from keras_vaultgemma.checkpoints.sentencepiece_format import read_pieces
@@ -81,21 +89,9 @@ def _write_keras(folder, conversion, report):
 
 
 def _write_hugging_face(folder, conversion, report):
-    source, architecture = conversion.folder, conversion.architecture
-    is_hugging_face = format_of(source) in weight_map.SAFETENSORS
-    write_hugging_face_config(
-        folder,
-        conversion.hyperparameters,
-        DTYPES[conversion.dtype],
-        conversion.preprocessor,
-        None if is_hugging_face else presets.file(source, "vocabulary"),
-        architecture,
-    )
-    if is_hugging_face:
-        copy_text_files(source, folder)
+    architecture = conversion.architecture
     is_gemma = architecture == GEMMA_TYPE
-    if is_gemma and conversion.preprocessor is not None and not (folder / FILE).exists():
-        write_fast_tokenizer(folder, _pieces(conversion))
+    _write_hugging_face_texts(folder, conversion, is_gemma)
     name = weight_map.GEMMA if is_gemma else weight_map.HUGGING_FACE
     tensors = [
         (weight.locations[name], conversion.values[weight.path])
@@ -104,16 +100,42 @@ def _write_hugging_face(folder, conversion, report):
     write_tensors(folder, tensors, DTYPES[conversion.dtype], conversion.shard_size, report)
 
 
+def _write_hugging_face_texts(folder, conversion, needs_fast_tokenizer):
+    """Write all files of a folder in Hugging Face's format but the weights."""
+    source, architecture = conversion.folder, conversion.architecture
+    is_hugging_face = format_of(source) in weight_map.SAFETENSORS
+    write_hugging_face_config(
+        folder,
+        conversion.hyperparameters,
+        DTYPES.get(conversion.dtype, DTYPES["float32"]),
+        conversion.preprocessor,
+        None if is_hugging_face else presets.file(source, "vocabulary"),
+        architecture,
+    )
+    if is_hugging_face:
+        copy_text_files(source, folder)
+    has_text = conversion.preprocessor is not None
+    if needs_fast_tokenizer and has_text and not (folder / FILE).exists():
+        write_fast_tokenizer(folder, _pieces(conversion))
+
+
+def _write_transformers_js(folder, conversion, report):
+    _write_hugging_face_texts(folder, conversion, True)
+    transformers_js.write_decoder(
+        folder,
+        conversion.hyperparameters,
+        conversion.values,
+        conversion.dtype,
+        _statements(conversion),
+        report,
+    )
+
+
 def _write_gguf(folder, conversion, report):
     tokenizer = conversion.preprocessor.tokenizer
     template = chat_template(conversion.folder, tokenizer)
-    metadata = conversion.metadata()
     fields = {
-        "name": Path(metadata["source"].get("adapter", metadata["source"])["name"]).name,
-        "description": str(metadata.get("description") or ""),
-        "license": str(metadata.get("license") or ""),
-        "keras_vaultgemma.privacy": "\n".join(privacy_sentences(metadata, conversion.training)),
-        "keras_vaultgemma.metadata": json.dumps(metadata, ensure_ascii=False),
+        **_statements(conversion),
         "bos_token_id": tokenizer.start_token_id,
         "eos_token_id": tokenizer.end_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -136,6 +158,18 @@ def _write_gguf(folder, conversion, report):
     (folder / modelfile.FILE).write_text(text, encoding="utf-8")
 
 
+def _statements(conversion):
+    """Return what a file of weights says about itself, its privacy and its origin."""
+    metadata = conversion.metadata()
+    return {
+        "name": Path(metadata["source"].get("adapter", metadata["source"])["name"]).name,
+        "description": str(metadata.get("description") or ""),
+        "license": str(metadata.get("license") or ""),
+        "keras_vaultgemma.privacy": "\n".join(privacy_sentences(metadata, conversion.training)),
+        "keras_vaultgemma.metadata": json.dumps(metadata, ensure_ascii=False),
+    }
+
+
 def _pieces(conversion):
     return read_pieces(read_vocabulary(conversion.folder))
 
@@ -154,6 +188,12 @@ def _verify_gguf(folder, conversion, report):
     )
 
 
+def _verify_transformers_js(folder, conversion, report):
+    transformers_js.check_decoder(
+        folder, conversion.hyperparameters, conversion.values, conversion.dtype, report
+    )
+
+
 def _check_hugging_face(hyperparameters, architecture, dtype):
     if architecture == GEMMA_TYPE:
         check_is_gemma(hyperparameters)
@@ -164,6 +204,14 @@ def _check_gguf(hyperparameters, architecture, dtype):
     check_is_gemma(hyperparameters)
     gguf_format.check_blocks(hyperparameters, dtype)
 
+
+def _check_transformers_js(hyperparameters, architecture, dtype):
+    import_onnx()
+    decoder_weights.check_blocks(hyperparameters, dtype)
+
+
+BYTES = {gguf_format.Q8_0: gguf_format.Q8_0_BYTES, **decoder_weights.BYTES}
+"""Bytes of a value in each dtype that is not in floating point."""
 
 FORMATS = {
     "keras": Format(
@@ -182,5 +230,12 @@ FORMATS = {
     ),
     "gguf": Format(
         _write_gguf, _verify_gguf, _check_gguf, {presets.LEDGER}, tuple(gguf_format.TYPES)
+    ),
+    "transformers.js": Format(
+        _write_transformers_js,
+        _verify_transformers_js,
+        _check_transformers_js,
+        {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
+        tuple(transformers_js.NAMES),
     ),
 }
