@@ -19,7 +19,13 @@ from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE, MODEL_TYPE
 from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, dtype_name, widest
-from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
+from keras_vaultgemma.checkpoints.metadata import (
+    digests,
+    model_card,
+    model_files,
+    new_metadata,
+    training_sentences,
+)
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
 from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
@@ -58,15 +64,19 @@ def convert(
             conversion at a time writes to it.
         to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
             that transformers loads, "gguf" for a file of llama.cpp and a Modelfile of Ollama.
-            Defaults to "keras".
+            "onnx", "openvino" and "saved_model" are graphs from token ids to logits, which run
+            without Keras; on TensorFlow, "saved_model" is also one from strings to strings. It
+            needs the whole model in memory. Defaults to "keras".
         dtype: string. "float32", "bfloat16", "float16" (or "f32", "bf16", "f16"), and for
-            `to="gguf"` also "q8_0", llama.cpp's 8 bits. Defaults to the dtype of the source, or to
-            float32 if the source has several.
+            `to="gguf"` also "q8_0", llama.cpp's 8 bits, for "onnx" and "openvino" also "int8", as
+            `quantize` rounds. These two compute in float32 whatever the dtype. Defaults to the
+            dtype of the source, or to float32 if the source has several.
         shard_size: int or string. Largest size of one weights file, in bytes or as in "500MB". Only
             for `to="hf"`. Defaults to "5GB".
         verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
             the logits of transformers and this package where transformers and torch are installed
-            (not of "gguf"). Defaults to `False`.
+            (not of "gguf"). Of graphs, the logits of their own engine; and the tensors of "onnx".
+            Defaults to `False`.
         overwrite: bool. If True, replace the model in an existing `target`. Of its other files,
             only those are deleted that an earlier conversion lists in metadata.json. Defaults to
             `False`.
@@ -82,7 +92,7 @@ def convert(
         FileExistsError: If `target` exists and `overwrite` is False, or another process is
             writing it.
         FileNotFoundError: If the weights of `source` do not exist or cannot be downloaded.
-        ImportError: If `to="gguf"` and the package `gguf` is not installed.
+        ImportError: If a package that the format needs is not installed.
         ValueError: If an argument is out of its range, the source is malformed, quantized or in
             several files of Keras, a value does not fit into `dtype`, the format cannot represent
             the model (Gemma 1, and so GGUF, has no soft caps, no sliding layers and one scalar),
@@ -216,9 +226,7 @@ def _progress_bar(total, enabled):
 def _copy_ledger(folder, new):
     """Copy the privacy ledger if it lists training. Return a sentence for each run."""
     ledger = preset_ledger(folder)
-    training = [f"trained privately since: {run}" for run in ledger.describe()]
-    if plain := ledger.without_privacy():
-        training.append(f"without privacy since: {plain}")
+    training = training_sentences(ledger)
     if training:  # A guarantee without any run is already in the metadata.
         ledger.write(new)
     return training

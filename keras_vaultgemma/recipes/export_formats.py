@@ -5,7 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keras_vaultgemma.checkpoints import gguf_format, modelfile, presets, weight_map
+from keras_vaultgemma.checkpoints import (
+    gguf_format,
+    modelfile,
+    onnx_format,
+    presets,
+    weight_map,
+)
 from keras_vaultgemma.checkpoints.chat_template import chat_template
 from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE
 from keras_vaultgemma.checkpoints.gemma import check_is_gemma
@@ -23,6 +29,7 @@ from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
 from keras_vaultgemma.checkpoints.sentencepiece_format import read_pieces
 from keras_vaultgemma.checkpoints.tokenizer_json import FILE
 from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
+from keras_vaultgemma.recipes import graph_formats
 from keras_vaultgemma.recipes.verification import verify_conversion
 
 
@@ -80,22 +87,37 @@ def _write_keras(folder, conversion, report):
     write_keras_weights(folder, hyperparameters, conversion.values, dtype, report)
 
 
-def _write_hugging_face(folder, conversion, report):
+def _write_texts(folder, conversion, is_fast=True):
+    """Write the config and the tokenizer of Hugging Face's format; if `is_fast`, as JSON too."""
     source, architecture = conversion.folder, conversion.architecture
     is_hugging_face = format_of(source) in weight_map.SAFETENSORS
     write_hugging_face_config(
         folder,
         conversion.hyperparameters,
-        DTYPES[conversion.dtype],
+        DTYPES.get(conversion.dtype, DTYPES["float32"]),
         conversion.preprocessor,
         None if is_hugging_face else presets.file(source, "vocabulary"),
         architecture,
     )
     if is_hugging_face:
         copy_text_files(source, folder)
-    is_gemma = architecture == GEMMA_TYPE
-    if is_gemma and conversion.preprocessor is not None and not (folder / FILE).exists():
+    if is_fast and conversion.preprocessor is not None and not (folder / FILE).exists():
         write_fast_tokenizer(folder, _pieces(conversion))
+
+
+def _with_texts(write):
+    """Return `write` such that it also writes a tokenizer, which transformers loads."""
+
+    def write_all(folder, conversion, report):
+        _write_texts(folder, conversion)
+        write(folder, conversion, report)
+
+    return write_all
+
+
+def _write_hugging_face(folder, conversion, report):
+    is_gemma = conversion.architecture == GEMMA_TYPE
+    _write_texts(folder, conversion, is_fast=is_gemma)
     name = weight_map.GEMMA if is_gemma else weight_map.HUGGING_FACE
     tensors = [
         (weight.locations[name], conversion.values[weight.path])
@@ -182,5 +204,26 @@ FORMATS = {
     ),
     "gguf": Format(
         _write_gguf, _verify_gguf, _check_gguf, {presets.LEDGER}, tuple(gguf_format.TYPES)
+    ),
+    "onnx": Format(
+        _with_texts(graph_formats.write_onnx),
+        graph_formats.verify_onnx,
+        graph_formats.check_onnx,
+        {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
+        onnx_format.TYPES,
+    ),
+    "openvino": Format(
+        _with_texts(graph_formats.write_openvino),
+        graph_formats.verify_openvino,
+        graph_formats.check_openvino,
+        {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
+        onnx_format.TYPES,
+    ),
+    "saved_model": Format(
+        graph_formats.write_saved_model,
+        graph_formats.verify_saved_model,
+        graph_formats.check_saved_model,
+        {presets.LEDGER},
+        tuple(DTYPES),
     ),
 }
