@@ -34,6 +34,8 @@ def write_saved_model(folder, model, signature, text_function=None, options=None
         )
         options["jax2tf_kwargs"] = {
             "polymorphic_shapes": [shapes],
+            # JAX cannot lower the gradient for any length (0.10.2), and an export is for inference.
+            "with_gradient": False,
             **options.get("jax2tf_kwargs", {}),
         }
     archive = keras.export.ExportArchive()

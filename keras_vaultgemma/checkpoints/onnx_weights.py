@@ -57,11 +57,10 @@ def checkpoint_weights(hyperparameters, values, dtype):
         if len(weight.shape) == 1:
             weights[weight.path] = norm_weight(value.read("float32"))
         elif dtype == INT8:
-            quantized = _Quantized(value, location, 1 if weight.path == TABLE else 0)
-            size = location.shape[1 - quantized.axis]
+            quantized = _Quantized(value, is_transposed=weight.path != TABLE)
             weights[weight.path] = OnnxWeight(location.shape, np.dtype("i1"), quantized.values)
             weights[scale_name(weight.path)] = OnnxWeight(
-                (size,), np.dtype("<f4"), quantized.scales
+                weight.shape[:1], np.dtype("<f4"), quantized.scales
             )
         else:
             weights[weight.path] = OnnxWeight(
@@ -82,19 +81,29 @@ class _Blocks(NamedTuple):
 
 
 class _Quantized:
-    """A matrix of a checkpoint, rounded to int8 where it is read."""
+    """A matrix of a checkpoint, rounded to int8 where it is read, a row of the variable at a time.
 
-    def __init__(self, value, location, axis):
-        self.value, self.location, self.axis = value, location, axis
+    Args:
+        value: `LazyTensor`.
+        is_transposed: bool. True if the file has the transposed variable.
+    """
+
+    def __init__(self, value, is_transposed):
+        self._value, self._is_transposed = value, is_transposed
         self._scale = None
 
     def values(self):
-        rounded, self._scale = self._quantize()
-        yield np.ascontiguousarray(rounded)
+        """Yield the matrix in int8."""
+        rounded = self._quantize()
+        yield np.ascontiguousarray(rounded.T if self._is_transposed else rounded)
 
     def scales(self):
-        yield (self._quantize()[1] if self._scale is None else self._scale).reshape(-1)
+        """Yield the numbers that the rows were multiplied by."""
+        if self._scale is None:
+            self._quantize()
+        yield self._scale
 
     def _quantize(self):
-        matrix = np.concatenate(list(self.value.blocks(self.location, DTYPES["float32"])))
-        return BlockQuantizer(axis=self.axis)(matrix)
+        rounded, scale = BlockQuantizer(axis=1)(self._value.read("float32"))
+        self._scale = scale.reshape(-1)
+        return rounded

@@ -59,14 +59,15 @@ def test_onnx(tmp_path, dtype):
     assert props["keras_vaultgemma.privacy"] == "- ε: 2.0"
     embedded = json.loads(props["keras_vaultgemma.metadata"])
     assert embedded == {name: metadata[name] for name in embedded}
-    expected = logits(one_layer_preset())
-    legal = {None: 1e-4, "bf16": 0.05, "int8": 0.2}[dtype]
-    assert np.abs(run_onnx(tmp_path / "new") - expected).max() < legal
-    assert VaultGemmaCausalLM.from_preset(one_layer_preset()).preprocessor.tokenizer(
-        "The fox"
-    ) == pytest.approx(
-        tokenizer(tmp_path / "new")("The fox", add_special_tokens=False)["input_ids"]
-    )
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
+    if dtype == "int8":
+        model.quantize("int8")
+    difference = np.abs(run_onnx(tmp_path / "new") - to_numpy(model(INPUTS)))
+    # Another engine may round an activation that is near a half to another number.
+    assert np.median(difference) < {None: 1e-4, "bf16": 0.05, "int8": 1e-4}[dtype]
+    assert difference.max() < (1e-4 if dtype is None else 0.2)
+    ids = tokenizer(tmp_path / "new")("The fox", add_special_tokens=False)["input_ids"]
+    assert ids == list(model.preprocessor.tokenizer("The fox"))
 
 
 def tokenizer(folder):
