@@ -58,7 +58,10 @@ class DecoderGraph(OnnxGraph):
         super().__init__(onnx, hyperparameters, dtypes, has_head=True)
 
     def inputs_and_outputs(self):
-        """Return two lists of `onnx.ValueInfoProto`. transformers.js reads the name of the batch."""
+        """Return two lists of `onnx.ValueInfoProto`.
+
+        transformers.js knows the axis of the batch by its name.
+        """
         types, make = self._onnx.TensorProto, self._onnx.helper.make_tensor_value_info
         h = self._h
         batch, new, total = "batch_size", "sequence_length", "total_sequence_length"
@@ -71,11 +74,11 @@ class DecoderGraph(OnnxGraph):
         outputs = [make(LOGITS, types.FLOAT, [batch, "logits_length", h["vocabulary_size"]])]
         for layer in range(h["num_layers"]):
             for past, present in cache_names(layer):
-                shapes = (
-                    [batch, h["num_key_value_heads"], length, h["head_dim"]]
-                    for length in ("past_sequence_length", total)
-                )
-                for values, name, shape in zip((inputs, outputs), (past, present), shapes, strict=True):
+                for values, name, length in (
+                    (inputs, past, "past_sequence_length"),
+                    (outputs, present, total),
+                ):
+                    shape = [batch, h["num_key_value_heads"], length, h["head_dim"]]
                     values.append(make(name, types.FLOAT, shape))
         return inputs, outputs
 

@@ -8,11 +8,16 @@ from keras_vaultgemma.checkpoints import weight_map
 from keras_vaultgemma.checkpoints.block_quantization import BITS, BLOCK, quantize_blocks
 from keras_vaultgemma.checkpoints.decoder_graph import packed_names
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
-from keras_vaultgemma.checkpoints.onnx_graph import TABLE
-from keras_vaultgemma.checkpoints.onnx_weights import INT8, OnnxWeight, checkpoint_weights, norm_weight
+from keras_vaultgemma.checkpoints.onnx_weights import (
+    INT8,
+    OnnxWeight,
+    checkpoint_weights,
+    norm_weight,
+)
 
 Q8, Q4 = "q8", "q4"
-"""transformers.js's names of int8 with a scale for each row, and of 4 bits with one for each block."""
+"""transformers.js's names of int8 with a scale for each output, and of 4 bits with one for each
+block."""
 
 BYTES = {Q8: 1, Q4: BITS / 8 + 4 / BLOCK}
 """Bytes of a value, with its share of a scale of a block."""
@@ -67,7 +72,7 @@ class _InBlocks:
         self._scales = []
 
     def parts(self):
-        """Return an `OnnxWeight` of the integers and one of the scales, to be read in this order."""
+        """Return an `OnnxWeight` each of integers and scales, to be read in this order."""
         rows, columns = self._location.shape
         count = columns // BLOCK
         return (

@@ -26,8 +26,7 @@ NAMES = {
     decoder_weights.Q8: ("q8", "model_quantized"),
     decoder_weights.Q4: ("q4", "model_q4"),
 }
-"""For each legal dtype of the matrices, transformers.js's name of it and of the file. All arithmetic
-is in float32."""
+"""For each legal dtype of the matrices, transformers.js's names of it and of the file."""
 
 OPSETS, IR_VERSION = {"": 18, MICROSOFT: 1}, 8
 """Versions of the operators and of the file."""
@@ -66,10 +65,7 @@ def write_decoder(folder, hyperparameters, values, dtype, fields, report):
                 report(block.nbytes)
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     graph = DecoderGraph(onnx, hyperparameters, dtypes, packed)
-    tensors = [
-        _external(onnx, name, weight, places[name])
-        for name, weight in weights.items()
-    ]
+    tensors = [_external(onnx, name, weight, places[name]) for name, weight in weights.items()]
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
             graph.nodes,

@@ -9,6 +9,8 @@ from keras_vaultgemma.checkpoints import (
     decoder_weights,
     gguf_format,
     modelfile,
+    onnx_format,
+    onnx_weights,
     presets,
     transformers_js,
     weight_map,
@@ -25,12 +27,12 @@ from keras_vaultgemma.checkpoints.hugging_face_folder import (
 from keras_vaultgemma.checkpoints.keras_folder import write_keras_config, write_keras_weights
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
 from keras_vaultgemma.checkpoints.metadata import privacy_sentences
-from keras_vaultgemma.checkpoints.onnx_format import import_onnx
 from keras_vaultgemma.checkpoints.reader import format_of
 from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
 from keras_vaultgemma.checkpoints.sentencepiece_format import read_pieces
 from keras_vaultgemma.checkpoints.tokenizer_json import FILE
 from keras_vaultgemma.checkpoints.vocabulary import read_vocabulary
+from keras_vaultgemma.recipes import graph_formats
 from keras_vaultgemma.recipes.verification import verify_conversion
 
 
@@ -88,20 +90,8 @@ def _write_keras(folder, conversion, report):
     write_keras_weights(folder, hyperparameters, conversion.values, dtype, report)
 
 
-def _write_hugging_face(folder, conversion, report):
-    architecture = conversion.architecture
-    is_gemma = architecture == GEMMA_TYPE
-    _write_hugging_face_texts(folder, conversion, is_gemma)
-    name = weight_map.GEMMA if is_gemma else weight_map.HUGGING_FACE
-    tensors = [
-        (weight.locations[name], conversion.values[weight.path])
-        for weight in weight_map.weight_map(conversion.hyperparameters)
-    ]
-    write_tensors(folder, tensors, DTYPES[conversion.dtype], conversion.shard_size, report)
-
-
-def _write_hugging_face_texts(folder, conversion, needs_fast_tokenizer):
-    """Write all files of a folder in Hugging Face's format but the weights."""
+def _write_texts(folder, conversion, is_fast=True):
+    """Write the config and the tokenizer of Hugging Face's format; if `is_fast`, as JSON too."""
     source, architecture = conversion.folder, conversion.architecture
     is_hugging_face = format_of(source) in weight_map.SAFETENSORS
     write_hugging_face_config(
@@ -114,13 +104,32 @@ def _write_hugging_face_texts(folder, conversion, needs_fast_tokenizer):
     )
     if is_hugging_face:
         copy_text_files(source, folder)
-    has_text = conversion.preprocessor is not None
-    if needs_fast_tokenizer and has_text and not (folder / FILE).exists():
+    if is_fast and conversion.preprocessor is not None and not (folder / FILE).exists():
         write_fast_tokenizer(folder, _pieces(conversion))
 
 
+def _with_texts(write):
+    """Return `write` such that it also writes a tokenizer, which transformers loads."""
+
+    def write_all(folder, conversion, report):
+        _write_texts(folder, conversion)
+        write(folder, conversion, report)
+
+    return write_all
+
+
+def _write_hugging_face(folder, conversion, report):
+    is_gemma = conversion.architecture == GEMMA_TYPE
+    _write_texts(folder, conversion, is_fast=is_gemma)
+    name = weight_map.GEMMA if is_gemma else weight_map.HUGGING_FACE
+    tensors = [
+        (weight.locations[name], conversion.values[weight.path])
+        for weight in weight_map.weight_map(conversion.hyperparameters)
+    ]
+    write_tensors(folder, tensors, DTYPES[conversion.dtype], conversion.shard_size, report)
+
+
 def _write_transformers_js(folder, conversion, report):
-    _write_hugging_face_texts(folder, conversion, True)
     transformers_js.write_decoder(
         folder,
         conversion.hyperparameters,
@@ -206,11 +215,15 @@ def _check_gguf(hyperparameters, architecture, dtype):
 
 
 def _check_transformers_js(hyperparameters, architecture, dtype):
-    import_onnx()
+    onnx_format.import_onnx()
     decoder_weights.check_blocks(hyperparameters, dtype)
 
 
-BYTES = {gguf_format.Q8_0: gguf_format.Q8_0_BYTES, **decoder_weights.BYTES}
+BYTES = {
+    gguf_format.Q8_0: gguf_format.Q8_0_BYTES,
+    onnx_weights.INT8: 1,
+    **decoder_weights.BYTES,
+}
 """Bytes of a value in each dtype that is not in floating point."""
 
 FORMATS = {
@@ -232,10 +245,31 @@ FORMATS = {
         _write_gguf, _verify_gguf, _check_gguf, {presets.LEDGER}, tuple(gguf_format.TYPES)
     ),
     "transformers.js": Format(
-        _write_transformers_js,
+        _with_texts(_write_transformers_js),
         _verify_transformers_js,
         _check_transformers_js,
         {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
         tuple(transformers_js.NAMES),
+    ),
+    "onnx": Format(
+        _with_texts(graph_formats.write_onnx),
+        graph_formats.verify_onnx,
+        graph_formats.check_onnx,
+        {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
+        onnx_format.TYPES,
+    ),
+    "openvino": Format(
+        _with_texts(graph_formats.write_openvino),
+        graph_formats.verify_openvino,
+        graph_formats.check_openvino,
+        {*presets.FILES["vocabulary"], *TEXT_FILES, presets.LEDGER},
+        onnx_format.TYPES,
+    ),
+    "saved_model": Format(
+        graph_formats.write_saved_model,
+        graph_formats.verify_saved_model,
+        graph_formats.check_saved_model,
+        {presets.LEDGER},
+        tuple(DTYPES),
     ),
 }

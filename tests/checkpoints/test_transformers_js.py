@@ -166,9 +166,7 @@ def test_blocks_by_hand():
 
 def test_the_folder(tmp_path):
     metadata = convert(one_layer_preset(), tmp_path / "new", to="transformers.js", dtype="f16")
-    names = {
-        p.relative_to(tmp_path / "new").as_posix() for p in (tmp_path / "new").rglob("*.*")
-    }
+    names = {p.relative_to(tmp_path / "new").as_posix() for p in (tmp_path / "new").rglob("*.*")}
     assert names == {
         "README.md",
         "config.json",
