@@ -5,8 +5,8 @@
 
 Prints the texts with other token ids, the number of equal greedy tokens after each prompt, and the
 largest difference of a logit. The one text has control tokens, "<bos>" and others, which Hugging
-Face's tokenizers read as tokens wherever they stand in a text. transformers.js is looked up in the root of the repository, or in the
-folder that the environment variable TRANSFORMERS_JS names.
+Face's tokenizers read as tokens wherever they stand in a text. transformers.js is looked up in the
+root of the repository, or in the folder that the environment variable TRANSFORMERS_JS names.
 """
 
 import argparse

@@ -31,18 +31,12 @@ from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.recipes.conversion_target import check_target, old_files
-from keras_vaultgemma.recipes.export_formats import BYTES, FORMATS, Conversion
+from keras_vaultgemma.recipes.export_formats import BYTES, FORMATS, NEED_TEXT, Conversion
 from keras_vaultgemma.recipes.sources import Source, find_source, merged_preset
 
 SHARD_SIZE = "5GB"
 SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """llama.cpp's names of the dtypes."""
-
-NEED_TEXT = {
-    "gguf": "a GGUF file holds one",
-    "transformers.js": "transformers.js generates text with one",
-}
-"""Formats that need a vocabulary, and why."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -219,6 +219,12 @@ def _check_transformers_js(hyperparameters, architecture, dtype):
     decoder_weights.check_blocks(hyperparameters, dtype)
 
 
+NEED_TEXT = {
+    "gguf": "a GGUF file holds one",
+    "transformers.js": "transformers.js generates text with one",
+}
+"""Formats that need a vocabulary, and why."""
+
 BYTES = {
     gguf_format.Q8_0: gguf_format.Q8_0_BYTES,
     onnx_weights.INT8: 1,

@@ -228,7 +228,9 @@ def test_bfloat16_is_written_as_float32(tiny, tmp_path):
         tmp_path / "saved"
     )
     assert convert(tmp_path / "saved", tmp_path / "new", to="transformers.js")["dtype"] == "float32"
-    with pytest.raises(ValueError, match="`dtype` must be None or one of 'float32', 'float16', 'q8', 'q4'"):
+    with pytest.raises(
+        ValueError, match="`dtype` must be None or one of 'float32', 'float16', 'q8', 'q4'"
+    ):
         convert(TINY, tmp_path / "other", to="transformers.js", dtype="bf16")
 
 
