@@ -177,7 +177,7 @@ def test_strings_to_strings(tmp_path):
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     model.export(tmp_path / "model", verbose=False, generate=True)
     prompts = ["Once upon a time", "The fox said", "한국 <bos>", ""]
-    generate = tf.saved_model.load(str(tmp_path / "model")).generate
+    exported = tf.saved_model.load(str(tmp_path / "model"))
     for inputs, count in ((prompts, 12), (prompts[:1], 1)):
-        found = generate(tf.constant(inputs), tf.constant(count)).numpy()
+        found = exported.generate(tf.constant(inputs), tf.constant(count)).numpy()
         assert [text.decode() for text in found] == model.generate(inputs, max_new_tokens=count)
