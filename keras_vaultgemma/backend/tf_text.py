@@ -92,17 +92,18 @@ def pack_pairs_in_graph(prompts, responses, special_ids, length, truncate, pad_i
         answers, sizes = (tf.cast(x.row_lengths(), tf.int32) for x in (responses, prompts))
         room = tf.where(answers <= room, room - answers, room // 2)
         kept = tf.minimum(sizes, tf.maximum(room, 0))
-        index = tf.ragged.range(sizes)
         first = sizes - kept if truncate == "prompt_start" else tf.zeros_like(kept)
-        last = first + kept
-        is_kept = tf.logical_and(index >= first[:, None], index < last[:, None])
+        # On flat values, because broadcasting to ragged tensors takes most of the time to trace.
+        index, row = tf.ragged.range(sizes).flat_values, prompts.value_rowids()
+        index -= tf.gather(first, row)
+        is_kept = prompts.with_flat_values((index >= 0) & (index < tf.gather(kept, row)))
         prompts = tf.ragged.boolean_mask(prompts, is_kept)
     parts = [start, prompts, responses, end]
-    trained = [x * 0 + is_trained for x, is_trained in zip(parts, (0, 0, 1, 1), strict=True)]
+    trained = [_filled(x, value) for x, value in zip(parts, (0, 0, 1, 1), strict=True)]
     rows = tf.concat(parts, axis=1)
     return (
         pad_in_graph(rows, length, pad_id),
-        pad_in_graph(rows * 0 + 1, length),
+        pad_in_graph(_filled(rows, 1), length),
         pad_in_graph(tf.concat(trained, axis=1), length),
         whole,
     )
@@ -131,3 +132,10 @@ def _repeat(ids, rows):
     import tensorflow as tf
 
     return tf.RaggedTensor.from_tensor(tf.tile(tf.constant([ids], tf.int32), [rows, 1]))
+
+
+def _filled(x, value):
+    """Return a ragged tensor like another one, of one value."""
+    import tensorflow as tf
+
+    return x.with_flat_values(tf.fill(tf.shape(x.flat_values), value))

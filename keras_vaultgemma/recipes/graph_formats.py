@@ -56,7 +56,8 @@ def write_saved_model(folder, conversion, report):
     has_text = conversion.preprocessor is not None
     options = {} if has_text else {"preprocessor": None}
     model = VaultGemmaCausalLM.from_preset(conversion.folder, dtype=conversion.dtype, **options)
-    generate = has_text and "text" in backend.SAVED_MODEL_KINDS
+    can_tokenize = importlib.util.find_spec("tensorflow_text") is not None
+    generate = has_text and "text" in backend.SAVED_MODEL_KINDS and can_tokenize
     model.export(folder, verbose=False, generate=generate)
     report(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
@@ -71,6 +72,11 @@ def check_saved_model(hyperparameters, architecture, dtype):
         raise ValueError(
             'to="saved_model" needs the backend TensorFlow, or JAX next to an installed '
             f"TensorFlow: set KERAS_BACKEND. Received: the backend {backend.NAME}"
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            'to="saved_model" needs the package `tensorflow`: pip install '
+            '"keras-vaultgemma[tensorflow]"'
         )
 
 

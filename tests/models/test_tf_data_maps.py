@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from common import one_layer_preset
 from hard_texts import HARD
 
 from keras_vaultgemma import VaultGemmaCausalLM, VaultGemmaCausalLMPreprocessor
@@ -13,8 +14,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 PAIRS = {
-    "prompts": ["", "The fox", "Once upon a time there was a king", "Once upon a time"] * 2,
-    "responses": ["said no.", "", "a", "who had a daughter that he loved above all the world"] * 2,
+    "prompts": ["", "The fox", "Once upon a time there was a king", "Once upon a time"],
+    "responses": ["said no.", "", "a", "who had a daughter that he loved above all the world"],
 }
 
 
@@ -39,18 +40,20 @@ def test_ids_of_hard_texts(tokenizer, batch_size):
 
 
 @pytest.mark.parametrize("truncate", ["prompt_start", "prompt_end", "row_end"])
-@pytest.mark.parametrize("data", [HARD, PAIRS], ids=["texts", "pairs"])
-def test_rows(tokenizer, truncate, data):
-    for length, special, batch_size in ((3, True, 100), (9, False, 100), (24, True, None)):
-        preprocessor = VaultGemmaCausalLMPreprocessor(
-            tokenizer, length, add_start_token=special, add_end_token=special, truncate=truncate
-        )
-        expected = keras.tree.flatten(preprocessor(data))
-        batches = map(keras.tree.flatten, as_dataset(data, batch_size).map(preprocessor))
-        found = zip(*batches, strict=True)
-        for column, array in zip(found, expected, strict=True):
-            column = column[0].numpy() if batch_size else np.stack(column)
-            assert np.array_equal(column, array) and column.dtype == "int32"
+@pytest.mark.parametrize(
+    "data, special, batch_size",
+    [(HARD[::2], False, None), (PAIRS, True, 100)],
+    ids=["texts", "pairs"],
+)
+def test_rows(tokenizer, truncate, data, special, batch_size):
+    preprocessor = VaultGemmaCausalLMPreprocessor(
+        tokenizer, 9, add_start_token=special, add_end_token=special, truncate=truncate
+    )
+    expected = keras.tree.flatten(preprocessor(data))
+    batches = map(keras.tree.flatten, as_dataset(data, batch_size).map(preprocessor))
+    for column, array in zip(zip(*batches, strict=True), expected, strict=True):
+        column = column[0].numpy() if batch_size else np.stack(column)
+        assert np.array_equal(column, array) and column.dtype == "int32"
 
 
 def test_there_is_no_python_in_the_graph(tokenizer):
@@ -71,7 +74,7 @@ def test_bytes_that_are_no_text(tokenizer):
 
 
 def test_fit_counts_truncated_rows():
-    model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
+    model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     model.preprocessor.sequence_length = 4
     with pytest.warns(UserWarning, match="1 of 4 rows were longer than sequence_length=4"):
         model.evaluate(as_dataset(["a"] * 3 + ["Once upon a time there was"], 2), verbose=0)

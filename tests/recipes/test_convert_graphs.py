@@ -90,7 +90,7 @@ def test_openvino(tmp_path):
     assert {"privacy", "metadata"} <= info["keras_vaultgemma"].keys()
 
 
-@pytest.mark.every_backend
+@(pytest.mark.long if BACKEND == "jax" else pytest.mark.every_backend)
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no SavedModel")
 def test_saved_model(tmp_path):
     import tensorflow as tf
