@@ -212,6 +212,23 @@ def test_weights_in_several_files(tmp_path, monkeypatch):
     assert np.abs(found - logits_of(model, IDS)).max() <= 1e-4
 
 
+def test_from_a_folder_for_transformers(tmp_path):
+    convert(one_layer_preset(), tmp_path / "hf", to="hf")
+    (tmp_path / "hf/chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    convert(tmp_path / "hf", tmp_path / "new", to="transformers.js", dtype="q4")
+    convert(one_layer_preset(), tmp_path / "direct", to="transformers.js", dtype="q4")
+    for name in ("onnx/model_q4.onnx_data", "tokenizer.json", "config.json"):
+        found, expected = ((tmp_path / root / name).read_bytes() for root in ("new", "direct"))
+        assert found == expected
+    assert (tmp_path / "new/chat_template.jinja").is_file()
+
+
+def test_loading_one_says_what_is_missing(tmp_path):
+    convert(one_layer_preset(), tmp_path / "new", to="transformers.js", dtype="q4")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        VaultGemmaCausalLM.from_preset(tmp_path / "new")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "q8", "q4"])
 def test_one_bit_is_found(tmp_path, dtype):
     convert(one_layer_preset(), tmp_path / "new", to="transformers.js", dtype=dtype)
