@@ -8,7 +8,7 @@ import pytest
 from common import one_layer_preset, random_backbone, to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, lora
-from keras_vaultgemma.checkpoints.openvino_format import EXACT
+from keras_vaultgemma.checkpoints import openvino_format
 
 pytestmark = pytest.mark.first_backend
 
@@ -45,10 +45,7 @@ def onnx(path):
 
 
 def openvino(path):
-    import openvino
-
-    model = openvino.compile_model(path, "CPU", EXACT)
-    return lambda inputs: model(inputs)[0]
+    return openvino_format.load_openvino(path)
 
 
 def saved_model(path):
