@@ -27,6 +27,7 @@ PRINTS = {
     "convert-0": "Once upon a time",
     "data-0": "",
     "evaluate-0": r"1\.0000 ± nan \(1 of 1\)\n.*bits per byte",
+    "export-0": r"Saved artifact at 'model.onnx'\.\n\(1, \d+, 4096\)",
     "fine-tune-0": "Epoch 2/2",
     "generate-0": "Once upon a time",
     "people-0": "one user of at most 2 rows of at most 16 tokens",
@@ -35,6 +36,8 @@ PRINTS = {
     "resume-0": "Epoch 2/2",
     "start-0": r"PrivacySpent\(epsilon=(2\.9\d*|3\.0), delta=0.0001, steps=15, .*zero-out",
 }
+PACKAGES = {"export-0": "onnxruntime"}
+"""Optional package of a snippet, which is skipped where it is not installed."""
 NEED_A_SERVER = {"serve-0"}  # tests/serving has the same calls
 REPEATED = {"README-3": "start-0", "README-4": "load-0"}
 
@@ -77,6 +80,8 @@ def test_every_snippet_is_tested():
 
 @pytest.mark.parametrize("name", PRINTS)
 def test_snippet_runs(name, execute):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     assert re.search(PRINTS[name], execute(SNIPPETS[name]))
 
 

@@ -43,6 +43,12 @@ from keras_vaultgemma.backend.compile import (
 from keras_vaultgemma.backend.int8_cpu import int8_matmul
 from keras_vaultgemma.backend.matmul import matmul, sum_of_squares, take_rows
 from keras_vaultgemma.backend.recording import record_step
+from keras_vaultgemma.backend.saved_model import (
+    SAVED_MODEL_KINDS,
+    load_saved_model,
+    text_function,
+    write_saved_model,
+)
 from keras_vaultgemma.backend.sharding import (
     all_gathered,
     check_distribution_support,
@@ -62,6 +68,7 @@ from keras_vaultgemma.backend.tensors import (
     as_argument,
     from_numpy,
     is_argmax,
+    known_length,
     log_softmax,
     numpy_view,
     reshape,
@@ -73,10 +80,17 @@ from keras_vaultgemma.backend.tensors import (
     zeros,
 )
 from keras_vaultgemma.backend.tf_data import (
-    in_tensorflow_graph,
     is_symbolic_tensorflow,
     is_tensorflow,
     tensorflow_dataset,
+)
+from keras_vaultgemma.backend.tf_text import (
+    call_in_graph,
+    empty_texts_like,
+    pack_pairs_in_graph,
+    pad_in_graph,
+    sentencepiece_in_graph,
+    tokenize_in_graph,
 )
 from keras_vaultgemma.backend.training import (
     apply_gradients,
@@ -89,6 +103,7 @@ __all__ = [
     "BACKENDS",
     "HAS_FUSED_ATTENTION",
     "NAME",
+    "SAVED_MODEL_KINDS",
     "add_at",
     "add_float64_noise",
     "add_in_place",
@@ -98,9 +113,11 @@ __all__ = [
     "block_length",
     "block_size",
     "cache_compilations",
+    "call_in_graph",
     "check_distribution_support",
     "compile_function",
     "data_devices",
+    "empty_texts_like",
     "fold_over_devices",
     "from_numpy",
     "from_processes",
@@ -110,13 +127,14 @@ __all__ = [
     "in_32_bits",
     "in_blocks",
     "in_row_blocks",
-    "in_tensorflow_graph",
     "int8_matmul",
     "is_argmax",
     "is_first_process",
     "is_symbolic_tensorflow",
     "is_tensorflow",
     "is_tracing",
+    "known_length",
+    "load_saved_model",
     "log_softmax",
     "loss_gradients",
     "matmul",
@@ -124,6 +142,8 @@ __all__ = [
     "numpy_view",
     "one_of_equal",
     "own_parts",
+    "pack_pairs_in_graph",
+    "pad_in_graph",
     "padded",
     "per_device",
     "positions",
@@ -136,11 +156,14 @@ __all__ = [
     "rows_with_own_weights",
     "schedule_after",
     "seed_global_generator",
+    "sentencepiece_in_graph",
     "sum_of_squares",
     "sum_over_devices",
     "take_rows",
     "tensorflow_dataset",
     "test_step",
+    "text_function",
+    "tokenize_in_graph",
     "trace_once",
     "train_step",
     "unsupported_executor",
@@ -149,6 +172,7 @@ __all__ = [
     "while_loop",
     "without_gradients",
     "write_rows",
+    "write_saved_model",
     "write_slice",
     "zeros",
 ]

@@ -89,6 +89,14 @@ def value_of(x):
     return x if keras.ops.is_tensor(x) else keras.ops.convert_to_tensor(x)
 
 
+def known_length(x):
+    """Return the size of the second axis of a tensor, or None if it is not known.
+
+    In an export from JAX it is symbolic, which cannot be compared with a number.
+    """
+    return x.shape[1] if isinstance(x.shape[1], int) else None
+
+
 def numpy_view(x):
     """Return a tensor or variable as a NumPy array, of the same memory if that is the host's.
 

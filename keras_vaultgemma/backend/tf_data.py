@@ -36,24 +36,3 @@ def tensorflow_dataset(make_batches, structure):
         lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), structure
     )
     return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
-
-
-def in_tensorflow_graph(function, inputs, shapes, dtypes):
-    """Call a function of NumPy arrays from inside a TensorFlow graph, such as a `tf.data` map.
-
-    Args:
-        function: takes as many NumPy arrays as `inputs` has tensors and returns a list of NumPy
-            arrays.
-        inputs: list of symbolic TensorFlow tensors.
-        shapes: list of tuples. Shape of each output.
-        dtypes: list of strings. Dtype of each output.
-
-    Returns:
-        List of TensorFlow tensors.
-    """
-    import tensorflow as tf
-
-    outputs = tf.numpy_function(
-        lambda *args: function(*args), inputs, [tf.as_dtype(d) for d in dtypes]
-    )
-    return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]

@@ -19,6 +19,18 @@ STATEMENTS = ("license", "sources", "privacy")
 """Keys of Google's metadata that are copied to a conversion of its release."""
 
 
+GRAPH_FILES = (
+    "model.onnx",
+    "model.onnx.data",
+    "model.xml",
+    "model.bin",
+    "saved_model.pb",
+    "fingerprint.pb",
+    "variables/variables.*",
+)
+"""Files of ONNX, OpenVINO and TensorFlow."""
+
+
 def model_files(folder, as_names=False):
     """Return the model files of a folder, of any of the formats.
 
@@ -32,6 +44,9 @@ def model_files(folder, as_names=False):
         "assets/*/*.spm",
         "additional_chat_templates/*.jinja",
         "*.gguf",
+        "onnx/*.onnx",
+        "onnx/*.onnx_data*",
+        *GRAPH_FILES,
         "Modelfile",
         "README.md",
     ]
@@ -152,6 +167,34 @@ llama-cli --model model.gguf
 ollama create my_model --file Modelfile
 ollama run my_model
 ```""",
+    "onnx": """```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+inputs = {{"token_ids": token_ids, "padding_mask": padding_mask}}  # int32 [batch, length]
+logits = session.run(None, inputs)[0]
+```""",
+    "openvino": """```python
+import openvino
+
+model = openvino.compile_model("path/to/this/folder/model.xml")
+logits = model({{"token_ids": token_ids, "padding_mask": padding_mask}})[0]
+```""",
+    "saved_model": """```python
+import tensorflow as tf
+import tensorflow_text  # where the model has `generate`, from strings to strings
+
+model = tf.saved_model.load("path/to/this/folder")
+logits = model.serve({{"token_ids": token_ids, "padding_mask": padding_mask}})
+texts = model.generate(tf.constant(["Once upon a time"]), tf.constant(20))
+```""",
+    "transformers.js": """```js
+import {{env, pipeline}} from "@huggingface/transformers";
+
+env.localModelPath = "path/to/the/folder/above/";
+const generate = await pipeline("text-generation", "name_of_this_folder");
+const [{{generated_text}}] = await generate("Once upon a time", {{max_new_tokens: 40}});
+```""",
 }
 """How a model is loaded, by the format."""
 
@@ -159,6 +202,10 @@ HEADERS = {
     "keras": ["library_name: keras-hub"],
     "hf": ["library_name: transformers"],
     "gguf": [],
+    "transformers.js": ["library_name: transformers.js"],
+    "onnx": ["library_name: onnx"],
+    "openvino": ["library_name: openvino"],
+    "saved_model": [],
 }
 """Lines about the format in the card's header."""
 
@@ -172,7 +219,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_ge
     """Return the text of a model card (README.md).
 
     Args:
-        to: string. Format of the folder, "keras", "hf" or "gguf".
+        to: string. Format of the folder, a key of `USAGE`.
         metadata: dict. Content of metadata.json.
         hyperparameters: dict. Constructor arguments of the backbone, as `reader.open_values`
             returns them.
@@ -190,7 +237,7 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_ge
         if has_vocabulary
         else "",
     )
-    tags = ["vaultgemma", "differential-privacy", *(["gguf"] if to == "gguf" else [])]
+    tags = ["vaultgemma", "differential-privacy", *([] if to in ("keras", "hf") else [to])]
     layers = {
         name: hyperparameters["layer_types"].count(name)
         for name in sorted(set(hyperparameters["layer_types"]))
@@ -235,6 +282,14 @@ def model_card(to, metadata, hyperparameters, has_vocabulary, training=(), is_ge
             "",
         ]
     )
+
+
+def training_sentences(ledger):
+    """Return a sentence for each training run in a privacy ledger."""
+    sentences = [f"trained privately since: {run}" for run in ledger.describe()]
+    if plain := ledger.without_privacy():
+        sentences.append(f"without privacy since: {plain}")
+    return sentences
 
 
 def privacy_sentences(metadata, training=()):

@@ -24,8 +24,8 @@ SOURCE = f"{PRESET}, or what `finetune` wrote"
 PRESET_OPTION = dict(default="vaultgemma_tiny", help=f"{PRESET} {DEFAULT}")
 RULE = "; with --private by a rule, see `epsilon`"
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = ("keras", "hf", "gguf")
-EXPORT_DTYPES = (*DTYPES, "f32", "bf16", "f16", "q8_0")
+FORMATS = ("keras", "hf", "gguf", "transformers.js", "onnx", "openvino", "saved_model")
+EXPORT_DTYPES = (*DTYPES, "f32", "bf16", "f16", "q8_0", "q8", "q4", "int8")
 
 COLUMNS = {
     "--text-column": value("NAME", 'texts or chats (default: "text" or "messages")'),

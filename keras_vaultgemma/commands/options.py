@@ -74,12 +74,14 @@ CONVERT = {
     "target": value("TARGET", "folder to write; it appears only when it is complete"),
     "--to": choice(
         FORMATS,
-        f"Keras preset, transformers folder, or file of llama.cpp and Ollama {DEFAULT}",
+        "Keras preset, transformers folder, file of llama.cpp and Ollama, folder for browsers, or "
+        f"graph for ONNX Runtime, OpenVINO or TensorFlow {DEFAULT}",
         default="keras",
     ),
     "--dtype": choice(
         EXPORT_DTYPES,
-        "dtype of the weights (default: the source's); q8_0 only with --to gguf",
+        "dtype of the weights (default: the source's); q8_0 only with --to gguf, q8 and q4 only "
+        "with --to transformers.js, int8 only with --to onnx and openvino",
     ),
     "--as": choice(
         ("vaultgemma", "gemma"),

@@ -74,7 +74,7 @@ def _same_segment(segments, start=None, length=None):
     return ops.equal(queries[:, :, None], segments[:, None, :])
 
 
-def attend(query, key, value, mask, scale, cap=None):
+def attend(query, key, value, mask, scale, cap=None, heads=None):
     """Compute grouped-query attention with softmax in float32.
 
     Keys and values have heads before slots, so that a query reads those of its head consecutively:
@@ -88,6 +88,8 @@ def attend(query, key, value, mask, scale, cap=None):
         mask: bool tensor [B, T, S].
         scale: float. Factor of the scores.
         cap: float. Soft cap of the scaled scores. Defaults to None.
+        heads: int K, which the shapes of a cache do not tell in a graph of any batch. Defaults to
+            None, for what they tell.
 
     Returns:
         Tensor [B, T, N, H]. A query whose mask is False everywhere gets a finite value that has no
@@ -95,7 +97,8 @@ def attend(query, key, value, mask, scale, cap=None):
     """
     batch, length, num_query_heads, head_dim = ops.shape(query)
     *lead, slots, _ = ops.shape(key)
-    heads = key.shape[1] if len(lead) == 2 else key.shape[0] // query.shape[0]
+    if heads is None:
+        heads = key.shape[1] if len(lead) == 2 else key.shape[0] // query.shape[0]
     groups = num_query_heads // heads
     if is_fused(groups, cap):
         key, value = (backend.reshape(x, (batch, heads, slots, head_dim)) for x in (key, value))
@@ -236,7 +239,8 @@ class VaultGemmaAttention(keras.layers.Layer):
 
         def attend_to(query, key, value):
             scale = self.query_pre_attn_scalar**-0.5
-            return attend(query, key, value, attention_mask, scale, self.logit_soft_cap)
+            cap, heads = self.logit_soft_cap, self.num_key_value_heads
+            return attend(query, key, value, attention_mask, scale, cap, heads)
 
         groups = self.num_query_heads // self.num_key_value_heads
         if cache is None and recompute and not is_fused(groups, self.logit_soft_cap):

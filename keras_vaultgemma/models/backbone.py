@@ -33,6 +33,7 @@ from keras_vaultgemma.layers.reversible_embedding import ReversibleEmbedding
 from keras_vaultgemma.layers.rms_norm import RMSNorm
 from keras_vaultgemma.layers.rotary import RotaryAngles
 from keras_vaultgemma.models.cloning import LayerwiseCloning
+from keras_vaultgemma.models.export import Export
 from keras_vaultgemma.models.lora_methods import LoraMethods
 from keras_vaultgemma.models.preset_io import BackboneIO
 from keras_vaultgemma.models.quantization import Quantization
@@ -44,6 +45,7 @@ class VaultGemmaBackbone(
     BackboneIO,
     LoraMethods,
     Quantization,
+    Export,
     LayerwiseCloning,
     LayoutMapMethod,
     keras_hub.models.Backbone,
@@ -296,7 +298,7 @@ class VaultGemmaBackbone(
         )
 
     def call(self, inputs, training=None, mask=None):
-        self.warn_if_long(inputs["token_ids"].shape[1])
+        self.warn_if_long(backend.known_length(inputs["token_ids"]))
         return super().call(inputs, training=training, mask=mask)
 
     def warn_if_long(self, length):

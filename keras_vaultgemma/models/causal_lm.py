@@ -23,6 +23,7 @@ from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.causal_lm_trainer import CausalLMTrainer
 from keras_vaultgemma.models.cloning import LayerwiseCloning
 from keras_vaultgemma.models.compiled_functions import CompiledFunctions
+from keras_vaultgemma.models.export import Export
 from keras_vaultgemma.models.pieces import check_piece_count, with_piece_logits
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.models.preset_io import CausalLMIO
@@ -34,6 +35,7 @@ from keras_vaultgemma.training.scoring import Scoring
 class VaultGemmaCausalLM(
     CausalLMIO,
     Quantization,
+    Export,
     LayerwiseCloning,
     CompiledFunctions,
     CausalLMTrainer,

@@ -109,20 +109,35 @@ class VaultGemmaCausalLMPreprocessor(PreprocessorIO, keras_hub.models.CausalLMPr
         length = sequence_length or self.sequence_length
         x = as_plain(x)
         texts = x.get("prompts") if isinstance(x, dict) else x
+        pack = self._pack_for_training
         if backend.is_symbolic_tensorflow(texts):
-            token_ids, padding_mask, y, sample_weight = backend.in_tensorflow_graph(
-                lambda *values: self._pack_for_training(
-                    keras.tree.pack_sequence_as(x, values), length, truncations
-                ),
-                keras.tree.flatten(x),
-                [(*texts.shape, length)] * 4,
-                ["int32"] * 4,
-            )
-        else:
-            token_ids, padding_mask, y, sample_weight = self._pack_for_training(
-                x, length, truncations
-            )
+            pack = self._pack_in_graph
+        token_ids, padding_mask, y, sample_weight = pack(x, length, truncations)
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
+
+    def _pack_in_graph(self, x, length, truncations):
+        """Do what `_pack_for_training` does by TensorFlow's operations, for texts and pairs."""
+        texts = x["responses"] if isinstance(x, dict) else x
+        prompts = x["prompts"] if isinstance(x, dict) else backend.empty_texts_like(x)
+        is_single = len(texts.shape) == 0
+        tokenizer = self.tokenizer.in_graph()
+        rows = [
+            backend.tokenize_in_graph(tokenizer, part[None] if is_single else part)
+            for part in (prompts, texts)
+        ]
+        token_ids, mask, weights, whole = backend.pack_pairs_in_graph(
+            *rows, self.special_ids, length + 1, self.truncate, self.tokenizer.pad_token_id
+        )
+        arrays = [token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], weights[:, 1:]]
+        if truncations is not None:
+            arrays = backend.call_in_graph(
+                lambda ids, splits, weights: truncations.count(
+                    [ids[i:j] for i, j in itertools.pairwise(splits)], weights
+                ),
+                [whole.values, whole.row_splits, arrays[3]],
+                arrays,
+            )
+        return [array[0] for array in arrays] if is_single else arrays
 
     def _pack_for_training(self, x, length, truncations):
         samples, has_end, is_single = as_samples(x)

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import keras_hub
 
+from keras_vaultgemma import backend
 from keras_vaultgemma.data.text_inputs import TURN_END, check_unicode
 from keras_vaultgemma.models.backbone import VaultGemmaBackbone
 from keras_vaultgemma.models.preset_io import TokenizerIO
@@ -44,8 +45,22 @@ class VaultGemmaTokenizer(TokenizerIO, keras_hub.tokenizers.SentencePieceTokeniz
         # to build.
         self.built = True
 
+    def in_graph(self):
+        """Return tensorflow-text's tokenizer with this vocabulary, for the graph being traced."""
+        self._check_vocabulary()
+        return backend.sentencepiece_in_graph(self.proto, self.add_bos, self.add_eos)
+
     def tokenize(self, inputs):
-        """Return the token ids of strings; a string with a surrogate raises ValueError."""
+        """Return the token ids of strings; a string with a surrogate raises ValueError.
+
+        Inside a TensorFlow graph, such as a `tf.data` map, these are operations of tensorflow-text,
+        and the ids of several strings are a ragged tensor.
+        """
+        if backend.is_symbolic_tensorflow(inputs) and "int" in self.compute_dtype:
+            ids = backend.tokenize_in_graph(self.in_graph(), inputs)
+            if self.sequence_length is None:
+                return ids
+            return backend.pad_in_graph(ids, self.sequence_length, self.pad_token_id)
         for text in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
             if isinstance(text, str):
                 check_unicode(text, "`inputs`")

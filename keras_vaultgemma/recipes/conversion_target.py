@@ -5,7 +5,7 @@ from pathlib import Path
 
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma.checkpoints import gguf_format, presets
-from keras_vaultgemma.checkpoints.metadata import model_files
+from keras_vaultgemma.checkpoints.metadata import GRAPH_FILES, model_files
 
 
 def check_target(folder, target, overwrite):
@@ -28,7 +28,9 @@ def check_target(folder, target, overwrite):
 
 
 def _holds_model(folder):
-    return any((folder / name).is_file() for name in (presets.CONFIG, gguf_format.FILE))
+    return any(
+        (folder / name).is_file() for name in (presets.CONFIG, gguf_format.FILE, *GRAPH_FILES)
+    )
 
 
 def old_files(target, reads, written):

@@ -19,13 +19,19 @@ from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE, MODEL_TYPE
 from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, dtype_name, widest
-from keras_vaultgemma.checkpoints.metadata import digests, model_card, model_files, new_metadata
+from keras_vaultgemma.checkpoints.metadata import (
+    digests,
+    model_card,
+    model_files,
+    new_metadata,
+    training_sentences,
+)
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
 from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor
 from keras_vaultgemma.privacy.ledger import preset_ledger
 from keras_vaultgemma.recipes.conversion_target import check_target, old_files
-from keras_vaultgemma.recipes.export_formats import FORMATS, Conversion
+from keras_vaultgemma.recipes.export_formats import BYTES, FORMATS, NEED_TEXT, Conversion
 from keras_vaultgemma.recipes.sources import Source, find_source, merged_preset
 
 SHARD_SIZE = "5GB"
@@ -57,16 +63,23 @@ def convert(
         target: string or path. Folder to write. It appears complete at the end, or not at all. One
             conversion at a time writes to it.
         to: string. "keras" for a preset that this package and keras-hub load, "hf" for a folder
-            that transformers loads, "gguf" for a file of llama.cpp and a Modelfile of Ollama.
-            Defaults to "keras".
+            that transformers loads, "gguf" for a file of llama.cpp and a Modelfile of Ollama,
+            "transformers.js" for a folder that generates text in a browser.
+            "onnx", "openvino" and "saved_model" are graphs from token ids to logits, which run
+            without Keras; on TensorFlow, "saved_model" is also one from strings to strings. It
+            needs the whole model in memory. Defaults to "keras".
         dtype: string. "float32", "bfloat16", "float16" (or "f32", "bf16", "f16"), and for
-            `to="gguf"` also "q8_0", llama.cpp's 8 bits. Defaults to the dtype of the source, or to
-            float32 if the source has several.
+            `to="gguf"` also "q8_0", llama.cpp's 8 bits, for "onnx" and "openvino" also "int8", as
+            `quantize` rounds. These two compute in float32 whatever the dtype, and so does
+            "transformers.js", which has "float32", "float16", "q8" (as "int8") and "q4". Defaults
+            to the dtype of the source, or to float32 if the source has several, or the format does
+            not have it.
         shard_size: int or string. Largest size of one weights file, in bytes or as in "500MB". Only
             for `to="hf"`. Defaults to "5GB".
         verify: bool. If True, compare source and target afterwards: every tensor bit by bit, and
             the logits of transformers and this package where transformers and torch are installed
-            (not of "gguf"). Defaults to `False`.
+            (not of "gguf" and "transformers.js"). Of graphs, the logits of their own engine; and
+            the tensors of "onnx". Defaults to `False`.
         overwrite: bool. If True, replace the model in an existing `target`. Of its other files,
             only those are deleted that an earlier conversion lists in metadata.json. Defaults to
             `False`.
@@ -82,7 +95,7 @@ def convert(
         FileExistsError: If `target` exists and `overwrite` is False, or another process is
             writing it.
         FileNotFoundError: If the weights of `source` do not exist or cannot be downloaded.
-        ImportError: If `to="gguf"` and the package `gguf` is not installed.
+        ImportError: If a package that the format needs is not installed.
         ValueError: If an argument is out of its range, the source is malformed, quantized or in
             several files of Keras, a value does not fit into `dtype`, the format cannot represent
             the model (Gemma 1, and so GGUF, has no soft caps, no sliding layers and one scalar),
@@ -90,7 +103,7 @@ def convert(
 
     Warns:
         UserWarning: If the source has no vocabulary, because the target then has none either. For
-            "gguf" this is a ValueError.
+            "gguf" and "transformers.js" this is a ValueError.
 
     Example:
 
@@ -140,13 +153,15 @@ def _convert(
     """Convert the folder that `source` stands for, with `adapter` merged; see `convert`."""
     hyperparameters, values = _open(folder)
     dtype = dtype or dtype_name(widest(value.dtype for value in values.values()))
-    preprocessor = _open_vocabulary(source, folder, hyperparameters, to == "gguf")
+    # ONNX Runtime has no bfloat16 on CPUs and in browsers.
+    dtype = dtype if dtype in FORMATS[to].dtypes else "float32"
+    preprocessor = _open_vocabulary(source, folder, hyperparameters, to)
     parameter_count = sum(weight.size for weight in weight_map.weight_map(hyperparameters))
 
     # Each byte of the source is hashed; each byte of the target is written, hashed and, with
     # `verify`, compared.
     source_size = sum(path.stat().st_size for path in model_files(folder))
-    size = parameter_count * (DTYPES[dtype].itemsize if dtype in DTYPES else gguf_format.Q8_0_BYTES)
+    size = parameter_count * (DTYPES[dtype].itemsize if dtype in DTYPES else BYTES[dtype])
     total = source_size + round((3 if verify else 2) * size)
     with (
         new_folder(target, exclusive=True) as new,
@@ -216,9 +231,7 @@ def _progress_bar(total, enabled):
 def _copy_ledger(folder, new):
     """Copy the privacy ledger if it lists training. Return a sentence for each run."""
     ledger = preset_ledger(folder)
-    training = [f"trained privately since: {run}" for run in ledger.describe()]
-    if plain := ledger.without_privacy():
-        training.append(f"without privacy since: {plain}")
+    training = training_sentences(ledger)
     if training:  # A guarantee without any run is already in the metadata.
         ledger.write(new)
     return training
@@ -255,13 +268,13 @@ def _parse_size(size):
     return count
 
 
-def _open_vocabulary(source, folder, hyperparameters, is_needed):
+def _open_vocabulary(source, folder, hyperparameters, to):
     """Return the preprocessor of a source. Warn and return None if it has no vocabulary."""
     if presets.file(folder, "vocabulary") is None:
-        if is_needed:
+        if to in NEED_TEXT:
             raise ValueError(
                 f"{source} must have a vocabulary ({', '.join(presets.FILES['vocabulary'])}), "
-                "because a GGUF file holds one. Received: none"
+                f"because {NEED_TEXT[to]}. Received: none"
             )
         warnings.warn(
             f"{source} has no vocabulary ({', '.join(presets.FILES['vocabulary'])}), so the "

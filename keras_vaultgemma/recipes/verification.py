@@ -74,10 +74,43 @@ def verify_logits(source, target, dtype):
         )
 
 
+def verify_exported_logits(source, dtype, run):
+    """Compare the logits of a model with those of an exported one, for a fixed prompt.
+
+    Args:
+        source: `pathlib.Path` or string. Folder of the original checkpoint.
+        dtype: string. Dtype to which the matrices of the source are rounded before the comparison;
+            "int8" as `quantize` does it.
+        run: function of a dict of NumPy inputs that returns logits.
+
+    Raises:
+        ValueError: If the logits differ. For int8, if they differ by 5 % of their deviation on
+            average, because few rounded activations are equal in two libraries.
+    """
+    model = VaultGemmaCausalLM.from_preset(source, preprocessor=None, dtype="float32")
+    if dtype == "int8":
+        model.quantize("int8")
+    elif dtype != "float32":
+        _round_variables(model, dtype)
+    inputs = _inputs(_prompt(model.backbone.vocabulary_size))
+    expected, found = np.asarray(ops.convert_to_numpy(model(inputs))), run(inputs)
+    difference = np.abs(found - expected)
+    legal, largest = (
+        (0.05 * expected.std(), difference.mean())
+        if dtype == "int8"
+        else (TOLERANCE * (1 + np.abs(expected).max()), difference.max())
+    )
+    if not largest <= legal:
+        raise ValueError(
+            f"The logits of source and target must differ by at most {legal:g}. "
+            f"Received: {largest:g}"
+        )
+
+
 def _logits(folder, dtype):
     hyperparameters, values = open_values(folder)
     is_rounded = any(value.dtype != dtype for value in values.values())
-    prompt = np.arange(PROMPT_LENGTH)[None] * 7919 % hyperparameters["vocabulary_size"]
+    prompt = _prompt(hyperparameters["vocabulary_size"])
     if format_of(folder) in weight_map.SAFETENSORS:
         logits = _transformers_logits(folder, prompt, dtype_name(dtype) if is_rounded else None)
     else:
@@ -88,10 +121,22 @@ def _logits(folder, dtype):
 
 def _keras_logits(folder, prompt, dtype):
     model = VaultGemmaCausalLM.from_preset(folder, preprocessor=None, dtype="float32")
-    for variable in model.backbone.variables if dtype else ():
+    if dtype:
+        _round_variables(model, dtype)
+    return np.asarray(ops.convert_to_numpy(model(_inputs(prompt))))
+
+
+def _round_variables(model, dtype):
+    for variable in model.backbone.variables:
         variable.assign(ops.cast(ops.cast(variable.value, dtype), "float32"))
-    inputs = {"token_ids": prompt.astype("int32"), "padding_mask": np.ones_like(prompt, "int32")}
-    return np.asarray(ops.convert_to_numpy(model(inputs)))
+
+
+def _prompt(vocabulary_size):
+    return np.arange(PROMPT_LENGTH)[None] * 7919 % vocabulary_size
+
+
+def _inputs(prompt):
+    return {"token_ids": prompt.astype("int32"), "padding_mask": np.ones_like(prompt, "int32")}
 
 
 def _transformers_logits(folder, prompt, dtype):

@@ -17,15 +17,16 @@ def test_batches_and_functions_inside_tensorflow():
     batches = [np.arange(3, dtype="int32"), np.arange(3, 6, dtype="int32")]
     dataset = backend.tensorflow_dataset(lambda: iter(batches), keras.KerasTensor((3,), "int32"))
     assert backend.is_tensorflow(dataset)
-    seen = []
+    seen, called = [], []
 
     def double(x):
         seen.append((backend.is_tensorflow(x), backend.is_symbolic_tensorflow(x)))
-        (doubled,) = backend.in_tensorflow_graph(lambda x: [2 * x], [x], [(3,)], ["int32"])
-        return doubled
+        (x,) = backend.call_in_graph(lambda x: called.append(x.tolist()), [x], [x])
+        return 2 * x
 
     found = [batch.tolist() for batch in dataset.map(double).as_numpy_iterator()]
     assert found == [[0, 2, 4], [6, 8, 10]] and seen == [(True, True)]
+    assert called == [batch.tolist() for batch in batches]
     assert backend.is_tensorflow(tf.constant(1)) and not backend.is_symbolic_tensorflow(
         tf.constant(1)
     )
