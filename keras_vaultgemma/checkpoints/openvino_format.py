@@ -21,7 +21,7 @@ def import_openvino():
     """
     hides = "openvino" not in sys.modules and TELEMETRY not in sys.modules
     if hides:
-        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+        sys.modules[TELEMETRY] = None
     try:
         return importlib.import_module("openvino")
     except ImportError as error:

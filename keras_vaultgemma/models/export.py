@@ -11,6 +11,7 @@ from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder
 from keras_vaultgemma._validation import check_choice, check_known
 from keras_vaultgemma.checkpoints.metadata import training_sentences
+from keras_vaultgemma.checkpoints.onnx_graph import INPUTS
 from keras_vaultgemma.generation.greedy_graph import greedy_ids
 from keras_vaultgemma.lora.state import backbone_of
 from keras_vaultgemma.models.onnx_export import export_onnx, export_openvino
@@ -104,8 +105,11 @@ class Export:
                 )
             text_function = self._text_function()
         if signature is None:
-            spec = keras.InputSpec(shape=(None, None), dtype="int32")
-            signature = [dict.fromkeys(("token_ids", "padding_mask"), spec)]
+            specs = {
+                name: keras.InputSpec(shape=(None, None), dtype="int32", name=name)
+                for name in INPUTS
+            }
+            signature = [specs]
         with new_folder(path) as new:
             backend.write_saved_model(new, self, *signature, text_function, options)
 
