@@ -6,7 +6,7 @@
 # with exports for PEFT, transformers and llama.cpp, and with a page on what the training protects.
 # [What the cookbook's own recipe computes](../privacy/cookbook.md) is another page.
 #
-# It takes about two minutes on two CPU cores.
+# It takes about three minutes on two CPU cores.
 
 # %%
 import random
