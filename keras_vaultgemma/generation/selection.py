@@ -13,6 +13,17 @@ from keras_vaultgemma.generation.search import SearchGenerator
 from keras_vaultgemma.generation.validation import check_sampler
 
 
+class GeneratorCache:
+    """The generators of a model by kind, each with what it was compiled for.
+
+    It is no dict, because Keras would track the variables of what a dict of a model holds: a random
+    sampler's would become the model's own, or, of a quantized model, be rejected.
+    """
+
+    def __init__(self):
+        self.stored = {}
+
+
 def find_generator(model, cache, prompt_lookup=False, length_penalty=None):
     """Return the generator of a model and its sampler.
 
@@ -21,7 +32,7 @@ def find_generator(model, cache, prompt_lookup=False, length_penalty=None):
 
     Args:
         model: has `sampler`, and what `Generator` needs.
-        cache: dict in which the generators are stored.
+        cache: `GeneratorCache`.
         prompt_lookup: bool, as for `generate`. Defaults to False.
         length_penalty: as for `generate`. Defaults to None.
 
@@ -37,11 +48,13 @@ def find_generator(model, cache, prompt_lookup=False, length_penalty=None):
         {name: _frozen(value) for name, value in vars(sampler).items()},
         list(map(id, model.variables)),
     ]
-    if kind not in cache or cache[kind][0] != state:
+    found = cache.stored.get(kind)
+    if found is None or found[0] != state:
         # What an id belongs to is stored with it, so that no other object gets the same one.
         alive = (sampler, list(vars(sampler).values()))
-        cache[kind] = state, alive, kind(model, sampler, model.run_eagerly)
-    return cache[kind][2]
+        found = state, alive, kind(model, sampler, model.run_eagerly)
+        cache.stored[kind] = found
+    return found[2]
 
 
 def _kind(sampler):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
+from keras_vaultgemma.generation.selection import GeneratorCache
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.trainer import Trainer
 from keras_vaultgemma.models.training_checks import TrainingChecks
@@ -31,7 +32,7 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
     """
 
     def __init__(self, *args, **kwargs):
-        self._generators = {}
+        self._generators = GeneratorCache()
         self._has_default_loss = self._had_keras_metrics = False
         super().__init__(*args, **kwargs)
 
@@ -116,7 +117,7 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
         self._labels_are_ids = not has_own_loss and not self._overrides("train_step", "test_step")
         self._had_keras_metrics = steps is None or takes_logits
         self.backbone.gradient_checkpointing = gradient_checkpointing
-        self._generators = {}
+        self._generators = GeneratorCache()
 
     def _overrides(self, *names):
         """Return True if one of these methods is a subclass's or was assigned to the instance."""

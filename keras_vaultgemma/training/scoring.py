@@ -74,7 +74,7 @@ class Scoring:
         Raises:
             ValueError: If `scoring_mode` is another one, there is no row, shapes differ, an id is
                 outside the vocabulary (a target, where the mask is true), or the mode is "loss" and
-                the embedding is quantized to another mode than int8.
+                the embedding is quantized to another mode than int8 or int4.
 
         Example:
 

@@ -5,6 +5,7 @@ import warnings
 import weakref
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from common import IDS, LINES, one_layer_preset, random_backbone, to_numpy
@@ -152,3 +153,16 @@ def test_the_packages_own_calls_do_not_warn(tmp_path):
         loaded.save_to_preset(tmp_path / "again")
         lora.merge(model)
     np.testing.assert_allclose(to_numpy(loaded(IDS)), to_numpy(model(IDS)), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["int8", None])
+def test_random_samplers(mode):
+    """The random state of a sampler is none of the model's variables, which quantization fixes."""
+    model = make_model()
+    if mode:
+        model.quantize(mode)
+    variables = [*model.variables]
+    model.compile(sampler=keras_hub.samplers.TopPSampler(p=0.9, temperature=0.7))
+    first, second = (model.generate([2, 17, 5], 5, None, seed=0) for _ in range(2))
+    assert [*map(id, model.variables)] == [*map(id, variables)]
+    assert len(first) == 5 and list(first) == list(second)

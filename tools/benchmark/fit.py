@@ -40,7 +40,9 @@ STEPS = {"1x512": 4, "2x1024": 3, "8x1024": 1}
 
 
 def keras_hub(size):
+    # keras-hub slices arrays by it, and this package would hide it on JAX and PyTorch.
     import keras
+    import tensorflow  # noqa: F401
     from keras_hub.models import GemmaCausalLM
 
     backbone = random_model.keras_hub_gemma(size, "float32")

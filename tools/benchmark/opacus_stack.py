@@ -1,12 +1,24 @@
-"""Plain and private LoRA steps of transformers, PEFT and Opacus on PyTorch.
+"""The official cookbook's stack: transformers, PEFT and Opacus on PyTorch.
 
-`private_fit.py` runs them next to this package's, on the same shapes.
+`private_fit.py` measures plain and private LoRA steps of it next to this package's, on the same
+shapes. `private_qa.py` and `cookbook_recipe.py` train with it, too.
 """
 
 import time
 
 import device
 import numpy as np
+
+PROJECTIONS = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "attention_output": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
+"""PEFT's names of the layers that can have an adapter."""
 
 
 def measure(peer, work):
@@ -26,10 +38,10 @@ def measure(peer, work):
     batch, length, steps = work["batch"], work["length"], work["steps"]
     ids = torch.randint(5, work["size"]["vocabulary_size"], (batch * steps, length))
     at = device.torch_device()
-    model = _model(work)
+    model = random_vaultgemma(work["size"], work.get("dtype", "float32"))
+    model = add_lora(model, work["rank"], ("query", "value"))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=batch)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    optimizer = torch.optim.Adam(trained_parameters(model), lr=1e-4)
     if peer == "opacus":
         model, optimizer, loader = PrivacyEngine().make_private(
             module=model,
@@ -60,12 +72,16 @@ def measure(peer, work):
     }
 
 
-def _model(work):
+def random_vaultgemma(size, dtype="float32"):
+    """Return a `VaultGemmaForCausalLM` with random weights, on the GPU if there is one.
+
+    Args:
+        size: dict of arguments of `VaultGemmaBackbone`.
+        dtype: string. Dtype of the weights. Defaults to "float32".
+    """
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
-    size = work["size"]
     config = VaultGemmaConfig(
         vocab_size=size["vocabulary_size"],
         hidden_size=size["hidden_dim"],
@@ -80,13 +96,32 @@ def _model(work):
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
     )
-    lora = LoraConfig(
-        r=work["rank"],
-        lora_alpha=work["rank"],
-        target_modules=["q_proj", "v_proj"],
+    with device.torch_device():
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def add_lora(model, rank, targets=tuple(PROJECTIONS), alpha=None, dropout=0.0):
+    """Return a model with an adapter of PEFT, in training mode.
+
+    Args:
+        model: `VaultGemmaForCausalLM`.
+        rank: int.
+        targets: names of layers, as this package has them. Defaults to all projections.
+        alpha: float. Defaults to `rank`.
+        dropout: float. Defaults to 0.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=[PROJECTIONS[name] for name in targets],
         task_type="CAUSAL_LM",
     )
-    dtype = getattr(torch, work.get("dtype", "float32"))
-    with device.torch_device():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return get_peft_model(model, lora).train()
+    return get_peft_model(model, config).train()
+
+
+def trained_parameters(model):
+    """Return the parameters that have a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
