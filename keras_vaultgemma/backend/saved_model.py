@@ -39,7 +39,9 @@ def write_saved_model(folder, model, signature, text_function=None, options=None
             **options.get("jax2tf_kwargs", {}),
         }
     archive = keras.export.ExportArchive()
-    archive.track(model)
+    if NAME == "jax":
+        # On TensorFlow the endpoints are enough, and Keras 3.15 would save all variables twice.
+        archive.track(model)
     archive.add_endpoint(ENDPOINT, model.__call__, [signature], **options)
     if text_function is not None:
         import tensorflow as tf

@@ -102,6 +102,8 @@ def test_saved_model(tmp_path):
     assert {*metadata["files"], "metadata.json"} == files
     model = tf.saved_model.load(str(folder))
     assert np.abs(model.serve(INPUTS).numpy() - logits(one_layer_preset())).max() < 1e-4
+    size = (folder / "variables/variables.data-00000-of-00001").stat().st_size
+    assert size < 1.1 * 4 * metadata["parameter_count"]
     assert model.signatures["serve"].structured_input_signature[1].keys() == INPUTS.keys()
     assert hasattr(model, "generate") == (BACKEND == "tensorflow")
 
