@@ -1,6 +1,5 @@
 """The table of formats that `convert` writes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from keras_vaultgemma.checkpoints.hugging_face_folder import (
 )
 from keras_vaultgemma.checkpoints.keras_folder import write_keras_config, write_keras_weights
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
-from keras_vaultgemma.checkpoints.metadata import privacy_sentences
 from keras_vaultgemma.checkpoints.reader import format_of
 from keras_vaultgemma.checkpoints.safetensors_format import write_tensors
 from keras_vaultgemma.checkpoints.sentencepiece_format import read_pieces
@@ -174,8 +172,7 @@ def _statements(conversion):
         "name": Path(metadata["source"].get("adapter", metadata["source"])["name"]).name,
         "description": str(metadata.get("description") or ""),
         "license": str(metadata.get("license") or ""),
-        "keras_vaultgemma.privacy": "\n".join(privacy_sentences(metadata, conversion.training)),
-        "keras_vaultgemma.metadata": json.dumps(metadata, ensure_ascii=False),
+        **graph_formats.statements(conversion),
     }
 
 

@@ -17,7 +17,7 @@ SAVED_MODEL_FILE = "saved_model.pb"
 
 
 def write_onnx(folder, conversion, report):
-    _write_graph(folder / onnx_format.FILE, conversion, _fields(conversion), report)
+    _write_graph(folder / onnx_format.FILE, conversion, statements(conversion), report)
 
 
 def verify_onnx(folder, conversion, report):
@@ -39,7 +39,7 @@ def write_openvino(folder, conversion, report):
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         onnx = Path(temporary) / onnx_format.FILE
         _write_graph(onnx, conversion, {}, report, has_integer_matmuls=False)
-        openvino_format.write_openvino(folder / openvino_format.FILE, onnx, _fields(conversion))
+        openvino_format.write_openvino(folder / openvino_format.FILE, onnx, statements(conversion))
 
 
 def verify_openvino(folder, conversion, report):
@@ -90,7 +90,7 @@ def _weights(conversion):
     return checkpoint_weights(conversion.hyperparameters, conversion.values, conversion.dtype)
 
 
-def _fields(conversion):
+def statements(conversion):
     """Return what is known about privacy and origin, as metadata of a file."""
     metadata = conversion.metadata()
     return {
