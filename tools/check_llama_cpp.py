@@ -9,9 +9,6 @@ of the repository or from the folder that the environment variable NODE_LLAMA_CP
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,32 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hard_texts import HARD
+from node_package import ask_node, find_package
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT, COUNT = "Once upon a time there was", 40
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 
 def node_llama_cpp():
     """Return the folder of the installed package, or None."""
-    folder = Path(os.environ.get("NODE_LLAMA_CPP") or ROOT / "node_modules/node-llama-cpp")
-    return folder.resolve() if (folder / "package.json").is_file() else None
+    return find_package("node-llama-cpp", "NODE_LLAMA_CPP")
 
 
 def ask_llama_cpp(file, ids):
     """Return what tools/llama_cpp.mjs prints about a GGUF file."""
     question = dict(model=str(file), texts=HARD, ids=ids, count=COUNT)
-    done = subprocess.run(
-        ["node", ROOT / "tools/llama_cpp.mjs"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NODE_LLAMA_CPP": str(node_llama_cpp())},
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout)
+    return ask_node("llama_cpp.mjs", question, NODE_LLAMA_CPP=str(node_llama_cpp()))
 
 
 def compare(model, file):

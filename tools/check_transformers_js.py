@@ -10,9 +10,6 @@ root of the repository, or in the folder that the environment variable TRANSFORM
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,32 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hard_texts import HARD
+from node_package import ask_node, find_package
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, COUNT = ["Once upon a time there was", "The fox"], 40
 
 
 def transformers_js():
     """Return the folder of the installed package, or None."""
-    default = ROOT / "node_modules/@huggingface/transformers"
-    folder = Path(os.environ.get("TRANSFORMERS_JS") or default)
-    return folder.resolve() if (folder / "package.json").is_file() else None
+    return find_package("@huggingface/transformers", "TRANSFORMERS_JS")
 
 
 def ask_transformers_js(folder):
     """Return what tools/transformers_js.mjs prints about a converted folder."""
     question = dict(model=str(folder), texts=HARD, prompts=PROMPTS, count=COUNT)
-    done = subprocess.run(
-        ["node", ROOT / "tools/transformers_js.mjs"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRANSFORMERS_JS": str(transformers_js())},
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout)
+    return ask_node("transformers_js.mjs", question, TRANSFORMERS_JS=str(transformers_js()))
 
 
 def compare(model, folder):

@@ -13,7 +13,7 @@ import importlib
 import numpy as np
 
 from keras_vaultgemma.checkpoints import weight_map
-from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes, check_bits
 from keras_vaultgemma.checkpoints.sentencepiece_format import UNUSED, Piece
 
 FILE = "model.gguf"
@@ -119,18 +119,8 @@ def check_gguf(path, hyperparameters, values, dtype, report):
         other = found.pop(tensor.name, None)
         is_equal = other is not None and other.tensor_type == tensor.type
         is_equal = is_equal and tuple(other.shape) == tensor.shape[::-1]
-        is_equal = is_equal and other.n_bytes == tensor.nbytes
-        start, data = 0, other.data.reshape(-1).view("u1") if is_equal else None
-        for block in tensor.blocks() if is_equal else ():
-            end = start + block.nbytes
-            is_equal = is_equal and np.array_equal(data[start:end], block.reshape(-1).view("u1"))
-            start = end
-            report(block.nbytes)
-        if not is_equal:
-            raise ValueError(
-                f"{tensor.name} must have the same bits in source and target. "
-                "Received: different bits"
-            )
+        data = other.data.reshape(-1).view("u1") if is_equal else None
+        check_bits(tensor.name, tensor.blocks(), data, report)
     if found:
         raise ValueError(f"{path} must have no further tensors. Received: {sorted(found)[0]}")
 

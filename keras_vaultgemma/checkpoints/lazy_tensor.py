@@ -162,6 +162,27 @@ def as_bytes(array):
     return array.reshape(-1).view("u1").data
 
 
+def check_bits(name, blocks, data, report):
+    """Raise ValueError, which names a tensor, unless a file has its bytes.
+
+    Args:
+        name: string.
+        blocks: iterable of contiguous arrays, which are the tensor.
+        data: uint8 array [n] of the file, or None if it has no such tensor.
+        report: callable. Called with the number of bytes of each block that is compared.
+    """
+    start, is_equal = 0, data is not None
+    for block in blocks if is_equal else ():
+        end = start + block.nbytes
+        is_equal = is_equal and np.array_equal(data[start:end], block.reshape(-1).view("u1"))
+        start = end
+        report(block.nbytes)
+    if not is_equal or start != len(data):
+        raise ValueError(
+            f"{name} must have the same bits in source and target. Received: different bits"
+        )
+
+
 def _aligned(shape, dtype):
     """Return an uninitialised array whose memory starts at a multiple of `ALIGNMENT`."""
     size = math.prod(shape) * dtype.itemsize

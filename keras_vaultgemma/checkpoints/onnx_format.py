@@ -11,7 +11,7 @@ import importlib
 import numpy as np
 
 from keras_vaultgemma._version import __version__
-from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes
+from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, as_bytes, check_bits
 from keras_vaultgemma.checkpoints.onnx_graph import INPUTS, OnnxGraph
 from keras_vaultgemma.checkpoints.onnx_weights import INT8
 
@@ -81,32 +81,45 @@ def write_onnx(path, hyperparameters, weights, has_head, fields, report, **optio
     path.write_bytes(model.SerializeToString())
 
 
-def check_onnx(path, weights, report):
+def check_onnx(path, weights, report, full_check=True):
     """Raise ValueError for the first tensor of a file that is not what `write_onnx` writes.
 
-    Read by the `onnx` package, whose checker also checks the graph. The arguments are those of
-    `write_onnx`.
+    Read by the `onnx` package, whose checker also checks the graph.
+
+    Args:
+        path, weights, report: as for `write_onnx`.
+        full_check: bool. False where the checker does not know all operators. Defaults to True.
     """
     onnx = import_onnx()
-    onnx.checker.check_model(str(path), full_check=True)
+    onnx.checker.check_model(str(path), full_check=full_check)
     graph = onnx.load(str(path), load_external_data=False).graph
     found = {tensor.name: tensor for tensor in graph.initializer}
-    data = np.memmap(path.with_name(path.name + DATA_SUFFIX), "u1", "r")
     for name, weight in weights.items():
-        tensor = found.get(name)
-        place = {} if tensor is None else {e.key: e.value for e in tensor.external_data}
-        is_equal = tensor is not None and tuple(tensor.dims) == tuple(weight.shape)
-        is_equal = is_equal and int(place.get("length", -1)) == weight.nbytes
-        start = int(place.get("offset", 0))
-        for block in weight.blocks() if is_equal else ():
-            end = start + block.nbytes
-            is_equal = is_equal and np.array_equal(data[start:end], block.reshape(-1).view("u1"))
-            start = end
-            report(block.nbytes)
-        if not is_equal:
-            raise ValueError(
-                f"{name} must have the same bits in source and target. Received: different bits"
-            )
+        check_bits(name, weight.blocks(), _data(path, found.get(name), weight), report)
+
+
+def _data(path, tensor, weight):
+    """Return the bytes of a tensor of a graph, or None if it is not one like the weight."""
+    if tensor is None or tuple(tensor.dims) != tuple(weight.shape):
+        return None
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if int(place.get("length", -1)) != weight.nbytes:
+        return None
+    file, start = path.with_name(place["location"]), int(place["offset"])
+    return np.memmap(file, "u1", "r", start, weight.nbytes)
+
+
+def external_tensor(onnx, name, weight, file, offset):
+    """Return a tensor of a graph whose values are in a file, from an offset in bytes."""
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=weight.shape,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in {"location": file, "offset": offset, "length": weight.nbytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def _external(onnx, weights, file):
@@ -114,16 +127,7 @@ def _external(onnx, weights, file):
     offset = 0
     for name, weight in weights.items():
         offset += _padding(offset, weight)
-        tensor = onnx.TensorProto(
-            name=name,
-            dims=weight.shape,
-            data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        place = {"location": file, "offset": str(offset), "length": str(weight.nbytes)}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=value)
-        yield tensor
+        yield external_tensor(onnx, name, weight, file, offset)
         offset += weight.nbytes
 
 

@@ -9,14 +9,19 @@ References:
 
 import json
 
-import numpy as np
-
 from keras_vaultgemma._files import read_json
 from keras_vaultgemma._version import __version__
 from keras_vaultgemma.checkpoints import decoder_weights
 from keras_vaultgemma.checkpoints.decoder_graph import MICROSOFT, DecoderGraph
 from keras_vaultgemma.checkpoints.lazy_tensor import as_bytes
-from keras_vaultgemma.checkpoints.onnx_format import import_onnx
+from keras_vaultgemma.checkpoints.onnx_format import (
+    ALIGNMENT,
+    IR_VERSION,
+    OPSET,
+    check_onnx,
+    external_tensor,
+    import_onnx,
+)
 from keras_vaultgemma.checkpoints.presets import CONFIG
 
 FOLDER = "onnx"
@@ -28,15 +33,12 @@ NAMES = {
 }
 """For each legal dtype of the matrices, transformers.js's names of it and of the file."""
 
-OPSETS, IR_VERSION = {"": 18, MICROSOFT: 1}, 8
-"""Versions of the operators and of the file."""
+OPSETS = {"": OPSET, MICROSOFT: 1}
+"""Versions of the operators."""
 
 CHUNK = 1_900_000_000
 """Largest size of one file of weights in bytes, because browsers have no larger buffers than 2 GB.
 A larger tensor has a file of its own."""
-
-ALIGNMENT = 4096
-"""Bytes. A tensor that starts at a multiple can be mapped into memory."""
 
 
 def write_decoder(folder, hyperparameters, values, dtype, fields, report):
@@ -65,7 +67,9 @@ def write_decoder(folder, hyperparameters, values, dtype, fields, report):
                 report(block.nbytes)
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     graph = DecoderGraph(onnx, hyperparameters, dtypes, packed)
-    tensors = [_external(onnx, name, weight, places[name]) for name, weight in weights.items()]
+    tensors = [
+        external_tensor(onnx, name, weight, *places[name]) for name, weight in weights.items()
+    ]
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
             graph.nodes,
@@ -92,34 +96,11 @@ def write_decoder(folder, hyperparameters, values, dtype, fields, report):
 def check_decoder(folder, hyperparameters, values, dtype, report):
     """Raise ValueError for the first tensor that is not what `write_decoder` writes.
 
-    Read by the `onnx` package, whose checker also checks the graph. The arguments are those of
-    `write_decoder`.
+    The arguments are those of `write_decoder`.
     """
-    onnx = import_onnx()
-    path = folder / FOLDER / f"{NAMES[dtype][1]}.onnx"
-    onnx.checker.check_model(str(path))
-    found = onnx.load(str(path), load_external_data=False).graph.initializer
-    found = {tensor.name: tensor for tensor in found}
     weights, _ = decoder_weights.decoder_weights(hyperparameters, values, dtype)
-    for name, weight in weights.items():
-        tensor = found.get(name)
-        is_equal = tensor is not None and tuple(tensor.dims) == weight.shape
-        place = {entry.key: entry.value for entry in tensor.external_data} if is_equal else {}
-        is_equal = is_equal and int(place["length"]) == weight.nbytes
-        data, start = None, 0
-        if is_equal:
-            data = np.memmap(
-                path.with_name(place["location"]), "u1", "r", int(place["offset"]), weight.nbytes
-            )
-        for block in weight.blocks():
-            end = start + block.nbytes
-            is_equal = is_equal and np.array_equal(data[start:end], block.reshape(-1).view("u1"))
-            start = end
-            report(block.nbytes)
-        if not is_equal:
-            raise ValueError(
-                f"{name} must have the same bits in source and target. Received: different bits"
-            )
+    path = folder / FOLDER / f"{NAMES[dtype][1]}.onnx"
+    check_onnx(path, weights, report, full_check=False)
 
 
 def _places(weights, file):
@@ -132,17 +113,3 @@ def _places(weights, file):
         places[name] = f"{file}_data" + (f"_{chunk}" if chunk else ""), start
         end = start + weight.nbytes
     return places
-
-
-def _external(onnx, name, weight, place):
-    """Return a tensor whose values are in a file."""
-    tensor = onnx.TensorProto(
-        name=name,
-        dims=weight.shape,
-        data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    file, offset = place
-    for key, value in {"location": file, "offset": offset, "length": weight.nbytes}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor

@@ -1,20 +1,12 @@
 """Exported GGUF files in real llama.cpp. Needs `npm install node-llama-cpp`, see `tools/check_llama_cpp.py`."""
 
-import importlib.util
-from pathlib import Path
-
+import check_llama_cpp
 import numpy as np
 import pytest
 from common import to_numpy
 
 from keras_vaultgemma import VaultGemmaCausalLM, convert, lora
 from keras_vaultgemma.checkpoints.chat_template import CHAT_TEMPLATE
-
-spec = importlib.util.spec_from_file_location(
-    "check_llama_cpp", Path(__file__).parents[2] / "tools/check_llama_cpp.py"
-)
-check_llama_cpp = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_llama_cpp)
 
 pytestmark = [
     pytest.mark.first_backend,

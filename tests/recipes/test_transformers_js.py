@@ -1,20 +1,12 @@
 """Exported folders in real transformers.js. Needs `npm install @huggingface/transformers`, see `tools/check_transformers_js.py`."""
 
-import importlib.util
-from pathlib import Path
-
+import check_transformers_js
 import numpy as np
 import pytest
 
 from keras_vaultgemma import VaultGemmaCausalLM, convert, lora
 
 pytest.importorskip("onnx")
-spec = importlib.util.spec_from_file_location(
-    "check_transformers_js", Path(__file__).parents[2] / "tools/check_transformers_js.py"
-)
-check_transformers_js = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_transformers_js)
-
 pytestmark = [
     pytest.mark.first_backend,
     pytest.mark.skipif(
