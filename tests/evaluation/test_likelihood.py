@@ -36,6 +36,7 @@ def test_every_byte_and_token_of_packed_text_counts_once(tiny, texts):
         assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.first_backend
 def test_only_responses_count(tiny):
     pairs = TextRecords(
         [" The tortoise.", " The hare, of course."], ["Who won the race?", "Who slept?"]

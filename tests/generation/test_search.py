@@ -20,6 +20,7 @@ def test_contrastive_search_without_penalty_is_greedy(model):
     ]
 
 
+@pytest.mark.first_backend
 def test_contrastive_search_equals_the_written_out_one(model):
     """Su et al., 2022, arXiv:2202.06417: the likely token that is least like any before it."""
     k, alpha, row = 4, 0.6, list(ROWS[0])

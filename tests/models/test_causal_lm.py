@@ -104,6 +104,7 @@ def test_generating_beyond_the_trained_length_warns_once(model):
         assert len(model.generate([2, 17], max_length=70, stop_token_ids=None)) == 70
 
 
+@pytest.mark.first_backend
 def test_sampler_of_compile_is_used(model):
     model.compile(sampler=keras_hub.samplers.TopKSampler(k=5, seed=1))
     first = model.generate([2, 17], max_new_tokens=20, stop_token_ids=None)
@@ -208,6 +209,7 @@ def test_reload_after_fine_tuning(tmp_path):
     np.testing.assert_array_equal(to_numpy(backbone(IDS)), to_numpy(model.backbone(IDS)))
 
 
+@pytest.mark.first_backend
 def test_int8(tmp_path):
     exact = logits_of(load())
     model = load()

@@ -276,7 +276,8 @@ def test_the_attack_on_floating_point_noise(monkeypatch, generator):
     (without, count), (with_row, its_count) = suspicious
     assert count > 100
     if generator == "float32":
-        assert without <= 1 and with_row > 10
+        # None, and about 15, a number that varies from run to run like a Poisson variable.
+        assert without <= 1 and with_row >= 3
     else:
         # Nearly everything is off the lattice, with the row and without it.
         assert min(without / count, with_row / its_count) > 0.8

@@ -147,10 +147,7 @@ COPIES = {
 
 
 @pytest.mark.filterwarnings("ignore:Earlier private runs on this machine")
-@pytest.mark.parametrize(
-    "way",
-    [pytest.param(way, marks=[pytest.mark.every_backend] * (way == "save")) for way in COPIES],
-)
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_of_weights_carry_their_ledger(tmp_path, way):
     model = language_model(4, dpsgd=dict(seed_for_tests=None))
     fit(model)
