@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,14 @@ RESULTS = {
     ("private", "torch"): {"step_s": 0.3, "peak_gb": 8.0},
     ("opacus", "torch"): {"failed": "took more than 90 s"},
 }
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """The tool ends its process by a handler of its own, which this process keeps from it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
