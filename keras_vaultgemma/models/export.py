@@ -10,7 +10,7 @@ import keras
 from keras_vaultgemma import backend
 from keras_vaultgemma._files import new_folder
 from keras_vaultgemma._validation import check_choice, check_known
-from keras_vaultgemma.checkpoints.metadata import training_sentences
+from keras_vaultgemma.checkpoints.model_card import training_sentences
 from keras_vaultgemma.checkpoints.onnx_graph import INPUTS
 from keras_vaultgemma.generation.greedy_graph import greedy_ids
 from keras_vaultgemma.lora.state import backbone_of

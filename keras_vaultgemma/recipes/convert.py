@@ -19,13 +19,8 @@ from keras_vaultgemma.checkpoints.config import read_config
 from keras_vaultgemma.checkpoints.config_fields import GEMMA_TYPE, MODEL_TYPE
 from keras_vaultgemma.checkpoints.dtypes import own_dtype
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES, dtype_name, widest
-from keras_vaultgemma.checkpoints.metadata import (
-    digests,
-    model_card,
-    model_files,
-    new_metadata,
-    training_sentences,
-)
+from keras_vaultgemma.checkpoints.metadata import digests, model_files, new_metadata
+from keras_vaultgemma.checkpoints.model_card import model_card, training_sentences
 from keras_vaultgemma.checkpoints.reader import KerasOnly, open_values
 from keras_vaultgemma.models.pieces import check_piece_count
 from keras_vaultgemma.models.preprocessor import VaultGemmaCausalLMPreprocessor

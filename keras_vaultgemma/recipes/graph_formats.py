@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.checkpoints import onnx_format, openvino_format
-from keras_vaultgemma.checkpoints.metadata import privacy_sentences
+from keras_vaultgemma.checkpoints.model_card import privacy_sentences
 from keras_vaultgemma.checkpoints.onnx_weights import checkpoint_weights
 from keras_vaultgemma.models.causal_lm import VaultGemmaCausalLM
 from keras_vaultgemma.recipes.verification import verify_exported_logits

@@ -8,7 +8,8 @@ from common import RELEASE_LIKE
 
 from keras_vaultgemma.checkpoints import metadata, presets
 from keras_vaultgemma.checkpoints.lazy_tensor import DTYPES
-from keras_vaultgemma.checkpoints.metadata import digests, model_card, new_metadata
+from keras_vaultgemma.checkpoints.metadata import digests, new_metadata
+from keras_vaultgemma.checkpoints.model_card import model_card
 
 pytestmark = pytest.mark.any_backend
 
