@@ -22,7 +22,7 @@ def choose_backend():
     has asked for. Where it is not, JAX is chosen, then PyTorch. Does nothing once Keras is
     imported.
     """
-    if "keras" in sys.modules or is_configured():
+    if "keras" in sys.modules or configured_backend():
         return
     installed = installed_backends()
     others = [name for name in installed if name != DEFAULT]
@@ -30,19 +30,20 @@ def choose_backend():
         os.environ["KERAS_BACKEND"] = others[0]
 
 
-def is_configured():
-    """Return True if the user has named a backend.
+def configured_backend():
+    """Return the name of the backend that the user has chosen, or None.
 
     A keras.json that names TensorFlow does not count, because Keras writes it at its first import.
     """
-    if os.environ.get("KERAS_BACKEND"):
-        return True
+    if named := os.environ.get("KERAS_BACKEND"):
+        return named
     home = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
     try:
         config = json.loads((home / "keras.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("backend", DEFAULT) != DEFAULT
+        return None
+    named = config.get("backend") if isinstance(config, dict) else None
+    return None if named == DEFAULT else named
 
 
 def installed_backends():

@@ -6,9 +6,9 @@ import sys
 from keras_vaultgemma._startup import (
     BACKENDS,
     choose_backend,
+    configured_backend,
     hide_tensorflow,
     installed_backends,
-    is_configured,
 )
 
 
@@ -17,7 +17,7 @@ def _select_backend():
 
     Raises:
         ValueError: If `KERAS_BACKEND` is no backend of this package.
-        ImportError: If no backend is installed.
+        ImportError: If no backend is installed, or not the chosen one.
     """
     if "keras" in sys.modules:
         return
@@ -26,10 +26,17 @@ def _select_backend():
         raise ValueError(
             f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: KERAS_BACKEND={named!r}"
         )
-    if not is_configured() and not installed_backends():
+    installed = installed_backends()
+    if not installed and not configured_backend():
         raise ImportError(
             "Keras needs a backend and none is installed. Install one with "
             "`pip install keras-vaultgemma[jax]`, `[torch]` or `[tensorflow]`."
+        )
+    if (chosen := configured_backend()) in BACKENDS and chosen not in installed:
+        raise ImportError(
+            f"The Keras backend is {chosen!r}, by KERAS_BACKEND or keras.json, and it is not "
+            f"installed. Install it with `pip install keras-vaultgemma[{chosen}]`"
+            + (f", or choose {' or '.join(installed)}." if installed else ".")
         )
     choose_backend()
 

@@ -71,3 +71,17 @@ def test_no_backend_at_all(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[jax\]"):
         _select_backend()
+
+
+@pytest.mark.parametrize("by", ["environment", "file"])
+def test_a_chosen_backend_that_is_not_installed(monkeypatch, tmp_path, by):
+    monkeypatch.setenv("KERAS_BACKEND", "torch" if by == "environment" else "")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    if by == "file":
+        (tmp_path / "keras.json").write_text('{"backend": "torch"}')
+    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "jax" else None)
+    with pytest.raises(
+        ImportError, match=r"is 'torch'.*keras-vaultgemma\[torch\]`, or choose jax\."
+    ):
+        _select_backend()
