@@ -7,6 +7,7 @@ it is built from them. That is all the four subclasses of `PresetIO` define.
 
 import contextlib
 import inspect
+import json
 import os
 from typing import Any, Self
 
@@ -183,6 +184,10 @@ class _ModelIO(PresetIO):
 
     def _save_more(self, folder):
         self.privacy.ledger.write(folder)
+        # keras-hub records the name of the first base of VaultGemmaCausalLM, which is a mixin.
+        path = folder / presets.METADATA
+        metadata = {**read_json(path), "tasks": ["CausalLM"]}
+        path.write_text(json.dumps(metadata, indent=4), encoding="utf-8")
 
 
 class BackboneIO(_ModelIO):

@@ -97,7 +97,9 @@ def test_this_package_and_keras_hub_load_it(tiny, tmp_path):
         tmp_path / "new", hyperparameters, values, DTYPES["float32"], lambda count: None
     )
     model.save_to_preset(tmp_path / "saved")
-    (tmp_path / "new/metadata.json").write_bytes((tmp_path / "saved/metadata.json").read_bytes())
+    metadata = (tmp_path / "saved/metadata.json").read_bytes()
+    assert json.loads(metadata)["tasks"] == ["CausalLM"]
+    (tmp_path / "new/metadata.json").write_bytes(metadata)
     for load in (VaultGemmaCausalLM.from_preset, keras_hub.models.CausalLM.from_preset):
         loaded = load(str(tmp_path / "new"))
         assert type(loaded) is VaultGemmaCausalLM
