@@ -1,5 +1,8 @@
 """Rows of token ids on the host: checked, and padded to arrays. NumPy only."""
 
+import itertools
+
+import keras
 import numpy as np
 
 
@@ -21,6 +24,26 @@ def pad_rows(rows, length, pad_id=0):
         row = row[:length]
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     return ids, mask
+
+
+def columns_in_use(*masks):
+    """Return how many columns rows need, those at the end left out that are padding in all of them.
+
+    The number is rounded up to 16, 24, 32, 48, 64, 96 and so on, because each is compiled once.
+
+    Args:
+        *masks: arrays of shape `[B, T]`, at least one. 0 at padding.
+    """
+    used = [np.flatnonzero(mask.any(axis=0)).max(initial=0) + 1 for mask in masks]
+    sizes = (size << doublings for doublings in itertools.count() for size in (16, 24))
+    return min(next(size for size in sizes if size >= max(used)), masks[0].shape[1])
+
+
+def first_columns(data, columns):
+    """Return nested arrays with the first `columns` of those with a second axis; None means all."""
+    if columns is None:
+        return data
+    return keras.tree.map_structure(lambda x: x[:, :columns] if np.ndim(x) > 1 else x, data)
 
 
 def unpad_rows(ids, mask):

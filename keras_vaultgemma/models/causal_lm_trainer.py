@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vaultgemma.data.containers import as_plain, is_stream
 from keras_vaultgemma.data.fit_inputs import TruncationCounter
+from keras_vaultgemma.data.token_ids import first_columns
 from keras_vaultgemma.generation.selection import GeneratorCache
 from keras_vaultgemma.models.row_losses import NextTokenRowLosses
 from keras_vaultgemma.models.trainer import Trainer
@@ -237,7 +238,7 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
             )
             self._build_optimizer()
             self._prepare_steps(arguments)
-            return self._fit(arguments, records)
+            return self._fit(arguments, records, self._columns(x, sample_weight))
 
     def evaluate(
         self,
@@ -270,6 +271,8 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
             x, y, sample_weight = self._arrays(
                 x, y, sample_weight, batch_size, truncations, steps=kwargs.get("steps")
             )
+            data = (x, y, sample_weight)
+            x, y, sample_weight = first_columns(data, self._columns(x, sample_weight))
             options = dict(batch_size=batch_size, sample_weight=sample_weight, **kwargs)
             return keras.Model.evaluate(self, x=x, y=y, **options)
 

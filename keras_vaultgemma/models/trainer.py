@@ -116,19 +116,20 @@ class Trainer:
         """
         return self._fit({**arguments, "x": x, "y": y})
 
-    def _fit(self, arguments, records=None):
+    def _fit(self, arguments, records=None, columns=None):
         """Run `keras.Model.fit`, privately if so compiled, and resumably if asked to.
 
         Args:
             arguments: dict of arguments of `keras.Model.fit`.
             records: list of strings or bytes, the training examples before preprocessing, or None.
+            columns: int. Number of columns of arrays to train on, or None for all.
         """
         if self.private_training is None:
             checks.check_groups(arguments.pop("groups", None), unit=None)
             run = plain_fit(self, arguments)
         else:
             run = private_fit(self.private_training, arguments, records)
-        with run as arguments, resumable(self, arguments) as arguments:
+        with run as arguments, resumable(self, arguments, columns) as arguments:
             # Not keras-hub's `fit`, which needs Grain or TensorFlow to slice arrays that Keras
             # slices itself.
             return keras.Model.fit(self, **arguments)

@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 
+from keras_vaultgemma import backend
 from keras_vaultgemma.data.containers import is_stream
 from keras_vaultgemma.data.fit_inputs import (
     check_no_labels,
@@ -12,6 +13,7 @@ from keras_vaultgemma.data.fit_inputs import (
     prepare_fit_inputs,
 )
 from keras_vaultgemma.data.text_inputs import as_records
+from keras_vaultgemma.data.token_ids import columns_in_use, first_columns
 from keras_vaultgemma.models.sharding import check_batches
 from keras_vaultgemma.privacy.sampling import as_rows
 
@@ -49,6 +51,19 @@ class TrainingData:
             check_batches(data[0], batch_size)
         return data
 
+    def _columns(self, x, sample_weight):
+        """Return how many columns of arrays enter the loss, or None for all.
+
+        All in private training, where the length of the longest record would change how the
+        gradients of the others are rounded, and for losses and metrics of the user's own.
+        """
+        masks = [x.get("padding_mask") if isinstance(x, dict) else None, sample_weight]
+        masks = [mask for mask in masks if np.ndim(mask) == 2]
+        is_plain = self.private_training is None and self._steps is not None
+        if not masks or not is_plain or self._steps.takes_logits or backend.process_count() > 1:
+            return None
+        return columns_in_use(*masks) if all(isinstance(m, np.ndarray) for m in masks) else None
+
     def _validation_arrays(self, data, batch_size, truncations, steps):
         """Preprocess and check the argument `validation_data` of `fit`."""
         if data is None:
@@ -62,6 +77,7 @@ class TrainingData:
         x, y, sample_weight = self._arrays(
             *parts, batch_size=batch_size, truncations=truncations, steps=steps
         )
+        x, y, sample_weight = first_columns((x, y, sample_weight), self._columns(x, sample_weight))
         return x if y is None else (x, y, sample_weight)
 
     def _predict_inputs(self, x, batch_size, steps):

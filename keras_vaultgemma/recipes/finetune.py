@@ -166,6 +166,8 @@ def _run(config, private, data, records, held_out, output):
     with TruncationCounter() as truncations:
         training = records.tokenize(model.preprocessor, config.is_packed, truncations)
         validation = held_out.tokenize(model.preprocessor, True, truncations)
+    if config.private:
+        _advise_length(model.preprocessor.sequence_length, training["x"]["padding_mask"])
     outcome = train(
         model,
         training,
@@ -190,6 +192,21 @@ def _run(config, private, data, records, held_out, output):
         folder = written[0].partition(":")[0]
         raise FloatingPointError(f"{checkpoint.failure}. These are in {folder}")
     return model, outcome, written
+
+
+def _advise_length(length, padding_mask):
+    """Say on stderr if private rows, which are all padded to `sequence_length`, are mostly padding.
+
+    The length is the user's choice: one that depended on the records would not be protected.
+    """
+    longest = int((padding_mask > 0).sum(axis=1).max())
+    enough = max(16, 2 ** (longest - 1).bit_length())
+    if 2 * enough <= length:
+        print(
+            f"Each row takes the time of sequence_length={length} tokens, and none has more than "
+            f"{longest}: sequence_length={enough} makes steps shorter.",
+            file=sys.stderr,
+        )
 
 
 def train(model, training, validation, compile_options, fit_options, samples=None):

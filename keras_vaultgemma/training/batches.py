@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma._validation import check_integer
+from keras_vaultgemma.data.token_ids import first_columns
 
 NOTHING = hashlib.sha256().hexdigest()
 
@@ -30,6 +31,8 @@ class Batches(keras.utils.PyDataset):
         shuffle: bool. If True, each pass has another order; otherwise all have the order of `data`.
         seed: int of at least 0.
         steps_per_epoch: int. Number of batches in an epoch. Defaults to one pass.
+        columns: int. Number of columns of arrays that batches have, or None for all, which the
+            identity is of. Defaults to None.
 
     Attributes:
         seed: int. The argument.
@@ -42,12 +45,12 @@ class Batches(keras.utils.PyDataset):
             those of a generator.
     """
 
-    def __init__(self, data, batch_size, shuffle, seed, steps_per_epoch=None):
+    def __init__(self, data, batch_size, shuffle, seed, steps_per_epoch=None, columns=None):
         # Without the workers of a dataset: on JAX and PyTorch Keras reads a batch before the first
         # epoch, and batches that workers had prefetched by then would be used again, or would
         # precede the position at which the run resumes.
         super().__init__()
-        self._is_dataset = isinstance(data, keras.utils.PyDataset)
+        self._is_dataset, self._columns = isinstance(data, keras.utils.PyDataset), columns
         if getattr(data, "is_stream", False):
             raise _not_random_access(data)
         if self._is_dataset:
@@ -119,7 +122,8 @@ class Batches(keras.utils.PyDataset):
         indices = self.indices(index)
         if self._is_dataset:
             return self._data[int(indices[0])]
-        return keras.tree.map_structure(lambda array: array[indices], self._data)
+        rows = keras.tree.map_structure(lambda array: array[indices], self._data)
+        return first_columns(rows, self._columns)
 
     def __len__(self):
         return self.steps - self.offset

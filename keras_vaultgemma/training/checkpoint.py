@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_vaultgemma._validation import is_integer
+from keras_vaultgemma.data.token_ids import first_columns
 from keras_vaultgemma.training.batches import Batches
 from keras_vaultgemma.training.resumable_run import ResumableRun, is_of_version_0_1
 from keras_vaultgemma.training.state import read_state_metadata
@@ -152,20 +153,22 @@ def resumes_version_0_1(arguments):
 
 
 @contextlib.contextmanager
-def resumable(model, arguments):
+def resumable(model, arguments, columns=None):
     """Yield arguments for `keras.Model.fit` with which a `TrainingCheckpoint` saves and resumes.
 
     Args:
         model: compiled `keras.Model`.
-        arguments: dict. Arguments of `keras.Model.fit`, which are yielded unchanged if there is no
-            `TrainingCheckpoint` among the callbacks.
+        arguments: dict. Arguments of `keras.Model.fit`, whose data are all that changes if there is
+            no `TrainingCheckpoint` among the callbacks.
+        columns: int. Number of columns of arrays to train on, or None for all. Defaults to None.
 
     Raises:
         ValueError: See `TrainingCheckpoint`.
     """
     checkpoint = checkpoint_of(arguments)
     if checkpoint is None:
-        yield arguments
+        data = {name: arguments.get(name) for name in ("x", "y", "sample_weight")}
+        yield {**arguments, **first_columns(data, columns)}
         return
     if arguments.get("validation_split"):
         raise ValueError(
@@ -183,6 +186,7 @@ def resumable(model, arguments):
         shuffle=arguments.pop("shuffle", True),
         seed=saved["seed"] if saved else int(np.random.randint(2**31)),
         steps_per_epoch=arguments.pop("steps_per_epoch", None),
+        columns=columns,
     )
     callbacks = [
         callback

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from keras_vaultgemma.data.token_ids import check_ids, check_lengths, pad_rows, unpad_rows
+from keras_vaultgemma.data.token_ids import (
+    check_ids,
+    check_lengths,
+    columns_in_use,
+    first_columns,
+    pad_rows,
+    unpad_rows,
+)
 
 pytestmark = pytest.mark.any_backend
 
@@ -38,3 +45,21 @@ def test_lengths():
     check_lengths([[1, 2], [3]], 2)
     with pytest.raises(ValueError, match="max_length=2 tokens.*Received: 3 tokens in prompt 1"):
         check_lengths([[1, 2], [3, 4, 5]], 2)
+
+
+@pytest.mark.parametrize(
+    "length, total, columns",
+    [(1, 512, 16), (16, 512, 16), (17, 512, 24), (100, 512, 128), (385, 512, 512), (9, 10, 10)],
+)
+def test_columns_that_are_padding_everywhere(length, total, columns):
+    _, mask = pad_rows([[5], [5] * length, []], total)
+    assert columns_in_use(mask) == columns
+    assert columns_in_use(np.zeros_like(mask)) == min(16, total)
+    assert columns_in_use(mask[:, ::-1]) == total
+    assert columns_in_use(np.zeros_like(mask), mask) == columns
+    data = {"x": mask, "y": None, "weight": np.ones(3)}
+    assert {name: np.shape(x) for name, x in first_columns(data, columns).items()} == {
+        "x": (3, columns),
+        "y": (),
+        "weight": (3,),
+    }

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from common import IDS, LINES, random_backbone, to_numpy
 
-from keras_vaultgemma import VaultGemmaCausalLM, lora
+from keras_vaultgemma import (
+    TrainingCheckpoint,
+    VaultGemmaCausalLM,
+    VaultGemmaCausalLMPreprocessor,
+    lora,
+    privacy,
+)
 
 X = {"token_ids": IDS["token_ids"], "padding_mask": IDS["padding_mask"].astype("int32")}
 Y = np.array([[17, 5, 99, 31, 1], [40, 8, 0, 0, 0]])
@@ -117,3 +123,65 @@ def test_an_adapter_that_changed_after_fit():
     assert after == pytest.approx(nats[Y > 0].mean(), rel=1e-5) != pytest.approx(before, rel=1e-3)
     model.compile(keras.optimizers.SGD(0.1))
     assert model.fit(X, Y, verbose=0).history["loss"] == pytest.approx([after], rel=1e-5)
+
+
+class Whole(keras.utils.PyDataset):
+    """One batch of arrays, all of whose columns are trained on."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+@pytest.mark.parametrize("how", ["texts", "ids", "checkpoint"])
+def test_columns_of_padding_change_nothing(tiny, tmp_path, monkeypatch, how):
+    """Keras gets 32 columns of 64, and the weights and losses are those of all of them."""
+    received, fit = [], keras.Model.fit
+
+    def record(self, x=None, *args, **kwargs):
+        batch = x[0][0] if isinstance(x, keras.utils.PyDataset) else x
+        received.append(batch["token_ids"].shape)
+        return fit(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", record)
+    preprocessor = VaultGemmaCausalLMPreprocessor(tiny.preprocessor.tokenizer, sequence_length=64)
+    batch = preprocessor(LINES[:2])
+    results = []
+    for x, y, weight in (
+        (Whole(batch), None, None),
+        batch if how == "ids" else (LINES[:2], None, None),
+    ):
+        keras.utils.set_random_seed(0)
+        backbone = random_backbone(num_layers=1, vocabulary_size=4096, max_sequence_length=64)
+        model = VaultGemmaCausalLM(backbone, preprocessor)
+        model.compile(keras.optimizers.SGD(0.1))
+        is_saved = how == "checkpoint" and not isinstance(x, Whole)
+        callbacks = [TrainingCheckpoint(tmp_path)] if is_saved else []
+        logs = model.fit(
+            x, y, sample_weight=weight, batch_size=2, epochs=2, verbose=0, callbacks=callbacks
+        ).history
+        logs["evaluated"] = model.evaluate(x, y, sample_weight=weight, verbose=0)
+        results.append((logs, [to_numpy(v.value) for v in backbone.trainable_variables]))
+    assert [columns for _, columns in received] == [64, 32]
+    (whole_logs, whole), (logs, weights) = results
+    for name, values in whole_logs.items():
+        np.testing.assert_allclose(logs[name], values, rtol=1e-5)
+    for expected, value in zip(whole, weights, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+@pytest.mark.first_backend
+def test_private_rows_keep_their_columns(monkeypatch):
+    """Their length would tell something about the longest record."""
+    model = VaultGemmaCausalLM(random_backbone(num_layers=1))
+    mask = np.tile(np.arange(40) < 5, (200, 1)).astype("int32")
+    model.compile("sgd", privacy=privacy.DPSGD(noise_multiplier=1.0, delta=1e-3, clip_norm=1.0))
+    ids = np.full((200, 40), 7)
+    model.fit({"token_ids": ids, "padding_mask": mask}, ids, batch_size=8, verbose=0)
+    assert "of at most 40 tokens" in model.privacy.spent().unit
