@@ -214,17 +214,19 @@ def test_a_private_run(data, tmp_path, monkeypatch):
     assert json.loads(lines[0])["dataset"] == fingerprint
 
 
-@pytest.mark.filterwarnings("ignore:.*rows were longer")
-def test_users_instead_of_rows(tmp_path, monkeypatch):
+def test_users_instead_of_rows(tmp_path, monkeypatch, capsys):
     """The column says whose rows they are: a third of the users' rows takes part, and no user is in both parts."""
     monkeypatch.setenv("KERAS_VAULTGEMMA_HOME", str(tmp_path / "home"))
     records = [{"text": f"{i} {LINES[i % 4]}", "patient_id": i % 11} for i in range(33)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, records)))
     options = dict(private=True, noise_multiplier=3.0, delta=1e-3, batch_size=4, epochs=1)
-    text = run(data, tmp_path / "run", **options, group_column="patient_id", max_rows_per_group=2)
+    options |= dict(group_column="patient_id", max_rows_per_group=2, sequence_length=128)
+    text = run(data, tmp_path / "run", **options)
+    advice = capsys.readouterr().err
+    assert "none has more than 32: sequence_length=32 makes steps shorter" in advice
     assert "30 rows of 10 users to train on, 3 held out" in text
-    assert "for one user of at most 2 rows of at most 32 tokens, after 3 steps" in text
+    assert "for one user of at most 2 rows of at most 128 tokens, after 3 steps" in text
     (line,) = [line for line in text.splitlines() if "group privacy" in line]
     model = VaultGemmaCausalLM.from_preset(one_layer_preset())
     adapters.load_adapter(model, tmp_path / "run" / "adapter")
