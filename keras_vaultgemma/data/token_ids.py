@@ -1,4 +1,4 @@
-"""Rows of token ids on the host: checked, and padded to arrays. NumPy only."""
+"""Rows of token ids on the host: checked, padded to arrays, and cut to the columns in use."""
 
 import itertools
 

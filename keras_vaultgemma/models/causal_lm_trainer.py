@@ -157,6 +157,9 @@ class CausalLMTrainer(TrainingChecks, TrainingData, Trainer):
     ) -> keras.callbacks.History:
         """Train on next-token prediction, like `keras.Model.fit`.
 
+        With the default loss and metrics, columns that are padding in all rows of data in memory
+        are left out, except in private training.
+
         Args:
             x: One of
 
