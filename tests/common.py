@@ -45,21 +45,27 @@ def random_backbone(**changes):
 
 
 @functools.cache
-def _one_layer_preset():
+def _saved_preset(name, num_layers):
     tiny = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    changes = dict(num_layers=1, layer_types=["full_attention"])
+    changes = dict(num_layers=num_layers, layer_types=["full_attention"] * num_layers)
     backbone = VaultGemmaBackbone.from_config({**tiny.backbone.get_config(), **changes})
     values = {v.path: v for v in tiny.backbone.variables}
     for v in backbone.variables:
-        v.assign(values[v.path])
+        # The bundled values have 16 bits, and roundings to 16 would change nothing.
+        v.assign(values[v.path] * 1.001)
     folder = tempfile.TemporaryDirectory()
-    VaultGemmaCausalLM(backbone, tiny.preprocessor).save_to_preset(f"{folder.name}/one_layer")
+    VaultGemmaCausalLM(backbone, tiny.preprocessor).save_to_preset(f"{folder.name}/{name}")
     return folder
 
 
 def one_layer_preset():
     """Folder of the bundled preset with its first layer alone, which compiles in a third of the time."""
-    return f"{_one_layer_preset().name}/one_layer"
+    return f"{_saved_preset('one_layer', 1).name}/one_layer"
+
+
+def float32_preset():
+    """Folder of the bundled preset with values that bfloat16 cannot hold."""
+    return f"{_saved_preset('float32', 4).name}/float32"
 
 
 def to_numpy(x):

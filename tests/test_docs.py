@@ -137,7 +137,7 @@ def test_snippet_loads_weights_from_the_users_folder(execute, tmp_path):
         "model = VaultGemmaCausalLM.from_preset('vaultgemma_1b', dtype='bfloat16')\n"
         "print(model.backbone.count_params(), model.backbone.compute_dtype)\n"
     )
-    assert execute(code).strip() == "2754240 bfloat16"
+    assert execute(code).strip() == "5638400 bfloat16"
 
 
 def test_links_inside_the_repository():

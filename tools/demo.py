@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 BACKENDS = ("jax", "torch", "tensorflow")
-PROMPT = "The Fox and the"
-ARGUMENTS = ["generate", PROMPT, "--max-new-tokens", "60"]
+PROMPT = "There was once a"
+ARGUMENTS = ["generate", PROMPT, "--max-new-tokens", "60", "--repetition-penalty", "1.1"]
 WIDTH = 76
 COMPLAINTS = ("a sore throat", "a cough", "back pain", "a headache", "no appetite")
 FINETUNE = (
@@ -81,7 +81,7 @@ def difference(name, text, other_name, other_text):
 def main(backends):
     # Typographic quotation marks must not fail on a terminal that cannot show them.
     sys.stdout.reconfigure(errors="replace")
-    print("vaultgemma_tiny: VaultGemma with 2.8 million parameters, trained on fairy tales.\n")
+    print("vaultgemma_tiny: VaultGemma with 5.6 million parameters, trained on tales.\n")
     print(f"  $ keras-vaultgemma {shlex.join(ARGUMENTS)}\n")
     first = None
     for backend in backends:

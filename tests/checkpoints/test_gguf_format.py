@@ -3,12 +3,13 @@
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 from shutil import copytree
 
 import gguf
 import numpy as np
 import pytest
-from common import random_backbone
+from common import float32_preset, random_backbone
 
 from keras_vaultgemma import VaultGemmaCausalLM
 from keras_vaultgemma.checkpoints import lazy_tensor, presets
@@ -59,12 +60,13 @@ def write_preset(tiny, folder, **changes):
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_every_tensor(tmp_path, dtype):
-    metadata = convert(TINY, tmp_path / "new", to="gguf", dtype=dtype, verify=True)
+    source = Path(float32_preset())
+    metadata = convert(source, tmp_path / "new", to="gguf", dtype=dtype, verify=True)
     long = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
     assert metadata["dtype"] == long
     tensors = {t.name.removesuffix(".weight"): t for t in read(tmp_path / "new").tensors}
     assert tensors.keys() == NAMES.keys()
-    _, values = open_values(TINY)
+    _, values = open_values(source)
     for name, tensor in tensors.items():
         value = values[NAMES[name]].read("float32")
         found = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -157,7 +159,7 @@ def test_the_modelfile_has_the_chat_template(tmp_path):
     convert(TINY, tmp_path / "new", to="gguf")
     text = (tmp_path / "new/Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """')
-    assert "PARAMETER stop <end_of_turn>\n" in text and "PARAMETER num_ctx 256\n" in text
+    assert "PARAMETER stop <end_of_turn>\n" in text and "PARAMETER num_ctx 512\n" in text
     folder = copytree(TINY, tmp_path / "source")
     turns = {106: Piece("<unused106>", kind=4), 107: Piece("<unused107>", kind=4)}
     path = folder / VOCABULARY
@@ -229,7 +231,7 @@ def test_the_extra_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["blk.2.ffn_up", "output_norm"])
 def test_one_bit_is_found(tmp_path, name):
-    convert(TINY, tmp_path / "new", to="gguf")
+    convert(TINY, tmp_path / "new", to="gguf", dtype="f32")
     path = tmp_path / "new/model.gguf"
     tensor = next(t for t in read(tmp_path / "new").tensors if t.name == f"{name}.weight")
     content = bytearray(path.read_bytes())

@@ -40,7 +40,7 @@ def test_streams_are_preprocessed_batch_by_batch():
 
 def test_a_single_sample_gets_a_batch_axis(tiny):
     x, y, weight = prepare_fit_inputs("The fox", None, None, tiny.preprocess_samples, 4096)
-    assert x["token_ids"].shape == x["padding_mask"].shape == y.shape == weight.shape == (1, 256)
+    assert x["token_ids"].shape == x["padding_mask"].shape == y.shape == weight.shape == (1, 512)
 
 
 @pytest.mark.skipif(

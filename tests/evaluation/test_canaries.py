@@ -115,7 +115,7 @@ def test_wrong_arguments(small, tmp_path):
 
 
 def test_canaries_that_the_model_cannot_hold_are_rejected(small, tmp_path):
-    insert_canaries(LINES, tmp_path / "canaries.json", count=4, length=300, model=small)
+    insert_canaries(LINES, tmp_path / "canaries.json", count=4, length=600, model=small)
     with pytest.raises(
         ValueError, match="must fit into the model's training rows.*4 that are longer"
     ):

@@ -200,9 +200,9 @@ def test_wrong_arguments(small):
     ):
         measure(small, ["", "The fox"])
     with pytest.raises(
-        ValueError, match="must fit into the model's 256 positions.*Received: 250 and 20"
+        ValueError, match="must fit into the model's 512 positions.*Received: 500 and 20"
     ):
-        measure(small, ["The fox"], prefix_length=250)
+        measure(small, ["The fox"], prefix_length=500)
     with pytest.raises(ValueError, match="`records` must be all strings or all lists.*Received"):
         measure(small, ["The fox", [5, 6]])
     with pytest.raises(ValueError, match="Token ids of `records\\[0\\]` must be from 0 to 4095"):

@@ -119,7 +119,7 @@ def test_a_killed_call_resumes(model, tmp_path, monkeypatch):
 
 @pytest.mark.first_backend
 def test_errors(model):
-    with pytest.raises(ValueError, match="must have from 1 to max_length=256 tokens .*Received: 0"):
+    with pytest.raises(ValueError, match="must have from 1 to max_length=512 tokens .*Received: 0"):
         score_pairs(model, [("Once", "")])
     with pytest.raises(ValueError, match="to max_length=4 tokens .* tokens in pair 1"):
         score_pairs(model, [("A", " b"), ("A", LINES[0])], max_length=4)

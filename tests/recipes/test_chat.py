@@ -39,10 +39,10 @@ def test_turns_reach_the_model(tiny):
 
 
 def test_commands_and_mistakes():
-    text = talk("/what", "a<end_of_turn>", "a " * 300)
+    text = talk("/what", "a<end_of_turn>", "a " * 600)
     assert "/reset    forget the chat" in text
     assert "must be a string without <start_of_turn>" in text
-    assert "A message must leave 16 of the context's 256 tokens" in text
+    assert "A message must leave 16 of the context's 512 tokens" in text
 
 
 def test_an_adapter_is_not_called_pre_trained(tmp_path):
@@ -56,7 +56,7 @@ def test_the_oldest_turns_are_left_out_of_a_full_context(tiny):
     tiny.compile(sampler="greedy")
     turns = Chat(tiny, 4, {})
     for number in range(5):
-        list(turns.reply(f"{number} " + "and so on " * 20))
+        list(turns.reply(f"{number} " + "and so on " * 40))
     assert turns.dropped == 4 and len(turns.messages) == 10
     kept = [*turns.messages[4:-1]]
     assert turns.messages[-1]["content"] == tiny.generate(kept, max_new_tokens=4)

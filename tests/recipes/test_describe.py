@@ -25,13 +25,13 @@ def no_model(monkeypatch):
 
 def test_the_bundled_model(tiny, no_model):
     sections = table(describe("vaultgemma_tiny"))
-    assert sections["Architecture"]["hidden_dim"] == "192"
+    assert sections["Architecture"]["hidden_dim"] == "256"
     assert sections["Architecture"]["layer_types"] == "4 x full_attention"
     assert sections["Architecture"]["final_logit_soft_cap"] == "None"
     assert sections["Parameters"] == {
         "count": f"{tiny.backbone.count_params():,}",
-        "in float32": "11.0 MB",
-        "in bfloat16": "5.5 MB",
+        "in float32": "22.6 MB",
+        "in bfloat16": "11.3 MB",
     }
     assert sections["Tokenizer"] == {
         "pieces": "4096",

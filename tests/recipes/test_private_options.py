@@ -111,9 +111,9 @@ def test_few_rows_warn():
 @pytest.mark.any_backend
 def test_the_shape_of_a_preset():
     shape = model_shape("vaultgemma_tiny")
-    assert (shape.width, shape.parameters(8, ["query", "value"])) == (192, 28672)
-    assert shape.parameters(1, [r"decoder_block_0/(gate|up)"]) == 2 * (192 + 512)
-    assert shape.parameters(0, []) > 2.7e6
+    assert (shape.width, shape.parameters(8, ["query", "value"])) == (256, 32768)
+    assert shape.parameters(1, [r"decoder_block_0/(gate|up)"]) == 2 * (256 + 1152)
+    assert shape.parameters(0, []) > 5.6e6
 
 
 @pytest.mark.any_backend

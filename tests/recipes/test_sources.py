@@ -166,7 +166,7 @@ def test_info_of_an_adapter(runs):
     assert sections["Adapter"]["base"] == one_layer_preset()
     assert (sections["Adapter"]["rank"], sections["Adapter"]["alpha"]) == ("2", "2")
     assert sections["Adapter"]["targets"] == "q_proj, v_proj"
-    assert sections["Adapter"]["weights"].startswith("adapter_model.safetensors, 8")
+    assert sections["Adapter"]["weights"].startswith("adapter_model.safetensors, 9")
     assert sections["Adapter"]["weights"].endswith(" kB")
     assert sections["Files"]["kind"] == "base of the adapter"
     assert sections["Architecture"]["num_layers"] == "1"
@@ -230,7 +230,7 @@ def test_info_of_the_release_says_where_its_weights_are(tmp_path, monkeypatch, n
     shutil.copytree(narrow / "hf", tmp_path / "vaultgemma_1b")
     files = table(describe("vaultgemma_1b"))["Files"]
     assert files["format"] == "Hugging Face"
-    assert files["weights"].startswith("model.safetensors, 2.6 MB")
+    assert files["weights"].startswith("model.safetensors, 4.4 MB")
 
 
 @pytest.mark.parametrize("name", ["keras", "hf"])

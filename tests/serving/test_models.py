@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
         answers["vaultgemma_tiny"] = model.generate("The fox", max_new_tokens=8, strip_prompt=True)
         lora.add(model, **shape)
         for v in model.trainable_variables:
-            v.assign(np.random.default_rng(len(name)).normal(0, 0.2, v.shape))
+            v.assign(np.random.default_rng(len(name)).normal(0, 0.5, v.shape))
         lora.save_adapter(model, root / name)
         answers[name] = model.generate("The fox", max_new_tokens=8, strip_prompt=True)
     return root, answers
@@ -88,7 +88,7 @@ def test_aligned_adapters_compute_the_same():
     for name, shape in SHAPES.items():
         lora.add(model, **shape, name=name)
         for v in model.trainable_variables:
-            v.assign(np.random.default_rng(len(name)).normal(0, 0.2, v.shape))
+            v.assign(np.random.default_rng(len(name)).normal(0, 0.5, v.shape))
         adapters.append(adapter_with_values(model.backbone, name))
     aligned, neutral = align(adapters)
     for old, new in zip(adapters, aligned, strict=True):

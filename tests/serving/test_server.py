@@ -136,8 +136,8 @@ def test_streams_join_to_the_whole_text(served):
         ({"prompt": "a", "temperature": 3}, 400, "from 0 to 2. Received: temperature=3"),
         ({"prompt": "a", "top_p": 0}, 400, "`top_p` must be"),
         ({"prompt": "a", "max_tokens": -1}, 400, "`max_tokens` must be"),
-        ({"prompt": "a", "max_tokens": 400}, 400, "The context of the model has 256 tokens"),
-        ({"prompt": "a " * 400}, 400, "The context of the model has 256 tokens"),
+        ({"prompt": "a", "max_tokens": 600}, 400, "The context of the model has 512 tokens"),
+        ({"prompt": "a " * 600}, 400, "The context of the model has 512 tokens"),
         ({"prompt": "a", "stop": [""]}, 400, "`stop` must be"),
         ({"prompt": "a", "stop": ["x"] * 17}, 400, "`stop` must be"),
         ({"prompt": "a", "logprobs": 99}, 400, "from 0 to 20"),
@@ -200,7 +200,7 @@ def test_models_health_page_and_paths_that_are_not_there(served):
         200,
         name,
         "model",
-        256,
+        512,
     )
     assert json.loads(served.request("GET", f"/v1/models/{name}")[2]) == model
     assert served.request("GET", "/v1/models/x")[0] == 404

@@ -216,18 +216,15 @@ def memory(size, dtype, options):
 def int8_loss(size, dtype, options):
     """Measure held-out bits per byte of the bundled model before and after quantizing."""
     sys.path.append(str(ROOT / "tools"))
-    import sentencepiece
     import train_tiny_preset
 
     from keras_vaultgemma import VaultGemmaCausalLM
 
-    vocabulary = ROOT / "presets" / "vaultgemma_tiny" / "assets" / "tokenizer" / "vocabulary.spm"
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     _, held_out = train_tiny_preset.split(options.corpus.read_text(encoding="utf-8"))
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
-    before = train_tiny_preset.bits_per_byte(model, held_out, processor)
+    before = train_tiny_preset.bits_per_byte(model, held_out)
     model.quantize("int8")
-    return {"float32": before, "int8": train_tiny_preset.bits_per_byte(model, held_out, processor)}
+    return {"float32": before, "int8": train_tiny_preset.bits_per_byte(model, held_out)}
 
 
 STEPS = (generate, keras_hub, transformers, warm_cache, batch, prompt_lookup, memory, int8_loss)
