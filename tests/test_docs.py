@@ -75,7 +75,13 @@ def execute(tmp_path, monkeypatch, capsys):
 def test_every_snippet_is_tested():
     assert set(SNIPPETS) == {*IN_A_PROCESS, *PRINTS, *REPEATED, *NEED_A_SERVER}
     for name, other in REPEATED.items():
-        assert SNIPPETS[name] == SNIPPETS[other]
+        differ = [
+            a
+            for a, b in zip(*(SNIPPETS[x].split("\n") for x in (name, other)), strict=True)
+            if a != b
+        ]
+        # Other rows: who runs both would meet the end of a budget.
+        assert all(line.startswith("records = ") for line in differ)
 
 
 @pytest.mark.parametrize("name", PRINTS)
@@ -88,7 +94,7 @@ def test_snippet_runs(name, execute):
 def test_the_backend_is_switched(tmp_path):
     result = run(SNIPPETS["README-1"], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "Once upon a time" in result.stdout
+    assert "There was once a" in result.stdout
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
