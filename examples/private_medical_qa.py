@@ -6,7 +6,7 @@
 # with exports for PEFT, transformers and llama.cpp, and with a page on what the training protects.
 # [What the cookbook's own recipe computes](../privacy/cookbook.md) is another page.
 #
-# It takes two minutes on two CPU cores with PyTorch, and three to four with JAX or TensorFlow.
+# It takes about two minutes on two CPU cores with PyTorch, three to four with JAX or TensorFlow.
 
 # %%
 import random

@@ -418,7 +418,9 @@ def test_serve_calls_the_recipe(monkeypatch):
 def test_serve_in_a_process_of_its_own(tmp_path):
     """Until it is interrupted."""
     command = [sys.executable, "-m", "keras_vaultgemma", "serve", "--port", "0", "--skip-warm-up"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has them ignore interrupts.
+    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             line = next(line for line in process.stderr if line.startswith("Listening on "))
             url = line.split()[2].rstrip(":")
