@@ -26,13 +26,13 @@ def _select_backend():
         raise ValueError(
             f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: KERAS_BACKEND={named!r}"
         )
-    installed = installed_backends()
-    if not installed and not configured_backend():
+    installed, chosen = installed_backends(), configured_backend()
+    if not installed and not chosen:
         raise ImportError(
             "Keras needs a backend and none is installed. Install one with "
             "`pip install keras-vaultgemma[jax]`, `[torch]` or `[tensorflow]`."
         )
-    if (chosen := configured_backend()) in BACKENDS and chosen not in installed:
+    if chosen in BACKENDS and chosen not in installed:
         raise ImportError(
             f"The Keras backend is {chosen!r}, by KERAS_BACKEND or keras.json, and it is not "
             f"installed. Install it with `pip install keras-vaultgemma[{chosen}]`"

@@ -43,14 +43,16 @@ import openvino
 model = openvino.compile_model("path/to/this/folder/model.xml")
 logits = model({{"token_ids": token_ids, "padding_mask": padding_mask}})[0]
 ```""",
-    "saved_model": """```python
-import tensorflow_text  # registers what `generate` needs, from strings to strings
-from tensorflow import constant, saved_model
-
-model = saved_model.load("path/to/this/folder")
-logits = model.serve({{"token_ids": token_ids, "padding_mask": padding_mask}})
-texts = model.generate(constant(["Once upon a time"]), constant(20))
-```""",
+    "saved_model": (
+        "```python\n"
+        "import tensorflow as tf\n"
+        "import tensorflow_text  # registers what `generate` needs, from strings to strings\n"
+        "\n"
+        'model = tf.saved_model.load("path/to/this/folder")\n'
+        'logits = model.serve({{"token_ids": token_ids, "padding_mask": padding_mask}})\n'
+        'texts = model.generate(tf.constant(["Once upon a time"]), tf.constant(20))\n'
+        "```"
+    ),
     "transformers.js": """```js
 import {{env, pipeline}} from "@huggingface/transformers";
 

@@ -177,7 +177,7 @@ def test_columns_of_padding_change_nothing(tiny, tmp_path, monkeypatch, how):
 
 
 @pytest.mark.first_backend
-def test_private_rows_keep_their_columns(monkeypatch):
+def test_private_rows_keep_their_columns():
     """Their length would tell something about the longest record."""
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     mask = np.tile(np.arange(40) < 5, (200, 1)).astype("int32")
