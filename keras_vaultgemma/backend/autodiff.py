@@ -164,11 +164,11 @@ def block_size(most, expected):
         most: int. Largest size.
         expected: int. Expected number of elements.
     """
-    if NAME == "torch":
-        return max(1, min(most, expected))
-    # The last block is padded: half of a block on average is computed for nothing. A quarter of
-    # what is expected costs less than that, and more if its operations have too little to do.
-    return max(1, min(most, max(expected // 4, min(expected // 2, most // 2))))
+    if NAME == "jax":
+        # `loop_in_blocks` handles one by one what is left of whole blocks, up to a block.
+        return max(1, min(most, expected) // 2)
+    # All fit into one block most often. Each block costs the time of starting its operations.
+    return max(1, min(most, 2 * expected))
 
 
 def rows_with_own_weights(most):
@@ -184,28 +184,6 @@ def rows_with_own_weights(most):
     return 1 if NAME == "jax" else most
 
 
-def padded(count, size):
-    """Return the number of elements in blocks of a size, with those that fill the last block."""
-    return count if NAME == "torch" else -(-count // size) * size
-
-
-def block_length(left, size):
-    """Return how many elements a loop handles next, of those that are left.
-
-    Args:
-        left: int32 scalar, above 0.
-        size: int. Size of the blocks.
-
-    Returns:
-        int. `size`, because shapes are compiled. On PyTorch at most that: the last block is not
-        padded, and the blocks are equally long.
-    """
-    if NAME != "torch":
-        return size
-    blocks = -(-int(left) // size)
-    return -(-int(left) // blocks)
-
-
 def while_loop(condition, body, state):
     """Run `keras.ops.while_loop` with one iteration at a time.
 
@@ -217,3 +195,46 @@ def while_loop(condition, body, state):
     import tensorflow as tf
 
     return tf.while_loop(condition, body, state, parallel_iterations=1)
+
+
+def loop_in_blocks(body, count, size, state, static_lengths=False):
+    """Handle elements in blocks whose lengths add up to a number that is not known before.
+
+    The blocks are equally long, as far as possible. Where lengths are compiled, the elements that
+    blocks of the largest length leave over are handled one by one.
+
+    Args:
+        body: function of `(start, length, state)` that handles `length` elements from `start` on,
+            and returns the next state. On TensorFlow `length` may be a tensor, unless `size` is 1.
+        count: int32 scalar. Number of elements.
+        size: int. Largest length of a block.
+        state: nested tensors.
+        static_lengths: bool. True if `length` must be an int. Defaults to False.
+
+    Returns:
+        The last state.
+    """
+
+    def equal_length(start):
+        left = count - start
+        return -(-left // -(-left // size))
+
+    if NAME == "torch":
+        start, count = 0, int(count)
+        while start < count:
+            length = equal_length(start)
+            start, state = start + length, body(start, length, state)
+        return state
+
+    def loop_of(length, start, state):
+        def step(start, state):
+            each = equal_length(start) if length is None else length
+            return start + each, body(start, each, state)
+
+        return while_loop(lambda start, _: start <= count - (length or 1), step, (start, state))
+
+    is_compiled = NAME == "jax" or static_lengths or size == 1
+    start = keras.ops.zeros((), "int32")
+    for length in dict.fromkeys((size, 1)) if is_compiled else (None,):
+        start, state = loop_of(length, start, state)
+    return state

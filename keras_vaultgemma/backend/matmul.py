@@ -45,9 +45,10 @@ def matmul(x, kernel, transposed=False):
         Tensor [..., out].
     """
     if len(kernel.shape) == 3:
-        rows = keras.ops.reshape(x, (kernel.shape[0], -1, x.shape[-1]))
+        rows = keras.ops.reshape(x, (keras.ops.shape(kernel)[0], -1, x.shape[-1]))
         kernel = keras.ops.transpose(kernel, (0, 2, 1)) if transposed else kernel
-        return keras.ops.reshape(keras.ops.matmul(rows, kernel), (*x.shape[:-1], kernel.shape[2]))
+        shape = (*keras.ops.shape(x)[:-1], kernel.shape[2])
+        return keras.ops.reshape(keras.ops.matmul(rows, kernel), shape)
     if NAME == "torch" and x.dtype == kernel.dtype:
         return _torch_matmul(x, kernel, transposed)
     if NAME == "jax" and x.dtype.itemsize == 2 and is_jax_cpu():

@@ -11,7 +11,10 @@ from keras_vaultgemma.training.next_token import label_weights
 from keras_vaultgemma.training.scoring import token_losses
 
 MICROBATCH_TOKENS = 1024
-"""Tokens of the rows that private training computes together."""
+"""Tokens of the rows that private training computes together, of narrow models twice as many."""
+
+NARROW = 512
+"""Width below which the operations of a model take less time than starting them."""
 
 MICROBATCH_NUMBERS = 2**26
 """Largest number of elements that the gradients of these rows have together, 256 MiB in float32."""
@@ -38,9 +41,15 @@ class NextTokenRowLosses(RowLosses):
         """True if `takes_row_variables`."""
         return self.takes_row_variables
 
+    @property
+    def takes_any_number(self):
+        """True if the rows share a table of embeddings."""
+        return not self.model.backbone.token_embedding.table.trainable
+
     def rows_at_once(self, rows):
         copied = sum(math.prod(v.shape) for v in self.model.trainable_variables)
-        most = MICROBATCH_TOKENS // rows[0]["token_ids"].shape[1]
+        tokens = MICROBATCH_TOKENS * (1 if self.model.backbone.hidden_dim >= NARROW else 2)
+        most = tokens // rows[0]["token_ids"].shape[1]
         most = max(1, min(most, MICROBATCH_NUMBERS // max(1, copied)))
         if self.model.backbone.token_embedding.table.trainable:
             return backend.rows_with_own_weights(most)
@@ -50,15 +59,15 @@ class NextTokenRowLosses(RowLosses):
         return f"one {unit} of at most {rows[0]['token_ids'].shape[1]} tokens"
 
     def losses(self, x, y=None, sample_weight=None):
-        return self.user_losses(ops.ones((y.shape[0], 1), "bool"), x, y, sample_weight)
+        return self.user_losses(ops.ones((ops.shape(y)[0], 1), "bool"), x, y, sample_weight)
 
     def user_losses(self, is_drawn, x, y=None, sample_weight=None):
-        users, sample_weight = is_drawn.shape[0], label_weights(x, y, sample_weight)
+        users, sample_weight = ops.shape(is_drawn)[0], label_weights(x, y, sample_weight)
         weights = ops.cast(ops.reshape(is_drawn, (-1, 1)), "float32")
         if sample_weight is not None:
             sample_weight = ops.cast(sample_weight, "float32")
-            weights = weights * ops.reshape(sample_weight, (y.shape[0], -1))
-        weights = ops.broadcast_to(weights, y.shape)
+            weights = weights * ops.reshape(sample_weight, (ops.shape(y)[0], -1))
+        weights = ops.broadcast_to(weights, ops.shape(y))
         tokens = ops.sum(ops.cast(weights > 0, "float32"), axis=1, keepdims=True)
         rows = ops.sum(ops.cast(ops.reshape(tokens, (users, -1)) > 0, "float32"), axis=1)
         weights = weights / ops.maximum(tokens, 1.0)

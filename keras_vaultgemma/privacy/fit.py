@@ -90,8 +90,7 @@ def _begin(training, arguments, records):
     per_epoch = planning.steps_per_epoch(count, batch_size)
     devices = backend.data_devices()
     microbatch = _microbatch(training, rows, batch_size // devices, groups is not None)
-    multiple = backend.padded(1, microbatch)
-    shape = dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"], microbatch=multiple)
+    shape = dict(rows=count, batch_size=batch_size, epochs=arguments["epochs"])
     unit = training.row_losses.unit(rows, unit)
     if records is None:
         records = fingerprint.rows_of(keras.tree.flatten(rows[:2]))  # without the weights
@@ -110,7 +109,6 @@ def _begin(training, arguments, records):
             opened.run.steps(0),
             arguments["epochs"] * per_epoch,
             len(model.trainable_variables),
-            multiple,
             bytes.fromhex(facts["secret"]),
             iterations(model),
             opened.run.dataset,

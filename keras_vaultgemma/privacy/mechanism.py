@@ -87,28 +87,39 @@ class ClippedSum(NamedTuple):
     rests: Sequence = ()
 
 
-def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state, devices=1, last=None):
+def clipped_sum(
+    row_gradients,
+    shapes,
+    count,
+    rows,
+    size,
+    clip_norm,
+    state,
+    devices=1,
+    last=None,
+    static_lengths=False,
+):
     """Return the sum of the clipped gradients of a batch, computed one microbatch at a time.
 
     With several devices it is the sum of one device's rows, and `device_sums` adds them.
 
     Args:
-        row_gradients: function of `(start, state)` that computes rows of the batch from `start` on.
-            It returns `(gradients, losses, state)`: a list of tensors of shape `[m, *shape]`, one
-            for each variable; a tensor of shape `[m]`, where m is at most `size`; and the state for
-            the next call.
+        row_gradients: function of `(start, length, state)` that computes that many rows of the
+            batch, from `start` on. It returns `(gradients, losses, state)`: a list of tensors of
+            shape `[length, *shape]`, one for each variable; a tensor of shape `[length]`; and the
+            state for the next call.
         shapes: list of the shapes of the variables.
-        count: int32 scalar. Number of rows of the batch, on this device. Rows beyond it, which
-            fill the last microbatch, are computed and ignored.
+        count: int32 scalar. Number of rows of the batch, on this device.
         rows: int or int32 scalar. Largest number of rows of any batch, on all devices together. It
             is public, unlike `count`.
-        size: int. Largest number of rows of a microbatch. All have the same, as far as possible.
+        size: int. Largest number of rows of a microbatch (`backend.loop_in_blocks`).
         clip_norm: float. C, above 0.
         state: list of tensors. State for the first call of `row_gradients`.
         devices: int. D, the number of devices that the rows are divided among. Defaults to 1.
         last: int32 scalar. Largest `count` of all devices, which then do the same number of
-            microbatches, so that each finds the others it computes together with. Defaults to
-            `count`.
+            microbatches, so that each finds the others it computes together with. Rows beyond
+            `count` are computed and ignored. Defaults to `count`.
+        static_lengths: bool, as for `backend.loop_in_blocks`. Defaults to False.
 
     Returns:
         Tuple `(ClippedSum, state)`.
@@ -117,9 +128,9 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state, devi
     longest = clip_norm / (1 + sum_rounding(rows, size, devices))
     last = count if last is None else last
 
-    def add_microbatch(start, total, rest, statistics, state):
-        gradients, losses, state = row_gradients(start, state)
-        length = losses.shape[0]
+    def add_microbatch(start, length, sums):
+        total, rest, statistics, state = sums
+        gradients, losses, state = row_gradients(start, length, state)
         is_present = start + ops.arange(length, dtype="int32") < count
         gradients = [ops.cast(gradient, "float32") for gradient in gradients]
         factors, is_finite, norms = clip_factors(gradients, losses, is_present, longest)
@@ -128,10 +139,14 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state, devi
             # Each gradient is dropped at once, to save its memory.
             scaled, gradients[i] = _scaled(gradients[i], factors), None
             if in_pairs:
+                if not isinstance(length, int):
+                    # Added by halves, whose number must be known. Zeros are added exactly.
+                    zeros = ops.zeros((size - length, *shapes[i]))
+                    scaled = ops.reshape(ops.concatenate([scaled, zeros]), (size, *shapes[i]))
                 total[i], rest[i] = backend.in_blocks(_add_rows, [total[i], rest[i]], scaled)
             else:
                 total[i] = backend.add_in_place(
-                    total[i], scaled[0] if length == 1 else ops.sum(scaled, axis=0)
+                    total[i], scaled[0] if size == 1 else ops.sum(scaled, axis=0)
                 )
         present, used = ops.cast(is_present, "float32"), ops.cast(is_finite, "float32")
         new = [
@@ -139,21 +154,14 @@ def clipped_sum(row_gradients, shapes, count, rows, size, clip_norm, state, devi
             ops.sum(used * ops.cast(norms > clip_norm, "float32")),
             ops.sum(present - used),
         ]
-        return (
-            start + length,
-            total,
-            rest,
-            [old + update for old, update in zip(statistics, new, strict=True)],
-            list(state),
-        )
+        statistics = [old + update for old, update in zip(statistics, new, strict=True)]
+        return total, rest, statistics, list(state)
 
     total = [backend.zeros(shape) for shape in shapes]
     rest = [backend.zeros(shape) for shape in shapes] if in_pairs else []
-    start, statistics = ops.zeros((), "int32"), [ops.zeros((), "float32") for _ in range(3)]
-    _, total, rest, statistics, state = backend.while_loop(
-        lambda start, *_: start < last,
-        add_microbatch,
-        (start, total, rest, statistics, list(state)),
+    statistics = [ops.zeros((), "float32") for _ in range(3)]
+    total, rest, statistics, state = backend.loop_in_blocks(
+        add_microbatch, last, size, (total, rest, statistics, list(state)), static_lengths
     )
     return ClippedSum(list(total), clip_norm, *statistics, list(rest)), list(state)
 
@@ -175,15 +183,17 @@ def sum_rounding(rows, size, devices=1):
     **A plain sum.** A term that goes through d additions enters the computed sum with a factor
     1 + δ in each coordinate, |δ| <= γ_d = d u / (1 - d u) (Higham, section 4.2). A row of the j-th
     of n / m microbatches goes through at most m - 1 additions within it, in whatever order, and
-    n / m - j + 1 after it. The computed sum is off by at most the sum of γ_d c over the rows.
+    n / m - j + 1 after it. Rows that whole microbatches leave over may be added one by one, which
+    is at most m - 1 more additions for each row. The computed sum is off by at most the sum of
+    γ_d c over the rows.
 
     **A sum of pairs.** `add_pairs` is exact up to 5 u^2 (|x| + |y|) in each coordinate. The rows of
     a microbatch are added by halves, on at most log2(n) levels, and the total of j rows is at most
     j c. In all, the pair is off by at most 8 u^2 n^2 c. Rounding the products of gradients and
     factors, or the total to one number, changes it by at most n u c.
 
-    **Several devices** sum n / D rows each. In a plain sum, a row goes through n / (D m) - j + 1
-    additions on its device and at most D - 1 after it, in whatever order the devices communicate.
+    **Several devices** sum n / D rows each. In a plain sum, n / (D m) takes the place of n / m, and
+    at most D - 1 additions follow, in whatever order the devices communicate.
     That is no more than on one device if each has two microbatches or more; ρ is the larger of both
     bounds, so that it rarely depends on D. The pairs of the devices are added one after the other.
     The k-th addition is off by 5 u^2 (k + 1) (n / D) c, the pair of each device by 8 u^2 (n / D)^2
@@ -217,8 +227,9 @@ def _plain_rounding(rows, size, devices):
 
 def _plain_rounding_of(rows, size, devices):
     count = -(-rows // (size * devices))
-    additions = devices * count * size * (size - 1 + (count + 1) / 2 + devices - 1)
-    return 2 * UNIT * additions / (1 - UNIT * (size - 1 + count + devices - 1))
+    most = 2 * (size - 1) + devices - 1  # beside those of whole microbatches
+    additions = devices * count * size * ((count + 1) / 2 + most)
+    return 2 * UNIT * additions / (1 - UNIT * (count + most))
 
 
 def clip_factors(gradients, losses, is_present, clip_norm):
@@ -299,7 +310,7 @@ def _in_stages(x):
     if x.shape[-1] <= STAGE:
         return x
     x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, -x.shape[-1] % STAGE)])
-    return ops.reshape(x, (*x.shape[:-1], -1, STAGE))
+    return ops.reshape(x, (*ops.shape(x)[:-1], -1, STAGE))
 
 
 def _scaled(x, factors):

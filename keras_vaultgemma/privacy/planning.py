@@ -28,7 +28,6 @@ def plan(
     delta: float,
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
-    microbatch: int = 1,
     earlier: Sequence[Steps] = (),
     done: int = 0,
 ) -> Steps:
@@ -44,8 +43,6 @@ def plan(
         epsilon: float in (0, 100]. Budget of all steps. Exactly one of `epsilon` and
             `noise_multiplier` must be given.
         noise_multiplier: float. Standard deviation of the noise divided by the clipping norm.
-        microbatch: int. Number of rows that are computed at a time; the largest batch is a multiple
-            of it. Defaults to 1.
         earlier: list of `Steps` that were done on the same data before and count towards
             `epsilon`. Defaults to none.
         done: int. Number of steps to leave out because an interrupted run has done them. Defaults
@@ -76,7 +73,6 @@ def plan(
             f"Received: batch_size={batch_size}"
         )
     check_integer("epochs", epochs)
-    check_integer("microbatch", microbatch)
     steps = Steps(
         epochs * steps_per_epoch(rows, batch_size) - done,
         rows,
@@ -85,9 +81,9 @@ def plan(
         noise_multiplier,
     )
     if epsilon is None:
-        return steps._replace(max_batch_size=choose_max_batch_size(steps, delta, microbatch))
+        return steps._replace(max_batch_size=choose_max_batch_size(steps, delta))
     steps = calibrate(steps, epsilon, delta, earlier)
-    steps = steps._replace(max_batch_size=choose_max_batch_size(steps, delta, microbatch))
+    steps = steps._replace(max_batch_size=choose_max_batch_size(steps, delta))
     # Calibrate again, because the truncation needs a little more noise.
     return calibrate(steps, epsilon, delta, earlier)
 
@@ -123,35 +119,34 @@ def warn_of_large_delta(rows: int, delta: float) -> None:
         )
 
 
-def choose_max_batch_size(steps: Steps, delta: float, microbatch: int) -> int:
+def choose_max_batch_size(steps: Steps, delta: float) -> int:
     """Return the smallest Bmax whose truncation increases ε by 1 % at most.
 
     Args:
         steps: `Steps` with a noise multiplier. Its `max_batch_size` is ignored.
         delta: float in (0, 1).
-        microbatch: int, 1 or more. The result is a multiple of it.
 
     Returns:
         int. It may exceed the number of records, and then truncates nothing.
     """
 
-    def costs_too_much(multiple):
-        truncated = steps._replace(max_batch_size=multiple * microbatch)
+    def costs_too_much(size):
+        truncated = steps._replace(max_batch_size=size)
         return accounting.epsilon([truncated], delta) > limit
 
     limit = accounting.epsilon([steps._replace(max_batch_size=None)], delta) * (1 + TRUNCATION_COST)
     mean = steps.rows * steps.sampling_probability
     deviation = math.sqrt(mean * (1 - steps.sampling_probability))
     # Bracket the answer in strides of four standard deviations of the batch size, then bisect.
-    too_small = math.ceil(mean / microbatch) - 1
-    stride = max(1, math.ceil(4 * deviation / microbatch))
+    too_small = math.ceil(mean) - 1
+    stride = max(1, math.ceil(4 * deviation))
     enough = too_small + stride
     while costs_too_much(enough):
         too_small, enough = enough, enough + stride
     while enough - too_small > 1:
         middle = (enough + too_small) // 2
         too_small, enough = (middle, enough) if costs_too_much(middle) else (too_small, middle)
-    return enough * microbatch
+    return enough
 
 
 def calibrate(steps: Steps, budget: float, delta: float, earlier: Sequence[Steps] = ()) -> Steps:

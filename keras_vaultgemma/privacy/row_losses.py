@@ -19,10 +19,12 @@ class RowLosses:
             layers would mix the rows' gradients.
         takes_user_variables: True if `user_losses` can compute U users together in the same way,
             with variables of shape `[U, *shape]` for `U * k` rows.
+        takes_any_number: True if this R or U need not be known while the step is compiled.
     """
 
     takes_row_variables = False
     takes_user_variables = False
+    takes_any_number = False
 
     def __init__(self, model):
         self.model = model

@@ -55,7 +55,6 @@ class PrivateBatches(keras.utils.PyDataset):
         steps: `accounting.Steps`. The steps of the run; its count is ignored.
         length: int. Number of batches.
         variables: int. Number of variables that get noise.
-        microbatch: int. The number of records of each device is a multiple of it.
         secret: bytes of length 16. Secret of one call of `fit`.
         first_step: int, 0 or more.
         dataset: str. Fingerprint of the data.
@@ -81,7 +80,6 @@ class PrivateBatches(keras.utils.PyDataset):
         steps,
         length,
         variables,
-        microbatch,
         secret,
         first_step,
         dataset,
@@ -98,7 +96,7 @@ class PrivateBatches(keras.utils.PyDataset):
         self._secret, self._first_step = secret, first_step
         self._devices, self._own_parts = devices, own_parts
         self.largest = min(steps.max_batch_size, steps.rows)
-        self.capacity = -(-self.largest // (microbatch * devices)) * microbatch * devices
+        self.capacity = -(-self.largest // devices) * devices
 
     def __len__(self):
         return self._length

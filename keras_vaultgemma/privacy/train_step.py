@@ -10,6 +10,7 @@ shorter than that of a single row where the rows disagree, so that less of it is
 """
 
 import functools
+import math
 
 import keras
 from keras import ops
@@ -168,15 +169,13 @@ class PrivateTraining:
             start: list of tensors. Values of the states before the first row.
             last: int32 scalar. Largest `count` of all devices.
         """
-        model, size = self.model, self.microbatch
+        model = self.model
         trained, states = model.trainable_variables, self._states
         value_of = {id(variable): value for variable, value in now}
         values = [value_of[id(v)] for v in trained]
         per_record = 1 if is_drawn is None else is_drawn.shape[1]
 
-        def row_gradients(start, before):
-            length = backend.block_length(count - start, size)
-
+        def row_gradients(start, length, before):
             def part(x, each=per_record):
                 first = (start * each, *[0] * (len(x.shape) - 1))
                 return ops.slice(x, first, (length * each, *x.shape[1:]))
@@ -216,6 +215,8 @@ class PrivateTraining:
         # TensorFlow does not know the number of rows of a batch while it traces the step.
         part = keras.tree.flatten(inputs)[0]
         records = self.capacity or ops.shape(part)[0] // per_record * devices
+        size = min(self.microbatch, (part.shape[0] or math.inf) // per_record)
+        static_lengths = model.jit_compile or not self.row_losses.takes_any_number
         return mechanism.clipped_sum(
             row_gradients,
             shapes,
@@ -226,4 +227,5 @@ class PrivateTraining:
             start,
             devices,
             last,
+            static_lengths,
         )

@@ -36,3 +36,34 @@ def test_tensorflow_runs_one_iteration_at_a_time():
         op for op in run.get_concrete_function().graph.get_operations() if op.type.endswith("While")
     ]
     assert loop.get_attr("parallel_iterations") == 1
+
+
+@pytest.mark.parametrize("static_lengths", [False, True])
+@pytest.mark.parametrize(
+    "count, equal, whole_first",
+    [(0, [], []), (2, [2], [1, 1]), (8, [4, 4], [4, 4]), (10, [4, 3, 3], [4, 4, 1, 1])],
+)
+def test_blocks_have_all_elements_once(count, equal, whole_first, static_lengths):
+    """They are equally long, or whole blocks come first and then single elements."""
+    is_static = backend.NAME == "jax" or (static_lengths and backend.NAME == "tensorflow")
+    elements = ops.arange(12, dtype="int32")
+
+    def function(count):
+        def body(start, length, state):
+            blocks, log, total = state
+            assert isinstance(length, int) or not static_lengths
+            found = ops.slice(elements, (start,), (length,))
+            this = ops.reshape(ops.cast(length, "int32"), (1,))
+            log = ops.slice_update(log, (blocks,), this)
+            return blocks + 1, log, total + ops.sum(found)
+
+        zero = ops.zeros((), "int32")
+        state = zero, ops.zeros(12, "int32"), zero
+        return backend.loop_in_blocks(body, count, 4, state, static_lengths)
+
+    run = backend.compile_function(function, [], jit_compile=False)
+    blocks, log, total = run(ops.convert_to_tensor(np.int32(count)))
+    assert ops.convert_to_numpy(log)[: int(blocks)].tolist() == (
+        whole_first if is_static else equal
+    )
+    assert int(total) == sum(range(count))

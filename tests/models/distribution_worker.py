@@ -234,7 +234,7 @@ def sums(results):
             groups, training.capacity = Groups([0, 0, 1, 2, 3, 4, 5], max_rows=2), 6
             steps = Steps(1, 6, 1.0, 6, 1.0)
         parts = dict(groups=groups, devices=backend.data_devices())
-        batches = PrivateBatches((x, y, weight), steps, 1, count, size, b"0" * 16, 0, "", **parts)
+        batches = PrivateBatches((x, y, weight), steps, 1, count, b"0" * 16, 0, "", **parts)
 
         def function(x, y, step, training=training, name=name):
             inputs = x, y, step["sample_weight"]

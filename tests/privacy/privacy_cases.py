@@ -55,12 +55,7 @@ def take(rows, indices):
 def sum_of(model, rows, count=None, size=1):
     """`ClippedSum` of some rows, compiled as in `fit`, with NumPy arrays."""
     model.private_training.microbatch = size
-    total = len(rows[1])
-    padded = -(-total // size) * size
-    rows = keras.tree.map_structure(
-        lambda x: np.concatenate([x, np.zeros((padded - total, *x.shape[1:]), x.dtype)]), rows
-    )
-    found = compiled(model)(rows, np.int32(total if count is None else count))
+    found = compiled(model)(rows, np.int32(len(rows[1]) if count is None else count))
     return mechanism.ClippedSum(
         [to_numpy(g) for g in found[0]], C, *map(float, map(to_numpy, found[1:]))
     )

@@ -100,14 +100,11 @@ def test_many_rows_in_the_same_direction():
 
 def sum_of_numbers(numbers, count=None, size=1, rows=None):
     """`ClippedSum` of rows that are single numbers, with C = 1."""
-    numbers = np.float32(numbers)
-    padded = np.zeros((-(-len(numbers) // size) * size, 1), "float32")
-    padded[: len(numbers), 0] = numbers
-    gradients = ops.convert_to_tensor(padded)
+    gradients = ops.convert_to_tensor(np.float32(numbers)[:, None])
 
     def function(gradients, count):
-        def row_gradients(start, state):
-            return [ops.slice(gradients, (start, 0), (size, 1))], ops.zeros((size,)), state
+        def row_gradients(start, length, state):
+            return [ops.slice(gradients, (start, 0), (length, 1))], ops.zeros((length,)), state
 
         sums, _ = mechanism.clipped_sum(
             row_gradients, [(1,)], count, rows or len(numbers), size, 1.0, [ops.zeros(())]
@@ -185,8 +182,8 @@ def test_65536_rows_keep_their_length(size):
 def test_the_clipped_length_leaves_the_rounding_allowance(rows, size):
     """A lone long row has the norm C (1 - ROUNDING) / (1 + ρ), with ρ of the largest batch."""
 
-    def row_gradients(start, state):
-        return [ops.full((size, 4), 5.0)], ops.zeros((size,)), state
+    def row_gradients(start, length, state):
+        return [ops.full((length, 4), 5.0)], ops.zeros((length,)), state
 
     sums, _ = mechanism.clipped_sum(
         row_gradients, [(4,)], ops.convert_to_tensor(np.int32(1)), rows, size, C, [ops.zeros(())]
@@ -200,11 +197,15 @@ def test_the_clipped_length_leaves_the_rounding_allowance(rows, size):
 @pytest.mark.first_backend
 @pytest.mark.parametrize("rows, size", [(1, 1), (128, 1), (250, 1), (7, 3), (64, 8)])
 def test_the_rounding_allowance_of_plain_sums_counts_every_addition(rows, size):
-    """ρ is twice the sum over all rows of the additions that each goes through, in any order within a microbatch."""
+    """ρ is twice the sum over all rows of the additions that each goes through, in any order within a microbatch.
+
+    After whole microbatches, size - 1 rows may be added one by one.
+    """
     assert not mechanism.needs_pairs(rows, size)
     microbatches = -(-rows // size)
-    additions = sum(size - 1 + microbatches - j for j in range(microbatches) for _ in range(size))
-    deepest = size - 1 + microbatches
+    most = 2 * (size - 1)
+    additions = sum(most + microbatches - j for j in range(microbatches) for _ in range(size))
+    deepest = most + microbatches
     np.testing.assert_allclose(
         mechanism.sum_rounding(rows, size),
         2 * additions * 2.0**-24 / (1 - deepest * 2.0**-24),
@@ -219,7 +220,7 @@ def test_the_rounding_allowance_covers_the_additions_between_devices(rows, size,
     """Each device adds its microbatches; at most D - 1 additions follow. Most often one device adds as much."""
     microbatches = -(-rows // (size * devices))
     assert not mechanism.needs_pairs(rows, size, devices)
-    additions = [size + microbatches - j + devices - 2 for j in range(microbatches)]
+    additions = [2 * size + microbatches - j + devices - 3 for j in range(microbatches)]
     needed = 2 * 2.0**-24 * sum(additions) * size * devices
     alone, found = (mechanism.sum_rounding(rows, size, number) for number in (1, devices))
     assert float(to_numpy(found)) >= needed

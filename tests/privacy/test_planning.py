@@ -12,10 +12,9 @@ pytestmark = pytest.mark.any_backend
 
 
 def test_a_budget_is_met_by_noise():
-    steps = planning.plan(5000, 64, 3, 1e-5, epsilon=3.0, microbatch=8)
+    steps = planning.plan(5000, 64, 3, 1e-5, epsilon=3.0)
     assert steps[:3] == (3 * 79, 5000, 64 / 5000)
     assert 2.98 < accounting.epsilon([steps], 1e-5) <= 3.0
-    assert steps.max_batch_size % 8 == 0
 
 
 @pytest.mark.parametrize(
@@ -27,13 +26,13 @@ def test_a_plan_takes_less_than_ten_seconds(rows, batch_size, epochs, delta):
     """Two calibrations and the choice of the largest batch, without cached loss distributions."""
     step_loss.on_grid.cache_clear()
     before = time.process_time()
-    steps = planning.plan(rows, batch_size, epochs, delta, epsilon=3.0, microbatch=8)
+    steps = planning.plan(rows, batch_size, epochs, delta, epsilon=3.0)
     assert time.process_time() - before < 10
     assert 2.98 < accounting.epsilon([steps], delta) <= 3.0
 
 
 def test_a_noise_multiplier_is_not_changed():
-    steps = planning.plan(5000, 64, 3, 1e-5, noise_multiplier=1.1, microbatch=8)
+    steps = planning.plan(5000, 64, 3, 1e-5, noise_multiplier=1.1)
     assert steps.noise_multiplier == 1.1
 
 
@@ -53,23 +52,18 @@ def test_steps_that_are_done_are_left_out():
         assert rest == planning.plan(200, 50, 1, 1e-3, **noise)
 
 
-@pytest.mark.parametrize("microbatch", [1, 8, 50])
-def test_the_largest_batch_is_the_smallest_that_costs_one_percent(microbatch):
+def test_the_largest_batch_is_the_smallest_that_costs_one_percent():
     steps = Steps(200, 5000, 64 / 5000, None, 0.9)
-    largest = planning.choose_max_batch_size(steps, 1e-5, microbatch)
+    largest = planning.choose_max_batch_size(steps, 1e-5)
     limit = 1.01 * accounting.epsilon([steps], 1e-5)
-    assert largest % microbatch == 0 and largest >= 64
+    assert largest > 64
     assert accounting.epsilon([steps._replace(max_batch_size=largest)], 1e-5) <= limit
-    smaller = largest - microbatch
-    assert (
-        smaller < 64 or accounting.epsilon([steps._replace(max_batch_size=smaller)], 1e-5) > limit
-    )
+    assert accounting.epsilon([steps._replace(max_batch_size=largest - 1)], 1e-5) > limit
 
 
 def test_the_largest_batch_of_all_records():
-    """With q = 1 every batch has all records, and the largest batch is the next multiple of the microbatch."""
-    assert planning.choose_max_batch_size(Steps(3, 100, 1.0, None, 2.0), 1e-3, 7) == 105
-    assert planning.choose_max_batch_size(Steps(3, 100, 1.0, None, 2.0), 1e-3, 1) == 100
+    """With q = 1 every batch has all records."""
+    assert planning.choose_max_batch_size(Steps(3, 100, 1.0, None, 2.0), 1e-3) == 100
 
 
 @pytest.mark.parametrize("budget", [0.1, 8.0])
@@ -160,10 +154,6 @@ def test_a_delta_that_allows_publishing_a_record():
         (
             dict(epsilon=1.0, epochs=True),
             "`epochs` must be a positive integer. Received: epochs=True",
-        ),
-        (
-            dict(epsilon=1.0, microbatch=-1),
-            "`microbatch` must be a positive integer. Received: microbatch=-1",
         ),
         (
             dict(epsilon=1.0, batch_size=101),

@@ -167,16 +167,14 @@ def test_errors(changes, message):
     assert str(error.value) == message
 
 
-def batches(first_step=0, max_batch_size=12, microbatch=5, **devices):
+def batches(first_step=0, max_batch_size=15, **devices):
     x = {
         "token_ids": np.arange(1, 41)[:, None].repeat(3, 1),
         "padding_mask": np.ones((40, 3), "int32"),
     }
     rows = (x, np.arange(1, 41), np.full(40, 0.5, "float32"))
     steps = Steps(0, 40, 0.2, max_batch_size, 1.5)
-    return PrivateBatches(
-        rows, steps, 50, 2, microbatch, SECRET, first_step, "aaaaaaaa:01", 3, **devices
-    )
+    return PrivateBatches(rows, steps, 50, 2, SECRET, first_step, "aaaaaaaa:01", 3, **devices)
 
 
 def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
@@ -184,7 +182,7 @@ def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
     assert len(data) == 50
     for i in range(50):
         x, y, step = data[i]
-        drawn = sample_rows(SECRET, 7 + i, 40, 0.2, 12)
+        drawn = sample_rows(SECRET, 7 + i, 40, 0.2, 15)
         assert step["count"].tolist() == [len(drawn)]
         assert y.tolist() == [*(drawn + 1), *[0] * (15 - len(drawn))]
         assert (x["token_ids"] == y[:, None]).all() and (
@@ -214,7 +212,7 @@ def test_no_seed_of_a_run_is_used_twice():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_get_equal_parts_with_equal_noise_and_dropout_of_their_own(devices):
-    alone, data = batches(microbatch=1), batches(microbatch=1, devices=devices)
+    alone, data = batches(max_batch_size=12), batches(max_batch_size=12, devices=devices)
     assert data.capacity == 12
     for i in range(50):
         (_, rows, one), (x, y, step) = alone[i], data[i]

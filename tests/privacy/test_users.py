@@ -103,7 +103,7 @@ def test_the_clipped_sum_equals_a_plain_loop_over_users(rank, microbatch):
     model, rows, secret = user_model(rank, microbatch), labelled_rows(), fixed_secret(5)
     steps = accounting.Steps(1, USERS, BATCH / USERS, USERS, 1.0)
     parts = groups.Groups([*LABELS], K)
-    batches = PrivateBatches(rows, steps, 1, 1, microbatch, secret, 0, "", groups=parts)
+    batches = PrivateBatches(rows, steps, 1, 1, secret, 0, "", groups=parts)
     x, y, step = batches[0]
     training = model.private_training
     training.prepare(rows, microbatch, batches.capacity, K)

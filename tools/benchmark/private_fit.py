@@ -15,10 +15,9 @@ On PyTorch the works with LoRA also run on transformers and PEFT, plain and with
 (`opacus_stack.py`).
 
 Random weights, random rows. Each measurement runs in a process of its own; the first step, which
-compiles, does not count. Private steps draw different numbers of rows and compute whole
-microbatches (on PyTorch the drawn rows), so a step's time is the time per computed row times the
-average number of computed rows per step. Memory is the most that is resident during `fit` above
-what the built model takes.
+compiles, does not count. Private steps draw different numbers of rows, so a step's time is the time
+per row times the expected batch size. Memory is the most that is resident during `fit` above what
+the built model takes.
 Exits with 1 if a measurement failed.
 """
 
@@ -147,13 +146,11 @@ def measure(peer, work):
     before = device.reset_peak()
     model.fit(x, ids[:, 1:], batch_size=work["batch"], verbose=0, callbacks=[Clock()])
     peak = device.peak()
-    rows, average = [work["batch"]] * len(seconds), work["batch"]
+    rows = [work["batch"]] * len(seconds)
     if peer == "private":
-        rows, average = computed_rows(
-            model.privacy.ledger.runs[-1][0], model.private_training.microbatch, len(seconds)
-        )
+        rows = drawn_rows(model.privacy.ledger.runs[-1][0], len(seconds))
     return {
-        "step_s": sum(seconds[1:]) / sum(rows[1:]) * average,
+        "step_s": sum(seconds[1:]) / sum(rows[1:]) * work["batch"],
         "gb_above_model": (peak - before) / 1e9,
         "peak_gb": peak / 1e9,
         "first_step_s": seconds[0],
@@ -161,19 +158,13 @@ def measure(peer, work):
     }
 
 
-def computed_rows(run, microbatch, steps):
-    """Return the computed rows of each of the first steps, and the average over many steps."""
+def drawn_rows(run, steps):
+    """Return the number of rows of each of the first steps."""
     from keras_vaultgemma.privacy.sampling import sample_rows
     from keras_vaultgemma.privacy.seeds import fixed_secret
 
-    def drawn(step):
-        q, limit = run.sampling_probability, run.max_batch_size
-        return len(sample_rows(fixed_secret(SEED), step, run.rows, q, limit))
-
-    if os.environ["KERAS_BACKEND"] == "torch":
-        microbatch = 1  # The last microbatch is not padded.
-    computed = [-(-drawn(step) // microbatch) * microbatch for step in range(1000)]
-    return computed[:steps], sum(computed) / len(computed)
+    secret, sampling = fixed_secret(SEED), (run.rows, run.sampling_probability, run.max_batch_size)
+    return [len(sample_rows(secret, step, *sampling)) for step in range(steps)]
 
 
 def peers(work, backend):
