@@ -53,34 +53,34 @@ public_rows = table([f"A patient has had {complaint} for 3 days." for complaint 
 # ## Train
 #
 # Each step samples every row with the same probability, as the accountant assumes. Only answers and
-# their `<eos>` are trained on. The plain twin is the same without privacy, for the page.
+# their `<eos>` are trained on. The page compares it with a plain twin, which needs no large batches
+# and, with small ones, no more than one epoch.
 
 # %%
-EPOCHS, BATCH_SIZE = 3, 125
 TARGETS = ["query", "key", "value", "attention_output", "gate", "up", "down"]
 
 
-def train(folder, guarantee=None):
+def train(folder, epochs, batch_size, guarantee=None):
     """Train an adapter on a base in 4 bits, save it, and return the model."""
     model = VaultGemmaCausalLM.from_preset("vaultgemma_tiny")
     model.preprocessor.sequence_length = 32
     model.quantize("int4")
     model.backbone.enable_lora(rank=8, target_layer_names=TARGETS, alpha=16, dropout=0.05)
-    steps = EPOCHS * len(private_rows["prompt"]) // BATCH_SIZE
+    steps = epochs * len(private_rows["prompt"]) // batch_size
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - steps // 10, warmup_target=1.5e-2, warmup_steps=steps // 10
     )
     model.compile(keras.optimizers.Adam(schedule), privacy=guarantee)
     model.fit(
-        private_rows, validation_data=public_rows, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=2
+        private_rows, validation_data=public_rows, batch_size=batch_size, epochs=epochs, verbose=2
     )
     lora.save_adapter(model, folder)
     return model
 
 
-train("plain")
+train("plain", epochs=1, batch_size=50)
 guarantee = privacy.DPSGD(epsilon=8.0, delta=1e-5, clip_norm=0.5, public_validation=True)
-model = train("private", guarantee)
+model = train("private", epochs=3, batch_size=125, guarantee=guarantee)
 print(model.privacy.spent())
 
 # %% [markdown]
@@ -107,5 +107,5 @@ for question in public_rows["prompt"]:
 # %%
 convert("private", "for_transformers", to="hf")
 convert("private", "for_llama_cpp", to="gguf", dtype="f16")
-figures = dict(max_records=200, html="report.html")
+figures = dict(max_records=100, html="report.html")
 print(compare("private", private_rows, unseen_rows, plain="plain", **figures))
