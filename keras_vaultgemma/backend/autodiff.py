@@ -201,7 +201,9 @@ def loop_in_blocks(body, count, size, state, static_lengths=False):
     """Handle elements in blocks whose lengths add up to a number that is not known before.
 
     The blocks are equally long, as far as possible. Where lengths are compiled, the elements that
-    blocks of the largest length leave over are handled one by one.
+    blocks of the largest length leave over are handled one by one. TensorFlow compiles what is
+    `fused` once more for each new length, in 0.4 s for a model, which long runs earn back: a
+    private step of 6 layers takes 1.18 times a plain one, and 1.38 times with elements one by one.
 
     Args:
         body: function of `(start, length, state)` that handles `length` elements from `start` on,

@@ -215,6 +215,7 @@ class PrivateTraining:
         # TensorFlow does not know the number of rows of a batch while it traces the step.
         part = keras.tree.flatten(inputs)[0]
         records = self.capacity or ops.shape(part)[0] // per_record * devices
+        # A block of compiled length must fit into the inputs, even if no batch has one.
         size = min(self.microbatch, (part.shape[0] or math.inf) // per_record)
         static_lengths = model.jit_compile or not self.row_losses.takes_any_number
         return mechanism.clipped_sum(
