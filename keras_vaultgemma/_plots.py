@@ -24,7 +24,7 @@ def new_figure(size):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"A plot needs matplotlib: pip install keras-vaultgemma[plot] ({error})"
+            f"A plot needs matplotlib: pip install 'keras-vaultgemma[plot]' ({error})"
         ) from error
     return Figure(figsize=size, layout="constrained")
 

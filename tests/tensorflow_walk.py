@@ -85,7 +85,7 @@ def main():
                 try:
                     exec(compile(example, name, "exec"), namespace)
                 except ImportError as error:
-                    if "pip install keras-vaultgemma[eval]" not in str(error):
+                    if "pip install 'keras-vaultgemma[eval]'" not in str(error):
                         raise
                 check(name)
     print("nothing has imported TensorFlow")

@@ -236,5 +236,5 @@ def test_help(capsys, arguments):
 
 def test_tasks_without_the_harness_name_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    message = "Tasks need lm-evaluation-harness: pip install keras-vaultgemma[eval]"
+    message = "Tasks need lm-evaluation-harness: pip install 'keras-vaultgemma[eval]'"
     assert error_of(capsys, "evaluate", "vaultgemma_tiny", "--tasks", "piqa").startswith(message)

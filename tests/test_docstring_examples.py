@@ -31,6 +31,6 @@ def test_examples_run(name, tmp_path, monkeypatch):
         try:
             exec(compile(example, f"<example {i} of {name}>", "exec"), namespace)
         except ImportError as error:
-            if "pip install keras-vaultgemma[eval]" not in str(error):
+            if "pip install 'keras-vaultgemma[eval]'" not in str(error):
                 raise
             pytest.skip("lm-evaluation-harness is not installed")

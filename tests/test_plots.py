@@ -25,7 +25,7 @@ def test_without_matplotlib(monkeypatch):
     assert can_plot()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
-        ImportError, match=r"A plot needs matplotlib: pip install keras-vaultgemma\[plot\]"
+        ImportError, match=r"A plot needs matplotlib: pip install 'keras-vaultgemma\[plot\]'"
     ):
         new_figure((1, 1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

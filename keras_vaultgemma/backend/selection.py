@@ -30,12 +30,12 @@ def _select_backend():
     if not installed and not chosen:
         raise ImportError(
             "Keras needs a backend and none is installed. Install one with "
-            "`pip install keras-vaultgemma[jax]`, `[torch]` or `[tensorflow]`."
+            "`pip install 'keras-vaultgemma[jax]'`, `[torch]` or `[tensorflow]`."
         )
     if chosen in BACKENDS and chosen not in installed:
         raise ImportError(
             f"The Keras backend is {chosen!r}, by KERAS_BACKEND or keras.json, and it is not "
-            f"installed. Install it with `pip install keras-vaultgemma[{chosen}]`"
+            f"installed. Install it with `pip install 'keras-vaultgemma[{chosen}]'`"
             + (f", or choose {' or '.join(installed)}." if installed else ".")
         )
     choose_backend()

@@ -31,7 +31,7 @@ def import_lm_eval() -> Any:
         import lm_eval
     except ImportError as error:
         raise ImportError(
-            f"Tasks need lm-evaluation-harness: pip install keras-vaultgemma[eval] ({error})"
+            f"Tasks need lm-evaluation-harness: pip install 'keras-vaultgemma[eval]' ({error})"
         ) from error
     return lm_eval
 

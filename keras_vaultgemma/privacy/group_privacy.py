@@ -93,7 +93,7 @@ def _epsilon(mixtures, delta, interval):
         from dp_accounting.pld import privacy_loss_distribution as pld
     except ImportError as error:
         raise ImportError(
-            "Privacy accounting needs dp-accounting: pip install keras-vaultgemma[privacy] "
+            "Privacy accounting needs dp-accounting: pip install 'keras-vaultgemma[privacy]' "
             f"({error})"
         ) from error
     composed = pld.identity(value_discretization_interval=interval)

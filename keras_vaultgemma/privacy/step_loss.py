@@ -188,7 +188,7 @@ def pairs(rows, sampling_probability, max_batch_size, noise_multiplier):
         from scipy import special
     except ImportError as error:
         raise ImportError(
-            f"Privacy accounting needs SciPy: pip install keras-vaultgemma[privacy] ({error})"
+            f"Privacy accounting needs SciPy: pip install 'keras-vaultgemma[privacy]' ({error})"
         ) from error
 
     def more_than(drawn, rows):

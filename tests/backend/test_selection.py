@@ -69,7 +69,7 @@ def test_no_backend_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.delitem(sys.modules, "keras")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[jax\]"):
+    with pytest.raises(ImportError, match=r"pip install 'keras-vaultgemma\[jax\]'"):
         _select_backend()
 
 
@@ -82,6 +82,6 @@ def test_a_chosen_backend_that_is_not_installed(monkeypatch, tmp_path, by):
     monkeypatch.delitem(sys.modules, "keras")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "jax" else None)
     with pytest.raises(
-        ImportError, match=r"is 'torch'.*keras-vaultgemma\[torch\]`, or choose jax\."
+        ImportError, match=r"is 'torch'.*'keras-vaultgemma\[torch\]'`, or choose jax\."
     ):
         _select_backend()

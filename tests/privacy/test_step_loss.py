@@ -135,5 +135,5 @@ def test_truncation_is_a_mixture():
 def test_truncation_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert len(step_loss.pairs(100, 0.1, None, 1.0)) == 1
-    with pytest.raises(ImportError, match=r"pip install keras-vaultgemma\[privacy\]"):
+    with pytest.raises(ImportError, match=r"pip install 'keras-vaultgemma\[privacy\]'"):
         step_loss.pairs(100, 0.1, 12, 1.0)

@@ -83,7 +83,7 @@ def test_a_plot_without_matplotlib_fails_before_the_accounting(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(planning, "plan", lambda *args: pytest.fail("computed first"))
     with pytest.raises(
-        ImportError, match=r"needs? matplotlib: pip install keras-vaultgemma\[plot\]"
+        ImportError, match=r"needs? matplotlib: pip install 'keras-vaultgemma\[plot\]'"
     ):
         privacy_budget(1000, 50, 1, noise_multiplier=1.2, png=str(tmp_path / "x.png"))
 
