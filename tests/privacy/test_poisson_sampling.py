@@ -167,7 +167,7 @@ def test_errors(changes, message):
     assert str(error.value) == message
 
 
-def batches(first_step=0, max_batch_size=15, **devices):
+def batches(first_step=0, max_batch_size=12, **devices):
     x = {
         "token_ids": np.arange(1, 41)[:, None].repeat(3, 1),
         "padding_mask": np.ones((40, 3), "int32"),
@@ -182,9 +182,9 @@ def test_a_batch_has_the_rows_of_its_step_padded_with_zeros():
     assert len(data) == 50
     for i in range(50):
         x, y, step = data[i]
-        drawn = sample_rows(SECRET, 7 + i, 40, 0.2, 15)
+        drawn = sample_rows(SECRET, 7 + i, 40, 0.2, 12)
         assert step["count"].tolist() == [len(drawn)]
-        assert y.tolist() == [*(drawn + 1), *[0] * (15 - len(drawn))]
+        assert y.tolist() == [*(drawn + 1), *[0] * (12 - len(drawn))]
         assert (x["token_ids"] == y[:, None]).all() and (
             x["padding_mask"] == (y > 0)[:, None]
         ).all()
@@ -212,7 +212,7 @@ def test_no_seed_of_a_run_is_used_twice():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_get_equal_parts_with_equal_noise_and_dropout_of_their_own(devices):
-    alone, data = batches(max_batch_size=12), batches(max_batch_size=12, devices=devices)
+    alone, data = batches(), batches(devices=devices)
     assert data.capacity == 12
     for i in range(50):
         (_, rows, one), (x, y, step) = alone[i], data[i]

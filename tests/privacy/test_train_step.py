@@ -300,3 +300,17 @@ def test_microbatches_change_nothing(size, monkeypatch):
         fit(model, batch_size=3)
     for one, two in zip(*map(values, models), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="other backends compile one way")
+def test_a_step_compiled_by_xla_equals_one_that_is_not(monkeypatch):
+    """XLA needs blocks whose lengths are compiled; otherwise TensorFlow's have as many rows as were drawn."""
+    monkeypatch.setattr(mechanism, "sum_rounding", lambda *sizes: 0.0)
+    models = [
+        language_model(4, dpsgd=dict(microbatch_size=4), compile_arguments=dict(jit_compile=jit))
+        for jit in (False, True)
+    ]
+    for model in models:
+        fit(model, batch_size=6)
+    for one, two in zip(*map(values, models), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
