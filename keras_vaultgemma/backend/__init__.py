@@ -40,7 +40,7 @@ from keras_vaultgemma.backend.compile import (
     update_variables,
 )
 from keras_vaultgemma.backend.int8_cpu import int8_matmul
-from keras_vaultgemma.backend.matmul import matmul, sum_of_squares, take_rows
+from keras_vaultgemma.backend.matmul import matmul, sum_of_squares, take_rows, thin_matmul
 from keras_vaultgemma.backend.recording import record_step
 from keras_vaultgemma.backend.saved_model import (
     SAVED_MODEL_KINDS,
@@ -161,6 +161,7 @@ __all__ = [
     "tensorflow_dataset",
     "test_step",
     "text_function",
+    "thin_matmul",
     "tokenize_in_graph",
     "trace_once",
     "train_step",

@@ -24,8 +24,8 @@ def low_rank_matmul(x, first, second, scale, transposed=False):
         scale: float.
         transposed: bool. True if the matrices are [r, in] and [out, r] instead. Defaults to False.
     """
-    x = backend.matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
-    return backend.matmul(x * scale, backend.value_of(second), transposed)
+    x = backend.thin_matmul(ops.cast(x, "float32"), backend.value_of(first), transposed)
+    return backend.thin_matmul(x * scale, backend.value_of(second), transposed)
 
 
 class LowRankUpdate:

@@ -109,7 +109,9 @@ class ReversibleEmbedding(LowRankUpdate, keras.layers.ReversibleEmbedding):
     def _add_row_update(self, rows, ids):
         if self.lora_enabled:
             a, b = self.lora_factors
-            update = backend.matmul(ops.take(a, ids, axis=0) * self.lora_scale, backend.value_of(b))
+            update = backend.thin_matmul(
+                ops.take(a, ids, axis=0) * self.lora_scale, backend.value_of(b)
+            )
             rows = ops.cast(rows, "float32") + update
         return ops.cast(rows, self.compute_dtype)
 

@@ -65,6 +65,9 @@ def find_source(preset=None, adapter=None):
 def load_model(source, dtype=None, quantization=None):
     """Load the model of a `Source` to compute with it, not to train it.
 
+    From then on, compiled functions are cached in the package's home for later processes, and for
+    models that differ in nothing but their weights (`backend.cache_compilations`).
+
     Args:
         source: `Source`.
         dtype: string. Dtype policy. Defaults to the preset's own, because training, for which
@@ -74,6 +77,7 @@ def load_model(source, dtype=None, quantization=None):
     Returns:
         `VaultGemmaCausalLM`.
     """
+    backend.cache_compilations(presets.cache_home() / "compiled")
     dtype = dtype or _other_dtype(source.preset)
     model = VaultGemmaCausalLM.from_preset(source.preset, **({"dtype": dtype} if dtype else {}))
     if quantization:
@@ -96,7 +100,6 @@ def load_with_sampler(preset, adapter, dtype, quantization, sampler, top_k=None,
     Returns:
         Tuple `(model, source)` of a `VaultGemmaCausalLM` and a `Source`.
     """
-    backend.cache_compilations(presets.cache_home() / "compiled")
     sampler = make_sampler(sampler, top_k=top_k, **options)
     source = find_source(preset, adapter)
     model = load_model(source, dtype, quantization)

@@ -5,8 +5,6 @@ import socket
 import sys
 from pathlib import Path
 
-from keras_vaultgemma import backend
-from keras_vaultgemma.checkpoints import presets
 from keras_vaultgemma.recipes.sources import find_source, load_model
 from keras_vaultgemma.serving.models import Models
 from keras_vaultgemma.serving.options import ServeOptions
@@ -54,7 +52,6 @@ def serve(preset=None, adapters=(), dtype=None, quantization=None, skip_warm_up=
     """
     uvicorn = _uvicorn()
     options = ServeOptions(**options)
-    backend.cache_compilations(presets.cache_home() / "compiled")
     models = load_models(preset, adapters, dtype, quantization)
     scheduler = Scheduler(models, options.max_rows, options.max_queue)
     if not skip_warm_up:

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_vaultgemma import backend
 from keras_vaultgemma.data.containers import as_plain
-from keras_vaultgemma.data.token_ids import check_ids, pad_rows
+from keras_vaultgemma.data.token_ids import check_ids, columns_in_use, pad_rows
 from keras_vaultgemma.generation.prompts import read_prompts
 from keras_vaultgemma.generation.validation import (
     as_array,
@@ -95,12 +95,15 @@ class Scoring:
             x = {"token_ids": token_ids, "padding_mask": segments}
             return keras.Model.predict(self, x, verbose=0)
         arrays = (token_ids, segments, *self._targets(token_ids, segments, target_ids))
+        # Nothing is predicted from the columns at the end that are padding in all rows.
+        columns = columns_in_use(arrays[-1])
         score = self._scoring(self._score_rows)
         batches = [
-            [backend.as_argument(array[i : i + BATCH_ROWS]) for array in arrays]
+            [backend.as_argument(array[i : i + BATCH_ROWS, :columns]) for array in arrays]
             for i in range(0, len(token_ids), BATCH_ROWS)
         ]
-        return np.concatenate([ops.convert_to_numpy(score(*batch)) for batch in batches])
+        losses = np.concatenate([ops.convert_to_numpy(score(*batch)) for batch in batches])
+        return np.pad(losses, ((0, 0), (0, token_ids.shape[1] - columns)))
 
     def _rows(self, inputs, padding_mask):
         """Return ids and segments, int32 of shape `[B, T]` each, of what `score` takes."""

@@ -51,6 +51,29 @@ def test_a_float32_table_under_a_mixed_policy(rows):
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("sizes", [(24, 3), (3, 24), (4, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 40), (5,)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_a_thin_matrix(sizes, shape, transposed):
+    """A matrix `[in, out]` that is narrower on either side, or on none."""
+    rng = np.random.default_rng(0)
+    x, kernel, weights = (
+        rng.normal(size=size).astype("float32")
+        for size in ((*shape, sizes[0]), sizes, (*shape, sizes[1]))
+    )
+    variables = [keras.Variable(a) for a in (x, kernel.T if transposed else kernel)]
+
+    def loss():
+        product = backend.thin_matmul(*map(backend.value_of, variables), transposed)
+        return keras.ops.sum(keras.ops.multiply(product, weights))
+
+    x_gradient, kernel_gradient = gradients(loss, variables)
+    np.testing.assert_allclose(x_gradient, weights @ kernel.T, rtol=1e-4, atol=1e-4)
+    expected = x.reshape(-1, sizes[0]).T @ weights.reshape(-1, sizes[1])
+    expected = expected.T if transposed else expected
+    np.testing.assert_allclose(kernel_gradient, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_matrix_for_each_row():
     rng = np.random.default_rng(0)
     x, kernels = (

@@ -1,3 +1,5 @@
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -35,6 +37,22 @@ def test_score(model):
 def test_score_of_text_is_score_of_its_ids(tiny):
     rows = tiny.preprocessor.tokenize_prompts(LINES[:1])
     np.testing.assert_array_equal(tiny.score(LINES[0]), tiny.score(np.array(rows)))
+
+
+def test_padding_at_the_end_of_all_rows_costs_nothing(tiny):
+    """Rows of 20 tokens in arrays of 512 columns are not computed as rows of 512 tokens."""
+    rows = np.random.default_rng(0).integers(0, 1000, (32, 20))
+    ids, mask = (np.pad(x, ((0, 0), (0, 492))) for x in (rows, np.ones_like(rows)))
+    seconds = {}
+    for name, arrays in {"short": (rows,), "padded": (ids, mask), "long": (ids,)}.items():
+        tiny.score(*arrays)
+        start = time.process_time()
+        nats = tiny.score(*arrays)
+        seconds[name] = time.process_time() - start
+        if name == "padded":
+            np.testing.assert_allclose(nats[:, :19], tiny.score(rows)[:, :19], atol=1e-4)
+            assert nats.shape == ids.shape and not nats[:, 19:].any()
+    assert seconds["padded"] < seconds["long"] / 3
 
 
 def test_score_is_compiled_once_for_the_same_variables(monkeypatch):
