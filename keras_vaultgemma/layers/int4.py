@@ -1,11 +1,13 @@
 """Int4 weights in groups that share a scale and a zero point: how they are read and multiplied.
 
-Keras packs two neighbouring columns of a matrix into one int8 number. Its two halves, the even and
-the odd columns, are computed with separately, because to interleave them would take another copy of
-the matrix. A matmul dequantizes the matrix again for the gradient, so that no matrix in floating
+Keras packs two neighbouring columns of a matrix into one int8 number. A matmul of few rows takes
+its two halves, the even and the odd columns, separately, because to interleave them would take
+another copy of the matrix. With many rows, a copy of the matrix costs less than halves of the
+activations. A matmul dequantizes the matrix again for the gradient, so that no matrix in floating
 point is kept from the forward to the backward pass.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import keras
@@ -16,6 +18,9 @@ from keras_vaultgemma import backend
 
 ROWS = 2**13
 """Rows of a table that are quantized at a time."""
+
+MANY_ROWS = 512
+"""Rows of activations from which they are multiplied with a whole matrix, instead of two halves."""
 
 
 def quantize_rows(table, block):
@@ -124,7 +129,10 @@ class Int4Matrix(NamedTuple):
         return product(x, *tensors)
 
     def _multiply(self, x, tensors, transposed):
-        halves = self._replace(**dict(zip(self._fields, tensors, strict=False))).halves(x.dtype)
+        matrix = self._replace(**dict(zip(self._fields, tensors, strict=False)))
+        if _row_count(x) >= MANY_ROWS:
+            return backend.matmul(x, matrix.dense(x.dtype), transposed)
+        halves = matrix.halves(x.dtype)
         if not transposed:
             return _interleave(*(backend.matmul(x, half) for half in halves))[..., : self.columns]
         columns = 2 * halves[0].shape[1]
@@ -134,6 +142,12 @@ class Int4Matrix(NamedTuple):
             backend.matmul(x[..., parity::2], half, transposed=True)
             for parity, half in enumerate(halves)
         )
+
+
+def _row_count(x):
+    """Return the number of rows of `x`, infinity if it is not known yet."""
+    sizes = x.shape[:-1]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
 
 
 def _half(x, parity, size):

@@ -55,7 +55,10 @@ def quantized(axis, rows, columns, block):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
-def test_matmul_and_gradient(rows, columns, block, axis):
+@pytest.mark.parametrize("many_rows", [int4.MANY_ROWS, 1])
+def test_matmul_and_gradient(monkeypatch, many_rows, rows, columns, block, axis):
+    """By halves, and with the whole matrix, as many rows are multiplied."""
+    monkeypatch.setattr(int4, "MANY_ROWS", many_rows)
     matrix, expected = quantized(axis, rows, columns, block)
     np.testing.assert_allclose(to_numpy(matrix.dense("float32")), expected, rtol=1e-5, atol=1e-6)
     for transposed, width in ((False, rows), (True, columns)):
