@@ -1,5 +1,7 @@
 """Conversion, update and comparison of tensors."""
 
+import math
+
 import keras
 import numpy as np
 
@@ -171,6 +173,37 @@ def log_softmax(x):
     if NAME == "torch":
         return keras.ops.log_softmax(x, axis=1)
     return x - keras.ops.logsumexp(x, axis=1, keepdims=True)
+
+
+def top_k(x, k):
+    """Return the k largest values of each row and their indices, like `keras.ops.top_k`.
+
+    XLA's CPU compiler sorts whole rows on TensorFlow, and on JAX as soon as a part of the result is
+    used: 80 to 95 ms for a vocabulary of 256,000 (2 Intel cores). Here it sorts about 2 √(k V)
+    values, in less than 1 ms: the k largest values are in the k groups with the largest maxima.
+
+    Args:
+        x: float tensor [N, V].
+        k: int from 1 to V.
+
+    Returns:
+        Tuple of tensors [N, k]: the values from the largest down, and their indices, int32. Of
+        equal values, the one with the smaller index comes first (JAX, TensorFlow).
+    """
+    ops, size = keras.ops, x.shape[1]
+    width = math.isqrt(size // k)
+    if NAME == "torch" or width == 1:
+        values, indices = ops.top_k(x, k)
+        return values, ops.cast(indices, "int32")
+    count = -(-size // width)
+    padded = ops.pad(x, ((0, 0), (0, count * width - size)), constant_values=float("-inf"))
+    groups = ops.reshape(padded, (-1, count, width))
+    _, chosen = ops.top_k(ops.max(groups, axis=2), k)
+    chosen = ops.sort(chosen, axis=1)  # so that equal values keep their order
+    candidates = ops.take_along_axis(groups, chosen[:, :, None], axis=1)
+    values, places = ops.top_k(ops.reshape(candidates, (-1, k * width)), k)
+    indices = ops.take_along_axis(chosen, places // width, axis=1) * width + places % width
+    return values, ops.cast(indices, "int32")
 
 
 def add_at(x, index, values):

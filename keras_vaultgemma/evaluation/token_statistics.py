@@ -25,8 +25,10 @@ class TokenStatistics:
         self._top_k = None if top_k is None or top_k >= size else top_k
         self._chunk = max(1, min(MAX_CHUNK, CHUNK_LOGITS // size))
         variables = list(model.variables)
-        self._hidden_states = backend.compile_function(self._flat_hidden_states, variables)
-        self._statistics = backend.compile_function(self._chunk_statistics, variables)
+        self._hidden_states, self._statistics = (
+            backend.compile_function(function, variables, jit_compile=False)
+            for function in (self._flat_hidden_states, self._chunk_statistics)
+        )
 
     def __call__(self, token_ids, padding_mask, targets, is_target):
         """Compute the statistics of chosen tokens.
@@ -81,7 +83,7 @@ class TokenStatistics:
         variance = ops.sum(p * ops.square(log_p - mean[:, None]), axis=1)
         sampled = chosen
         if self._top_k is not None:
-            top = ops.top_k(log_p, self._top_k)[0]
+            top = backend.top_k(log_p, self._top_k)[0]
             sampled = chosen - ops.logsumexp(top, axis=1)
             sampled = ops.where(chosen >= top[:, -1], sampled, float("-inf"))
         return ops.stack([-chosen, -sampled, mean, ops.sqrt(variance)])

@@ -126,8 +126,8 @@ class BatchLoop:
         ended = ops.logical_or(ops.logical_or(stops, ops.isnan(log_prob)), ~continues)
         top = state.top
         if top:
-            values, ids = ops.top_k(logits, TOP)
-            found = ops.cast(ids, "int32"), values - normalizer[:, None]
+            values, ids = backend.top_k(logits, TOP)
+            found = ids, values - normalizer[:, None]
             top = tuple(write(x, y[:, None], state.step) for x, y in zip(top, found, strict=True))
         slot = state.slot + 1
         return LoopState(

@@ -239,8 +239,8 @@ class BeamSearch:
             probabilities = ops.exp(adjusted)
             least = min_p * ops.max(probabilities, axis=-1, keepdims=True)
             adjusted = ops.where(probabilities >= least, adjusted, -float("inf"))
-        scores, tokens = ops.top_k(adjusted, count)
-        return scores, ops.cast(tokens, "int32"), ops.take_along_axis(log_probs, tokens, axis=1)
+        scores, tokens = backend.top_k(adjusted, count)
+        return scores, tokens, ops.take_along_axis(log_probs, tokens, axis=1)
 
     def _controls(self, texts, slots, settings):
         if not settings.adjusts:

@@ -74,5 +74,5 @@ class PromptScorer:
         hidden = ops.slice(hidden, (start, start * 0), (targets.shape[0], hidden.shape[1]))
         logits = self._model.logits(hidden[None])[0]
         log_probs = logits - ops.logsumexp(logits, axis=1, keepdims=True)
-        top, ids = ops.top_k(log_probs, min(self._top, logits.shape[1]))
+        top, ids = backend.top_k(log_probs, min(self._top, logits.shape[1]))
         return ops.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0], ids, top

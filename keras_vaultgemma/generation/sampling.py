@@ -6,6 +6,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_vaultgemma import backend
+
 BISECTION_STEPS = 32
 """Steps of the search for the threshold of `top_p`, which then ignores differences below 2^-32."""
 
@@ -81,7 +83,7 @@ def top_k(probabilities, k):
         probabilities: float tensor [B, V].
         k: int. May exceed V.
     """
-    smallest = ops.top_k(probabilities, min(k, probabilities.shape[-1]))[0][:, -1:]
+    smallest = backend.top_k(probabilities, min(k, probabilities.shape[-1]))[0][:, -1:]
     return ops.where(probabilities >= smallest, probabilities, 0.0)
 
 

@@ -193,7 +193,9 @@ class Scoring:
             self._compiled_scoring = state, {}
         compiled = self._compiled_scoring[1]
         if method.__name__ not in compiled:
-            compiled[method.__name__] = backend.compile_function(method, variables)
+            compiled[method.__name__] = backend.compile_function(
+                method, variables, jit_compile=False
+            )
         return compiled[method.__name__]
 
     def _score_rows(self, token_ids, padding_mask, targets, weights):

@@ -19,6 +19,24 @@ def test_write_slice_into_rows_that_share_memory():
     np.testing.assert_array_equal(to_numpy(written)[:, :, 0], [[0, 1, 0], [0, 2, 0]])
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 40, 499, 500])
+def test_top_k(is_compiled, k):
+    """Next to all values, sorted; the smaller index of equal values comes first."""
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.normal(size=500), rng.integers(0, 9, 500), np.full(500, -np.inf)])
+    x[0, :300] = -np.inf
+    x = x.astype("float32")
+    function = backend.compile_function(lambda x: backend.top_k(x, k), [])
+    function = function if is_compiled else lambda x: backend.top_k(x, k)
+    values, indices = map(to_numpy, function(keras.ops.convert_to_tensor(x)))
+    expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
+    np.testing.assert_array_equal(np.take_along_axis(x, indices, axis=1), values)
+    if keras.config.backend() != "torch":
+        np.testing.assert_array_equal(indices, expected)
+
+
 def test_write_rows_replaces_those_alone():
     buffer, update = np.arange(24.0).reshape(4, 3, 2), -np.ones((2, 3, 2))
     written = backend.write_rows(
