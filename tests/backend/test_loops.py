@@ -40,12 +40,20 @@ def test_tensorflow_runs_one_iteration_at_a_time():
 
 @pytest.mark.parametrize("static_lengths", [False, True])
 @pytest.mark.parametrize(
-    "count, equal, whole_first",
-    [(0, [], []), (2, [2], [1, 1]), (8, [4, 4], [4, 4]), (10, [4, 3, 3], [4, 4, 1, 1])],
+    "count, equal, powers, singles",
+    [
+        (0, [], [], []),
+        (2, [2], [2], [1, 1]),
+        (8, [4, 4], [4, 4], [4, 4]),
+        (10, [4, 3, 3], [4, 4, 2], [4, 4, 1, 1]),
+        (11, [4, 4, 3], [4, 4, 2, 1], [4, 4, 1, 1, 1]),
+    ],
 )
-def test_blocks_have_all_elements_once(count, equal, whole_first, static_lengths):
-    """They are equally long, or whole blocks come first and then single elements."""
-    is_static = backend.NAME == "jax" or (static_lengths and backend.NAME == "tensorflow")
+def test_blocks_have_all_elements_once(count, equal, powers, singles, static_lengths):
+    """They are equally long, or whole blocks come first and then powers of two or single elements."""
+    expected = equal if backend.NAME == "torch" else powers
+    if backend.NAME == "jax" or (static_lengths and backend.NAME == "tensorflow"):
+        expected = singles
     elements = ops.arange(12, dtype="int32")
 
     def function(count):
@@ -63,7 +71,5 @@ def test_blocks_have_all_elements_once(count, equal, whole_first, static_lengths
 
     run = backend.compile_function(function, [], jit_compile=False)
     blocks, log, total = run(ops.convert_to_tensor(np.int32(count)))
-    assert ops.convert_to_numpy(log)[: int(blocks)].tolist() == (
-        whole_first if is_static else equal
-    )
+    assert ops.convert_to_numpy(log)[: int(blocks)].tolist() == expected
     assert int(total) == sum(range(count))
