@@ -6,8 +6,8 @@
 # with exports for PEFT, transformers and llama.cpp, and with a page on what the training protects.
 # [What the cookbook's own recipe computes](../privacy/cookbook.md) is another page.
 #
-# It takes about two minutes on two CPU cores with PyTorch, four to five with JAX or TensorFlow,
-# which compile each of the three models that the page compares.
+# It takes about two minutes on two CPU cores with PyTorch and three with JAX or TensorFlow, which
+# compile each of the three models that the page compares.
 
 # %%
 import random

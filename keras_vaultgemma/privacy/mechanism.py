@@ -183,9 +183,9 @@ def sum_rounding(rows, size, devices=1):
     **A plain sum.** A term that goes through d additions enters the computed sum with a factor
     1 + δ in each coordinate, |δ| <= γ_d = d u / (1 - d u) (Higham, section 4.2). A row of the j-th
     of n / m microbatches goes through at most m - 1 additions within it, in whatever order, and
-    n / m - j + 1 after it. Rows that whole microbatches leave over may be added one by one, which
-    is at most m - 1 more additions for each row. The computed sum is off by at most the sum of
-    γ_d c over the rows.
+    n / m - j + 1 after it. Rows that whole microbatches leave over are added one by one or in
+    smaller ones, which is at most m - 1 more additions for each row. The computed sum is off by at
+    most the sum of γ_d c over the rows.
 
     **A sum of pairs.** `add_pairs` is exact up to 5 u^2 (|x| + |y|) in each coordinate. The rows of
     a microbatch are added by halves, on at most log2(n) levels, and the total of j rows is at most
