@@ -57,9 +57,12 @@ def test_padding_at_the_end_of_all_rows_costs_nothing(tiny):
 
 def test_score_is_compiled_once_for_the_same_variables(monkeypatch):
     compiled, compile_function = [], backend.compile_function
-    monkeypatch.setattr(
-        backend, "compile_function", lambda *args: compiled.append(1) or compile_function(*args)
-    )
+
+    def count(*args, **kwargs):
+        compiled.append(1)
+        return compile_function(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "compile_function", count)
     model = VaultGemmaCausalLM(random_backbone(num_layers=1))
     before = model.score(IDS["token_ids"])
     np.testing.assert_array_equal(model.score(IDS["token_ids"]), before)
